@@ -1,0 +1,154 @@
+"""The ``distill`` command. Bad input ends in one sentence on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def presets(arguments: argparse.Namespace) -> None:
+    from .catalog import measure_presets
+
+    rows = measure_presets()
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{'preset':<16} {'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what goes")
+    for row in rows:
+        print(
+            f"{row['name']:<16} {row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
+            f"{row['gmacs']:>8.1f} {row['gmacs_of_teacher']:>10.1%}  {row['title']}"
+        )
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from .catalog import describe
+    from .files import open_unet
+
+    facts = describe(open_unet(arguments.file))
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if name != "stages":
+            print(
+                f"{name.replace('_', ' '):<14} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):<14} {value}"
+            )
+    for stage in facts["stages"]:
+        depths = " ".join(map(str, stage["transformer_depth"]))
+        print(f"  {stage['name']:<8} {stage['channels']:>5} channels  {stage['resnets']} resnets  transformer depth {depths}")
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    from .files import open_unet
+    from .plan import PruningPlan, preset
+    from .prune import prune_file
+
+    plan = preset(arguments.preset) if arguments.preset else PruningPlan.from_json(_read(arguments.plan))
+    teacher = open_unet(arguments.teacher)
+    student = prune_file(
+        teacher, arguments.out, plan, spelling=arguments.layout, dtype=arguments.dtype, overwrite=arguments.overwrite
+    )
+    before, after = teacher.architecture.num_parameters, student.num_parameters
+    print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
+    print("It still has to be distilled: straight after pruning its samples are poor.")
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .quickstart import Settings, summary, work
+    from .quickstart import quickstart as run_quickstart
+
+    settings = Settings(preset=arguments.preset, train_steps=arguments.steps, num_samples=arguments.samples, seed=arguments.seed)
+    bar = "{desc:<22} {percentage:3.0f}% |{bar:30}| {elapsed} so far, {remaining} left"
+    with tqdm(total=work(settings), bar_format=bar, file=sys.stderr, delay=1) as progress:
+        rows = run_quickstart(arguments.out, settings, progress)
+    print(summary(rows))
+    print(f"Look at {arguments.out / 'report.html'} (or report.png): digits, loss curves and figures of all three models.")
+    print(
+        f"Next: distill inspect {arguments.out / 'student.safetensors'}, or prune a model of your own: "
+        "distill prune YOUR_SD15.safetensors small.safetensors --preset bk-sdm-small"
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+    from .files import DTYPES
+    from .layouts import LAYOUTS
+    from .plan import preset_names
+
+    parser = argparse.ArgumentParser(prog="distill", description="Make a diffusion checkpoint smaller and faster.")
+    parser.add_argument("--version", action="version", version=f"distill {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("quickstart", help="the whole story on bundled digits, on CPU, with a report")
+    command.set_defaults(function=quickstart)
+    command.add_argument("--out", type=Path, default=Path("distill-quickstart"), help="folder to write (default: %(default)s)")
+    command.add_argument("--preset", choices=preset_names(), default="bk-sdm-base", help="what to prune (default: %(default)s)")
+    command.add_argument("--steps", type=_positive, default=800, help="distillation steps (default: %(default)s)")
+    command.add_argument("--samples", type=_at_least_fifty, default=500, help="digits to judge by (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="for training and sampling (default: %(default)s)")
+
+    command = commands.add_parser("presets", help="every published plan, with what it costs, measured on the built network")
+    command.set_defaults(function=presets)
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = commands.add_parser("inspect", help="what a checkpoint is; reads its header only")
+    command.set_defaults(function=inspect)
+    command.add_argument("file", type=Path, help=".safetensors file or diffusers folder")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = commands.add_parser("prune", help="remove blocks from a checkpoint")
+    command.set_defaults(function=prune)
+    command.add_argument("teacher", type=Path, help=".safetensors file or diffusers folder")
+    command.add_argument("out", type=Path, help="file to write, or folder with --layout diffusers")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--preset", choices=preset_names(), help="a published plan")
+    which.add_argument("--plan", type=Path, help='JSON file of your own, such as {"name": "mine", "remove": ["mid"]}')
+    command.add_argument(
+        "--layout", choices=LAYOUTS, default="ldm", help="ldm: one file for ComfyUI; diffusers: a folder (default: %(default)s)"
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="precision to write (default: the teacher's)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    return parser
+
+
+def _at_least_fifty(text: str) -> int:
+    number = int(text)
+    if number < 50:
+        raise argparse.ArgumentTypeError(f"must be at least 50, got {number}")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.function(arguments)
+    except (ValueError, OSError) as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("distill: interrupted; what was trained is saved, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0

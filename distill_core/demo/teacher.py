@@ -1,0 +1,32 @@
+"""The bundled teacher as a denoiser, and its data as a training set."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dataset import LatentDataset
+from ..denoiser import DiffusersDenoiser
+from ..files import UNetFile, open_unet
+from . import digits
+
+LATENT_SHAPE = (4, 8, 8)
+
+
+def teacher_file() -> UNetFile:
+    return open_unet(digits.DATA / "teacher.safetensors")
+
+
+def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
+    """A denoiser in float32, on the GPU if there is one."""
+    from ..unet import load_unet
+
+    network = load_unet(file).to("cuda" if torch.cuda.is_available() else "cpu")
+    return DiffusersDenoiser(network=network, architecture=file.architecture, prediction=file.prediction)
+
+
+def load_dataset() -> LatentDataset:
+    """All digits with their captions ("the digit seven")."""
+    pictures, labels = digits.load_digits()
+    text = digits.DigitsTextEncoder.bundled()
+    by_label = text.captions([digits.caption(n) for n in range(10)])
+    return LatentDataset(latents=digits.encode(pictures), contexts=by_label[labels], null_context=text.captions([""])[0])

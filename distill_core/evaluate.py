@@ -1,0 +1,35 @@
+"""What a model costs and how close its samples are to others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of two Gaussians fitted to feature rows (N, D) and (M, D) (Heusel et al. 2017, arXiv 1706.08500, Eq. 6).
+
+    ``|mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``, in float64.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"the Fréchet distance needs at least 2 samples on each side, got {len(a)} and {len(b)}")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # The eigenvalues of cov_a cov_b are real and not negative; rounding alone makes them otherwise.
+    root_trace = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
+    return max(0.0, distance.item())
+
+
+@torch.no_grad()
+def count_macs(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_tokens: int) -> int:
+    """Multiply-accumulates of one forward pass at batch 1, attention included, counted on the running network."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.zeros(1, *latent_shape, device=denoiser.device, dtype=denoiser.dtype)
+    context = x.new_zeros(1, num_tokens, denoiser.architecture.context_width)
+    with FlopCounterMode(display=False) as counter:
+        denoiser(x, torch.zeros(1, dtype=torch.long, device=x.device), context)
+    return counter.get_total_flops() // 2

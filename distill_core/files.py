@@ -1,0 +1,210 @@
+"""Weight files: what is in them, and writing them so that nothing half-written is left behind. safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .architecture import Architecture
+from .layouts import find_unet, layout
+from .plan import PruningPlan
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_MODELSPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UNetFile:
+    """A UNet on disk, known by its header; weights are read one by one when asked for."""
+
+    path: Path
+    spelling: str
+    """Layout the file is written in: a key of `layouts.LAYOUTS`."""
+    prefix: str
+    names: Mapping[str, str]
+    """Canonical parameter name -> name in the file."""
+    architecture: Architecture
+    dtype: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> str:
+        """``eps`` or ``v``, from the metadata; ``eps`` where the file does not say."""
+        return "v" if self.metadata.get("modelspec.prediction_type") == "v" else "eps"
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """Plan the file was pruned with, if it was pruned here."""
+        return PruningPlan.from_json(text) if (text := self.metadata.get("distill.plan")) else None
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights by canonical name, in the dtype of the file."""
+        with _open(self.path) as file:
+            return {name: file.get_tensor(theirs) for name, theirs in self.names.items()}
+
+
+def open_unet(path: Path | str) -> UNetFile:
+    """Read the header of a UNet: a single file in either layout, or a diffusers folder.
+
+    Raises ``ValueError`` in one sentence if it is not there, is no safetensors file, is damaged, or holds no UNet.
+    """
+    path = Path(path)
+    config = {}
+    if path.is_dir():
+        folder = path / "unet" if (path / "unet").is_dir() else path
+        if (folder / "config.json").exists():
+            config = json.loads((folder / "config.json").read_text())
+        path = folder / DIFFUSERS_WEIGHTS
+    with _open(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        metadata = file.metadata() or {}
+        try:
+            spelling, prefix = find_unet(shapes)
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix) or not prefix}
+            architecture = Architecture.from_state_dict(shapes, _head_channels(metadata, config, shapes))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        bare = [name.removeprefix(prefix) for name in shapes]
+        canonical = layout(spelling).to_canonical(bare)
+        dtype = str(file.get_slice(next(iter(shapes))).get_dtype()).lower()
+    names = {canonical[name]: prefix + name for name in bare}
+    return UNetFile(path, spelling, prefix, names, architecture, dtype, metadata)
+
+
+def _head_channels(metadata: Mapping[str, str], config: Mapping, shapes: Mapping) -> int | None:
+    """From our own metadata, or from a diffusers config, whose ``attention_head_dim`` is the number of heads."""
+    if "distill.head_channels" in metadata:
+        return int(metadata["distill.head_channels"])
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim")
+    if isinstance(heads, list):
+        return config["block_out_channels"][0] // heads[0]
+    return None
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
+        raise ValueError(f"{path} is a pickle checkpoint, which can run code when opened; convert it to .safetensors first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        if path.read_bytes()[:2] in (b"PK", b"\x80\x02"):
+            raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
+        raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged ({error}); get it again") from error
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside ``path``, and move what was made there into place once it is whole.
+
+    Whatever goes wrong, nothing half-written is left. Raises ``ValueError`` if ``path`` exists and may not be
+    overwritten, ``OSError`` in one sentence if it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another name or allow overwriting")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        made = temporary / path.name
+        yield made
+        if path.is_dir():
+            path.rename(temporary / "replaced")
+        os.replace(made, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str, *, overwrite: bool = True) -> None:
+    with atomic(path, overwrite=overwrite) as made:
+        made.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> None:
+    """Write a safetensors file, contiguous and durable."""
+    with atomic(path, overwrite=overwrite) as made:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        made.touch()
+        mode = made.stat().st_mode  # safetensors makes files only their owner may read
+        save_file(contiguous, made, {"format": "pt", **(metadata or {})})
+        made.chmod(mode)
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def save_unet(
+    path: Path | str,
+    state_dict: Mapping[str, Tensor],
+    architecture: Architecture,
+    *,
+    spelling: str = "ldm",
+    dtype: str | None = None,
+    prediction: str = "eps",
+    title: str = "",
+    plan: PruningPlan | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a UNet so that others can open it.
+
+    state_dict: weights by canonical name. spelling: ``ldm`` writes one file with bare LDM names, which ComfyUI's "Load
+    Diffusion Model" opens; ``diffusers`` writes a folder for ``UNet2DConditionModel.from_pretrained``. dtype: ``fp16``,
+    ``bf16``, ``fp32``, or None to keep what is there.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {sorted(DTYPES)}")
+    names = layout(spelling).from_canonical(architecture.shapes)
+    tensors = {names[name]: weight.to(DTYPES.get(dtype, weight.dtype)) for name, weight in state_dict.items()}
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _MODELSPEC.get(architecture.family, "unet"),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title or Path(path).stem,
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.prediction_type": {"eps": "epsilon"}.get(prediction, prediction),
+        **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
+        **({"distill.plan": plan.to_json()} if plan else {}),
+        **(metadata or {}),
+    }
+    if spelling == "ldm":
+        write_tensors(path, tensors, header, overwrite=overwrite)
+        return
+    from .unet import diffusers_config
+
+    with atomic(path, overwrite=overwrite) as folder:
+        folder.mkdir()
+        write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, header)
+        write_text(folder / "config.json", json.dumps(diffusers_config(architecture), indent=2))

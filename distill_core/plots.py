@@ -1,0 +1,79 @@
+"""Loss curves and sample grids, drawn by matplotlib without any global state, so that a server thread may draw too."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "total": "#333333"}
+
+
+def figure(width_in: float, height_in: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure((width_in, height_in), layout="constrained", dpi=110)
+    FigureCanvasAgg(drawing)
+    return drawing
+
+
+def to_image(drawing: Figure) -> Image:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Moving geometric average over about ``span`` values, started without bias (Kingma & Ba 2015, Alg. 1), for log scales."""
+    average, weight, out = 0.0, 0.0, []
+    keep = 1 - 1 / max(1, span)
+    for value in values:
+        average = keep * average + (1 - keep) * math.log(max(value, 1e-12))
+        weight = keep * weight + (1 - keep)
+        out.append(math.exp(average / weight))
+    return out
+
+
+def draw_losses(axes: Axes, metrics: Sequence[Mapping[str, float]]) -> None:
+    """Each loss term over the steps: every step faint, smoothed bold, on a log scale."""
+    steps = [row["step"] for row in metrics]
+    for term, color in TERM_COLORS.items():
+        if metrics and term in metrics[0]:
+            values = [row[term] for row in metrics]
+            axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
+            axes.plot(steps, smooth(values, len(values) // 40), color=color, label=term, linewidth=1.8)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.25)
+    if metrics:
+        axes.legend(loc="upper right", framealpha=0.9)
+
+
+def loss_curve(metrics: Sequence[Mapping[str, float]], title: str = "") -> Image:
+    drawing = figure(6.4, 4.2)
+    axes = drawing.subplots()
+    draw_losses(axes, metrics)
+    axes.set_title(title, fontsize=11)
+    return to_image(drawing)
+
+
+def draw_grid(axes: Axes, pictures: Tensor, columns: int, title: str) -> None:
+    """Pictures (N, 1, H, W) in [-1, 1] as one grid with gaps, dark ink on white; a last row that is not full is left out."""
+    import torch.nn.functional as F
+    from einops import rearrange
+
+    whole = len(pictures) // columns * columns
+    framed = F.pad(pictures[:whole].clamp(-1, 1), (1, 1, 1, 1), value=-1)
+    axes.imshow(rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=columns).cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
+    axes.set_title(title, fontsize=11)
+    axes.set_axis_off()

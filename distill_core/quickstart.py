@@ -1,0 +1,278 @@
+"""The whole story on the bundled digits: sample the teacher, prune it, distil the student, compare, report."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import plots
+from .demo import digits
+from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
+from .denoiser import Denoiser
+from .evaluate import count_macs, frechet_distance
+from .files import atomic, open_unet, save_unet, write_text
+from .plan import name_map, preset, pruned
+from .run import Recipe, Run, distill
+from .sampling import sample
+
+NUM_SHOWN = 80  # digits per model in the picture, eight of each
+SAMPLE_BATCH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a quickstart does; the defaults take a few minutes on two CPU cores."""
+
+    preset: str = "bk-sdm-base"
+    """Plan to prune with."""
+    train_steps: int = 800
+    """Distillation steps."""
+    batch_size: int = 64
+    """Digits per distillation step."""
+    num_samples: int = 500
+    """Digits sampled from each model to judge it."""
+    sample_steps: int = 20
+    """Sampler steps a digit."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale."""
+    seed: int = 0
+    """Decides training and sampling noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model in the table of the report."""
+
+    model: str
+    parameters: int
+    gmacs: float
+    """Multiply-accumulates of one network evaluation, in units of 1e9."""
+    accuracy: float
+    """Share of samples the digit classifier takes for what was asked."""
+    frechet_distance: float
+    """Between the classifier's features of samples and of all real digits; lower is closer."""
+    ms_per_image: float
+
+
+def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
+    """Run the story into the folder ``out``; returns the table.
+
+    progress: anything with ``tqdm``'s ``update`` and ``set_description``, whose total is `work`. An interrupted
+    quickstart goes on where it was; ``ValueError`` if ``out`` holds a finished one.
+    """
+    if (out / "report.html").exists():
+        raise ValueError(f"{out} holds a finished quickstart; choose another --out, or delete it")
+    if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
+        raise ValueError(f"{out} exists and is not an unfinished quickstart; choose another --out")
+    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
+    teacher = load_denoiser(file)
+    mapping = name_map(file.architecture, plan)
+    recipe = Recipe(
+        total_steps=settings.train_steps,
+        batch_size=settings.batch_size,
+        learning_rate=1e-3,
+        lr_schedule="cosine",
+        warmup_steps=20,
+        weight_decay=1e-3,
+        seed=settings.seed,
+        save_every_steps=100,
+    )
+    run = Run(out / "run", recipe, {"plan": plan.name, "data": dataset.fingerprint})
+    start = out / "pruned.safetensors"
+    if not start.exists():
+        save_unet(
+            start,
+            mapping.apply(file.state_dict),
+            pruned(file.architecture, mapping),
+            plan=plan,
+            title=f"Digits teacher pruned by {plan.name}, not yet distilled",
+        )
+    student = load_denoiser(open_unet(start))
+
+    rows, pictures = [], {}
+    for name, denoiser in (("teacher", teacher), ("pruned only", student), ("distilled", student)):
+        if name == "distilled":
+            progress.set_description("distilling")
+            progress.update(run.step * _train_cost(settings))
+            distill(
+                run,
+                student=student,
+                teacher=teacher,
+                plan=plan,
+                dataset=dataset,
+                on_step=lambda _: progress.update(_train_cost(settings)),
+            )
+        progress.set_description(f"sampling: {name}")
+        row, pictures[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
+        rows.append(row)
+    title = f"Handwritten digits, distilled by {plan.name}"
+    save_unet(
+        out / "student.safetensors",
+        student.named_parameters(),
+        student.architecture,
+        dtype="fp16",
+        plan=plan,
+        title=title,
+        overwrite=True,
+    )
+    write_report(out, rows, pictures, run.metrics(), settings)
+    return rows
+
+
+def work(settings: Settings) -> int:
+    """Length of the whole story in network evaluations, for a progress bar."""
+    return 3 * settings.num_samples * settings.sample_steps * 2 + settings.train_steps * _train_cost(settings)
+
+
+def _train_cost(settings: Settings) -> int:
+    """One evaluation by the teacher; by the student one, and two more for its gradient."""
+    return 4 * settings.batch_size
+
+
+def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: None) -> tuple[Row, Tensor]:
+    """Sample a digits model and measure it; also returns the pictures (N, 1, 16, 16), labels 0..9 in turn."""
+    text, classifier = digits.DigitsTextEncoder.bundled(), digits.DigitsClassifier.bundled()
+    labels = torch.arange(settings.num_samples) % 10
+    context = text.captions([digits.caption(n) for n in range(10)])[labels]
+    noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))
+    started, latents = time.perf_counter(), []
+    for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH):
+        latents += sample(
+            denoiser,
+            context[part],
+            text.captions([""])[0],
+            noise=noise[part],
+            guidance=settings.guidance,
+            num_steps=settings.sample_steps,
+            on_step=partial(on_step, 2 * len(part)),
+        ).cpu()
+    seconds = time.perf_counter() - started
+    pictures = digits.decode(torch.stack(latents)).clamp(-1, 1)
+    real, _ = digits.load_digits()
+    with torch.no_grad():
+        distance = frechet_distance(classifier.features(pictures), classifier.features(real))
+    return Row(
+        model=name,
+        parameters=denoiser.architecture.num_parameters,
+        gmacs=count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS) / 1e9,
+        accuracy=digits.accuracy(classifier, pictures, labels),
+        frechet_distance=distance,
+        ms_per_image=1000 * seconds / settings.num_samples,
+    ), pictures
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "model": "model",
+    "parameters": "parameters",
+    "gmacs": "GMACs",
+    "accuracy": "accuracy",
+    "frechet_distance": "Fréchet distance",
+    "ms_per_image": "ms per image",
+}
+
+
+def cells(row: Row) -> list[str]:
+    return [
+        row.model,
+        f"{row.parameters:,}",
+        f"{row.gmacs:.4f}",
+        f"{row.accuracy:.1%}",
+        f"{row.frechet_distance:.2f}",
+        f"{row.ms_per_image:.1f}",
+    ]
+
+
+def draw_report(rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, settings: Settings):
+    drawing = plots.figure(11, 8)
+    drawing.suptitle(f"Distill quickstart: {settings.preset} on handwritten digits, guidance {settings.guidance:g}", fontsize=13)
+    top, bottom = drawing.subfigures(2, 1, height_ratios=(1, 0.95))
+    for axes, row in zip(top.subplots(1, len(rows)), rows, strict=True):
+        subtitle = f"{row.model}\n{row.parameters / 1e6:.2f} M parameters, {row.accuracy:.1%} read right"
+        # Ten columns, one for each digit.
+        plots.draw_grid(axes, pictures[row.model][:NUM_SHOWN], 10, subtitle)
+    curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.25))
+    plots.draw_losses(curve, metrics)
+    curve.set_title("distillation loss", fontsize=11)
+    table.set_axis_off()
+    table.set_title("same prompts, same seeds", fontsize=11)
+    grid = table.table(
+        [cells(row) for row in rows],
+        colLabels=[name.replace(" ", "\n", 1) for name in COLUMNS.values()],
+        loc="center",
+        cellLoc="center",
+    )
+    grid.auto_set_font_size(False)
+    grid.set_fontsize(9.5)
+    grid.scale(1, 2.4)
+    return drawing
+
+
+def write_report(out: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, settings: Settings) -> None:
+    """Write ``report.png``, ``report.json`` and, last, ``report.html``."""
+    with atomic(out / "report.png", overwrite=True) as made:
+        draw_report(rows, pictures, metrics, settings).savefig(made, format="png")
+    facts = {"settings": asdict(settings), "models": [asdict(row) for row in rows]}
+    write_text(out / "report.json", json.dumps(facts, indent=2))
+    picture = base64.b64encode((out / "report.png").read_bytes()).decode()
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values())
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>\n" for row in rows)
+    options = "".join(f"<li><code>{name}</code> = {value}</li>" for name, value in asdict(settings).items())
+    write_text(
+        out / "report.html",
+        _PAGE.format(head=head, body=body, picture=picture, options=options, summary=html.escape(summary(rows))),
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What came out, in one sentence."""
+    teacher, before, after = rows
+    return (
+        f"The student has {1 - after.parameters / teacher.parameters:.0%} fewer parameters and needs "
+        f"{1 - after.gmacs / teacher.gmacs:.0%} less arithmetic; {after.accuracy:.1%} of its digits are read right "
+        f"(teacher {teacher.accuracy:.1%}, straight after pruning {before.accuracy:.1%})."
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Distill quickstart</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
+img {{ max-width: 100% }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ padding: .4rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+code {{ background: #f4f4f4; padding: .1rem .3rem }}
+</style>
+<h1>Distill quickstart</h1>
+<p>{summary}</p>
+<img src="data:image/png;base64,{picture}" alt="Digits of teacher, pruned and distilled model, loss curves and table">
+<h2>Figures</h2>
+<table><thead><tr>{head}</tr></thead><tbody>
+{body}</tbody></table>
+<ul>
+<li><b>accuracy</b>: share of samples that a digit classifier takes for the digit that was asked for.</li>
+<li><b>Fréchet distance</b>: how far samples lie from the 1,797 real digits in the classifier's features; lower is closer.</li>
+<li><b>GMACs</b>: billions of multiply-accumulates in one evaluation of the network.</li>
+</ul>
+<h2>Files beside this page</h2>
+<ul>
+<li><code>student.safetensors</code>: the distilled student, fp16. <code>distill inspect student.safetensors</code> shows what is in it.</li>
+<li><code>pruned.safetensors</code>: the same network before distillation.</li>
+<li><code>run/</code>: recipe, loss of every step (<code>metrics.csv</code>), checkpoints.</li>
+<li><code>report.json</code>: the figures above.</li>
+</ul>
+<h2>Settings</h2>
+<ul>{options}</ul>
+</html>
+"""

@@ -1,0 +1,10 @@
+"""The nodes, one topic a file."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import demo, prune, save, train
+
+
+class DistillExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*demo.NODES, *prune.NODES, *train.NODES, *save.NODES]

@@ -1,0 +1,186 @@
+"""Distillation inside the graph."""
+
+import time
+
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..distill_core import plots
+from ..distill_core.files import open_unet
+from ..distill_core.objective import OBJECTIVES
+from ..distill_core.run import LR_SCHEDULES, Progress, Recipe, Run, distill
+from . import bridge
+
+SECONDS_BETWEEN_CURVES = 1.5
+
+
+class DistillTrainStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillTrainStep",
+            display_name="Distill Train Step",
+            category="distill",
+            description="Teaches a pruned student to answer as its teacher does. Each execution trains some steps of a named run "
+            "and saves it under output/distill_runs; queue again to go on. Cancel at any time: every finished step is kept. "
+            "A run that is complete returns its student at once.",
+            search_aliases=["distill", "train student", "knowledge distillation", "BK-SDM", "finetune"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("teacher", tooltip="The full model, as it went into Prune UNet Blocks. It is only read."),
+                io.Model.Input("student", tooltip="The pruned model, as it came out of Prune UNet Blocks."),
+                io.Latent.Input("latents", tooltip="Training images as latents: Make Training Dataset, a batch, or the demo's."),
+                io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
+                io.Conditioning.Input(
+                    "null_caption",
+                    optional=True,
+                    tooltip="The empty prompt, encoded. With it some captions are left out while training, so that the student "
+                    "learns the unconditional answer that guidance (cfg above 1) needs. Without it captions are never left out.",
+                ),
+                io.String.Input(
+                    "run_name",
+                    default="student",
+                    tooltip="Folder of the run under output/distill_runs. The same name goes on with the run; a new name starts anew.",
+                ),
+                io.Int.Input("total_steps", default=1000, min=1, max=10_000_000, tooltip="Steps until the run is complete."),
+                io.Int.Input(
+                    "steps_per_queue",
+                    default=1000,
+                    min=1,
+                    max=10_000_000,
+                    tooltip="Steps each execution trains. Fewer than the total: the graph shows a result sooner, queue it again to go on.",
+                ),
+                io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images a step. Lower it if memory runs out."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=5e-5,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    tooltip="Peak learning rate of AdamW. 0.00005 for Stable Diffusion, 0.001 for the demo.",
+                ),
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=list(LR_SCHEDULES),
+                    default="constant",
+                    tooltip="How the learning rate goes down over total_steps. With constant, total_steps may be raised later.",
+                ),
+                io.Combo.Input(
+                    "objective",
+                    options=list(OBJECTIVES),
+                    default="bk-sdm",
+                    tooltip="bk-sdm: task, output and feature losses, as published. task: plain fine-tuning without the teacher.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Decides data order, noise and timesteps. The same seed gives the same student.",
+                ),
+                io.Float.Input(
+                    "caption_dropout",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Share of captions replaced by the null caption, where one is connected.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip="Steps over which the learning rate rises from 0.",
+                ),
+                io.Int.Input(
+                    "save_every_steps",
+                    default=500,
+                    min=1,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip="Steps between checkpoints. The end, Cancel and errors save as well.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="student", tooltip="The student as trained so far: an ordinary MODEL."),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."),
+                io.Image.Output(display_name="loss_curve", tooltip="The loss curve as a picture."),
+                io.Int.Output(display_name="step", tooltip="Steps done so far."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, run_name=None, **_):
+        """The newest step on disk: a run that can go on is executed again, a complete one is not."""
+        folder = bridge.run_folder(run_name[0]) if run_name else None
+        return sorted(path.name for path in folder.glob("checkpoints/*")) if folder else None
+
+    @classmethod
+    def execute(
+        cls, teacher, student, latents, captions, run_name, steps_per_queue, null_caption=None, **settings
+    ) -> io.NodeOutput:
+        teacher, student, run_name, steps_per_queue = teacher[0], student[0], run_name[0], steps_per_queue[0]
+        recipe = Recipe(**{name: values[0] for name, values in settings.items()})
+        plan = bridge.same_shape(student, teacher)
+        with torch.inference_mode(False), torch.enable_grad():
+            data = bridge.dataset(latents, captions, null_caption, teacher)
+            origin = {
+                "teacher": bridge.model_fingerprint(teacher),
+                "student": bridge.model_fingerprint(student),
+                "data": data.fingerprint,
+                "plan": plan.name if plan else "none",
+            }
+            run = Run(bridge.run_folder(run_name), recipe, origin)
+            if not run.complete:
+                _train(run, teacher, student, plan, data, steps_per_queue, cls.hidden.unique_id)
+        architecture = bridge.architecture_of(student)
+        trained = bridge.make_student(open_unet(run.student_file).state_dict, architecture, student, plan)
+        metrics = run.metrics()
+        curve = bridge.to_image(plots.loss_curve(metrics, _title(run)))
+        bridge.show_text(
+            f"step {run.step} of {recipe.total_steps}: " + ("complete" if run.complete else "queue again to go on"),
+            cls.hidden.unique_id,
+        )
+        losses = {"loss": [row["total"] for row in metrics]}
+        return io.NodeOutput(trained, losses, curve, run.step, ui=ui.PreviewImage(curve, cls=cls))
+
+
+def _train(run: Run, teacher, student, plan, data, num_steps: int, node_id: str) -> None:
+    first = run.step
+    last = min(run.recipe.total_steps, first + num_steps)
+    bar = ProgressBar(last - first, node_id=node_id)
+    drawn = 0.0
+
+    def on_step(progress: Progress) -> None:
+        nonlocal drawn
+        preview = None
+        if time.monotonic() - drawn > SECONDS_BETWEEN_CURVES:
+            preview = ("JPEG", plots.loss_curve(run.metrics(), _title(run)), 640)
+            bridge.show_text(bridge.describe_progress(progress, last), node_id)
+            drawn = time.monotonic()
+        bar.update_absolute(progress.step - first, preview=preview)
+        bridge.throw_if_cancelled()
+
+    distill(
+        run,
+        student=bridge.trainable(student),
+        teacher=bridge.denoiser(teacher),
+        plan=plan,
+        dataset=data,
+        num_steps=num_steps,
+        on_step=on_step,
+    )
+
+
+def _title(run: Run) -> str:
+    return f"{run.folder.name}, {run.recipe.objective}"
+
+
+NODES = [DistillTrainStep]

@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from distill_core.cli import main
+from distill_core.demo.teacher import teacher_file
+from distill_core.files import open_unet, save_unet
+
+
+@pytest.fixture
+def teacher(small_teacher, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    save_unet(path, small_teacher.named_parameters(), small_teacher.architecture)
+    return path
+
+
+def test_prune_writes_a_student(teacher, tmp_path, capsys):
+    out = tmp_path / "student.safetensors"
+    assert main(["prune", str(teacher), str(out), "--preset", "bk-sdm-small", "--dtype", "fp16"]) == 0
+    assert open_unet(out).dtype == "f16" and open_unet(out).plan.name == "bk-sdm-small"
+    assert "fewer than the teacher" in capsys.readouterr().out
+
+
+def test_prune_takes_a_plan_file(teacher, tmp_path):
+    (tmp_path / "plan.json").write_text('{"name": "mine", "remove": ["mid"]}')
+    assert main(["prune", str(teacher), str(tmp_path / "s"), "--plan", str(tmp_path / "plan.json"), "--layout", "diffusers"]) == 0
+    assert open_unet(tmp_path / "s").spelling == "diffusers"
+
+
+def test_inspect_and_presets_print_json(teacher, capsys):
+    assert main(["inspect", str(teacher), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["family"] == "sd1" and len(facts["stages"]) == 8
+    assert main(["presets", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"]
+
+
+def test_inspect_reads_the_demo(capsys):
+    assert main(["inspect", str(teacher_file().path)]) == 0
+    assert "2,199,268" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["prune", "nowhere.safetensors", "{tmp}/o", "--preset", "bk-sdm-base"], "nowhere.safetensors does not exist"),
+        (["prune", "{teacher}", "{teacher}", "--preset", "bk-sdm-base"], "exists already"),
+        (["prune", "{teacher}", "{tmp}/o", "--plan", "nowhere.json"], "cannot read nowhere.json"),
+        (["prune", "{teacher}", "{teacher}/o", "--preset", "bk-sdm-base"], "cannot write"),
+        (["inspect", "{tmp}"], "does not exist"),
+        (["quickstart", "--out", "{tmp}"], "is not an unfinished quickstart"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_2(arguments, message, teacher, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert main([a.format(teacher=teacher, tmp=tmp_path) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("distill: ") and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [["prune", "a", "b"], ["prune", "a", "b", "--preset", "bk"], ["quickstart", "--steps", "0"],
+                                       ["quickstart", "--samples", "3"], ["frobnicate"], []])  # fmt: skip
+def test_bad_options_exit_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["", "quickstart", "presets", "inspect", "prune"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0 and capsys.readouterr().out
+
+
+def test_the_library_imports_lightly():
+    """Nothing heavy beyond torch comes in with the package; counted in modules, since seconds depend on the machine."""
+    code = "import torch, sys; import distill_core.cli, distill_core.run, distill_core.quickstart; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"diffusers", "transformers", "peft", "matplotlib", "torchvision", "sklearn", "PIL"}
+    assert not heavy & {name.split(".")[0] for name in loaded}

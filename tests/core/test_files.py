@@ -1,0 +1,166 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill_core.files import atomic, open_unet, save_unet, write_tensors
+from distill_core.layouts import LAYOUTS
+from distill_core.plan import PruningPlan, name_map, preset
+from distill_core.prune import prune_file
+from distill_core.unet import load_unet
+
+
+@pytest.fixture
+def teacher_path(small_teacher, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    save_unet(path, small_teacher.named_parameters(), small_teacher.architecture)
+    return path
+
+
+@pytest.mark.parametrize("spelling", LAYOUTS)
+@pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
+def test_kept_weights_are_bit_equal_and_both_layouts_agree(name, spelling, teacher_path, small_teacher, tmp_path, batch):
+    out = tmp_path / "student"
+    prune_file(open_unet(teacher_path), out, preset(name), spelling=spelling)
+    student, weights = open_unet(out), small_teacher.named_parameters()
+    mapping = name_map(small_teacher.architecture, preset(name))
+    inherited = mapping.apply({n: n for n in small_teacher.architecture.shapes})
+    assert set(student.state_dict) == set(inherited)
+    for student_name, teacher_name in inherited.items():
+        assert torch.equal(student.state_dict[student_name], weights[teacher_name])
+    # What was written in the one layout answers as what diffusers loads from the other.
+    x, t, context = batch
+    other = tmp_path / "other"
+    save_unet(other, student.state_dict, student.architecture, spelling="diffusers")
+    from diffusers import UNet2DConditionModel
+
+    theirs = UNet2DConditionModel.from_pretrained(other).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(load_unet(student)(x, t, context).sample, theirs(x, t, context).sample, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("spelling", LAYOUTS)
+def test_every_spelling_of_a_checkpoint_reads_the_same(prefix, spelling, small_teacher, tmp_path):
+    weights = small_teacher.named_parameters()
+    names = LAYOUTS[spelling].from_canonical(weights)
+    tensors = {prefix + names[n]: w.detach().contiguous() for n, w in weights.items()}
+    tensors["first_stage_model.decoder.conv_in.weight"] = torch.zeros(3)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    if not prefix:
+        tensors.pop("first_stage_model.decoder.conv_in.weight")
+        save_file(tensors, path)
+    file = open_unet(path)
+    assert file.architecture.shapes == small_teacher.architecture.shapes
+    assert all(torch.equal(file.state_dict[n], w) for n, w in weights.items())
+
+
+def test_metadata_tells_plan_prediction_and_dtype(small_teacher, tmp_path):
+    plan = preset("bk-sdm-base")
+    path = tmp_path / "s.safetensors"
+    weights = {n: w for n, w in small_teacher.named_parameters().items()}
+    save_unet(path, weights, small_teacher.architecture, dtype="bf16", prediction="v", plan=plan)
+    file = open_unet(path)
+    assert (file.prediction, file.dtype, file.plan.remove) == ("v", "bf16", plan.remove)
+
+
+def test_pruned_file_names_teacher_and_plan(teacher_path, tmp_path):
+    prune_file(open_unet(teacher_path), tmp_path / "s.safetensors", preset("bk-sdm-tiny"))
+    metadata = open_unet(tmp_path / "s.safetensors").metadata
+    assert json.loads(metadata["distill.plan"])["name"] == "bk-sdm-tiny"
+    assert len(metadata["distill.teacher"]) == 16
+
+
+# --- bad input
+
+
+def damaged(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda d, t: d / "nowhere.safetensors", "does not exist"),
+        (lambda d, t: damaged(d / "notes.txt", b"hello there, this is text"), "not a safetensors file"),
+        (lambda d, t: damaged(d / "empty.safetensors", b""), "not a safetensors file"),
+        (lambda d, t: damaged(d / "cut.safetensors", t.read_bytes()[:-1000]), "cut short or damaged"),
+        (lambda d, t: damaged(d / "header.safetensors", t.read_bytes()[:100]), "cut short or damaged"),
+        (lambda d, t: damaged(d / "model.ckpt", b"\x80\x02}q."), "pickle checkpoint"),
+        (lambda d, t: damaged(d / "renamed.safetensors", b"PK\x03\x04" + bytes(100)), "pickle checkpoint despite its name"),
+        (lambda d, t: d, "does not exist"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_in_one_sentence(make, message, teacher_path, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_unet(make(tmp_path, teacher_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_family_is_refused(tmp_path):
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match="flux.safetensors.*no Stable Diffusion UNet"):
+        open_unet(tmp_path / "flux.safetensors")
+
+
+def test_nothing_is_overwritten_unless_asked(teacher_path, tmp_path):
+    before = teacher_path.read_bytes()
+    with pytest.raises(ValueError, match="exists already"):
+        prune_file(open_unet(teacher_path), teacher_path, preset("bk-sdm-base"))
+    assert teacher_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failed_write_leaves_nothing(failure, tmp_path):
+    with pytest.raises(type(failure)), atomic(tmp_path / "file") as made:
+        made.write_text("half")
+        raise failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_overwrite_keeps_the_old_file(tmp_path):
+    write_tensors(tmp_path / "f", {"a": torch.ones(2)})
+    with pytest.raises(RuntimeError), atomic(tmp_path / "f", overwrite=True) as made:
+        made.write_text("half")
+        raise RuntimeError
+    assert torch.equal(load_file(tmp_path / "f")["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*choose another folder"):
+        write_tensors(tmp_path / "file" / "student.safetensors", {"a": torch.ones(2)})
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full") or os.geteuid() != 0, reason="needs a file system that can be made full")
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """On a tiny file system of its own, where the machine lets us mount one."""
+    import subprocess
+
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(OSError, match="cannot write .*(No space|os error 28)"):
+            write_tensors(folder / "big.safetensors", {"a": torch.ones(100_000)})
+        assert list(folder.iterdir()) == []
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_files_are_readable_by_others(tmp_path):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "f", {"a": torch.ones(2)})
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_plan_of_ones_own(teacher_path, tmp_path):
+    student = prune_file(open_unet(teacher_path), tmp_path / "s", PruningPlan(name="mine", remove=("mid", "down.0.attn.*")))
+    assert "mid.resnet.0" not in student.modules and "down.0.attn.0" not in student.modules

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+from safetensors import safe_open
+
+from distill_core.files import open_unet
+from distill_core.quickstart import Settings, quickstart, work
+
+TINY = Settings(train_steps=6, batch_size=8, num_samples=60, sample_steps=2)
+
+
+class Bar:
+    """A progress bar that counts, and cancels where told."""
+
+    def __init__(self, cancel_at=None):
+        self.count, self.cancel_at = 0, cancel_at
+
+    def update(self, amount):
+        self.count += amount
+        if self.cancel_at is not None and self.count >= self.cancel_at:
+            raise KeyboardInterrupt
+
+    def set_description(self, text):
+        pass
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out, bar = tmp_path_factory.mktemp("quickstart") / "out", Bar()
+    return out, quickstart(out, TINY, bar), bar
+
+
+def test_it_leaves_a_report_a_student_and_the_run(finished):
+    out, rows, _ = finished
+    assert {p.name for p in out.iterdir()} == {"report.html", "report.png", "report.json", "student.safetensors",
+                                               "pruned.safetensors", "run"}  # fmt: skip
+    facts = json.loads((out / "report.json").read_text())
+    assert [m["model"] for m in facts["models"]] == ["teacher", "pruned only", "distilled"]
+    page = (out / "report.html").read_text()
+    assert f"{rows[0].parameters:,}" in page and "data:image/png;base64," in page and "{" not in page.split("</style>")[1]
+    with safe_open(out / "student.safetensors", "pt") as file:
+        assert "input_blocks.0.0.weight" in file.keys()
+    assert open_unet(out / "student.safetensors").architecture.num_parameters == rows[2].parameters < rows[0].parameters
+
+
+def test_the_progress_bar_ends_full(finished):
+    assert finished[2].count == work(TINY)
+
+
+def test_a_finished_one_is_not_done_again(finished):
+    with pytest.raises(ValueError, match="finished quickstart"):
+        quickstart(finished[0], TINY, Bar())
+
+
+def test_an_interrupted_one_ends_as_the_uninterrupted(finished, tmp_path):
+    sampled = TINY.num_samples * TINY.sample_steps * 2
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(tmp_path / "out", TINY, Bar(cancel_at=2 * sampled + 4 * TINY.batch_size * 2))
+    bar = Bar()
+    rows = quickstart(tmp_path / "out", TINY, bar)
+    assert [(r.accuracy, r.frechet_distance) for r in rows] == [(r.accuracy, r.frechet_distance) for r in finished[1]]
+    assert bar.count == work(TINY)

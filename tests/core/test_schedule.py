@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from distill_core.schedule import PREDICTIONS, NoiseSchedule, from_sigmas, prediction, scaled_linear
+
+
+@pytest.fixture
+def noised():
+    schedule = scaled_linear()
+    random = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(6, 4, 8, 8, generator=random, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([0, 1, 250, 500, 998, 999])
+    return x0, eps, schedule.add_noise(x0, eps, t), schedule.at(t, x0)
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_target_and_conversions_are_inverses(name, noised):
+    x0, eps, x_t, coefficients = noised
+    kind = prediction(name)
+    output = kind.target(x0, eps, coefficients)
+    torch.testing.assert_close(kind.to_x0(output, x_t, coefficients), x0)
+    torch.testing.assert_close(kind.to_eps(output, x_t, coefficients), eps)
+
+
+def test_scaled_linear_is_the_schedule_of_stable_diffusion():
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    torch.testing.assert_close(scaled_linear().alphas_cumprod.float(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_sigmas_lead_back_to_the_schedule():
+    schedule = scaled_linear()
+    sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
+    torch.testing.assert_close(from_sigmas(sigmas).alphas_cumprod, schedule.alphas_cumprod)
+
+
+def test_noise_preserves_variance_at_every_timestep():
+    schedule = scaled_linear()
+    alpha, sigma = schedule.at(torch.arange(1000), torch.zeros(1000, 1))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, 1))
+
+
+def test_a_table_that_is_no_schedule_is_refused():
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        NoiseSchedule(torch.tensor([0.1, 0.5]))
+
+
+def test_unknown_prediction_lists_the_choices():
+    with pytest.raises(ValueError, match="eps.*v.*x0"):
+        prediction("epsilon")
