@@ -255,8 +255,7 @@ def show_text(text: str, node_id: str) -> None:
     """A line of text on the node itself, replaced by the next."""
     from server import PromptServer
 
-    if PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    PromptServer.instance.send_progress_text(text, node_id)
 
 
 def describe_progress(progress: Progress, last_step: int) -> str:

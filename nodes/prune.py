@@ -37,7 +37,7 @@ class PruneUNetBlocks(io.ComfyNode):
     def execute(cls, model, preset: str) -> io.NodeOutput:
         student = bridge.prune_model(model, _plan(preset))
         before, after = (bridge.architecture_of(m).num_parameters for m in (model, student))
-        summary = f"{preset}: {after / 1e6:,.2f} M parameters, {1 - after / before:.0%} fewer than {before / 1e6:,.2f} M"
+        summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
         bridge.show_text(summary, cls.hidden.unique_id)
         return io.NodeOutput(student, summary)
 

@@ -1,0 +1,16 @@
+import pytest
+
+from .. import comfyui
+
+
+@pytest.fixture(scope="session")
+def comfyui_path():
+    if (path := comfyui.find()) is None or comfyui.python(path) is None:
+        pytest.skip(comfyui.HOW_TO_GET_IT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path, tmp_path_factory):
+    with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), tmp_path_factory.mktemp("comfyui")) as running:
+        yield running

@@ -1,0 +1,219 @@
+"""The nodes in a running ComfyUI, on the demo."""
+
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill_core.demo.teacher import teacher_file
+from distill_core.files import open_unet
+from distill_core.plan import name_map, preset
+
+PROMPT = {
+    "teacher": {"class_type": "DistillLoadDemoTeacher", "inputs": {}},
+    "prune": {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["teacher", 0], "preset": "bk-sdm-base"}},
+    "seven": {"class_type": "CLIPTextEncode", "inputs": {"text": "the digit seven", "clip": ["teacher", 1]}},
+    "empty": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["teacher", 1]}},
+    "noise": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
+}
+TRAIN = {
+    "teacher": ["teacher", 0], "student": ["prune", 0], "latents": ["teacher", 3], "captions": ["teacher", 4],
+    "null_caption": ["empty", 0], "total_steps": 6, "steps_per_queue": 3, "batch_size": 4, "learning_rate": 1e-3,
+    "lr_schedule": "cosine", "objective": "bk-sdm", "seed": 0, "caption_dropout": 0.1, "warmup_steps": 0, "save_every_steps": 2,
+}  # fmt: skip
+
+
+def train(run_name, **changes):
+    return {"class_type": "DistillTrainStep", "inputs": TRAIN | {"run_name": run_name} | changes}
+
+
+def save(model, prefix, **changes):
+    inputs = {"model": model, "filename_prefix": prefix, "dtype": "fp32", "layout": "ldm"} | changes
+    return {"class_type": "DistillSaveDistilledModel", "inputs": inputs}
+
+
+def sampled(model, prefix, **changes):
+    """KSampler and Save Latent for a model."""
+    inputs = {"model": model, "positive": ["seven", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 0,
+              "steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
+    return {
+        f"sample {prefix}": {"class_type": "KSampler", "inputs": inputs | changes},
+        f"keep {prefix}": {"class_type": "SaveLatent", "inputs": {"samples": [f"sample {prefix}", 0], "filename_prefix": prefix}},
+    }
+
+
+def newest(server, pattern):
+    return max(server.output.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_stock_nodes_draw_digits_with_the_demo_teacher(server):
+    from distill_core.demo import digits
+
+    prompt = {
+        **PROMPT,
+        "many": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 20}},
+        **sampled(["teacher", 0], "demo", latent_image=["many", 0], steps=12),
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample demo", 0], "vae": ["teacher", 2]}},
+        "show": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "demo"}},
+    }
+    result = server.run(prompt)
+    assert result.succeeded and len(result.outputs["show"]["images"]) == 20
+    latents = load_file(newest(server, "demo_*.latent"))["latent_tensor"]
+    classifier = digits.DigitsClassifier.bundled()
+    assert digits.accuracy(classifier, digits.decode(latents), torch.full((20,), 7)) >= 0.9
+    # The picture is the latent, at 64 pixels.
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(server.output / result.outputs["show"]["images"][0]["filename"]).convert("L"))
+    expected = digits.decode(latents)[0, 0].clamp(-1, 1).add(1).mul(127.5)
+    assert pixels.shape == (64, 64) and np.abs(pixels[2::4, 2::4] - expected.numpy()).max() <= 2
+
+
+def test_pruned_model_is_the_teachers_weights_and_the_teacher_stays(server):
+    result = server.run({**PROMPT, "save": save(["prune", 0], "pruned"), "keep": save(["teacher", 0], "teacher", dtype="fp16")})
+    assert result.succeeded
+    teacher = teacher_file()
+    mapping = name_map(teacher.architecture, preset("bk-sdm-base"))
+    expected = mapping.apply(teacher.state_dict)
+    student = open_unet(newest(server, "pruned_*.safetensors"))
+    assert student.plan.remove == preset("bk-sdm-base").remove
+    assert all(torch.equal(student.state_dict[n], w.float()) for n, w in expected.items())
+    assert all(
+        torch.equal(open_unet(newest(server, "teacher_*.safetensors")).state_dict[n], w) for n, w in teacher.state_dict.items()
+    )
+
+
+def test_the_graph_trains_saves_and_goes_on(server):
+    """Three of six steps a queue, as the CLI's engine would: the same folder, bit-equal weights, instant when complete."""
+    prompt = {**PROMPT, "train": train("goes on"), "save": save(["train", 0], "on/student"), **sampled(["train", 0], "student")}
+    folder = server.output / "distill_runs" / "goes on"
+    steps = []
+    for _ in range(2):
+        assert server.run(prompt).succeeded
+        steps.append(sorted(int(p.name) for p in (folder / "checkpoints").iterdir())[-1])
+    assert steps == [3, 6]
+    in_graph = load_file(newest(server, "on/student_*.safetensors"))
+    on_disk = load_file(folder / "checkpoints" / "00000006" / "student.safetensors")
+    assert in_graph.keys() == on_disk.keys() and all(torch.equal(in_graph[n], on_disk[n]) for n in on_disk)
+    metrics = (folder / "metrics.csv").read_bytes()
+    third, fourth = server.run(prompt), server.run(prompt)
+    assert third.succeeded and fourth.succeeded and "train" in fourth.cached
+    assert (folder / "metrics.csv").read_bytes() == metrics
+    # In one go it comes to the same.
+    assert server.run({**PROMPT, "train": train("in one", steps_per_queue=6), "s": save(["train", 0], "one/student")}).succeeded
+    in_one = load_file(newest(server, "one/student_*.safetensors"))
+    assert all(torch.equal(in_one[n], on_disk[n]) for n in on_disk)
+
+
+def test_cancel_keeps_every_finished_step(server):
+    long = {"total_steps": 400, "steps_per_queue": 400, "save_every_steps": 500, "lr_schedule": "constant"}
+    prompt = {**PROMPT, "train": train("cancelled", **long), "save": save(["train", 0], "cancelled")}
+    metrics = server.output / "distill_runs" / "cancelled" / "metrics.csv"
+    prompt_id = server.queue(prompt)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    server.post("interrupt", {})
+    assert server.wait(prompt_id).interrupted
+    done = len(metrics.read_text().splitlines()) - 1
+    (checkpoint,) = (metrics.parent / "checkpoints").iterdir()
+    assert 5 <= done < 400 and int(checkpoint.name) == done
+    assert not list(server.output.glob("cancelled_*"))
+    # Queued again it goes on from there, and the server is well.
+    shorter = train("cancelled", **long | {"steps_per_queue": 2})
+    assert server.run({**PROMPT, "train": shorter, "save": save(["train", 0], "cancelled")}).succeeded
+    assert len(metrics.read_text().splitlines()) - 1 == done + 2
+
+
+def test_training_leaves_teacher_and_pruned_student_as_they_were(server):
+    before = {**PROMPT, **sampled(["teacher", 0], "t before"), **sampled(["prune", 0], "p before")}
+    after = {**PROMPT, "train": train("beside", seed=5), "x": save(["train", 0], "x"),
+             **sampled(["teacher", 0], "t after", seed=0), **sampled(["prune", 0], "p after", seed=0)}  # fmt: skip
+    assert server.run(before).succeeded and server.run(after).succeeded
+    for who in "tp":
+        first, second = (load_file(newest(server, f"{who} {when}_*.latent"))["latent_tensor"] for when in ("before", "after"))
+        assert torch.equal(first, second)
+
+
+def test_core_nodes_train_and_load_a_lora_on_a_student(server):
+    """ComfyUI reloads a MODEL to train on it; what it reloads must be the student, not the teacher."""
+    prompt = {
+        **PROMPT,
+        "pick": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "train": train("lora base"),
+        "lora": {"class_type": "TrainLoraNode", "inputs": {
+            "model": ["train", 0], "latents": ["pick", 0], "positive": ["seven", 0], "batch_size": 1, "grad_accumulation_steps": 1,
+            "steps": 2, "learning_rate": 1e-3, "rank": 4, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0,
+            "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA",
+            "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]",
+            "bucket_mode": False, "bypass_mode": False}},
+        "load": {"class_type": "LoraModelLoader",
+                 "inputs": {"model": ["train", 0], "lora": ["lora", 0], "strength_model": 1.0, "bypass": False}},
+        **sampled(["load", 0], "with lora"),
+        "loss": {"class_type": "LossGraphNode", "inputs": {"loss": ["train", 1], "filename_prefix": "loss"}},
+    }  # fmt: skip
+    result = server.run(prompt)
+    assert result.succeeded, result.error
+    assert load_file(newest(server, "with lora_*.latent"))["latent_tensor"].isfinite().all()
+
+
+def test_datasets_of_stock_nodes_are_taken_in_every_layout(server):
+    """One LATENT of many with one caption for all, as a batch gives; and lists from Make Training Dataset."""
+    pictures = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 3, "color": 8421504}}
+    encoded = {"class_type": "VAEEncode", "inputs": {"pixels": ["pictures", 0], "vae": ["teacher", 2]}}
+    made = {"class_type": "MakeTrainingDataset",
+            "inputs": {"images": ["pictures", 0], "vae": ["teacher", 2], "clip": ["teacher", 1], "texts": "the digit one"}}  # fmt: skip
+    for name, data in {"batch": (["encoded", 0], ["seven", 0]), "made": (["made", 0], ["made", 1])}.items():
+        step = train(f"layout {name}", latents=data[0], captions=data[1], total_steps=1)
+        result = server.run(
+            {**PROMPT, "pictures": pictures, "encoded": encoded, "made": made, "train": step, "s": save(["train", 0], name)}
+        )
+        assert result.succeeded, result.error
+
+
+def test_diffusers_layout_is_written_as_a_folder(server):
+    from diffusers import UNet2DConditionModel
+
+    assert server.run({**PROMPT, "save": save(["prune", 0], "folder/student", layout="diffusers")}).succeeded
+    network = UNet2DConditionModel.from_pretrained(newest(server, "folder/student_*"))
+    assert (
+        sum(p.numel() for p in network.parameters()) == open_unet(newest(server, "folder/student_*")).architecture.num_parameters
+    )
+
+
+# --- bad input: one clear sentence, and nothing half-written
+
+TWICE = {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["prune", 0], "preset": "bk-sdm-base"}}
+SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 3}}
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"x": save(["again", 0], "x"), "again": TWICE}, "has been pruned already"),
+        ({"x": save(["teacher", 0], "../../evil")}, "leads out of the output folder"),
+        ({"x": save(["t", 0], "x"), "t": train("../evil")}, "must be a plain name"),
+        ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not belong together"),
+        ({"x": save(["t", 0], "x"), "t": train("b", latents=["small", 0], captions=["teacher", 4]), "small": SMALL}, "3 latents but 1797 captions"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_sentence(change, message, server):
+    before = sorted(server.output.rglob("*"))
+    result = server.run({**PROMPT, **change})
+    assert message in result.error and "\n" not in result.error
+    assert [p for p in sorted(server.output.rglob("*")) if p not in before and p.is_file()] == []
+
+
+def test_a_run_with_other_settings_is_refused(server):
+    first = {**PROMPT, "train": train("settled", total_steps=1), "s": save(["train", 0], "settled")}
+    assert server.run(first).succeeded
+    first["train"]["inputs"]["learning_rate"] = 5e-4
+    assert "'settled' was started with learning_rate = 0.001, now it is 0.0005" in server.run(first).error
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(server):
+    (server.output / "blocked").write_text("a file where a folder should be")
+    result = server.run({**PROMPT, "save": save(["prune", 0], "blocked/student")})
+    assert "cannot write" in result.error and (server.output / "blocked").read_text().startswith("a file")

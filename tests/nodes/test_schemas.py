@@ -1,0 +1,62 @@
+"""What every node owes its user."""
+
+import pytest
+
+from ..comfyui import ROOT
+
+NAMES = {
+    "DistillLoadDemoTeacher": "Load Demo Teacher",
+    "DistillPruneUNetBlocks": "Prune UNet Blocks",
+    "DistillTrainStep": "Distill Train Step",
+    "DistillSaveDistilledModel": "Save Distilled Model",
+}
+
+
+@pytest.fixture(scope="module")
+def nodes(server):
+    return {name: info for name, info in server.get("object_info").items() if info["category"] == "distill"}
+
+
+def test_the_nodes_have_their_names(nodes):
+    assert {name: info["display_name"] for name, info in nodes.items()} == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_explains_itself(name, nodes):
+    info = nodes[name]
+    assert len(info["description"]) > 60 and len(info["search_aliases"]) >= 3
+    assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])
+    assert (ROOT / "web" / "docs" / f"{name}.md").exists()
+    for section in info["input"].values():
+        for field, (kind, *options) in section.items():
+            if section is not info["input"].get("hidden"):
+                assert options and options[0].get("tooltip"), f"{field} has no tooltip"
+                if kind in ("INT", "FLOAT"):
+                    assert (
+                        options[0]["min"] < options[0]["max"] and options[0]["min"] <= options[0]["default"] <= options[0]["max"]
+                    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_few_widgets_are_visible(name, nodes):
+    widgets = [
+        options
+        for section in ("required", "optional")
+        for kind, *options in nodes[name]["input"].get(section, {}).values()
+        if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    ]
+    assert len([w for w in widgets if not w[0].get("advanced")]) <= 12
+
+
+def test_help_pages_are_served(server):
+    import urllib.request
+
+    for name in NAMES:
+        url = f"http://127.0.0.1:{server.port}/extensions/distill-nodes/docs/{name}.md"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.read().startswith(b"# ")
+
+
+def test_the_pack_loads_without_complaint(server):
+    about_us = [line for line in server.log.read_text().split("Starting server")[0].splitlines() if "distill-nodes" in line]
+    assert about_us and not [line for line in about_us if "FAILED" in line or "Traceback" in line or "WARNING" in line]

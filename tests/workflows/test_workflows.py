@@ -1,0 +1,63 @@
+"""The shipped workflows, run unchanged by comfy-cli on a real server."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .. import comfyui
+from ..nodes.conftest import comfyui_path, server  # noqa: F401
+
+WORKFLOWS = comfyui.ROOT / "workflows"
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_workflow_uses_known_nodes_and_has_its_picture(path, server):  # noqa: F811
+    assert path.with_suffix(".jpg").exists()
+    known = server.get("object_info")
+    graph = json.loads(path.read_text())
+    used = {node["type"] for node in graph["nodes"]} - {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
+    assert used <= known.keys()
+    for node in graph["nodes"]:
+        if node["type"].startswith("Distill"):
+            names = [*known[node["type"]]["input"].get("required", {}), *known[node["type"]]["input"].get("optional", {})]
+            assert {entry["name"] for entry in node["inputs"]} <= set(names)
+
+
+def test_the_workflows_are_in_the_template_browser(server):  # noqa: F811
+    listed = server.get("workflow_templates")["distill-nodes"]
+    assert sorted(listed) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+
+def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
+    comfy = shutil.which("comfy", path=str(Path(sys.executable).parent)) or shutil.which("comfy")
+    if comfy is None:
+        pytest.skip("comfy-cli is not installed: pip install comfy-cli")
+    command = [comfy, "--skip-prompt", "run", "--workflow", "workflows/quickstart_digits.json", "--wait",
+               "--host", "127.0.0.1", "--port", str(server.port), "--timeout", "900"]  # fmt: skip
+    run = subprocess.run(command, cwd=comfyui.ROOT, capture_output=True, text=True, env=comfyui.quiet_environment())
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    # The saved file is the student the graph produced.
+    (saved,) = (server.output / "diffusion_models").glob("digits_student_*.safetensors")
+    checkpoint = max((server.output / "distill_runs" / "quickstart-digits" / "checkpoints").iterdir())
+    ours, theirs = load_file(saved), load_file(checkpoint / "student.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n].half()) for n in ours)
+
+    # Its pictures are what the teacher's are, those of the pruned model are not.
+    from PIL import Image
+
+    from distill_core.demo import digits
+
+    def read(name):
+        files = sorted((server.output / "distill").glob(f"{name}_*.png"))
+        pixels = torch.stack([torch.tensor(list(Image.open(f).convert("L").getdata())).reshape(1, 64, 64) for f in files])
+        pictures = torch.nn.functional.avg_pool2d(pixels / 127.5 - 1, 4)
+        return digits.accuracy(digits.DigitsClassifier.bundled(), pictures, torch.full((len(files),), 7))
+
+    assert read("teacher") >= 0.85 and read("distilled") >= 0.85 and read("pruned") <= 0.5
