@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from ..distill_core.schedule import NoiseSchedule, from_sigmas
 
 PLAN = "distill_plan"  # attachment of a MODEL: the plan it was pruned with
 LDM = layout("ldm")
+TRAINING_BYTES_PER_PARAMETER = 16  # float32 weight, gradient, and two moments of AdamW
 
 
 # --- MODEL ----------------------------------------------------------------------------------------------------------
@@ -107,9 +109,10 @@ def build_model(
 def make_student(
     state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, plan: PruningPlan | None
 ) -> ModelPatcher:
-    """A finished student MODEL: the teacher's sampling, its plan attached, and ready to be reloaded by ComfyUI."""
+    """A finished student MODEL: the teacher's precision and sampling, its plan attached, and ready to be reloaded by ComfyUI."""
     config_class, sampling = type(teacher.model.model_config), teacher.get_model_object("model_sampling")
-    dtype = next(iter(state_dict.values())).dtype
+    dtype = teacher.model.get_dtype_inference()
+    state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
         student = build_model(state_dict, architecture, config_class, dtype=dtype, disable_dynamic=disable_dynamic)
@@ -159,8 +162,18 @@ def trainable(student: ModelPatcher) -> ComfyDenoiser:
         dtype=torch.float32,
         disable_dynamic=True,
     )
-    copy.model.diffusion_model.to(student.load_device)
+    device = student.load_device
+    if not comfy.model_management.is_device_cpu(device):
+        num_parameters = sum(parameter.numel() for parameter in copy.model.diffusion_model.parameters())
+        comfy.model_management.free_memory(TRAINING_BYTES_PER_PARAMETER * num_parameters, device)
+    copy.model.diffusion_model.to(device)
     return _wrap(copy, student)
+
+
+def release_memory() -> None:
+    """Hand memory that training held back to the device."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 def _wrap(model: ModelPatcher, sampling_of: ModelPatcher) -> ComfyDenoiser:

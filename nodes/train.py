@@ -13,6 +13,7 @@ from ..distill_core.run import LR_SCHEDULES, Progress, Recipe, Run, distill
 from . import bridge
 
 SECONDS_BETWEEN_CURVES = 1.5
+SHARE_OF_TIME_FOR_CURVES = 0.05
 
 
 class DistillTrainStep(io.ComfyNode):
@@ -156,27 +157,25 @@ def _train(run: Run, teacher, student, plan, data, num_steps: int, node_id: str)
     first = run.step
     last = min(run.recipe.total_steps, first + num_steps)
     bar = ProgressBar(last - first, node_id=node_id)
-    drawn = 0.0
+    next_curve = 0.0
 
     def on_step(progress: Progress) -> None:
-        nonlocal drawn
-        preview = None
-        if time.monotonic() - drawn > SECONDS_BETWEEN_CURVES:
+        nonlocal next_curve
+        preview, started = None, time.monotonic()
+        if started >= next_curve:
             preview = ("JPEG", plots.loss_curve(run.metrics(), _title(run)), 640)
             bridge.show_text(bridge.describe_progress(progress, last), node_id)
-            drawn = time.monotonic()
+            finished = time.monotonic()
+            next_curve = finished + max(SECONDS_BETWEEN_CURVES, (finished - started) / SHARE_OF_TIME_FOR_CURVES)
         bar.update_absolute(progress.step - first, preview=preview)
         bridge.throw_if_cancelled()
 
-    distill(
-        run,
-        student=bridge.trainable(student),
-        teacher=bridge.denoiser(teacher),
-        plan=plan,
-        dataset=data,
-        num_steps=num_steps,
-        on_step=on_step,
-    )
+    try:
+        student, teacher = bridge.trainable(student), bridge.denoiser(teacher)
+        distill(run, student=student, teacher=teacher, plan=plan, dataset=data, num_steps=num_steps, on_step=on_step)
+    finally:
+        del student, teacher
+        bridge.release_memory()
 
 
 def _title(run: Run) -> str:
