@@ -26,10 +26,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def count_macs(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_tokens: int) -> int:
     """Multiply-accumulates of one forward pass at batch 1, attention included, counted on the running network."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.zeros(1, *latent_shape, device=denoiser.device, dtype=denoiser.dtype)
     context = x.new_zeros(1, num_tokens, denoiser.architecture.context_width)
-    with FlopCounterMode(display=False) as counter:
+    # Plain matrix products: some versions of torch do not count the fused attention of some devices.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         denoiser(x, torch.zeros(1, dtype=torch.long, device=x.device), context)
     return counter.get_total_flops() // 2

@@ -79,7 +79,7 @@ def open_unet(path: Path | str) -> UNetFile:
         try:
             spelling, prefix = find_unet(shapes)
             shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix) or not prefix}
-            architecture = Architecture.from_state_dict(shapes, _head_channels(metadata, config, shapes))
+            architecture = Architecture.from_state_dict(shapes, _head_channels(metadata, config))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         bare = [name.removeprefix(prefix) for name in shapes]
@@ -89,14 +89,24 @@ def open_unet(path: Path | str) -> UNetFile:
     return UNetFile(path, spelling, prefix, names, architecture, dtype, metadata)
 
 
-def _head_channels(metadata: Mapping[str, str], config: Mapping, shapes: Mapping) -> int | None:
-    """From our own metadata, or from a diffusers config, whose ``attention_head_dim`` is the number of heads."""
+def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
+    """Channels of a head from our own metadata, or from a diffusers config; None where neither says or all have eight heads.
+
+    diffusers' ``attention_head_dim`` is, despite its name, the number of heads of each stage.
+    """
     if "distill.head_channels" in metadata:
         return int(metadata["distill.head_channels"])
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
-    if isinstance(heads, list):
-        return config["block_out_channels"][0] // heads[0]
-    return None
+    if heads is None:
+        return None
+    widths = config["block_out_channels"]
+    heads = heads if isinstance(heads, list) else [heads] * len(widths)
+    if set(heads) == {8}:
+        return None
+    head_channels = {width // number for width, number in zip(widths, heads, strict=True)}
+    if len(head_channels) > 1:
+        raise ValueError(f"its attentions have {heads} heads, neither eight each nor heads of one width")
+    return head_channels.pop()
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HOW_TO_GET_IT = (
-    "no ComfyUI found: set COMFYUI_PATH to a checkout and install its requirements.txt here "
-    "(or set COMFYUI_PYTHON to the Python that has them); comfy-cli installs one with 'comfy install'"
+HOW_TO_GET_IT = "no ComfyUI found: set COMFYUI_PATH to a checkout, or get one with 'comfy install' (comfy-cli)"
+HOW_TO_GET_ITS_PYTHON = (
+    "ComfyUI found at {path}, but not its requirements: install its requirements.txt here, "
+    "or set COMFYUI_PYTHON to the Python that has them"
 )
 
 

@@ -38,3 +38,10 @@ def sd15() -> Architecture:
 def batch():
     random = torch.Generator().manual_seed(1)
     return torch.randn(2, 4, 8, 8, generator=random), torch.tensor([3, 700]), torch.randn(2, 5, 16, generator=random)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line, not one for each test, on how to get what was missing."""
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])}
+    for reason in sorted(reasons):
+        terminalreporter.write_line(f"skipped: {reason}")

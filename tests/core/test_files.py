@@ -1,6 +1,8 @@
 import json
-import os
+import shutil
 import stat
+import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +68,18 @@ def test_metadata_tells_plan_prediction_and_dtype(small_teacher, tmp_path):
     save_unet(path, weights, small_teacher.architecture, dtype="bf16", prediction="v", plan=plan)
     file = open_unet(path)
     assert (file.prediction, file.dtype, file.plan.remove) == ("v", "bf16", plan.remove)
+
+
+@pytest.mark.parametrize("head_channels", [None, 16])
+def test_the_number_of_heads_survives_both_layouts(head_channels, small_teacher, tmp_path):
+    architecture = replace(small_teacher.architecture, head_channels=head_channels)
+    for spelling in LAYOUTS:
+        save_unet(tmp_path / spelling, small_teacher.named_parameters(), architecture, spelling=spelling)
+        assert open_unet(tmp_path / spelling).architecture.head_channels == head_channels
+    # A folder of others has no metadata of ours.
+    weights = tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights)
+    assert open_unet(tmp_path / "diffusers").architecture.head_channels == head_channels
 
 
 def test_pruned_file_names_teacher_and_plan(teacher_path, tmp_path):
@@ -138,17 +152,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         write_tensors(tmp_path / "file" / "student.safetensors", {"a": torch.ones(2)})
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full") or os.geteuid() != 0, reason="needs a file system that can be made full")
-def test_a_full_disk_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("options,reason", [("size=64k", "No space|os error 28"), ("ro", "Read-only")])
+def test_a_full_or_read_only_disk_is_named_and_left_clean(options, reason, tmp_path):
     """On a tiny file system of its own, where the machine lets us mount one."""
-    import subprocess
-
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
     try:
-        with pytest.raises(OSError, match="cannot write .*(No space|os error 28)"):
+        with pytest.raises(OSError, match=f"cannot write .*({reason})"):
             write_tensors(folder / "big.safetensors", {"a": torch.ones(100_000)})
         assert list(folder.iterdir()) == []
     finally:

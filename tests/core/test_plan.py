@@ -23,8 +23,9 @@ def student_of(teacher: DiffusersDenoiser, plan: PruningPlan) -> DiffusersDenois
 
 
 def test_every_preset_builds_a_network_of_the_published_size():
-    measured = {row["name"]: row["parameters"] for row in measure_presets()}
-    assert measured == PUBLISHED
+    rows = measure_presets()
+    assert {row["name"]: row["parameters"] for row in rows} == PUBLISHED
+    assert {row["name"]: row["gmacs"] for row in rows} == {"bk-sdm-base": 261.5, "bk-sdm-small": 255.4, "bk-sdm-tiny": 242.8}
 
 
 def test_every_preset_names_its_source():

@@ -5,8 +5,10 @@ from .. import comfyui
 
 @pytest.fixture(scope="session")
 def comfyui_path():
-    if (path := comfyui.find()) is None or comfyui.python(path) is None:
+    if (path := comfyui.find()) is None:
         pytest.skip(comfyui.HOW_TO_GET_IT)
+    if comfyui.python(path) is None:
+        pytest.skip(comfyui.HOW_TO_GET_ITS_PYTHON.format(path=path))
     return path
 
 
