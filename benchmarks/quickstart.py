@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=preset_names(), default=Settings.preset)
     settings = Settings(preset=parser.parse_args().preset)
     stem = "quickstart" if settings.preset == Settings.preset else f"quickstart-{settings.preset}"
+    RESULTS.mkdir(exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, tqdm(total=work(settings)) as progress:
         rows = quickstart(Path(folder) / "out", settings, progress)

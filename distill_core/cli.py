@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"distill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("quickstart", help="the whole story on bundled digits, on CPU, with a report")
+    command = commands.add_parser("quickstart", help="the whole story on bundled digits, in minutes on a CPU, with a report")
     command.set_defaults(function=quickstart)
     command.add_argument("--out", type=Path, default=Path("distill-quickstart"), help="folder to write (default: %(default)s)")
     command.add_argument("--preset", choices=preset_names(), default="bk-sdm-base", help="what to prune (default: %(default)s)")
@@ -142,13 +142,16 @@ def _at_least_fifty(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         arguments.function(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(f'distill: {error}; install what is missing with: python -m pip install "distill-nodes[torch]"', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("distill: interrupted; what was trained is saved, the same command goes on from there", file=sys.stderr)
+        print("distill: interrupted; a quickstart goes on from there with the same command", file=sys.stderr)
         return 130
     return 0

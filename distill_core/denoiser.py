@@ -73,7 +73,7 @@ class LdmDenoiser(Denoiser):
     spelling = "ldm"
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.network(x_t, timesteps=t.to(x_t.dtype), context=context)
+        return self.network(x_t, timesteps=t.float(), context=context)
 
 
 @contextlib.contextmanager

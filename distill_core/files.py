@@ -21,10 +21,13 @@ from torch import Tensor
 from .architecture import Architecture
 from .layouts import find_unet, layout
 from .plan import PruningPlan
+from .schedule import STANDARD_NAMES
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _MODELSPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+OVERWRITABLE = {"config.json", DIFFUSERS_WEIGHTS, "student.safetensors", "optimizer.safetensors"}
+"""What a folder may hold to be overwritten: what we write into folders ourselves."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -46,8 +49,9 @@ class UNetFile:
 
     @property
     def prediction(self) -> str:
-        """``eps`` or ``v``, from the metadata; ``eps`` where the file does not say."""
-        return "v" if self.metadata.get("modelspec.prediction_type") == "v" else "eps"
+        """Key of `schedule.PREDICTIONS`, from the metadata; ``eps`` where the file does not say."""
+        names = {theirs: ours for ours, theirs in STANDARD_NAMES.items()}
+        return names.get(self.metadata.get("modelspec.prediction_type"), "eps")
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -56,9 +60,9 @@ class UNetFile:
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
-        """All weights by canonical name, in the dtype of the file."""
+        """All weights by canonical name, in the dtype of the file, and independent of it: the file may go."""
         with _open(self.path) as file:
-            return {name: file.get_tensor(theirs) for name, theirs in self.names.items()}
+            return {name: file.get_tensor(theirs).clone() for name, theirs in self.names.items()}
 
 
 def open_unet(path: Path | str) -> UNetFile:
@@ -71,7 +75,7 @@ def open_unet(path: Path | str) -> UNetFile:
     if path.is_dir():
         folder = path / "unet" if (path / "unet").is_dir() else path
         if (folder / "config.json").exists():
-            config = json.loads((folder / "config.json").read_text())
+            config = _read_config(folder / "config.json")
         path = folder / DIFFUSERS_WEIGHTS
     with _open(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -87,6 +91,15 @@ def open_unet(path: Path | str) -> UNetFile:
         dtype = str(file.get_slice(next(iter(shapes))).get_dtype()).lower()
     names = {canonical[name]: prefix + name for name in bare}
     return UNetFile(path, spelling, prefix, names, architecture, dtype, metadata)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["block_out_channels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the config of a diffusers UNet ({error!r}); get it again") from error
+    return config
 
 
 def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
@@ -121,12 +134,22 @@ def _open(path: Path) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        if path.read_bytes()[:2] in (b"PK", b"\x80\x02"):
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start in (b"PK", b"\x80\x02"):
             raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
         raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged ({error}); get it again") from error
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
+
+
+class WriteError(OSError):
+    """Something could not be written; one sentence says what and why."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"cannot write {path}: {reason}; free some space or choose another folder")
+        self.reason = reason
 
 
 @contextlib.contextmanager
@@ -139,18 +162,23 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already; choose another name or allow overwriting")
+    if path.is_dir() and not {p.name for p in path.iterdir()} <= OVERWRITABLE:
+        raise ValueError(f"{path} is a folder with other things in it, which overwriting would delete; choose another name")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         made = temporary / path.name
         yield made
-        if path.is_dir():
-            path.rename(temporary / "replaced")
-        os.replace(made, path)
+        replaced = path.rename(temporary / "replaced") if path.is_dir() else None
+        try:
+            os.replace(made, path)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(path)
+            raise
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
+        raise WriteError(path, getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -158,7 +186,7 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
 
 def write_text(path: Path | str, text: str, *, overwrite: bool = True) -> None:
     with atomic(path, overwrite=overwrite) as made:
-        made.write_text(text, encoding="utf-8")
+        made.write_bytes(text.encode())
 
 
 def write_tensors(
@@ -171,7 +199,7 @@ def write_tensors(
         mode = made.stat().st_mode  # safetensors makes files only their owner may read
         save_file(contiguous, made, {"format": "pt", **(metadata or {})})
         made.chmod(mode)
-        with open(made, "rb") as file:
+        with open(made, "r+b") as file:
             os.fsync(file.fileno())
 
 
@@ -204,7 +232,7 @@ def save_unet(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title or Path(path).stem,
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": {"eps": "epsilon"}.get(prediction, prediction),
+        "modelspec.prediction_type": STANDARD_NAMES[prediction],
         **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
         **({"distill.plan": plan.to_json()} if plan else {}),
         **(metadata or {}),

@@ -37,12 +37,16 @@ class PruningPlan:
     def __post_init__(self):
         if not self.remove or not all(isinstance(pattern, str) for pattern in self.remove):
             raise ValueError(f"plan {self.name!r}: 'remove' must be a list of at least one block name")
+        if self.teacher not in (None, *_FAMILIES):
+            raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(_FAMILIES)}")
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
         """Read a plan; ``ValueError`` says what is wrong with it."""
         try:
             fields = json.loads(text)
+            if not isinstance(fields["remove"], list):
+                raise TypeError("'remove' is no list")
             return cls(**fields | {"remove": tuple(fields["remove"])})
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(
@@ -124,9 +128,15 @@ def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
 def pruned(teacher: Architecture, mapping: NameMap, plan_name: str = "the plan") -> Architecture:
     """Architecture of the student."""
     student = Architecture(mapping.apply(teacher.shapes), teacher.head_channels)
-    for end in ("conv_in", "conv_out", "norm_out", "time_embed.0"):
+    for end in ("conv_in", "conv_out", "norm_out", "time_embed.0", "time_embed.1"):
         if end not in student.modules:
             raise ValueError(f"{plan_name} removes {end}, without which there is no UNet")
+    mid = {module for module in student.modules if module.startswith("mid.")}
+    if mid not in (set(), {"mid.resnet.0"}, {"mid.resnet.0", "mid.attn.0", "mid.resnet.1"}):
+        raise ValueError(
+            f"{plan_name} leaves a mid block of {', '.join(sorted(mid))}, which no UNet has; keep it whole, "
+            "keep one resnet of it, or remove it"
+        )
     for attention in (block for block in student.modules if ".attn." in block):
         if attention.replace("attn", "resnet") not in student.modules:
             raise ValueError(f"{plan_name} keeps an attention of which it removes the resnet in front ({attention})")

@@ -69,6 +69,8 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     progress: anything with ``tqdm``'s ``update`` and ``set_description``, whose total is `work`. An interrupted
     quickstart goes on where it was; ``ValueError`` if ``out`` holds a finished one.
     """
+    if out.is_file():
+        raise ValueError(f"{out} is a file; --out takes a folder")
     if (out / "report.html").exists():
         raise ValueError(f"{out} holds a finished quickstart; choose another --out, or delete it")
     if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
@@ -144,6 +146,11 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
     labels = torch.arange(settings.num_samples) % 10
     context = text.captions([digits.caption(n) for n in range(10)])[labels]
     noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))
+    denoiser(
+        noise[:SAMPLE_BATCH].to(denoiser.device),
+        torch.zeros(1, device=denoiser.device),
+        context[:SAMPLE_BATCH].to(denoiser.device),
+    )
     started, latents = time.perf_counter(), []
     for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH):
         latents += sample(

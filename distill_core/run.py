@@ -7,13 +7,16 @@ run/checkpoints/00000300/     student.safetensors, optimizer.safetensors
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +96,11 @@ class Progress(NamedTuple):
     seconds_per_step: float
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run's folder, oldest first; each is named by its step."""
+    return sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+
+
 class Run:
     """The folder of one run: its recipe, its metrics, its checkpoints."""
 
@@ -107,10 +115,13 @@ class Run:
         self.folder, self.recipe, self.origin = Path(folder), recipe, dict(origin)
         path = self.folder / "recipe.toml"
         if path.exists():
-            self._check_same(_read_toml(path))
+            if self.checkpoints:  # nothing is lost by changing a run that never finished a step
+                self._check_same(_read_toml(path))
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} exists and is not a run; choose another name")
         write_text(path, _to_toml(asdict(recipe), self.origin))
+        for unfinished in (self.folder / "checkpoints").glob(".*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _check_same(self, stored: Mapping) -> None:
         now = {**asdict(self.recipe), **{f"origin.{k}": v for k, v in self.origin.items()}}
@@ -131,7 +142,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(p for p in (self.folder / "checkpoints").glob("*") if p.name.isdigit())
+        return checkpoints_in(self.folder)
 
     @property
     def step(self) -> int:
@@ -166,7 +177,7 @@ class Run:
             )
             write_tensors(folder / "optimizer.safetensors", tensors)
         for old in self.checkpoints[: -self.KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, student: Denoiser, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint into student and optimiser; returns its step, 0 if there is none."""
@@ -177,7 +188,7 @@ class Run:
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(self.checkpoints[-1] / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)
-            state.setdefault(numbers[name], {})[entry] = value
+            state.setdefault(numbers[name], {})[entry] = value.clone()  # not a view of the file
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return self.step
 
@@ -243,8 +254,13 @@ def distill(
     recipe, aim = run.recipe, OBJECTIVES[run.recipe.objective]
     mapping = name_map(teacher.architecture, plan) if plan else NameMap.identity(teacher.architecture)
     points = feature_points(teacher.architecture, student.architecture, mapping) if aim.uses_features else {}
-    teacher.network.eval().requires_grad_(False)
-    student.network.train().requires_grad_(True)
+    if teacher.prediction != student.prediction or not torch.equal(
+        teacher.schedule.alphas_cumprod, student.schedule.alphas_cumprod
+    ):
+        raise ValueError(
+            f"teacher ({teacher.prediction}) and student ({student.prediction}) must predict the same on the same "
+            "noise schedule; give both the same sampling settings"
+        )
     parameters = list(student.named_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     first = done = run.restore(student, optimizer)
@@ -252,6 +268,8 @@ def distill(
     started, consistent = time.monotonic(), True
     if first >= last:
         return
+    teacher.network.eval().requires_grad_(False)
+    student.network.train().requires_grad_(True)
     with run._open_metrics(first) as metrics, tap(student, points.values()) as ours, tap(teacher, points) as theirs:
         writer = None
         try:
@@ -262,14 +280,19 @@ def distill(
                 values = _readable(total, terms)
                 if not math.isfinite(values["total"]):
                     culprit = next((n for n, v in values.items() if not math.isfinite(v)), "total")
-                    raise FloatingPointError(f"the loss is not finite at step {step + 1} ({culprit}); lower the learning rate")
+                    consistent = False  # the step before has spoilt the weights; the last checkpoint stays
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {step + 1} ({culprit}); the run keeps its last checkpoint; "
+                        "start a new run with a lower learning rate"
+                    )
                 consistent = False
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * recipe.lr_factor(step)
-                torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                done, consistent = step + 1, True
+                with _uninterrupted():
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.learning_rate * recipe.lr_factor(step)
+                    torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    done, consistent = step + 1, True
                 if writer is None:
                     writer = csv.DictWriter(metrics, ["step", "lr", *values])
                     if metrics.tell() == 0:
@@ -286,6 +309,22 @@ def distill(
             if consistent and done > run.step:
                 run.save(done, student, optimizer, plan)
             student.network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is through, so that an update is made whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    handler = signal.signal(signal.SIGINT, lambda *details: received.append(details))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received and callable(handler):
+        handler(*received[0])
 
 
 def _losses(recipe, aim: Objective, student, teacher, dataset, step, points, ours, theirs) -> dict[str, Tensor]:

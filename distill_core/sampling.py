@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-
-_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+from .schedule import STANDARD_NAMES
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def sample(
     scheduler = DDIMScheduler(
         num_train_timesteps=denoiser.schedule.num_timesteps,
         trained_betas=betas.numpy(),
-        prediction_type=_PREDICTION_TYPES[denoiser.prediction],
+        prediction_type="v_prediction" if denoiser.prediction == "v" else STANDARD_NAMES[denoiser.prediction],
         clip_sample=False,
         set_alpha_to_one=False,
         timestep_spacing="trailing",

@@ -42,9 +42,9 @@ class NoiseSchedule:
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
         """Coefficients at integer timesteps ``t`` (B,), in the dtype and device of ``like`` (B, ...)."""
-        power = self.alphas_cumprod[t.cpu()].to(like.device)
-        power = power.reshape(-1, *[1] * (like.ndim - 1))
-        return Coefficients(power.sqrt().to(like.dtype), (1 - power).sqrt().to(like.dtype))
+        power = self.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (like.ndim - 1))
+        # Rounded on the CPU: not every device has float64.
+        return Coefficients(*(root.to(like.dtype).to(like.device) for root in (power.sqrt(), (1 - power).sqrt())))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha_t x0 + sigma_t eps`` for clean ``x0`` and unit noise ``eps``, both (B, ...)."""
@@ -73,6 +73,9 @@ class Prediction(NamedTuple):
     to_eps: Callable[[Tensor, Tensor, Coefficients], Tensor]
     """(output, x_t, coefficients) -> eps."""
 
+
+STANDARD_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}
+"""Our name of a prediction type -> its name in ModelSpec metadata."""
 
 PREDICTIONS: dict[str, Prediction] = {
     "eps": Prediction(

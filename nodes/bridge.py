@@ -27,11 +27,13 @@ from ..distill_core.dataset import LatentDataset, fingerprint
 from ..distill_core.demo import digits
 from ..distill_core.demo.teacher import load_dataset, teacher_file
 from ..distill_core.denoiser import LdmDenoiser
+from ..distill_core.files import WriteError
 from ..distill_core.layouts import layout
 from ..distill_core.plan import PruningPlan, name_map, pruned
-from ..distill_core.run import Progress
+from ..distill_core.run import Progress, checkpoints_in
 from ..distill_core.schedule import NoiseSchedule, from_sigmas
 
+TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
 PLAN = "distill_plan"  # attachment of a MODEL: the plan it was pruned with
 LDM = layout("ldm")
 TRAINING_BYTES_PER_PARAMETER = 16  # float32 weight, gradient, and two moments of AdamW
@@ -66,6 +68,11 @@ def plan_of(model: ModelPatcher) -> PruningPlan | None:
 def prediction_of(model: ModelPatcher) -> str:
     """What the network predicts; ``ValueError`` for families the training engine does not know."""
     sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and len(sampling.sigmas) != TRAINED_TIMESTEPS:
+        raise ValueError(
+            f"this MODEL samples on {len(sampling.sigmas)} timesteps instead of {TRAINED_TIMESTEPS}; take off the "
+            "patch that changed it (LCM)"
+        )
     known = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: "x0", comfy.model_sampling.EPS: "eps"}
     for base, name in known.items():
         if isinstance(sampling, base) and isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
@@ -147,16 +154,18 @@ class ComfyDenoiser(LdmDenoiser):
         return self.patcher.model.get_dtype_inference()
 
 
-def denoiser(model: ModelPatcher) -> ComfyDenoiser:
-    """A MODEL as a denoiser, loaded to its device with its patches applied; for reading only."""
-    comfy.model_management.load_models_gpu([model])
+def denoiser(model: ModelPatcher, student: ComfyDenoiser) -> ComfyDenoiser:
+    """A teacher MODEL as a denoiser, loaded to its device with its patches applied, room left to train the student."""
+    num_parameters = student.architecture.num_parameters
+    comfy.model_management.load_models_gpu([model], memory_required=TRAINING_BYTES_PER_PARAMETER * num_parameters)
     return _wrap(model, model)
 
 
 def trainable(student: ModelPatcher) -> ComfyDenoiser:
     """A float32 copy of a student's network to train. Call it outside inference mode, else its weights cannot learn."""
+    weights = {name: weight.float() for name, weight in state_dict_of(student).items()}
     copy = build_model(
-        state_dict_of(student),
+        weights,
         architecture_of(student),
         type(student.model.model_config),
         dtype=torch.float32,
@@ -166,7 +175,7 @@ def trainable(student: ModelPatcher) -> ComfyDenoiser:
     if not comfy.model_management.is_device_cpu(device):
         num_parameters = sum(parameter.numel() for parameter in copy.model.diffusion_model.parameters())
         comfy.model_management.free_memory(TRAINING_BYTES_PER_PARAMETER * num_parameters, device)
-    copy.model.diffusion_model.to(device)
+    copy.model.diffusion_model.to(device, torch.float32)
     return _wrap(copy, student)
 
 
@@ -187,7 +196,7 @@ def _wrap(model: ModelPatcher, sampling_of: ModelPatcher) -> ComfyDenoiser:
     return wrapped
 
 
-def same_shape(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | None:
+def plan_between(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | None:
     """The plan that leads from teacher to student, None if they are of one shape; ``ValueError`` if they do not belong together."""
     ours, theirs, plan = architecture_of(student), architecture_of(teacher), plan_of(student)
     if plan is not None and plan != plan_of(teacher):
@@ -215,7 +224,21 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
         sizes = sorted({f"{8 * p.shape[-1]}x{8 * p.shape[-2]}" for p in pictures})
         raise ValueError(f"the latents are of different sizes ({', '.join(sizes)}); resize the images to one size first")
     contexts = _contexts(positive)
-    samples = model.model.process_latent_in(torch.cat(pictures).float()).clone()
+    architecture = architecture_of(model)
+    if architecture.label_width is not None:
+        raise ValueError("models with size and crop conditioning (SDXL) cannot be distilled here")
+    wanted = architecture.channels("conv_in")[0]
+    if pictures[0].shape[1] != wanted:
+        raise ValueError(
+            f"the latents have {pictures[0].shape[1]} channels but the model takes {wanted}; "
+            "encode the images with the model's own VAE, and do not use inpainting models"
+        )
+    if contexts.shape[-1] != architecture.context_width:
+        raise ValueError(
+            f"the captions' conditioning is {contexts.shape[-1]} wide but the model reads "
+            f"{architecture.context_width}; encode the captions with the model's own CLIP"
+        )
+    samples = model.model.process_latent_in(torch.cat(pictures).float().cpu()).clone()
     if len(contexts) not in (1, len(samples)):
         raise ValueError(
             f"there are {len(samples)} latents but {len(contexts)} captions; give one caption for each, or one for all"
@@ -232,7 +255,7 @@ def _contexts(conditioning: list) -> Tensor:
     entries = [entry[0] for one in conditioning for entry in one]
     if len({tuple(entry.shape[1:]) for entry in entries}) != 1:
         raise ValueError("the captions' conditionings are of different lengths; keep captions within 75 tokens")
-    return torch.cat(entries).float()
+    return torch.cat(entries).float().cpu()
 
 
 # --- runs, progress, files ------------------------------------------------------------------------------------------
@@ -242,21 +265,30 @@ def run_folder(name: str) -> Path:
     """Folder of a run under ComfyUI's output folder; ``ValueError`` for a name that is no plain folder name."""
     root = os.path.join(folder_paths.get_output_directory(), "distill_runs")
     folder = os.path.join(root, name)
-    if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or not folder_paths.is_within_directory(root, folder):
+    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)  # on Windows
+    if reserved or not re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", name) or not folder_paths.is_within_directory(root, folder):
         raise ValueError(f"run_name {name!r} must be a plain name of letters, digits, spaces, dots, dashes and underscores")
     return Path(folder)
 
 
+def newest_step(run_name: str) -> int:
+    """Step of a run's newest checkpoint; 0 for a run that has none, or a name that is none."""
+    try:
+        checkpoints = checkpoints_in(run_folder(run_name))
+    except ValueError:  # execute will say what is wrong with the name
+        checkpoints = []
+    return int(checkpoints[-1].name) if checkpoints else 0
+
+
 def output_path(prefix: str, suffix: str) -> Path:
     """The next free numbered path under ComfyUI's output folder, as its own Save nodes count."""
+    root = folder_paths.get_output_directory()
+    if not folder_paths.is_within_directory(root, os.path.join(root, os.path.dirname(os.path.normpath(prefix)))):
+        raise ValueError(f"filename_prefix {prefix!r} leads out of the output folder; keep it inside")
     try:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, root)
     except OSError as error:
-        raise OSError(
-            f"cannot write {prefix!r} in the output folder: {error.strerror}; free some space or choose another folder"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"filename_prefix {prefix!r} leads out of the output folder; keep it inside") from error
+        raise WriteError(Path(root) / prefix, error.strerror) from error
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
@@ -345,7 +377,7 @@ class DigitsClipModel(nn.Module):
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([[token for token, _ in row] for row in tokens["digits"]], device=self.encoder.positions.device)
-        context = self.encoder(ids)
+        context = self.encoder(ids).to(comfy.model_management.intermediate_device())
         return context, context.mean(1)
 
     def load_sd(self, state_dict: dict) -> tuple[list, list]:

@@ -22,8 +22,7 @@ class PruneUNetBlocks(io.ComfyNode):
                     "preset",
                     options=preset_names(),
                     default="bk-sdm-base",
-                    tooltip="Which blocks go. "
-                    + " ".join(f"{name}: {preset(name).title.split(': ')[1]}." for name in preset_names()),
+                    tooltip="Which blocks go. " + " ".join(f"{name}: {preset(name).title}." for name in preset_names()),
                 ),
             ],
             outputs=[

@@ -55,7 +55,10 @@ class SaveDistilledModel(io.ComfyNode):
             prediction=bridge.prediction_of(model),
             plan=bridge.plan_of(model),
         )
-        return io.NodeOutput(str(path), ui=ui.PreviewText(f"Saved {path}"))
+        note = f"Saved {path}"
+        if (prediction := bridge.prediction_of(model)) != "eps":
+            note += f"\nIt predicts {prediction}: after Load Diffusion Model add ModelSamplingDiscrete with that setting."
+        return io.NodeOutput(str(path), ui=ui.PreviewText(note))
 
 
 NODES = [SaveDistilledModel]

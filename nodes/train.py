@@ -118,10 +118,9 @@ class DistillTrainStep(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run_name=None, **_):
-        """The newest step on disk: a run that can go on is executed again, a complete one is not."""
-        folder = bridge.run_folder(run_name[0]) if run_name else None
-        return sorted(path.name for path in folder.glob("checkpoints/*")) if folder else None
+    def fingerprint_inputs(cls, run_name, total_steps, steps_per_queue, **_):
+        """The step an execution ends at: a run that can go on is executed again, a complete one is not."""
+        return min(total_steps[0], bridge.newest_step(run_name[0]) + steps_per_queue[0])
 
     @classmethod
     def execute(
@@ -129,7 +128,7 @@ class DistillTrainStep(io.ComfyNode):
     ) -> io.NodeOutput:
         teacher, student, run_name, steps_per_queue = teacher[0], student[0], run_name[0], steps_per_queue[0]
         recipe = Recipe(**{name: values[0] for name, values in settings.items()})
-        plan = bridge.same_shape(student, teacher)
+        plan = bridge.plan_between(student, teacher)
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             origin = {
@@ -171,10 +170,11 @@ def _train(run: Run, teacher, student, plan, data, num_steps: int, node_id: str)
         bridge.throw_if_cancelled()
 
     try:
-        student, teacher = bridge.trainable(student), bridge.denoiser(teacher)
-        distill(run, student=student, teacher=teacher, plan=plan, dataset=data, num_steps=num_steps, on_step=on_step)
+        learning = bridge.trainable(student)
+        teaching = bridge.denoiser(teacher, learning)
+        distill(run, student=learning, teacher=teaching, plan=plan, dataset=data, num_steps=num_steps, on_step=on_step)
     finally:
-        del student, teacher
+        learning = teaching = None
         bridge.release_memory()
 
 

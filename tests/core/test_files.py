@@ -12,6 +12,7 @@ from distill_core.files import atomic, open_unet, save_unet, write_tensors
 from distill_core.layouts import LAYOUTS
 from distill_core.plan import PruningPlan, name_map, preset
 from distill_core.prune import prune_file
+from distill_core.schedule import PREDICTIONS
 from distill_core.unet import load_unet
 
 
@@ -61,13 +62,14 @@ def test_every_spelling_of_a_checkpoint_reads_the_same(prefix, spelling, small_t
     assert all(torch.equal(file.state_dict[n], w) for n, w in weights.items())
 
 
-def test_metadata_tells_plan_prediction_and_dtype(small_teacher, tmp_path):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_metadata_tells_plan_prediction_and_dtype(prediction, small_teacher, tmp_path):
     plan = preset("bk-sdm-base")
     path = tmp_path / "s.safetensors"
     weights = {n: w for n, w in small_teacher.named_parameters().items()}
-    save_unet(path, weights, small_teacher.architecture, dtype="bf16", prediction="v", plan=plan)
+    save_unet(path, weights, small_teacher.architecture, dtype="bf16", prediction=prediction, plan=plan)
     file = open_unet(path)
-    assert (file.prediction, file.dtype, file.plan.remove) == ("v", "bf16", plan.remove)
+    assert (file.prediction, file.dtype, file.plan.remove) == (prediction, "bf16", plan.remove)
 
 
 @pytest.mark.parametrize("head_channels", [None, 16])
@@ -146,6 +148,30 @@ def test_a_failed_overwrite_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.parametrize("spelling", LAYOUTS)
+def test_overwriting_never_deletes_a_folder_of_other_things(spelling, teacher_path, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "holiday.jpg").write_text("precious")
+    with pytest.raises(ValueError, match="other things in it"):
+        prune_file(open_unet(teacher_path), folder, preset("bk-sdm-base"), spelling=spelling, overwrite=True)
+    assert (folder / "holiday.jpg").read_text() == "precious"
+
+
+def test_a_folder_of_ours_is_overwritten_when_asked(teacher_path, tmp_path):
+    for name in ("bk-sdm-base", "bk-sdm-tiny"):
+        prune_file(open_unet(teacher_path), tmp_path / "s", preset(name), spelling="diffusers", overwrite=True)
+    assert open_unet(tmp_path / "s").plan.name == "bk-sdm-tiny"
+
+
+def test_a_broken_config_is_named(teacher_path, tmp_path):
+    prune_file(open_unet(teacher_path), tmp_path / "s", preset("bk-sdm-base"), spelling="diffusers")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "s" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not the config of a diffusers UNet"):
+            open_unet(tmp_path / "s")
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write .*choose another folder"):
@@ -163,6 +189,10 @@ def test_a_full_or_read_only_disk_is_named_and_left_clean(options, reason, tmp_p
     try:
         with pytest.raises(OSError, match=f"cannot write .*({reason})"):
             write_tensors(folder / "big.safetensors", {"a": torch.ones(100_000)})
+        with pytest.raises(OSError) as caught, atomic(folder / "run") as made:
+            made.mkdir()
+            write_tensors(made / "big.safetensors", {"a": torch.ones(100_000)})
+        assert str(caught.value).count("cannot write") == 1 and str(folder / "run") + ":" in str(caught.value)
         assert list(folder.iterdir()) == []
     finally:
         subprocess.run(["umount", folder], check=True)

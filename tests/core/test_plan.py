@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill_core.architecture import Architecture
 from distill_core.catalog import measure_presets
 from distill_core.denoiser import DiffusersDenoiser
+from distill_core.layouts import LAYOUTS
 from distill_core.plan import NameMap, PruningPlan, name_map, preset, preset_names, pruned
 from distill_core.unet import build_unet
 
@@ -88,6 +90,8 @@ def test_plans_travel_as_json():
         '{"name": "x"}',
         '{"name": "x", "remove": []}',
         json.dumps({"name": "x", "remove": ["mid"], "keep": 1}),
+        '{"name": "x", "remove": "mid"}',
+        '{"name": "x", "remove": ["mid"], "teacher": "sd15"}',
     ]:
         with pytest.raises(ValueError):
             PruningPlan.from_json(text)
@@ -116,10 +120,16 @@ def test_pruned_equals_the_teacher_with_those_blocks_skipped(remove, skipped, sm
             handle.remove()
 
 
-def test_what_diffusers_cannot_build_is_refused(small_teacher):
-    """Its mid block without attention has one resnet, not two."""
-    with pytest.raises(ValueError, match="diffusers cannot build"):
-        student_of(small_teacher, PruningPlan(name="p", remove=("mid.attn.0",)))
+@pytest.mark.parametrize("remove", ["mid.attn.0", "mid.resnet.0", "mid.resnet.1"])
+def test_a_mid_block_that_loaders_would_misread_is_refused(remove, sd15):
+    with pytest.raises(ValueError, match="no UNet has"):
+        name_map(sd15, PruningPlan(name="p", remove=(remove,)))
+
+
+def test_a_mid_block_of_one_resnet_is_built(small_teacher, batch):
+    student = student_of(small_teacher, PruningPlan(name="p", remove=("mid.attn.0", "mid.resnet.1")))
+    with torch.no_grad():
+        assert student(*batch).isfinite().all()
 
 
 choices = st.lists(st.sampled_from(
@@ -142,6 +152,10 @@ def test_any_plan_gives_a_working_network_or_a_reason(remove, sd15):
     assert len(set(mapping.table.values())) == len(mapping.table)
     assert set(mapping.table) | mapping.removed == sd15.blocks
     assert student.blocks == set(mapping.table.values())
+    # A loader that knows nothing of the plan reads the same network from either layout.
+    for layout in LAYOUTS.values():
+        names = layout.from_canonical(student.shapes)
+        assert Architecture.from_state_dict({names[n]: shape for n, shape in student.shapes.items()}).shapes == student.shapes
 
 
 def test_identity_keeps_every_name(sd15):

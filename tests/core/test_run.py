@@ -171,12 +171,68 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_step(tmp_path, small_teacher, data):
+def test_a_run_that_never_finished_a_step_may_change_its_settings(tmp_path, small_teacher, data):
+    def fail(*inputs, **named):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        teacher = student_of(small_teacher, PLAN)
+        teacher.network.forward = fail
+        run = Run(tmp_path / "run", RECIPE, {"data": data.fingerprint})
+        distill(run, student=student_of(small_teacher, PLAN), teacher=teacher, plan=None, dataset=data)
+    run, _ = train(tmp_path / "run", small_teacher, data, replace(RECIPE, batch_size=1, total_steps=1))
+    assert run.complete
+
+
+def test_spoilt_weights_never_replace_a_good_checkpoint(tmp_path, small_teacher, data):
+    run = Run(tmp_path / "run", replace(RECIPE, save_every_steps=50), {})
+    student = student_of(small_teacher, PLAN)
+
+    def spoil(progress):
+        if progress.step == 4:
+            with torch.no_grad():
+                next(student.network.parameters()).fill_(float("nan"))
+
+    options = dict(student=student, teacher=small_teacher, plan=PLAN, dataset=data)
+    distill(run, num_steps=3, **options)
+    with pytest.raises(FloatingPointError, match="step 5 .*new run with a lower learning rate"):
+        distill(run, on_step=spoil, **options)
+    assert run.step == 3
+    assert all(w.isfinite().all() for w in open_unet(run.student_file).state_dict.values())
+
+
+def test_ctrl_c_waits_for_the_end_of_an_update(tmp_path, small_teacher, data, uninterrupted, monkeypatch):
+    import os
+    import signal
+
+    update, updates = torch.optim.AdamW.step, []
+
+    def interrupted_update(self, *rest):
+        updates.append(1)
+        if len(updates) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch.optim.AdamW, "step", interrupted_update)
+        train(tmp_path / "run", small_teacher, data)
+    assert Run(tmp_path / "run", RECIPE, {"data": data.fingerprint}).step == 3
+    assert same_weights(train(tmp_path / "run", small_teacher, data)[0], uninterrupted[0])
+
+
+def test_teacher_and_student_must_predict_the_same(tmp_path, small_teacher, data):
+    student = student_of(small_teacher, PLAN)
+    student.prediction = "v"
+    with pytest.raises(ValueError, match="must predict the same"):
+        distill(Run(tmp_path / "r", RECIPE, {}), student=student, teacher=small_teacher, plan=PLAN, dataset=data)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, small_teacher, data):
     bad = LatentDataset(latents=data.latents.clone(), contexts=data.contexts, null_context=data.null_context)
     train(tmp_path / "run", small_teacher, bad, num_steps=2)
     run = Run(tmp_path / "run", RECIPE, {"data": bad.fingerprint})
     bad.latents[:] = float("inf")
-    with pytest.raises(FloatingPointError, match="step 3 .*lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="step 3 .*lower learning rate"):
         distill(run, student=student_of(small_teacher, PLAN), teacher=small_teacher, plan=PLAN, dataset=bad)
     assert run.step == 2
 

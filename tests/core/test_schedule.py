@@ -41,6 +41,11 @@ def test_noise_preserves_variance_at_every_timestep():
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, 1))
 
 
+def test_coefficients_have_the_asked_precision():
+    coefficients = scaled_linear().at(torch.tensor([0, 999]), torch.zeros(2, 4, 8, 8, dtype=torch.float16))
+    assert {c.dtype for c in coefficients} == {torch.float16} and {c.shape for c in coefficients} == {(2, 1, 1, 1)}
+
+
 def test_a_table_that_is_no_schedule_is_refused():
     with pytest.raises(ValueError, match="strictly decreasing"):
         NoiseSchedule(torch.tensor([0.1, 0.5]))

@@ -98,8 +98,8 @@ def test_the_graph_trains_saves_and_goes_on(server):
     on_disk = load_file(folder / "checkpoints" / "00000006" / "student.safetensors")
     assert in_graph.keys() == on_disk.keys() and all(torch.equal(in_graph[n], on_disk[n]) for n in on_disk)
     metrics = (folder / "metrics.csv").read_bytes()
-    third, fourth = server.run(prompt), server.run(prompt)
-    assert third.succeeded and fourth.succeeded and "train" in fourth.cached
+    third = server.run(prompt)
+    assert third.succeeded and {"train", "save", "sample student"} <= third.cached
     assert (folder / "metrics.csv").read_bytes() == metrics
     # In one go it comes to the same.
     assert server.run({**PROMPT, "train": train("in one", steps_per_queue=6), "s": save(["train", 0], "one/student")}).succeeded
@@ -129,9 +129,15 @@ def test_cancel_keeps_every_finished_step(server):
 
 def test_training_leaves_teacher_and_pruned_student_as_they_were(server):
     before = {**PROMPT, **sampled(["teacher", 0], "t before"), **sampled(["prune", 0], "p before")}
-    after = {**PROMPT, "train": train("beside", seed=5), "x": save(["train", 0], "x"),
-             **sampled(["teacher", 0], "t after", seed=0), **sampled(["prune", 0], "p after", seed=0)}  # fmt: skip
-    assert server.run(before).succeeded and server.run(after).succeeded
+    training = {**PROMPT, "train": train("beside", seed=5), "x": save(["train", 0], "x")}
+    # The same noise from a node the cache has not seen, or it would answer without asking the models.
+    same = {"class_type": "LatentMultiply", "inputs": {"samples": ["noise", 0], "multiplier": 1.0}}
+    after = {**PROMPT, "same": same}
+    for who, model in (("t", "teacher"), ("p", "prune")):
+        after |= sampled([model, 0], f"{who} after", latent_image=["same", 0])
+    assert server.run(before).succeeded and server.run(training).succeeded
+    result = server.run(after)
+    assert result.succeeded and {"teacher", "prune"} <= result.cached and not {"sample t after", "sample p after"} & result.cached
     for who in "tp":
         first, second = (load_file(newest(server, f"{who} {when}_*.latent"))["latent_tensor"] for when in ("before", "after"))
         assert torch.equal(first, second)
@@ -152,11 +158,21 @@ def test_core_nodes_train_and_load_a_lora_on_a_student(server):
         "load": {"class_type": "LoraModelLoader",
                  "inputs": {"model": ["train", 0], "lora": ["lora", 0], "strength_model": 1.0, "bypass": False}},
         **sampled(["load", 0], "with lora"),
+        **sampled(["train", 0], "no lora"),
+        "keep lora": {"class_type": "SaveLoRA", "inputs": {"lora": ["lora", 0], "prefix": "loras/on student"}},
         "loss": {"class_type": "LossGraphNode", "inputs": {"loss": ["train", 1], "filename_prefix": "loss"}},
     }  # fmt: skip
     result = server.run(prompt)
     assert result.succeeded, result.error
-    assert load_file(newest(server, "with lora_*.latent"))["latent_tensor"].isfinite().all()
+    with_lora, without = (load_file(newest(server, f"{w} lora_*.latent"))["latent_tensor"] for w in ("with", "no"))
+    assert with_lora.isfinite().all() and not torch.equal(with_lora, without)
+    # It was trained on the student: every weight it changes is one of the student's, in its shape.
+    student = load_file(next((server.output / "distill_runs" / "lora base" / "checkpoints").glob("*6")) / "student.safetensors")
+    trained = load_file(newest(server, "loras/on student*.safetensors"))
+    ups = {n.removesuffix(".lora_up.weight").removeprefix("diffusion_model."): w for n, w in trained.items() if "lora_up" in n}
+    targets = {n.removesuffix(".weight") for n, w in student.items() if n.endswith(".weight") and w.ndim > 1}
+    assert ups.keys() == targets
+    assert all(w.shape[0] == student[f"{n}.weight"].shape[0] for n, w in ups.items())
 
 
 def test_datasets_of_stock_nodes_are_taken_in_every_layout(server):
