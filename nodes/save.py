@@ -41,6 +41,7 @@ class SaveDistilledModel(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the student was written.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -58,6 +59,7 @@ class SaveDistilledModel(io.ComfyNode):
         note = f"Saved {path}"
         if (prediction := bridge.prediction_of(model)) != "eps":
             note += f"\nIt predicts {prediction}: after Load Diffusion Model add ModelSamplingDiscrete with that setting."
+        bridge.show_text(note, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(note))
 
 
