@@ -167,7 +167,7 @@ def test_core_nodes_train_and_load_a_lora_on_a_student(server):
     with_lora, without = (load_file(newest(server, f"{w} lora_*.latent"))["latent_tensor"] for w in ("with", "no"))
     assert with_lora.isfinite().all() and not torch.equal(with_lora, without)
     # It was trained on the student: every weight it changes is one of the student's, in its shape.
-    student = load_file(next((server.output / "distill_runs" / "lora base" / "checkpoints").glob("*6")) / "student.safetensors")
+    student = load_file(max((server.output / "distill_runs" / "lora base" / "checkpoints").iterdir()) / "student.safetensors")
     trained = load_file(newest(server, "loras/on student*.safetensors"))
     ups = {n.removesuffix(".lora_up.weight").removeprefix("diffusion_model."): w for n, w in trained.items() if "lora_up" in n}
     targets = {n.removesuffix(".weight") for n, w in student.items() if n.endswith(".weight") and w.ndim > 1}
