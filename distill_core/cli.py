@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -83,10 +83,14 @@ def _read(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+def _at_least(minimum: int) -> Callable[[str], int]:
+    """A whole number that is not below ``minimum``, for argparse."""
+
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return int(text)
+
     return number
 
 
@@ -104,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(function=quickstart)
     command.add_argument("--out", type=Path, default=Path("distill-quickstart"), help="folder to write (default: %(default)s)")
     command.add_argument("--preset", choices=preset_names(), default="bk-sdm-base", help="what to prune (default: %(default)s)")
-    command.add_argument("--steps", type=_positive, default=800, help="distillation steps (default: %(default)s)")
-    command.add_argument("--samples", type=_at_least_fifty, default=500, help="digits to judge by (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), default=800, help="distillation steps (default: %(default)s)")
+    command.add_argument("--samples", type=_at_least(50), default=500, help="digits to judge by (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="for training and sampling (default: %(default)s)")
 
     command = commands.add_parser("presets", help="every published plan, with what it costs, measured on the built network")
@@ -132,13 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least_fifty(text: str) -> int:
-    number = int(text)
-    if number < 50:
-        raise argparse.ArgumentTypeError(f"must be at least 50, got {number}")
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -149,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"distill: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f'distill: {error}; install what is missing with: python -m pip install "distill-nodes[torch]"', file=sys.stderr)
+        print(f"distill: {error}; install it with: python -m pip install {error.name}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("distill: interrupted; a quickstart goes on from there with the same command", file=sys.stderr)

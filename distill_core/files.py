@@ -21,10 +21,10 @@ from torch import Tensor
 from .architecture import Architecture
 from .layouts import find_unet, layout
 from .plan import PruningPlan
-from .schedule import STANDARD_NAMES
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_MODELSPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+_MODELSPEC_PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}
+_MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 OVERWRITABLE = {"config.json", DIFFUSERS_WEIGHTS, "student.safetensors", "optimizer.safetensors"}
 """What a folder may hold to be overwritten: what we write into folders ourselves."""
@@ -50,7 +50,7 @@ class UNetFile:
     @property
     def prediction(self) -> str:
         """Key of `schedule.PREDICTIONS`, from the metadata; ``eps`` where the file does not say."""
-        names = {theirs: ours for ours, theirs in STANDARD_NAMES.items()}
+        names = {theirs: ours for ours, theirs in _MODELSPEC_PREDICTIONS.items()}
         return names.get(self.metadata.get("modelspec.prediction_type"), "eps")
 
     @property
@@ -228,11 +228,11 @@ def save_unet(
     tensors = {names[name]: weight.to(DTYPES.get(dtype, weight.dtype)) for name, weight in state_dict.items()}
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _MODELSPEC.get(architecture.family, "unet"),
+        "modelspec.architecture": _MODELSPEC_ARCHITECTURES.get(architecture.family, "unet"),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title or Path(path).stem,
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": STANDARD_NAMES[prediction],
+        "modelspec.prediction_type": _MODELSPEC_PREDICTIONS[prediction],
         **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
         **({"distill.plan": plan.to_json()} if plan else {}),
         **(metadata or {}),

@@ -77,13 +77,16 @@ def kind(module: str) -> str:
     return next((word for word in ("resnet", "attn", "downsample", "upsample") if f".{word}" in module), module)
 
 
+def heads(name: str) -> list[str]:
+    """Heads of a dotted name, longest first: ``a.b.c``, ``a.b``, ``a``."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
 def _replace_head(name: str, table: dict[str, str]) -> str | None:
     """Replace the longest head of a dotted name found in the table; None if there is none."""
-    parts = name.split(".")
-    for n in range(len(parts), 0, -1):
-        if (head := ".".join(parts[:n])) in table:
-            return ".".join([table[head], *parts[n:]])
-    return None
+    head = next((head for head in heads(name) if head in table), None)
+    return None if head is None else table[head] + name[len(head) :]
 
 
 # --- LDM ------------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def from_ldm(names: Iterable[str]) -> dict[str, str]:
             stage, resnet = (stage + 1, 0) if resampled else (stage, resnet + 1)
     inner = {of_kind: {v: k for k, v in words.items()} for of_kind, words in _LDM_INNER.items()}
     for name in names:
-        path = next((head for head in _heads(name) if head in modules), None)
+        path = next((head for head in heads(name) if head in modules), None)
         if path is None:
             raise UnknownParameter(f"{name!r} is not the name of a UNet parameter in the LDM layout")
         module, rest = modules[path], name[len(path) + 1 :]
@@ -173,11 +176,6 @@ def from_ldm(names: Iterable[str]) -> dict[str, str]:
             rest = _replace_head(rest, inner[of_kind]) or rest
         table[name] = f"{module}.{rest}".rstrip(".")
     return table
-
-
-def _heads(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------

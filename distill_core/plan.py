@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .architecture import Architecture, nodes
+from .layouts import heads
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
@@ -83,13 +84,11 @@ class NameMap:
 
     def rename(self, name: str) -> str | None:
         """Student's name of a teacher's parameter or block; None for what was removed."""
-        parts = name.split(".")
-        for n in range(len(parts), 0, -1):
-            head = ".".join(parts[:n])
+        for head in heads(name):
             if head in self.removed:
                 return None
             if head in self.table:
-                return ".".join([self.table[head], *parts[n:]])
+                return self.table[head] + name[len(head) :]
         return None
 
     def apply(self, by_name: Mapping[str, Value]) -> dict[str, Value]:

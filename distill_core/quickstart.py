@@ -146,17 +146,14 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
     labels = torch.arange(settings.num_samples) % 10
     context = text.captions([digits.caption(n) for n in range(10)])[labels]
     noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))
-    denoiser(
-        noise[:SAMPLE_BATCH].to(denoiser.device),
-        torch.zeros(1, device=denoiser.device),
-        context[:SAMPLE_BATCH].to(denoiser.device),
-    )
+    null_context = text.captions([""])[0]
+    sample(denoiser, context[:SAMPLE_BATCH], null_context, noise=noise[:SAMPLE_BATCH], num_steps=1)  # not timed: warms up
     started, latents = time.perf_counter(), []
     for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH):
         latents += sample(
             denoiser,
             context[part],
-            text.captions([""])[0],
+            null_context,
             noise=noise[part],
             guidance=settings.guidance,
             num_steps=settings.sample_steps,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import logging
 import math
 import shutil
 import signal
@@ -31,8 +30,6 @@ from .files import atomic, open_unet, save_unet, write_tensors, write_text
 from .objective import OBJECTIVES, Objective, Outputs, feature_points, objective
 from .plan import NameMap, PruningPlan, name_map
 from .schedule import prediction
-
-log = logging.getLogger("distill")
 
 LR_SCHEDULES = ("constant", "cosine", "linear")
 
@@ -274,7 +271,7 @@ def distill(
         writer = None
         try:
             for step in range(first, last):
-                terms = _losses(run.recipe, aim, student, teacher, dataset, step, points, ours, theirs)
+                terms = _losses(recipe, aim, student, teacher, dataset, step, points, ours, theirs)
                 total = aim.total(terms)
                 total.backward()
                 values = _readable(total, terms)
@@ -285,11 +282,16 @@ def distill(
                         f"the loss is not finite at step {step + 1} ({culprit}); the run keeps its last checkpoint; "
                         "start a new run with a lower learning rate"
                     )
+                norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+                if not math.isfinite(norm):
+                    raise FloatingPointError(
+                        f"the gradient is not finite at step {step + 1}; the run keeps every step before it; "
+                        "start a new run with a lower learning rate"
+                    )
                 consistent = False
                 with _uninterrupted():
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.learning_rate * recipe.lr_factor(step)
-                    torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     done, consistent = step + 1, True

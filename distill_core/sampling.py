@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .schedule import STANDARD_NAMES
+
+_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # as diffusers' schedulers call them
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def sample(
     scheduler = DDIMScheduler(
         num_train_timesteps=denoiser.schedule.num_timesteps,
         trained_betas=betas.numpy(),
-        prediction_type="v_prediction" if denoiser.prediction == "v" else STANDARD_NAMES[denoiser.prediction],
+        prediction_type=_PREDICTION_TYPES[denoiser.prediction],
         clip_sample=False,
         set_alpha_to_one=False,
         timestep_spacing="trailing",

@@ -74,9 +74,6 @@ class Prediction(NamedTuple):
     """(output, x_t, coefficients) -> eps."""
 
 
-STANDARD_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}
-"""Our name of a prediction type -> its name in ModelSpec metadata."""
-
 PREDICTIONS: dict[str, Prediction] = {
     "eps": Prediction(
         target=lambda x0, eps, c: eps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.latent_formats
@@ -36,7 +36,6 @@ from ..distill_core.schedule import NoiseSchedule, from_sigmas
 TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
 PLAN = "distill_plan"  # attachment of a MODEL: the plan it was pruned with
 LDM = layout("ldm")
-TRAINING_BYTES_PER_PARAMETER = 16  # float32 weight, gradient, and two moments of AdamW
 
 
 # --- MODEL ----------------------------------------------------------------------------------------------------------
@@ -127,10 +126,14 @@ def make_student(
         student.set_attachments(PLAN, plan)
         return student
 
-    student = load()
-    # ComfyUI reloads a MODEL by this to train a LoRA on it, compile it, or copy it to a second GPU.
-    student.cached_patcher_init = (load, ())
-    return student
+    return _reloadable(load)
+
+
+def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
+    """A MODEL that ComfyUI can load again, to train a LoRA on it, compile it, or copy it to a second GPU."""
+    model = load()
+    model.cached_patcher_init = (load, ())
+    return model
 
 
 def prune_model(teacher: ModelPatcher, plan: PruningPlan) -> ModelPatcher:
@@ -156,27 +159,31 @@ class ComfyDenoiser(LdmDenoiser):
 
 def denoiser(model: ModelPatcher, student: ComfyDenoiser) -> ComfyDenoiser:
     """A teacher MODEL as a denoiser, loaded to its device with its patches applied, room left to train the student."""
-    num_parameters = student.architecture.num_parameters
-    comfy.model_management.load_models_gpu([model], memory_required=TRAINING_BYTES_PER_PARAMETER * num_parameters)
+    comfy.model_management.load_models_gpu([model], memory_required=_training_bytes(student.architecture))
     return _wrap(model, model)
 
 
 def trainable(student: ModelPatcher) -> ComfyDenoiser:
     """A float32 copy of a student's network to train. Call it outside inference mode, else its weights cannot learn."""
     weights = {name: weight.float() for name, weight in state_dict_of(student).items()}
+    architecture = architecture_of(student)
     copy = build_model(
         weights,
-        architecture_of(student),
+        architecture,
         type(student.model.model_config),
         dtype=torch.float32,
         disable_dynamic=True,
     )
     device = student.load_device
     if not comfy.model_management.is_device_cpu(device):
-        num_parameters = sum(parameter.numel() for parameter in copy.model.diffusion_model.parameters())
-        comfy.model_management.free_memory(TRAINING_BYTES_PER_PARAMETER * num_parameters, device)
+        comfy.model_management.free_memory(_training_bytes(architecture), device)
     copy.model.diffusion_model.to(device, torch.float32)
     return _wrap(copy, student)
+
+
+def _training_bytes(architecture: Architecture) -> int:
+    """Memory of a student in training: float32 weight, gradient, and two moments of AdamW; activations come on top."""
+    return 16 * architecture.num_parameters
 
 
 def release_memory() -> None:
@@ -405,9 +412,7 @@ def demo_teacher() -> ModelPatcher:
     def load(disable_dynamic: bool = False) -> ModelPatcher:
         return build_model(file.state_dict, file.architecture, DigitsModelConfig, disable_dynamic=disable_dynamic)
 
-    model = load()
-    model.cached_patcher_init = (load, ())
-    return model
+    return _reloadable(load)
 
 
 def demo_clip() -> comfy.sd.CLIP:

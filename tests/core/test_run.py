@@ -201,6 +201,20 @@ def test_spoilt_weights_never_replace_a_good_checkpoint(tmp_path, small_teacher,
     assert all(w.isfinite().all() for w in open_unet(run.student_file).state_dict.values())
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path, small_teacher, data):
+    run, student = Run(tmp_path / "run", RECIPE, {}), student_of(small_teacher, PLAN)
+    options = dict(student=student, teacher=small_teacher, plan=PLAN, dataset=data)
+    distill(run, num_steps=1, **options)
+    before = {n: w.detach().clone() for n, w in student.named_parameters().items()}
+    weight = next(student.network.parameters())
+    weight.requires_grad_(True)
+    handle = weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match="gradient is not finite at step 2;"):
+        distill(run, **options)
+    handle.remove()
+    assert run.step == 1 and all(torch.equal(before[n], w) for n, w in student.named_parameters().items())
+
+
 def test_ctrl_c_waits_for_the_end_of_an_update(tmp_path, small_teacher, data, uninterrupted, monkeypatch):
     import os
     import signal
