@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=preset_names(), default=Settings.preset)
+    parser.add_argument("--preset", choices=preset_names("sd1"), default=Settings.preset)
     settings = Settings(preset=parser.parse_args().preset)
     stem = "quickstart" if settings.preset == Settings.preset else f"quickstart-{settings.preset}"
     RESULTS.mkdir(exist_ok=True)

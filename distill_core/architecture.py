@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .layouts import find_unet, layout, split
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -39,9 +41,8 @@ class Architecture:
         names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
         canonical = layout(spelling).to_canonical(names)
         shapes = {canonical[n]: tuple(getattr(tensors[prefix + n], "shape", tensors[prefix + n])) for n in names}
-        if head_channels is None and any(len(s) == 2 for n, s in shapes.items() if n.endswith("proj_in.weight")):
-            head_channels = 64
-        return cls(shapes, head_channels)
+        architecture = cls(shapes, head_channels)
+        return cls(shapes, 64) if head_channels is None and architecture.linear_projection else architecture
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -91,9 +92,14 @@ class Architecture:
         return shape and shape[1]
 
     @property
+    def linear_projection(self) -> bool:
+        """Whether attentions project with linear layers (SD2, SDXL) instead of convolutions (SD1)."""
+        return any(len(shape) == 2 for name, shape in self.shapes.items() if name.endswith("proj_in.weight"))
+
+    @property
     def family(self) -> str:
         """``sd1``, ``sd2``, ``sdxl``, or ``unet`` for any other; by how attention and conditioning are built."""
-        linear = any(len(s) == 2 for n, s in self.shapes.items() if n.endswith("proj_in.weight"))
+        linear = self.linear_projection
         if self.label_width is None and self.context_width is not None:
             return "sd2" if linear else "sd1"
         return "sdxl" if linear and self.label_width == 2816 else "unet"
@@ -102,8 +108,26 @@ class Architecture:
         """Number of attention heads at a width in channels."""
         return 8 if self.head_channels is None else width // self.head_channels
 
+    @property
+    def skips(self) -> list[str]:
+        """Modules whose outputs travel over the skip connections, in the order they are made: the last of each layer."""
+        sources = ["conv_in"]
+        for stage in self.stages("down"):
+            for j in self.numbers(f"{stage}.resnet"):
+                sources.append(attention if (attention := f"{stage}.attn.{j}") in self.modules else f"{stage}.resnet.{j}")
+            if f"{stage}.downsample" in self.modules:
+                sources.append(f"{stage}.downsample")
+        return sources
+
+    def mirror(self, stage: str) -> str:
+        """The stage on the other side of the UNet at the same resolution: ``down.0`` <-> ``up.3`` for SD1.x."""
+        side = stage.split(".")[0]
+        others = self.stages({"down": "up", "up": "down"}[side])
+        return others[-1 - self.stages(side).index(stage)]
+
     def check_wiring(self) -> None:
         """Follow the channels through the network, skip connections included; ``ValueError`` names the block at fault."""
+        self._check_layers()
         _, channels = self.channels("conv_in")
         skips = [channels]
         for stage in self.stages("down"):
@@ -118,20 +142,28 @@ class Architecture:
             channels = self._enter_if_present(module, channels)
         for stage in self.stages("up"):
             for j in self.numbers(f"{stage}.resnet"):
-                if not skips:
-                    raise ValueError(
-                        f"{stage}.resnet.{j} has no skip connection left: the up stages keep more resnets "
-                        "than the down stages send"
-                    )
                 channels = self._enter(f"{stage}.resnet.{j}", channels, skips.pop())
                 channels = self._enter_if_present(f"{stage}.attn.{j}", channels)
             channels = self._enter_if_present(f"{stage}.upsample", channels)
-        if skips:
-            raise ValueError(
-                f"{len(skips)} skip connections of the down stages reach no up stage: an up stage must keep "
-                "one resnet more than the down stage it mirrors"
-            )
         self._enter("conv_out", channels)
+
+    def _check_layers(self) -> None:
+        """Every stage is there on both sides, and takes as many skip connections as its mirror sends."""
+        down, up = self.stages("down"), self.stages("up")
+        if len(down) != len(up):
+            raise ValueError(f"{len(down)} down stages but {len(up)} up stages stay; a stage goes on both sides or on none")
+        for stage in down:
+            sent, taken = len(self.numbers(f"{stage}.resnet")), len(self.numbers(f"{self.mirror(stage)}.resnet"))
+            if not sent:
+                raise ValueError(f"{stage} keeps no resnet but its downsampling; keep a resnet, or remove the stage whole")
+            if taken != sent + 1:
+                raise ValueError(
+                    f"{stage} keeps {sent} resnets and {self.mirror(stage)} {taken}: an up stage must keep one resnet more than "
+                    "the down stage it mirrors, for the skip connections"
+                )
+        resampling = [f"{s}.downsample" for s in down[:-1]] + [f"{s}.upsample" for s in up[:-1]]
+        if missing := [module for module in resampling if module not in self.modules]:
+            raise ValueError(f"{missing[0]} is gone, but the stage behind it stays")
 
     def _enter(self, module: str, channels: int, skip: int = 0) -> int:
         expected, out = self.channels(module)

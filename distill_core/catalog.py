@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,21 +10,36 @@ import torch
 from .architecture import Architecture
 from .denoiser import DiffusersDenoiser
 from .evaluate import count_macs
-from .files import UNetFile
 from .plan import name_map, preset, preset_names, pruned
 from .unet import build_unet
 
-LATENT_SHAPES = {"sd1": (4, 64, 64)}  # a 512 px picture
+LATENT_SHAPES = {"sd1": (4, 64, 64), "sd2": (4, 64, 64), "sdxl": (4, 128, 128)}
+"""Pictures of 512 and 1024 px."""
 NUM_TOKENS = 77
+_SD2 = dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
+_SDXL = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=[1, 2, 10],
+    cross_attention_dim=2048,
+    attention_head_dim=[5, 10, 20],
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+TEACHER_CONFIGS = {"sd1": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8), "sd2": _SD2, "sdxl": _SDXL}
+"""Full UNets, as their published diffusers configs have them."""
 
 
 def published_teacher(family: str) -> Architecture:
-    """The full UNet of a family, from diffusers' own defaults for it, on the meta device."""
+    """The full UNet of a family: a key of `TEACHER_CONFIGS`."""
     from diffusers import UNet2DConditionModel
 
-    configs = {"sd1": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)}
     with torch.device("meta"):
-        return Architecture.from_state_dict(UNet2DConditionModel(**configs[family]).state_dict())
+        return Architecture.from_state_dict(UNet2DConditionModel(**TEACHER_CONFIGS[family]).state_dict())
 
 
 def measure(architecture: Architecture, family: str) -> tuple[int, float]:
@@ -35,8 +51,11 @@ def measure(architecture: Architecture, family: str) -> tuple[int, float]:
     return sum(parameter.numel() for parameter in network.parameters()), macs / 1e9
 
 
-def measure_presets() -> list[dict[str, Any]]:
-    """One row a preset: name, title, teacher, parameters, GMACs, both also as a share of the teacher's."""
+def measure_presets(on_preset: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """One row a preset: name, title, teacher, parameters, GMACs, both also as a share of the teacher's.
+
+    ``on_preset`` is called after each.
+    """
     rows, teachers = [], {}
     for plan in map(preset, preset_names()):
         if plan.teacher not in teachers:
@@ -55,31 +74,8 @@ def measure_presets() -> list[dict[str, Any]]:
                 "gmacs": round(gmacs, 1),
                 "gmacs_of_teacher": gmacs / teacher_gmacs,
                 "source": plan.source,
+                "choice": plan.choice,
             }
         )
+        on_preset()
     return rows
-
-
-def describe(file: UNetFile) -> dict[str, Any]:
-    """What ``distill inspect`` tells of a checkpoint, from its header alone."""
-    architecture = file.architecture
-    return {
-        "file": str(file.path),
-        "family": architecture.family,
-        "layout": file.spelling + (f", under the prefix {file.prefix}" if file.prefix else ""),
-        "dtype": file.dtype,
-        "prediction": file.prediction,
-        "parameters": architecture.num_parameters,
-        "context_width": architecture.context_width,
-        "pruned_by": file.plan.name if file.plan else None,
-        "mid": "none" if "mid.resnet.0" not in architecture.modules else f"transformer depth {architecture.depth('mid.attn.0')}",
-        "stages": [
-            {
-                "name": stage,
-                "channels": architecture.channels(f"{stage}.resnet.0")[1],
-                "resnets": len(numbers := architecture.numbers(f"{stage}.resnet")),
-                "transformer_depth": [architecture.depth(f"{stage}.attn.{j}") for j in numbers],
-            }
-            for stage in (*architecture.stages("down"), *architecture.stages("up"))
-        ],
-    }

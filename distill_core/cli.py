@@ -8,28 +8,36 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
+    from .plan import PruningPlan
 
 
 def presets(arguments: argparse.Namespace) -> None:
-    from .catalog import measure_presets
+    from tqdm import tqdm
 
-    rows = measure_presets()
+    from .catalog import measure_presets
+    from .plan import preset_names
+
+    with tqdm(total=len(preset_names()), desc="measuring", file=sys.stderr, delay=1, leave=False) as progress:
+        rows = measure_presets(progress.update)
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'preset':<16} {'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what goes")
+    print(f"{'preset':<17}{'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what goes")
     for row in rows:
         print(
-            f"{row['name']:<16} {row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
+            f"{row['name']:<17}{row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
             f"{row['gmacs']:>8.1f} {row['gmacs_of_teacher']:>10.1%}  {row['title']}"
         )
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from .catalog import describe
     from .files import open_unet
 
-    facts = describe(open_unet(arguments.file))
+    facts = open_unet(arguments.file).describe()
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return
@@ -44,18 +52,71 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def prune(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from .files import open_unet
-    from .plan import PruningPlan, preset
     from .prune import prune_file
 
-    plan = preset(arguments.preset) if arguments.preset else PruningPlan.from_json(_read(arguments.plan))
     teacher = open_unet(arguments.teacher)
-    student = prune_file(
-        teacher, arguments.out, plan, spelling=arguments.layout, dtype=arguments.dtype, overwrite=arguments.overwrite
-    )
-    before, after = teacher.architecture.num_parameters, student.num_parameters
+    plan = _plan(arguments, teacher.architecture)
+    with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
+
+        def on_bytes(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done - progress.n)
+
+        pruning = prune_file(
+            teacher,
+            arguments.out,
+            plan,
+            form=arguments.layout,
+            dtype=arguments.dtype,
+            pad=arguments.pad,
+            overwrite=arguments.overwrite,
+            on_bytes=on_bytes,
+        )
+    before, after = teacher.architecture.num_parameters, pruning.student.num_parameters
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
+    if pruning.padding:
+        print(f"Put back as identities, so that ComfyUI opens the file: {', '.join(pruning.padding)}")
     print("It still has to be distilled: straight after pruning its samples are poor.")
+
+
+def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
+    """The plan of --preset, or of --plan: a file, or the text itself; with the blocks of --keep."""
+    from .plan import preset
+    from .plan_text import read_plan
+
+    if arguments.preset:
+        return preset(arguments.preset).with_keep(dict(arguments.keep)) if arguments.keep else preset(arguments.preset)
+    if arguments.keep:
+        raise ValueError("--keep changes a preset; write the transformer blocks into the plan instead")
+    text = arguments.plan if arguments.plan.startswith(("keep ", "{")) else _read(Path(arguments.plan))
+    return read_plan(text, teacher)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    from .plan import preset_names
+    from .plan_text import EXAMPLE
+
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--preset", choices=preset_names(), help="a published plan")
+    which.add_argument("--plan", help=f"a plan of your own: a file, or the text itself, such as {EXAMPLE!r} or JSON")
+    command.add_argument(
+        "--keep",
+        type=_kept_blocks,
+        action="append",
+        metavar="ATTENTIONS=BLOCKS",
+        help="other transformer blocks for a preset that thins out stacks, such as 'down.2.attn.*=0,3,6,9'; may be repeated",
+    )
+
+
+def _kept_blocks(text: str) -> tuple[str, tuple[int, ...]]:
+    attentions, _, blocks = text.partition("=")
+    try:
+        return attentions, tuple(int(block) for block in blocks.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 'down.2.attn.*=0,3,6,9', got {text!r}") from None
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
@@ -96,9 +157,9 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
-    from .files import DTYPES
-    from .layouts import LAYOUTS
+    from .files import FORMS
     from .plan import preset_names
+    from .storage import DTYPES
 
     parser = argparse.ArgumentParser(prog="distill", description="Make a diffusion checkpoint smaller and faster.")
     parser.add_argument("--version", action="version", version=f"distill {__version__}")
@@ -107,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("quickstart", help="the whole story on bundled digits, in minutes on a CPU, with a report")
     command.set_defaults(function=quickstart)
     command.add_argument("--out", type=Path, default=Path("distill-quickstart"), help="folder to write (default: %(default)s)")
-    command.add_argument("--preset", choices=preset_names(), default="bk-sdm-base", help="what to prune (default: %(default)s)")
+    command.add_argument(
+        "--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="what to prune (default: %(default)s)"
+    )
     command.add_argument("--steps", type=_at_least(1), default=800, help="distillation steps (default: %(default)s)")
     command.add_argument("--samples", type=_at_least(50), default=500, help="digits to judge by (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="for training and sampling (default: %(default)s)")
@@ -125,13 +188,19 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(function=prune)
     command.add_argument("teacher", type=Path, help=".safetensors file or diffusers folder")
     command.add_argument("out", type=Path, help="file to write, or folder with --layout diffusers")
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--preset", choices=preset_names(), help="a published plan")
-    which.add_argument("--plan", type=Path, help='JSON file of your own, such as {"name": "mine", "remove": ["mid"]}')
+    _add_plan(command)
     command.add_argument(
-        "--layout", choices=LAYOUTS, default="ldm", help="ldm: one file for ComfyUI; diffusers: a folder (default: %(default)s)"
+        "--layout",
+        choices=FORMS,
+        default="ldm",
+        help="; ".join(f"{name}: {what}" for name, what in FORMS.items()) + " (default: %(default)s)",
     )
     command.add_argument("--dtype", choices=DTYPES, help="precision to write (default: the teacher's)")
+    command.add_argument(
+        "--pad",
+        action="store_true",
+        help="put removed blocks back as identities where ComfyUI could not open the student otherwise",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
 

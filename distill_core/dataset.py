@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .storage import fingerprint
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentDataset:
@@ -75,17 +77,3 @@ def draw(dataset: LatentDataset, step: int, *, batch_size: int, num_timesteps: i
     if dataset.null_context is not None:
         context = torch.where(dropped[:, None, None], dataset.null_context.float(), context)
     return Batch(x0, eps, t, context)
-
-
-def fingerprint(tensors: dict[str, Tensor], samples_per_tensor: int = 64) -> str:
-    """Sixteen hex digits that tell one set of tensors from another: names, shapes and evenly spaced values.
-
-    Fast enough for a checkpoint of any size; it detects another model or data set, not tampering.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        flat = tensor.detach().reshape(-1)
-        spread = flat[:: max(1, len(flat) // samples_per_tensor)].float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + spread.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,34 @@ from .layouts import layout
 from .schedule import NoiseSchedule, scaled_linear
 
 
+class Label(NamedTuple):
+    """What an SDXL is told besides the caption (Podell et al. 2023, arXiv 2307.01952, Sec. 2.2)."""
+
+    pooled: Tensor
+    """Pooled text embedding, (B, 1280)."""
+    sizes: Tensor
+    """Original height and width, crop from top and left, target height and width, in pixels, (B, 6)."""
+
+    @classmethod
+    def neutral(cls, label_width: int, batch: int, size_px: tuple[int, int], like: Tensor) -> Label:
+        """An empty caption, for an uncropped picture of a height and width."""
+        sizes = like.new_tensor([*size_px, 0, 0, *size_px]).expand(batch, 6)
+        return cls(like.new_zeros(batch, label_width - 6 * SIZE_CHANNELS), sizes)
+
+    def vector(self) -> Tensor:
+        """The one vector a network in the LDM layout takes, (B, P + 6 * 256): each size as 256 cosines and sines."""
+        half = SIZE_CHANNELS // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=self.sizes.device, dtype=torch.float32) / half)
+        angles = self.sizes.float()[..., None] * frequencies
+        return torch.cat([self.pooled, torch.cat([angles.cos(), angles.sin()], -1).flatten(1).to(self.pooled)], 1)
+
+
+SIZE_CHANNELS = 256
+
+
 @dataclass(kw_only=True)
 class Denoiser:
-    """``denoiser(x_t, t, context) -> prediction`` for a network, its noise schedule and its named blocks."""
+    """``denoiser(x_t, t, context, label) -> prediction`` for a network, its noise schedule and its named blocks."""
 
     network: nn.Module
     architecture: Architecture
@@ -28,8 +54,8 @@ class Denoiser:
     spelling: ClassVar[str]
     """Layout of the network's parameter names: a key of `layouts.LAYOUTS`."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x_t: (B, C, H, W); t: integer timesteps (B,); context: text embedding (B, L, D). Returns (B, C, H, W)."""
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        """x_t: (B, C, H, W); t: integer timesteps (B,); context: text embedding (B, L, D); label: for SDXL. (B, C, H, W)."""
         raise NotImplementedError
 
     @property
@@ -42,7 +68,11 @@ class Denoiser:
 
     def module(self, name: str) -> nn.Module:
         """Module by canonical name, such as ``down.0.downsample`` or ``up.1.attn.0.proj_out``."""
-        return self.network.get_submodule(layout(self.spelling).from_canonical([*self.architecture.shapes, name])[name])
+        return self.network.get_submodule(self.path(name))
+
+    def path(self, name: str) -> str:
+        """Where in the network a module is, by its canonical name."""
+        return layout(self.spelling).from_canonical([*self.architecture.shapes, name])[name]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by canonical name."""
@@ -63,8 +93,9 @@ class DiffusersDenoiser(Denoiser):
 
     spelling = "diffusers"
 
-    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.network(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        added = None if label is None else {"text_embeds": label.pooled, "time_ids": label.sizes}
+        return self.network(x_t, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class LdmDenoiser(Denoiser):
@@ -72,24 +103,28 @@ class LdmDenoiser(Denoiser):
 
     spelling = "ldm"
 
-    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.network(x_t, timesteps=t.float(), context=context)
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        return self.network(x_t, timesteps=t.float(), context=context, y=None if label is None else label.vector())
 
 
 @contextlib.contextmanager
-def tap(denoiser: Denoiser, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """While open, collect what the named modules put out: ``{name: tensor}``, refilled by every forward pass."""
-    outputs: dict[str, Tensor] = {}
+def tap(denoiser: Denoiser, names: Iterable[str], *, of_input: bool = False) -> Iterator[dict[str, Tensor]]:
+    """While open, collect what the named modules put out: ``{name: tensor}``, refilled by every forward pass.
+
+    of_input: collect what goes into them instead.
+    """
+    seen: dict[str, Tensor] = {}
 
     def listen(name: str):
         def hook(module, inputs, output):
-            outputs[name] = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+            value = inputs if of_input else output
+            seen[name] = value[0] if isinstance(value, tuple) else getattr(value, "sample", value)
 
         return denoiser.module(name).register_forward_hook(hook)
 
     handles = [listen(name) for name in names]
     try:
-        yield outputs
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from .architecture import Architecture, nodes
-from .layouts import heads
+from .layouts import heads, kind
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
@@ -25,19 +25,36 @@ class PruningPlan:
 
     name: str
     """Name of the preset, or whatever a hand-made plan calls itself."""
-    remove: tuple[str, ...]
+    remove: tuple[str, ...] = ()
     """Blocks or patterns of blocks: ``up.1.attn.0``, ``down.*.resnet.1``, ``mid``, ``down.inner``. A star stands for one
     part of a name; ``inner`` for the innermost stage. Every pattern must match something."""
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Attention or pattern of attentions -> transformer blocks of its stack that stay, as in ``{"down.2.attn.*": (0, 1)}``;
+    the others go. Attentions that are removed whole are left out of it."""
     teacher: str | None = None
     """Family of UNet the plan is meant for (``sd1``, ``sd2``, ``sdxl``); None for any."""
     title: str = ""
     """What a person reads in a list of presets."""
     source: str = ""
     """Paper or repository the plan comes from."""
+    choice: str = ""
+    """What the source leaves open, what is taken here, and why. Another choice is `with_keep`."""
 
     def __post_init__(self):
-        if not self.remove or not all(isinstance(pattern, str) for pattern in self.remove):
-            raise ValueError(f"plan {self.name!r}: 'remove' must be a list of at least one block name")
+        if not (self.remove or self.keep) or not all(isinstance(pattern, str) for pattern in self.remove):
+            raise ValueError(
+                f"plan {self.name!r}: 'remove' must be a list of block names, and name at least one unless 'keep' does"
+            )
+        for attention, blocks in self.keep.items():
+            if (
+                not blocks
+                or not all(type(block) is int and block >= 0 for block in blocks)
+                or list(blocks) != sorted(set(blocks))
+            ):
+                raise ValueError(
+                    f"plan {self.name!r}: 'keep' of {attention!r} must list transformer blocks in ascending order, such as [0, 1, 2]; "
+                    "an attention that goes whole belongs into 'remove'"
+                )
         if self.teacher not in (None, *_FAMILIES):
             raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(_FAMILIES)}")
 
@@ -46,27 +63,51 @@ class PruningPlan:
         """Read a plan; ``ValueError`` says what is wrong with it."""
         try:
             fields = json.loads(text)
-            if not isinstance(fields["remove"], list):
-                raise TypeError("'remove' is no list")
-            return cls(**fields | {"remove": tuple(fields["remove"])})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            if not isinstance(fields["name"], str) or not isinstance(fields.get("remove", []), list):
+                raise TypeError("'name' must be text and 'remove' a list")
+            keep = {attention: tuple(blocks) for attention, blocks in fields.get("keep", {}).items()}
+            return cls(**fields | {"remove": tuple(fields.get("remove", ())), "keep": keep})
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f'not a pruning plan: {error}; a plan looks like {{"name": "mine", "remove": ["mid", "down.*.resnet.1"]}}'
+                f'not a pruning plan: {error}; a plan looks like {{"name": "mine", "remove": ["mid", "down.*.resnet.1"], '
+                '"keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
             ) from error
 
     def to_json(self) -> str:
-        return json.dumps({"name": self.name, "remove": list(self.remove)})
+        """The plan itself, without what a preset tells about it."""
+        keep = {"keep": {attention: list(blocks) for attention, blocks in self.keep.items()}} if self.keep else {}
+        return json.dumps({"name": self.name, "remove": list(self.remove), **keep})
+
+    @classmethod
+    def removing(cls, removed: Iterable[str], teacher: Architecture, name: str, family: str | None = None) -> PruningPlan:
+        """The plan that removes just these blocks of a teacher."""
+        removed = set(removed) & teacher.blocks
+        whole = sorted(removed & teacher.modules)
+        thinned = {block.rsplit(".block.", 1)[0] for block in removed - teacher.modules} - set(whole)
+        keep = {a: tuple(n for n in teacher.numbers(f"{a}.block") if f"{a}.block.{n}" not in removed) for a in sorted(thinned)}
+        return cls(name=name, remove=tuple(whole), keep=keep, teacher=family)
+
+    def with_keep(self, keep: Mapping[str, tuple[int, ...]]) -> PruningPlan:
+        """The same plan with another choice of transformer blocks; ``ValueError`` for attentions it makes no choice of."""
+        for attention in keep:
+            if attention not in self.keep:
+                raise ValueError(
+                    f"{self.name} keeps no part of {attention!r}; the stacks it thins out are {', '.join(self.keep) or 'none'}"
+                )
+        return replace(self, name=f"{self.name}, other blocks kept", keep={**self.keep, **keep})
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
+def preset_names(family: str | None = None) -> list[str]:
+    """Names of the published plans, or of those for one family of teachers."""
+    names = sorted(path.stem for path in PRESETS.glob("*.json"))
+    return [name for name in names if family in (None, preset(name).teacher)]
 
 
 def preset(name: str) -> PruningPlan:
     """Look a published plan up by name; ``ValueError`` lists the choices."""
-    if name not in preset_names():
+    if not re.fullmatch(r"[\w-]+", name) or not (path := PRESETS / f"{name}.json").exists():
         raise ValueError(f"unknown preset {name!r}; choose from {preset_names()}")
-    return PruningPlan.from_json((PRESETS / f"{name}.json").read_text())
+    return PruningPlan.from_json(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -96,11 +137,48 @@ class NameMap:
         renamed = ((self.rename(name), value) for name, value in by_name.items())
         return {name: value for name, value in renamed if name is not None}
 
+    def skips(self, teacher: Architecture) -> KeptSkips:
+        """Which skip connections of the teacher the student has."""
+        kept = tuple(i for i, source in enumerate(teacher.skips) if self._skip_stays(source))
+        return KeptSkips(len(teacher.skips), kept, mid=teacher.stages("up")[0] in self.stages)
+
+    def _skip_stays(self, source: str) -> bool:
+        # A layer that lost its attention still sends: what its resnet puts out.
+        return self.rename(source.replace(".attn.", ".resnet.")) is not None
+
     @property
     def stages(self) -> dict[str, str]:
         """Teacher's stage -> the student's that inherits from it, as in ``{"down.0": "down.0", "up.1": "up.0"}``."""
         pairs = ((teacher.split("."), student.split(".")) for teacher, student in self.table.items())
         return {".".join(t[:2]): ".".join(s[:2]) for t, s in sorted(pairs) if t[0] in ("down", "up")}
+
+
+@dataclass(frozen=True)
+class KeptSkips:
+    """Which of a teacher's skip connections a student has: what it needs to receive the residuals of a ControlNet."""
+
+    num_teacher: int
+    """Skip connections of the teacher."""
+    kept: tuple[int, ...]
+    """The teacher's numbers of those the student has, counted from ``conv_in``."""
+    mid: bool
+    """Whether the stage that receives the residual of the mid block is still there."""
+
+    def select(self, residuals: Sequence[Value]) -> list[Value]:
+        """The student's residuals from the teacher's, both counted from ``conv_in``; ``ValueError`` if they are not as many."""
+        if len(residuals) != self.num_teacher:
+            raise ValueError(
+                f"a ControlNet for this student's teacher gives {self.num_teacher} residuals, this one {len(residuals)}"
+            )
+        return [residuals[i] for i in self.kept]
+
+    def to_text(self) -> str:
+        return json.dumps({"teacher": self.num_teacher, "kept": self.kept, "mid": self.mid})
+
+    @classmethod
+    def from_text(cls, text: str) -> KeptSkips:
+        fields = json.loads(text)
+        return cls(fields["teacher"], tuple(fields["kept"]), fields["mid"])
 
 
 def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
@@ -110,38 +188,40 @@ def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
             f"{plan.name} is a plan for {_FAMILIES[plan.teacher]} UNets, this one is {_describe(teacher)}; "
             "choose a preset made for it"
         )
-    matched = {pattern: _matching(pattern, teacher) for pattern in plan.remove}
-    for pattern, blocks in matched.items():
-        if not blocks:
-            raise ValueError(
-                f"{plan.name} removes {pattern!r}, which this UNet does not have: it has been pruned already, "
-                "or is of another shape; start from the full model"
-            )
-    removed = set().union(*matched.values())
+    removed = set().union(*(_matching(pattern, teacher, plan.name) for pattern in plan.remove))
+    for pattern, kept in plan.keep.items():
+        removed |= _thinned(pattern, kept, teacher, plan.name)
     removed |= _orphaned_resampling(teacher, removed)
-    mapping = NameMap(_renumber(teacher.blocks - removed), frozenset(removed))
-    pruned(teacher, mapping, plan.name).check_wiring()
-    return mapping
+    stays = NameMap({block: block for block in teacher.blocks - removed}, frozenset(removed))
+    _check(pruned(teacher, stays), teacher, plan.name)  # under the teacher's names, which its messages then tell
+    return NameMap(_renumber(teacher.blocks - removed), frozenset(removed))
 
 
-def pruned(teacher: Architecture, mapping: NameMap, plan_name: str = "the plan") -> Architecture:
+def pruned(teacher: Architecture, mapping: NameMap) -> Architecture:
     """Architecture of the student."""
-    student = Architecture(mapping.apply(teacher.shapes), teacher.head_channels)
-    for end in ("conv_in", "conv_out", "norm_out", "time_embed.0", "time_embed.1"):
-        if end not in student.modules:
+    return Architecture(mapping.apply(teacher.shapes), teacher.head_channels)
+
+
+def _check(kept: Architecture, teacher: Architecture, plan_name: str) -> None:
+    """``ValueError`` unless what is kept makes a UNet."""
+    for end in sorted(teacher.modules - kept.modules):
+        if end.split(".")[0] not in ("down", "mid", "up"):
             raise ValueError(f"{plan_name} removes {end}, without which there is no UNet")
-    mid = {module for module in student.modules if module.startswith("mid.")}
+    mid = {module for module in kept.modules if module.startswith("mid.")}
     if mid not in (set(), {"mid.resnet.0"}, {"mid.resnet.0", "mid.attn.0", "mid.resnet.1"}):
         raise ValueError(
             f"{plan_name} leaves a mid block of {', '.join(sorted(mid))}, which no UNet has; keep it whole, "
             "keep one resnet of it, or remove it"
         )
-    for attention in (block for block in student.modules if ".attn." in block):
-        if attention.replace("attn", "resnet") not in student.modules:
+    for attention in sorted(block for block in kept.modules if ".attn." in block):
+        if attention.replace("attn", "resnet") not in kept.modules:
             raise ValueError(f"{plan_name} keeps an attention of which it removes the resnet in front ({attention})")
-        if not student.depth(attention):
+        if not kept.depth(attention):
             raise ValueError(f"{plan_name} keeps an attention without any transformer block ({attention}); remove it whole")
-    return student
+    try:
+        kept.check_wiring()
+    except ValueError as error:
+        raise ValueError(f"{plan_name} leaves no working UNet: {error}") from error
 
 
 _FAMILIES = {"sd1": "SD1.x-shaped", "sd2": "SD2-shaped", "sdxl": "SDXL-shaped", "unet": "of no known family"}
@@ -151,12 +231,33 @@ def _describe(architecture: Architecture) -> str:
     return f"{_FAMILIES[architecture.family]} (context width {architecture.context_width})"
 
 
-def _matching(pattern: str, teacher: Architecture) -> set[str]:
+def _matching(pattern: str, teacher: Architecture, plan_name: str) -> set[str]:
     """Blocks a pattern removes: those it matches, and all inside them."""
     stages = teacher.numbers("down")
     pattern = pattern.replace("down.inner", f"down.{stages[-1]}").replace("up.inner", "up.0")
     expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-    return {block for block in teacher.blocks if any(expression.fullmatch(node) for node in nodes(block))}
+    found = {block for block in teacher.blocks if any(expression.fullmatch(node) for node in nodes(block))}
+    if not found:
+        raise ValueError(
+            f"{plan_name} names {pattern!r}, which this UNet does not have: it has been pruned already, "
+            "or is of another shape; start from the full model"
+        )
+    return found
+
+
+def _thinned(pattern: str, kept: Iterable[int], teacher: Architecture, plan_name: str) -> set[str]:
+    """Transformer blocks that go when each matching attention keeps those numbered ``kept``."""
+    attentions = {
+        block for block in _matching(pattern, teacher, plan_name) if kind(block) == "attn" and block.count(".block") == 0
+    }
+    for attention in sorted(attentions):
+        if missing := set(kept) - set(teacher.numbers(f"{attention}.block")):
+            raise ValueError(
+                f"{plan_name} keeps transformer block {min(missing)} of {attention}, which has {teacher.depth(attention)}: "
+                "the UNet has been pruned already, or is of another shape; start from the full model"
+            )
+    blocks = {f"{a}.block.{n}": n for a in attentions for n in teacher.numbers(f"{a}.block")}
+    return {block for block, number in blocks.items() if number not in kept}
 
 
 def _orphaned_resampling(teacher: Architecture, removed: set[str]) -> set[str]:

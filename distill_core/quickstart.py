@@ -19,10 +19,11 @@ from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
 from .denoiser import Denoiser
 from .evaluate import count_macs, frechet_distance
-from .files import atomic, open_unet, save_unet, write_text
+from .files import open_unet, save_unet
 from .plan import name_map, preset, pruned
 from .run import Recipe, Run, distill
 from .sampling import sample
+from .storage import atomic, write_text
 
 NUM_SHOWN = 80  # digits per model in the picture, eight of each
 SAMPLE_BATCH = 100

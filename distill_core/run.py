@@ -26,10 +26,11 @@ from torch import Tensor
 
 from .dataset import LatentDataset, draw
 from .denoiser import Denoiser, tap
-from .files import atomic, open_unet, save_unet, write_tensors, write_text
+from .files import open_unet, save_unet
 from .objective import OBJECTIVES, Objective, Outputs, feature_points, objective
 from .plan import NameMap, PruningPlan, name_map
 from .schedule import prediction
+from .storage import atomic, write_tensors, write_text
 
 LR_SCHEDULES = ("constant", "cosine", "linear")
 

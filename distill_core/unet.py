@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from .architecture import Architecture
 from .files import UNetFile
-from .layouts import to_diffusers
+from .layouts import from_diffusers, split, to_diffusers
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -16,14 +17,37 @@ if TYPE_CHECKING:
 
 def diffusers_config(architecture: Architecture) -> dict[str, Any]:
     """``config.json`` of ``UNet2DConditionModel`` for an architecture; ``ValueError`` names what diffusers cannot hold."""
+    if reason := _beyond_diffusers(architecture):
+        raise ValueError(f"{reason}, which the diffusers layout cannot express; write the ldm layout")
+    return _config(architecture, {stage: _depths(architecture, stage) for stage in _stages(architecture)})
+
+
+def _stages(architecture: Architecture) -> list[str]:
+    return [*architecture.stages("down"), *architecture.stages("up")]
+
+
+def _depths(architecture: Architecture, stage: str) -> list[int]:
+    """Transformer depth behind each resnet of a stage."""
+    return [architecture.depth(f"{stage}.attn.{j}") for j in architecture.numbers(f"{stage}.resnet")]
+
+
+def _beyond_diffusers(architecture: Architecture) -> str | None:
+    """What a diffusers config has no words for; None where it can tell everything."""
+    for stage in _stages(architecture):
+        if any(depths := _depths(architecture, stage)) and not all(depths):
+            return f"{stage} keeps attention behind some of its resnets only"
+    mid, inner = architecture.depth("mid.attn.0"), set(_depths(architecture, architecture.stages("down")[-1]))
+    if mid and any(inner) and inner != {mid}:
+        return f"mid has {mid} transformer blocks and the innermost down stage {sorted(inner)}"
+    return None
+
+
+def _config(architecture: Architecture, depths: dict[str, list[int]]) -> dict[str, Any]:
     down, up = architecture.stages("down"), architecture.stages("up")
     widths = [architecture.channels(f"{stage}.resnet.0")[1] for stage in down]
     layers = [len(architecture.numbers(f"{stage}.resnet")) for stage in down]
-    depths = {stage: _uniform_attention(architecture, stage) for stage in (*down, *up)}
-    has_mid = "mid.resnet.0" in architecture.modules
     mid_depth = architecture.depth("mid.attn.0")
-    mid_type = ("UNetMidBlock2DCrossAttn" if mid_depth else "UNetMidBlock2D") if has_mid else None
-    label_width = architecture.label_width
+    mid_type = "UNetMidBlock2DCrossAttn" if mid_depth else "UNetMidBlock2D"
     config = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -40,40 +64,45 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
         "out_channels": architecture.channels("conv_out")[1],
         "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "mid_block_scale_factor": 1,
-        "mid_block_type": mid_type,
+        "mid_block_type": mid_type if "mid.resnet.0" in architecture.modules else None,
         "norm_eps": 1e-05,
         "norm_num_groups": 32,
-        "sample_size": {"sdxl": 128, "sd1": 64, "sd2": 64}.get(architecture.family, 64),
-        "use_linear_projection": architecture.family in ("sd2", "sdxl"),
+        "sample_size": 128 if architecture.family == "sdxl" else 64,
+        "use_linear_projection": architecture.linear_projection,
     }
-    if label_width is not None:
+    if architecture.label_width is not None:
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": label_width,
+            "projection_class_embeddings_input_dim": architecture.label_width,
         }
-    if any(depth > 1 for of_stage in depths.values() for depth in of_stage):
-        config["transformer_layers_per_block"] = [depths[s][0] if len(set(depths[s])) == 1 else depths[s] for s in down]
+    if mid_depth > 1 or any(depth > 1 for of_stage in depths.values() for depth in of_stage):
+        of_down = [depths[s][0] if len(set(depths[s])) == 1 else depths[s] for s in down]
+        # diffusers gives the mid block the depth of the innermost stage, also where that has no attention to need it.
+        config["transformer_layers_per_block"] = [*of_down[:-1], of_down[-1] or mid_depth]
         config["reverse_transformer_layers_per_block"] = [depths[s] for s in up]
     return config
 
 
-def _uniform_attention(architecture: Architecture, stage: str) -> list[int]:
-    """Transformer depth behind each resnet of a stage."""
-    depths = [architecture.depth(f"{stage}.attn.{j}") for j in architecture.numbers(f"{stage}.resnet")]
-    if any(depths) and not all(depths):
-        raise ValueError(
-            f"{stage} keeps attention behind some of its resnets only, which the diffusers layout cannot "
-            "express; write the ldm layout"
-        )
-    return depths
+class _NoAttention(nn.Module):
+    """Stands where a layer of a diffusers stage has no attention."""
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor]:
+        return (hidden_states,)
 
 
 def build_unet(architecture: Architecture) -> UNet2DConditionModel:
-    """A network with freshly initialised weights; raises if diffusers would build anything else than asked for."""
+    """A network with freshly initialised weights; raises if anything else than asked for would be built.
+
+    What no diffusers config can tell is taken out of the smallest network that one can.
+    """
     from diffusers import UNet2DConditionModel
 
-    network = UNet2DConditionModel.from_config(diffusers_config(architecture))
+    if _beyond_diffusers(architecture):
+        network = UNet2DConditionModel.from_config(_config(architecture, _envelope(architecture)))
+        _take_out(network, architecture)
+    else:
+        network = UNet2DConditionModel.from_config(diffusers_config(architecture))
     names = to_diffusers(architecture.shapes)
     built = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     wanted = {names[name]: tuple(shape) for name, shape in architecture.shapes.items()}
@@ -83,11 +112,30 @@ def build_unet(architecture: Architecture) -> UNet2DConditionModel:
     return network
 
 
+def _envelope(architecture: Architecture) -> dict[str, list[int]]:
+    """Depths a config can tell, none below the architecture's: one for each stage, and the mid's where that is innermost."""
+    depths = {stage: _depths(architecture, stage) for stage in _stages(architecture)}
+    inner = architecture.stages("down")[-1]
+    depths[inner] = [max(*depths[inner], architecture.depth("mid.attn.0")) for _ in depths[inner]]
+    return {stage: [max(of_stage)] * len(of_stage) for stage, of_stage in depths.items()}
+
+
+def _take_out(network: UNet2DConditionModel, architecture: Architecture) -> None:
+    for path, module in list(network.named_modules()):
+        if not isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList):
+            continue
+        attention = split(from_diffusers([f"{path}.norm.weight"])[f"{path}.norm.weight"])[0]
+        if depth := architecture.depth(attention):
+            module.transformer_blocks = module.transformer_blocks[:depth]
+        else:
+            stage, layer = path.rsplit(".", 1)
+            network.get_submodule(stage)[int(layer)] = _NoAttention()
+
+
 def load_unet(file: UNetFile, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The network of a file, in ``dtype``, in evaluation mode."""
-    network = build_unet(file.architecture)
-    if dtype != torch.float32:
-        network = network.to(dtype)
+    with torch.device("meta"):
+        network = build_unet(file.architecture)
     names = to_diffusers(file.architecture.shapes)
-    network.load_state_dict({names[name]: weight for name, weight in file.state_dict.items()})
+    network.load_state_dict({names[name]: weight.read().to(dtype) for name, weight in file.tensors.items()}, assign=True)
     return network.eval()

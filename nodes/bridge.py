@@ -23,15 +23,15 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..distill_core.architecture import Architecture
-from ..distill_core.dataset import LatentDataset, fingerprint
+from ..distill_core.dataset import LatentDataset
 from ..distill_core.demo import digits
 from ..distill_core.demo.teacher import load_dataset, teacher_file
 from ..distill_core.denoiser import LdmDenoiser
-from ..distill_core.files import WriteError
 from ..distill_core.layouts import layout
 from ..distill_core.plan import PruningPlan, name_map, pruned
 from ..distill_core.run import Progress, checkpoints_in
 from ..distill_core.schedule import NoiseSchedule, from_sigmas
+from ..distill_core.storage import WriteError, fingerprint
 
 TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
 PLAN = "distill_plan"  # attachment of a MODEL: the plan it was pruned with
@@ -140,7 +140,7 @@ def prune_model(teacher: ModelPatcher, plan: PruningPlan) -> ModelPatcher:
     """The teacher less the blocks a plan removes; the teacher is left as it is."""
     architecture = architecture_of(teacher)
     mapping = name_map(architecture, plan)
-    return make_student(mapping.apply(state_dict_of(teacher)), pruned(architecture, mapping, plan.name), teacher, plan)
+    return make_student(mapping.apply(state_dict_of(teacher)), pruned(architecture, mapping), teacher, plan)
 
 
 class ComfyDenoiser(LdmDenoiser):
@@ -207,7 +207,7 @@ def plan_between(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | 
     """The plan that leads from teacher to student, None if they are of one shape; ``ValueError`` if they do not belong together."""
     ours, theirs, plan = architecture_of(student), architecture_of(teacher), plan_of(student)
     if plan is not None and plan != plan_of(teacher):
-        expected = pruned(theirs, name_map(theirs, plan), plan.name)
+        expected = pruned(theirs, name_map(theirs, plan))
         if dict(expected.shapes) == dict(ours.shapes):
             return plan
     elif dict(ours.shapes) == dict(theirs.shapes):

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..distill_core.files import DTYPES, save_unet
+from ..distill_core.files import save_unet
 from ..distill_core.layouts import LAYOUTS
+from ..distill_core.storage import DTYPES
 from . import bridge
 
 
@@ -51,7 +52,7 @@ class SaveDistilledModel(io.ComfyNode):
             path,
             bridge.state_dict_of(model),
             bridge.architecture_of(model),
-            spelling=layout,
+            form=layout,
             dtype=dtype,
             prediction=bridge.prediction_of(model),
             plan=bridge.plan_of(model),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill_core.architecture import Architecture
-from distill_core.denoiser import DiffusersDenoiser
+from distill_core.denoiser import DiffusersDenoiser, Label
 
 SMALL = dict(
     sample_size=8,
@@ -26,18 +26,56 @@ def small_teacher() -> DiffusersDenoiser:
     return DiffusersDenoiser(network=network, architecture=Architecture.from_state_dict(network.state_dict()))
 
 
-@pytest.fixture(scope="session")
-def sd15() -> Architecture:
-    """SD1.5 at its real size, shapes alone."""
-    from distill_core.catalog import published_teacher
+SMALL_XL = dict(
+    sample_size=8,
+    block_out_channels=(32, 64, 128),
+    cross_attention_dim=16,
+    attention_head_dim=[1, 2, 4],
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    transformer_layers_per_block=[1, 2, 4],
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=8 + 6 * 256,
+)
+"""SDXL with its three levels and stacks of transformer blocks, at a tenth of its width."""
 
-    return published_teacher("sd1")
+
+@pytest.fixture(scope="session")
+def small_xl_teacher() -> DiffusersDenoiser:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(**SMALL_XL).eval()
+    architecture = Architecture.from_state_dict(network.state_dict(), head_channels=32)
+    return DiffusersDenoiser(network=network, architecture=architecture)
+
+
+@pytest.fixture(scope="session")
+def published() -> dict[str, Architecture]:
+    """SD1.5, SD2 and SDXL at their real sizes, shapes alone."""
+    from distill_core.catalog import TEACHER_CONFIGS, published_teacher
+
+    return {family: published_teacher(family) for family in TEACHER_CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def sd15(published) -> Architecture:
+    return published["sd1"]
 
 
 @pytest.fixture
 def batch():
     random = torch.Generator().manual_seed(1)
     return torch.randn(2, 4, 8, 8, generator=random), torch.tensor([3, 700]), torch.randn(2, 5, 16, generator=random)
+
+
+@pytest.fixture
+def xl_batch(batch):
+    random = torch.Generator().manual_seed(2)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64], [96, 64, 8, 0, 64, 64]])
+    return *batch, Label(torch.randn(2, 8, generator=random), sizes)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -7,6 +7,7 @@ import pytest
 from distill_core.cli import main
 from distill_core.demo.teacher import teacher_file
 from distill_core.files import open_unet, save_unet
+from distill_core.plan import preset_names
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_inspect_and_presets_print_json(teacher, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["family"] == "sd1" and len(facts["stages"]) == 8
     assert main(["presets", "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"]
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == preset_names()
 
 
 def test_inspect_reads_the_demo(capsys):
@@ -82,3 +83,26 @@ def test_the_library_imports_lightly():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"diffusers", "transformers", "peft", "matplotlib", "torchvision", "sklearn", "PIL"}
     assert not heavy & {name.split(".")[0] for name in loaded}
+
+
+def test_inspect_and_help_need_no_torch(teacher):
+    """They answer from a header, so they start at once."""
+    code = f"import sys; from distill_core.cli import main; main(['inspect', {str(teacher)!r}]); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" not in loaded and "numpy" not in loaded
+
+
+@pytest.mark.parametrize("plan", ["keep down 1 mid none up 2", '{"name": "mine", "remove": ["mid"]}'])
+def test_prune_takes_the_text_of_a_plan(plan, teacher, tmp_path):
+    assert main(["prune", str(teacher), str(tmp_path / "s"), "--plan", plan]) == 0
+    assert "mid.resnet.0" not in open_unet(tmp_path / "s").architecture.modules
+
+
+def test_keep_chooses_other_blocks_of_a_preset_and_nothing_else(teacher, tmp_path, capsys):
+    arguments = ["prune", str(teacher), str(tmp_path / "s")]
+    assert main([*arguments, "--preset", "bk-sdm-base", "--keep", "mid.attn.0=0"]) == 2
+    assert "keeps no part of 'mid.attn.0'" in capsys.readouterr().err
+    assert main([*arguments, "--plan", "keep mid none", "--keep", "mid.attn.0=0"]) == 2
+    assert "--keep changes a preset" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--preset", "ssd-1b", "--keep", "half of it"])

@@ -6,9 +6,10 @@ from distill_core.plan import PruningPlan, name_map, preset, preset_names, prune
 
 
 @pytest.mark.parametrize("spelling", LAYOUTS)
-@pytest.mark.parametrize("name", [None, *preset_names()])
-def test_names_survive_a_round_trip(spelling, name, sd15):
-    shapes = pruned(sd15, name_map(sd15, preset(name))).shapes if name else sd15.shapes
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", *preset_names()])
+def test_names_survive_a_round_trip(spelling, name, published):
+    teacher = published[name if name in published else preset(name).teacher]
+    shapes = teacher.shapes if name in published else pruned(teacher, name_map(teacher, preset(name))).shapes
     table = LAYOUTS[spelling].from_canonical(shapes)
     assert len(set(table.values())) == len(shapes)
     back = LAYOUTS[spelling].to_canonical(table.values())

@@ -1,0 +1,377 @@
+"""Plans made for a user's own model: every removable unit is scored on it, without training, and a budget is met.
+
+The score of a unit is the error of the network's output when that unit alone is passed over. LAPTOP-Diff found these
+errors to add up nearly, which turns the choice of a plan into a knapsack (Zhang et al. 2024, arXiv 2404.11098, Sec. 3.2).
+How little a unit changes what runs through it is measured as well, for comparison; pruning by that is known to be weak
+(Fang et al. 2024, TinyFusion, arXiv 2412.01199, Table 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .architecture import Architecture
+from .denoiser import Denoiser, DiffusersDenoiser, Label, tap
+from .evaluate import macs_by_module
+from .layouts import split
+from .objective import squared_error
+from .plan import NameMap, PruningPlan, name_map
+from .skip import detour, skipping
+from .stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
+from .unet import build_unet
+
+CRITERIA = {
+    "output error": "error of the output when the unit is passed over",
+    "similarity": "how much the unit changes what runs through it",
+}
+MEASURES = ("macs", "parameters")
+_RESOLUTION = 2000
+"""Steps a saving is counted in; each rounds down, so a plan never saves less than asked for."""
+
+
+# --- units ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What can be removed on its own and leaves a working UNet."""
+
+    name: str
+    """``up.1.attn.2``, ``down.2.attn.0.block.7``, ``layer down.1.1 + up.2.1``, ``mid``, ``stage down.3``, ..."""
+    blocks: frozenset[str]
+    """The teacher's blocks that go."""
+    spans: tuple[tuple[str, str], ...]
+    """First and last module of each stretch of the network that is passed over."""
+    stage: str
+    """The stage it belongs to, by its name on the way down; ``mid``."""
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether layers go, not just attention within layers that stay."""
+        return any(".resnet." in block for block in self.blocks)
+
+
+def removable_units(teacher: Architecture) -> list[Unit]:
+    """Every unit of a UNet that can be passed over: attentions, transformer blocks, layers in pairs, mid block, inner stage.
+
+    A layer on the way down goes with one on the way up, because of the skip connection between them; which ones fit
+    together is decided by their channels.
+    """
+    units = [unit for unit in _candidates(teacher) if _can_go(unit, teacher)]
+    if not units:
+        raise ValueError("this UNet has nothing left that can be removed")
+    return units
+
+
+def _can_go(unit: Unit, teacher: Architecture) -> bool:
+    try:
+        detour(teacher, unit_map(unit, teacher))
+    except ValueError:  # the plan leaves no UNet, or changes the number of channels: no unit
+        return False
+    return True
+
+
+def unit_map(unit: Unit, teacher: Architecture) -> NameMap:
+    return name_map(teacher, PruningPlan.removing(unit.blocks, teacher, unit.name))
+
+
+def _candidates(teacher: Architecture) -> Iterator[Unit]:
+    def inside(*heads: str) -> frozenset[str]:
+        return frozenset(b for b in teacher.blocks if any(b == h or b.startswith(f"{h}.") for h in heads))
+
+    for attention in sorted(module for module in teacher.modules if ".attn." in module):
+        stage = _down_name(attention, teacher)
+        if not attention.startswith("mid"):
+            yield Unit(attention, inside(attention), ((attention, attention),), stage)
+        for n in teacher.numbers(f"{attention}.block") if teacher.depth(attention) > 1 else ():
+            block = f"{attention}.block.{n}"
+            yield Unit(block, inside(block), ((block, block),), stage)
+    if "mid.resnet.0" in teacher.modules:
+        last = max(m for m in teacher.modules if m.startswith("mid.resnet."))
+        yield Unit("mid", inside("mid"), (("mid.resnet.0", last),), "mid")
+        if "mid.attn.0" in teacher.modules:
+            yield Unit("mid to one resnet", inside("mid.attn.0", "mid.resnet.1"), (("mid.attn.0", last),), "mid")
+    for down in teacher.stages("down"):
+        up = teacher.mirror(down)
+        for j in teacher.numbers(f"{down}.resnet"):
+            for k in teacher.numbers(f"{up}.resnet"):
+                layers = [f"{side}.{part}.{n}" for side, n in ((down, j), (up, k)) for part in ("resnet", "attn")]
+                spans = tuple((f"{s}.resnet.{n}", _end(s, n, teacher)) for s, n in ((down, j), (up, k)))
+                yield Unit(f"layer {down}.{j} + {up}.{k}", inside(*layers), spans, down)
+    inner, innermost = teacher.stages("down")[-1], teacher.stages("up")[0]
+    last = teacher.numbers(f"{innermost}.resnet")[-1]
+    spans = ((f"{inner}.resnet.{teacher.numbers(f'{inner}.resnet')[0]}", _end(innermost, last, teacher)),)
+    yield Unit(f"stage {inner}", inside(inner, innermost, "mid"), spans, inner)
+
+
+def _end(stage: str, layer: int, teacher: Architecture) -> str:
+    attention = f"{stage}.attn.{layer}"
+    return attention if attention in teacher.modules else f"{stage}.resnet.{layer}"
+
+
+def _down_name(block: str, teacher: Architecture) -> str:
+    stage = ".".join(split(block)[0].split(".")[:2])
+    return "mid" if stage.startswith("mid") else teacher.mirror(stage) if stage.startswith("up") else stage
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """Noisy latents a network is asked about."""
+
+    x_t: Tensor
+    t: Tensor
+    context: Tensor
+    label: Label | None = None
+
+
+def examples(
+    denoiser: Denoiser,
+    latents: Tensor,
+    context: Tensor,
+    *,
+    label: Label | None = None,
+    num_timesteps: int = 4,
+    generator: torch.Generator,
+) -> list[Example]:
+    """One batch for each of ``num_timesteps`` timesteps, spread evenly over the schedule.
+
+    latents: clean latents as the network sees them (B, C, H, W). context: (B, L, D). The same noise serves every unit.
+    """
+    schedule, device, dtype = denoiser.schedule, denoiser.device, denoiser.dtype
+    batches = []
+    for i in range(num_timesteps):
+        step = int((i + 0.5) * schedule.num_timesteps / num_timesteps)
+        t = torch.full((len(latents),), step)
+        noise = torch.randn(latents.shape, generator=generator)
+        x_t = schedule.add_noise(latents.float().cpu(), noise, t)
+        placed = label and Label(*(part.to(device, dtype) for part in label))
+        batches.append(Example(x_t.to(device, dtype), t.to(device), context.to(device, dtype), placed))
+    return batches
+
+
+@dataclass(frozen=True)
+class Score:
+    """What passing over one unit does."""
+
+    unit: Unit
+    output_error: float
+    """Mean squared error of the output, over the mean square of the output itself."""
+    change: float
+    """1 - cosine similarity of what enters and what leaves the unit."""
+    macs: int
+    """Multiply-accumulates that removing it saves."""
+    parameters: int
+
+    def by(self, criterion: str) -> float:
+        if criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {criterion!r}; choose from {sorted(CRITERIA)}")
+        return self.output_error if criterion == "output error" else self.change
+
+
+@torch.no_grad()
+def score(
+    denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, int], None] = lambda done, total: None
+) -> list[Score]:
+    """Score every removable unit, averaged over the batches; the network is only read.
+
+    ``on_unit(done, total)`` is called after each; whatever it raises ends the scoring.
+    """
+    teacher = denoiser.architecture
+    units = removable_units(teacher)
+    saved_macs = _macs(teacher, batches[0])
+    on_unit(0, len(units))
+    answers, changes = [], dict.fromkeys(units, 0.0)
+    ends = {end for unit in units for span in unit.spans for end in span}
+    with tap(denoiser, ends) as outputs, tap(denoiser, ends, of_input=True) as inputs:
+        for batch in batches:
+            answers.append(denoiser(*batch))
+            for unit in units:
+                changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
+                changes[unit] += sum(changed) / len(changed) / len(batches)
+    power = sum(answer.float().square().mean().item() for answer in answers)
+    scores = []
+    for done, unit in enumerate(units, start=1):
+        with skipping(denoiser, unit_map(unit, teacher)):
+            error = sum(
+                squared_error(denoiser(*batch), answer).mean().item() for batch, answer in zip(batches, answers, strict=True)
+            )
+        macs, parameters = _savings(unit.blocks, teacher, saved_macs)
+        scores.append(Score(unit, error / power, changes[unit], macs, parameters))
+        on_unit(done, len(units))
+    return scores
+
+
+def _change(entering: Tensor, leaving: Tensor) -> float:
+    """1 - cosine similarity per sample; of an input joined with a skip connection, the part before the joint counts."""
+    if entering.ndim == 4:
+        entering = entering[:, : leaving.shape[1]]
+    if entering.shape != leaving.shape:
+        return 1.0
+    cosine = torch.nn.functional.cosine_similarity(entering.float().flatten(1), leaving.float().flatten(1))
+    return 1 - cosine.mean().item()
+
+
+def _macs(teacher: Architecture, example: Example) -> dict[str, int]:
+    with torch.device("meta"):
+        network = build_unet(teacher)
+    return macs_by_module(
+        DiffusersDenoiser(network=network, architecture=teacher), tuple(example.x_t.shape[1:]), example.context.shape[1]
+    )
+
+
+def _savings(removed: frozenset[str], teacher: Architecture, macs: Mapping[str, int]) -> tuple[int, int]:
+    """MACs and parameters that go with some blocks, and with the resampling they leave without purpose."""
+    mapping = name_map(teacher, PruningPlan.removing(removed, teacher, "savings"))
+    gone = {name for name in teacher.shapes if mapping.rename(name) is None}
+    modules = mapping.removed - {b for b in mapping.removed if ".block." in b and split(b)[0] in mapping.removed}
+    sizes = Architecture({name: teacher.shapes[name] for name in gone}).num_parameters
+    return sum(macs[module] for module in modules), sizes
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+class _Choice(NamedTuple):
+    """Some units to remove together, what they cost in score, and what they save."""
+
+    cost: float
+    saving: float
+    units: tuple[Unit, ...] = ()
+
+    def __add__(self, other: _Choice) -> _Choice:
+        return _Choice(self.cost + other.cost, self.saving + other.saving, self.units + other.units)
+
+
+_NOTHING = _Choice(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Chooses units by their scores."""
+
+    teacher: Architecture
+    scores: list[Score]
+    criterion: str = "output error"
+    """Key of `CRITERIA`."""
+    measure: str = "macs"
+    """What a budget counts: ``macs`` or ``parameters``."""
+
+    def __post_init__(self):
+        if self.measure not in MEASURES:
+            raise ValueError(f"unknown measure {self.measure!r}; choose from {list(MEASURES)}")
+
+    def plan(self, saving: int, name: str = "") -> PruningPlan:
+        """The plan of least summed score that saves at least ``saving`` MACs or parameters.
+
+        Raises ``ValueError`` if no plan that ComfyUI opens saves that much.
+        """
+        tables = [self._table(depths) for depths in self._allowed_encoders()]
+        choices = [choice for table in tables for choice in table if choice.saving * (1 + 1e-9) >= saving]
+        if not choices:
+            most = max((choice.saving for table in tables for choice in table), default=0)
+            raise ValueError(
+                f"no plan saves {saving / 1e6:,.1f} M {self.measure}; the most that can go is {most / 1e6:,.1f} M: ask for less"
+            )
+        best = min(choices, key=lambda choice: (choice.cost, choice.saving))
+        removed = frozenset().union(*(unit.blocks for unit in best.units))
+        return PruningPlan.removing(removed, self.teacher, name or f"least {self.criterion}")
+
+    def _allowed_encoders(self) -> list[dict[str, int] | None]:
+        """Transformer depths the attentions of the down stages may end up with; None where all may."""
+        if self.teacher.family != "sdxl" or not opens_in_comfyui(self.teacher):
+            return [None]
+        now = encoder_depths(self.teacher)
+        layers = sorted({attention.rsplit(".", 2)[0] for attention in now})
+        allowed = []
+        for depths in SDXL_DEPTHS.values():
+            if len(depths) == len(now):
+                allowed.append(dict(zip(now, depths, strict=True)))
+            elif len(depths) == len(layers):  # one layer in every stage, whichever stays
+                by_stage = dict(zip(layers, depths, strict=True))
+                allowed.append({attention: by_stage[attention.rsplit(".", 2)[0]] for attention in now} | {"layers": len(layers)})
+        return [d for d in allowed if all(d[a] <= depth for a, depth in now.items())]
+
+    def _table(self, depths: Mapping[str, int] | None) -> list[_Choice]:
+        """The best choices for every saving: no other saves as much at a lower score."""
+        one_layer = depths is not None and "layers" in depths
+        table = [_NOTHING]
+        for stage in [*self.teacher.stages("down"), "mid"]:
+            table = self._best(a + b for a in table for b in self._stage(stage, depths, one_layer))
+        return table
+
+    def _stage(self, stage: str, depths: Mapping[str, int] | None, one_layer: bool) -> list[_Choice]:
+        """Choices within a stage and its mirror: layers go or stay, and the attentions that stay are thinned out."""
+        attentions = {s.unit.name: s for s in self.scores if s.unit.stage == stage and not s.unit.is_structural}
+        structural = [s for s in self.scores if s.unit.stage == stage and s.unit.is_structural]
+        pairs = [s for s in structural if s.unit.name.startswith("layer")]
+        if depths is not None and stage != "mid":
+            structural = pairs if one_layer else []
+        starts = [] if one_layer and pairs else [(_NOTHING, frozenset())]
+        starts += [(self._choice(s), s.unit.blocks) for s in structural]
+        found = []
+        for start, gone in starts:
+            table = [start]
+            for attention in sorted({split(name)[0] for name in attentions} - gone):
+                wanted = None if depths is None else depths.get(attention)
+                table = self._best(a + b for a in table for b in self._attention(attention, attentions, wanted))
+            found += table
+        return self._best(found)
+
+    def _attention(self, attention: str, scores: Mapping[str, Score], wanted: int | None) -> list[_Choice]:
+        """Keep it, thin it out block by block in the order of their scores, or remove it; or only what gives a depth."""
+        depth = self.teacher.depth(attention)
+        blocks = sorted((s for n, s in scores.items() if n.startswith(f"{attention}.block.")), key=lambda s: s.by(self.criterion))
+        choices = {depth: _NOTHING}
+        for n, block in enumerate(blocks[: depth - 1], start=1):
+            choices[depth - n] = choices[depth - n + 1] + self._choice(block)
+        if attention in scores and not self._is_last_of_encoder(attention):
+            choices[0] = self._choice(scores[attention])
+        if wanted is None:
+            return list(choices.values())
+        return [choices[wanted]] if wanted in choices else []
+
+    def _is_last_of_encoder(self, attention: str) -> bool:
+        """Whether it is the attention of the down stages to keep at least, by which ComfyUI knows the model."""
+        encoder = [s for s in self.scores if re.fullmatch(r"down\.\d+\.attn\.\d+", s.unit.name)]
+        first_layers = [s for s in encoder if s.unit.name.endswith(".0")] or encoder
+        return attention == max(first_layers, key=lambda s: s.by(self.criterion)).unit.name
+
+    def _choice(self, score: Score) -> _Choice:
+        return _Choice(score.by(self.criterion), getattr(score, self.measure), (score.unit,))
+
+    @cached_property
+    def _step(self) -> float:
+        return (
+            sum(getattr(s, self.measure) for s in self.scores if not s.unit.is_structural or s.unit.stage == "mid") / _RESOLUTION
+        )
+
+    def _best(self, choices: Iterable[_Choice]) -> list[_Choice]:
+        """The cheapest choice of each saving, counted in steps, that no larger saving undercuts."""
+        by_step: dict[int, _Choice] = {}
+        for choice in choices:
+            step = int(choice.saving / self._step)
+            if step not in by_step or (choice.cost, -choice.saving) < (by_step[step].cost, -by_step[step].saving):
+                by_step[step] = choice
+        kept: list[_Choice] = []
+        for _, choice in sorted(by_step.items(), reverse=True):
+            if not kept or choice.cost < kept[-1].cost:
+                kept.append(choice)
+        return kept
+
+
+def agreement(a: PruningPlan, b: PruningPlan, teacher: Architecture) -> float:
+    """Share of the parameters either plan removes that both remove."""
+    gone = [{n for n in teacher.shapes if name_map(teacher, plan).rename(n) is None} for plan in (a, b)]
+    size = [
+        Architecture({n: teacher.shapes[n] for n in names}).num_parameters for names in (gone[0] & gone[1], gone[0] | gone[1])
+    ]
+    return size[0] / size[1] if size[1] else 1.0

@@ -1,0 +1,287 @@
+"""Tensors on disk: read one by one, and written so that nothing half-written is left behind. safetensors only.
+
+The safetensors library reads and writes whole sets of tensors; here a checkpoint passes through in pieces, so that
+pruning a file of any size needs the memory of one tensor. Nothing in this module imports torch before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""Precisions to write -> their codes in the format."""
+_TORCH = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+OVERWRITABLE = {"config.json", "diffusion_pytorch_model.safetensors", "student.safetensors", "optimizer.safetensors"}
+"""What a folder may hold to be overwritten: what is written into folders here."""
+_CHUNK_BYTES = 8 << 20
+_LARGEST_HEADER_BYTES = 100 << 20
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    code: str
+    """Precision as the format spells it: ``F16``, ``BF16``, ``F8_E4M3``, ..."""
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+    scale: StoredTensor | None = None
+    """For scaled fp8: one number all values are multiplied with when they are read, as float16."""
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * _BYTES[self.code]
+
+    def read(self) -> Tensor:
+        """The values, independent of the file."""
+        return self.values([0], prod(self.shape)).reshape(self.shape)
+
+    def values(self, starts: Sequence[int], count: int) -> Tensor:
+        """``count`` values of the flattened tensor from each start on, (len(starts) * count,)."""
+        import torch
+
+        size = _BYTES[self.code]
+        data = bytearray(len(starts) * count * size)
+        with open(self.path, "rb", buffering=0) as file:
+            for i, start in enumerate(starts):
+                file.seek(self.offset + start * size)
+                _fill(file, memoryview(data)[i * count * size : (i + 1) * count * size])
+        dtype = getattr(torch, _TORCH[self.code])
+        values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return values if self.scale is None else (values.float() * self.scale.read().float()).half()
+
+
+def _fill(file, buffer: memoryview) -> None:
+    """Read until the buffer is full: one call reads no more than 2 GiB."""
+    while len(buffer):
+        if not (count := file.readinto(buffer)):
+            raise OSError(f"{file.name} was cut short while it was read")
+        buffer = buffer[count:]
+
+
+class Header(NamedTuple):
+    """What a file says of itself before the first weight."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path | str) -> Header:
+    """Read the header of a safetensors file; ``ValueError`` in one sentence if it is none, or is damaged."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix in _PICKLES:
+        raise ValueError(f"{path} is a pickle checkpoint, which can run code when opened; convert it to .safetensors first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a .safetensors file")
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = file.read(length) if length < _LARGEST_HEADER_BYTES else b""
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        first = 8 + length
+        tensors = {
+            name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), first + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+        end = first + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        sizes_agree = all(
+            entry["data_offsets"][1] - entry["data_offsets"][0] == tensors[name].num_bytes for name, entry in entries.items()
+        )
+        if not sizes_agree or end != path.stat().st_size:
+            raise ValueError(f"its header tells of {end:,} bytes, the file has {path.stat().st_size:,}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if start[:2] in (b"PK", b"\x80\x02"):
+            raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
+        reason = str(error) if isinstance(error, ValueError) and "bytes" in str(error) else "no readable header"
+        raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged ({reason}); get it again") from error
+    return Header(tensors, metadata)
+
+
+def fingerprint(tensors: Mapping[str, Tensor | StoredTensor]) -> str:
+    """Sixteen hex digits that tell one set of tensors from another: names, shapes, and 64 values of each.
+
+    The values are taken in eight runs spread evenly. Fast enough for a checkpoint of any size; it detects another model or
+    data set, not tampering.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + _spread(tensor).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _spread(tensor: Tensor | StoredTensor, num_runs: int = 8, run: int = 8) -> Tensor:
+    import torch
+
+    count = prod(tensor.shape)
+    run = min(run, count)
+    starts = sorted({i * (count - run) // (num_runs - 1) for i in range(num_runs)})
+    if isinstance(tensor, StoredTensor):
+        return tensor.values(starts, run)
+    picked = torch.cat([torch.arange(start, start + run) for start in starts])
+    return tensor.detach().reshape(-1)[picked.to(tensor.device)].cpu()
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+OnBytes = Callable[[int, int], None]
+
+
+def ignore(done: int, total: int) -> None:
+    pass
+
+
+class WriteError(OSError):
+    """Something could not be written; one sentence says what and why."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"cannot write {path}: {reason}; free some space or choose another folder")
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside ``path``, and move what was made there into place once it is whole.
+
+    Whatever goes wrong, nothing half-written is left. Raises ``ValueError`` if ``path`` exists and may not be
+    overwritten, ``OSError`` in one sentence if it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another name or allow overwriting")
+    if path.is_dir() and not {p.name for p in path.iterdir()} <= OVERWRITABLE:
+        raise ValueError(f"{path} is a folder with other things in it, which overwriting would delete; choose another name")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        made = temporary / path.name
+        yield made
+        replaced = path.rename(temporary / "replaced") if path.is_dir() else None
+        try:
+            os.replace(made, path)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(path)
+            raise
+    except OSError as error:
+        raise WriteError(path, getattr(error, "reason", None) or error.strerror or str(error)) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str, *, overwrite: bool = True) -> None:
+    with atomic(path, overwrite=overwrite) as made:
+        made.write_bytes(text.encode())
+
+
+def write_tensors(
+    path: Path | str,
+    tensors: Mapping[str, Tensor | StoredTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    codes: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes = ignore,
+) -> None:
+    """Write a safetensors file, contiguous and durable, holding one tensor in memory at a time.
+
+    codes: precision to write for the tensors named in it, as the format spells it; the others stay as they are.
+    ``on_bytes(done, total)`` is called after each tensor.
+    """
+    codes = {name: (codes or {}).get(name) or _code(tensor) for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-_BYTES[codes[name]], name))  # every tensor is aligned to its own size
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name in order:
+        end = offset + prod(tensors[name].shape) * _BYTES[codes[name]]
+        header[name] = {"dtype": codes[name], "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path, overwrite=overwrite) as made, open(made, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            _write(file, tensors[name], codes[name])
+            on_bytes(header[name]["data_offsets"][1], offset)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _code(tensor: Tensor | StoredTensor) -> str:
+    """Precision of a tensor's values, as the format spells it."""
+    if isinstance(tensor, StoredTensor):
+        return "F16" if tensor.scale else tensor.code
+    name = str(tensor.dtype).removeprefix("torch.")
+    return next(code for code, theirs in _TORCH.items() if theirs == name)
+
+
+def _write(file, tensor: Tensor | StoredTensor, code: str) -> None:
+    if isinstance(tensor, StoredTensor) and tensor.scale is None and tensor.code == code:
+        _copy_bytes(tensor, file)
+        return
+    import torch
+
+    values = tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach()
+    values = values.to("cpu", getattr(torch, _TORCH[code])).contiguous()
+    file.write(values.reshape(-1).view(torch.uint8).numpy())
+
+
+def _copy_bytes(tensor: StoredTensor, file) -> None:
+    left, buffer = tensor.num_bytes, memoryview(bytearray(min(_CHUNK_BYTES, tensor.num_bytes)))
+    with open(tensor.path, "rb", buffering=0) as source:
+        source.seek(tensor.offset)
+        while left:
+            part = buffer[: min(left, len(buffer))]
+            _fill(source, part)
+            file.write(part)
+            left -= len(part)
+
+
+def zeros_like(tensor: Tensor | StoredTensor) -> Tensor:
+    """Zeros of a tensor's shape and precision, on the CPU."""
+    import torch
+
+    return torch.zeros(tuple(tensor.shape), dtype=getattr(torch, _TORCH[_code(tensor)]))

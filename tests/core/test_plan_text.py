@@ -1,0 +1,67 @@
+import pytest
+
+from distill_core.plan import name_map, preset, preset_names, pruned
+from distill_core.plan_text import EXAMPLE, read_plan, write_plan
+
+PRESETS_AS_TEXT = {
+    "bk-sdm-base": "keep down 1,1,1,1 mid full up 2,2,2,2",
+    "bk-sdm-v2-small": "keep down 1,1,1,1 mid none up 2,2,2,2",
+    "bk-sdm-tiny": "keep down 1,1,1,0 mid none up 0,2,2,2",
+    "ssd-1b": "keep down 2,2,2:[0,1,2,6] mid resnet up 3:[0,1,2,6]+[0,1,2,6]+10,3:2+1+1,3",
+    "segmind-vega": "keep down 2,2:1,2:2 mid resnet up 3:2,3:1,3",
+    "koala-700m": "keep down 1,1,1:5 mid none up 2:5,2,2",
+    "koala-1b": "keep down 1,1,1:6 mid 6 up 2:6,2,2",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS_AS_TEXT)
+def test_presets_as_text(name, published):
+    teacher = published[preset(name).teacher]
+    assert write_plan(preset(name), teacher) == PRESETS_AS_TEXT[name]
+    assert name_map(teacher, read_plan(PRESETS_AS_TEXT[name], teacher)) == name_map(teacher, preset(name))
+
+
+@pytest.mark.parametrize(
+    "text", ["keep down 1,1,1 mid none up 2,2,2,2", "down 1 mid none up 2", "up 2 keep", "keep mid none down 1 up 2"]
+)
+def test_short_forms(text, sd15):
+    """The last number stands for the stages that are not listed; sides come in any order."""
+    if text == "up 2 keep":
+        with pytest.raises(ValueError, match="not of the form"):
+            read_plan(text, sd15)
+    else:
+        assert name_map(sd15, read_plan(text, sd15)) == name_map(sd15, preset("bk-sdm-small"))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_plan_is_also_the_name_of_a_preset_or_json(name, published):
+    teacher = published[preset(name).teacher]
+    assert read_plan(f" {name} ", teacher) == preset(name)
+    assert name_map(teacher, read_plan(preset(name).to_json(), teacher)) == name_map(teacher, preset(name))
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("half of it", "no preset, no JSON, and not of the form"),
+        ("", "keeps everything"),
+        ("keep down 1 down 1", "not of the form"),
+        ("keep down 1,1,1,1,1 mid none", "down lists 5 stages but this UNet has 4"),
+        ("keep down 3", "keeps 3 resnets in down.0 of 2"),
+        ("keep down [1,0]", "ascending"),
+        ("keep down 2:1+1+1", "keeps 2 layers but 3 depths"),
+        ("keep down 2:7", "keeps 7 transformer blocks in down.0.attn.0 of 1"),
+        ("keep mid half", "'half' is no mid block"),
+        ("keep down x,y", "'x' is not the number of layers"),
+        ("keep down 2 mid full up 3", "keeps everything"),
+        ("{", "not a pruning plan"),
+    ],
+)
+def test_what_cannot_be_read_is_named(text, message, sd15):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_plan(text, sd15)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_example_in_the_message_can_be_read(sd15):
+    assert pruned(sd15, name_map(sd15, read_plan(EXAMPLE, sd15))).num_parameters == 482_346_884

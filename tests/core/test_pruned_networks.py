@@ -1,0 +1,153 @@
+"""Laws over random plans: what is pruned answers as the teacher with those blocks passed over, in either layout."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from distill_core.denoiser import Label
+from distill_core.files import open_unet, save_unet
+from distill_core.plan import name_map
+from distill_core.plan_text import read_plan, write_plan
+from distill_core.prune import prune, prune_file
+from distill_core.skip import skipping
+from distill_core.unet import load_unet
+
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+@st.composite
+def plans(draw, stages, depths, mid_depth):
+    """The text of a plan that can exist: per stage one layer less or none, attentions thinned out or gone."""
+    down, up = [], [""] * stages
+    inner_goes = draw(st.integers(0, 5)) == 0 and depths[-1] == 0
+    for stage in range(stages):
+        if inner_goes and stage == stages - 1:
+            down.append("0")
+            up[0] = "0"
+            continue
+        thin = draw(st.booleans())
+        layers = {
+            "down": draw(st.sampled_from(["1", "[0]"])) if thin else "2",
+            "up": draw(st.sampled_from(["2", "[0,2]", "[1,2]"])) if thin else "3",
+        }
+        for side, count in (("down", 1 if thin else 2), ("up", 2 if thin else 3)):
+            if depths[stage] and draw(st.booleans()):
+                numbers = [draw(_stack(depths[stage])) for _ in range(count)]
+                layers[side] += ":" + "+".join(numbers)
+        down.append(layers["down"])
+        up[stages - 1 - stage] = layers["up"]
+    mid = draw(st.sampled_from(["full", "none", "resnet", *(_texts(mid_depth) if mid_depth > 1 else [])]))
+    return f"keep down {','.join(down)} mid {mid} up {','.join(up)}"
+
+
+def _texts(depth):
+    return [str(n) for n in range(1, depth)] + [f"[{','.join(map(str, range(n, depth)))}]" for n in range(depth)]
+
+
+def _stack(depth):
+    return st.sampled_from(["0", str(depth), *_texts(depth)])
+
+
+SD1_PLANS = plans(4, [1, 1, 1, 0], 1)
+SDXL_PLANS = plans(3, [0, 2, 4], 4)
+
+
+def _student(text, teacher):
+    """What is left after a plan, or None where the widths of the skip connections rule it out."""
+    try:
+        return prune(teacher.architecture, read_plan(text, teacher.architecture))
+    except ValueError as error:
+        assert "channels" in str(error) or "keeps everything" in str(error), error
+        return None
+
+
+def _check(text, teacher, inputs, folder):
+    pruning = _student(text, teacher)
+    assume(pruning is not None)
+    original = {name: weight.detach() for name, weight in teacher.named_parameters().items()}
+    if not (folder / "teacher.safetensors").exists():
+        save_unet(folder / "teacher.safetensors", original, teacher.architecture)
+    file = open_unet(folder / "teacher.safetensors")
+    shutil.rmtree(folder / "diffusers", ignore_errors=True)
+    (folder / "student.safetensors").unlink(missing_ok=True)
+    prune_file(file, folder / "student.safetensors", pruning.plan)
+    student = open_unet(folder / "student.safetensors")
+    assert dict(student.architecture.shapes) == dict(pruning.student.shapes)
+    kept = pruning.weights(original)
+    assert student.state_dict.keys() == kept.keys()
+    assert all(torch.equal(student.state_dict[name], weight) for name, weight in kept.items())
+    # The plan says the same in a line of text.
+    again = read_plan(write_plan(pruning.plan, teacher.architecture), teacher.architecture)
+    assert name_map(teacher.architecture, again).removed == pruning.mapping.removed
+    with torch.no_grad():
+        answer = _forward(load_unet(student), inputs)
+        # The diffusers route, where its config has words for the student.
+        try:
+            prune_file(file, folder / "diffusers", pruning.plan, form="diffusers")
+        except ValueError as error:
+            assert "the diffusers layout cannot express" in str(error)
+        else:
+            from diffusers import UNet2DConditionModel
+
+            theirs = UNet2DConditionModel.from_pretrained(folder / "diffusers").eval()
+            torch.testing.assert_close(_forward(theirs, inputs), answer, rtol=0, atol=1e-5)
+        # And the teacher with those blocks passed over, wherever that is defined.
+        try:
+            with skipping(teacher, pruning.mapping):
+                skipped = teacher(*inputs)
+        except ValueError as error:
+            assert "cannot be passed over" in str(error)
+        else:
+            torch.testing.assert_close(skipped, answer, **CLOSE)
+            COMPARED.append(text)
+
+
+COMPARED = []
+
+
+def _forward(network, inputs):
+    x, t, context, *label = inputs
+    added = {"text_embeds": label[0].pooled, "time_ids": label[0].sizes} if label else None
+    return network(x, t, context, added_cond_kwargs=added).sample
+
+
+def _folder(tmp_path_factory, name):
+    (folder := tmp_path_factory.getbasetemp() / name).mkdir(exist_ok=True)
+    return folder
+
+
+LAW = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@LAW
+@given(text=SD1_PLANS)
+def test_random_plans_of_sd1(text, small_teacher, tmp_path_factory):
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([400]), torch.randn(1, 3, 16)
+    _check(text, small_teacher, (x, t, context), _folder(tmp_path_factory, "law"))
+
+
+@LAW
+@given(text=SDXL_PLANS)
+def test_random_plans_of_sdxl(text, small_xl_teacher, tmp_path_factory):
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([400]), torch.randn(1, 3, 16)
+    label = Label(torch.randn(1, 8), torch.tensor([[64.0, 64, 0, 0, 64, 64]]))
+    _check(text, small_xl_teacher, (x, t, context, label), _folder(tmp_path_factory, "law_xl"))
+
+
+def test_most_plans_could_be_compared_with_the_teacher():
+    if not COMPARED:
+        pytest.skip("the laws above were not run")
+    assert len(COMPARED) >= 200
+
+
+def test_the_teacher_is_as_it_was_after_passing_over(small_teacher, batch):
+    with torch.no_grad():
+        before = small_teacher(*batch)
+        mapping = prune(small_teacher.architecture, read_plan("keep down 1 mid none up 2", small_teacher.architecture)).mapping
+        with pytest.raises(RuntimeError), skipping(small_teacher, mapping):
+            assert not torch.equal(small_teacher(*batch), before)
+            raise RuntimeError
+        assert torch.equal(small_teacher(*batch), before)

@@ -1,0 +1,263 @@
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from distill_core.files import open_unet, save_unet
+from distill_core.plan import preset
+from distill_core.prune import prune_file
+from distill_core.storage import fingerprint, read_header, write_tensors
+
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), max_size=6))
+def test_the_library_reads_what_is_written_and_the_other_way_round(parts, tmp_path_factory):
+    random = torch.Generator().manual_seed(0)
+    tensors = {f"t{i}": (torch.rand(shape, generator=random) * 3).to(dtype) for i, (dtype, shape) in enumerate(parts)}
+    folder = tmp_path_factory.getbasetemp()
+    write_tensors(folder / "ours", tensors, {"a": "ä"}, overwrite=True)
+    save_file(tensors, folder / "theirs")
+    with safe_open(folder / "ours", "pt") as file:
+        assert file.metadata() == {"format": "pt", "a": "ä"}
+    for name in ("ours", "theirs"):
+        loaded, header = load_file(folder / name), read_header(folder / name).tensors
+        assert loaded.keys() == header.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            for other in (loaded[key], header[key].read()):
+                assert other.dtype == tensor.dtype and other.shape == tensor.shape
+                assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_stored_tensors_pass_through_or_change_precision(tmp_path):
+    tensors = {"a": torch.randn(300, 7), "b": torch.randn(5).half()}
+    write_tensors(tmp_path / "first", tensors)
+    stored = read_header(tmp_path / "first").tensors
+    write_tensors(tmp_path / "second", stored, codes={"a": "BF16"})
+    again = load_file(tmp_path / "second")
+    assert torch.equal(again["a"], tensors["a"].bfloat16()) and torch.equal(again["b"], tensors["b"])
+
+
+def test_the_fingerprint_is_the_same_on_disk_and_in_memory_and_tells_models_apart(tmp_path):
+    tensors = {"a": torch.randn(1000), "b": torch.randn(3, 5).half(), "c": torch.tensor(2.0), "d": torch.zeros(0, 3)}
+    write_tensors(tmp_path / "t", tensors)
+    assert fingerprint(tensors) == fingerprint(read_header(tmp_path / "t").tensors)
+    for other in ({**tensors, "a": tensors["a"] + 1e-3}, {**tensors, "b": tensors["b"].reshape(5, 3)}, {"x": tensors["a"]}):
+        assert fingerprint(other) != fingerprint(tensors)
+
+
+def _file(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header,data",
+    [
+        (b"no json", b""),
+        ([1, 2], b""),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(8)),
+        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, b""),
+        ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, bytes(4)),
+    ],
+)
+def test_a_damaged_header_is_one_sentence(header, data, tmp_path):
+    with pytest.raises(ValueError, match="cut short or damaged") as caught:
+        read_header(_file(tmp_path / "x.safetensors", header, data))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_begins_like_a_pickle_is_still_read(tmp_path):
+    """Its first two bytes are its length, and may be any."""
+    length = int.from_bytes(b"PK", "little")
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    _file(tmp_path / "x.safetensors", text.ljust(length).encode(), bytes(4))
+    assert list(read_header(tmp_path / "x.safetensors").tensors) == ["a"]
+
+
+# --- checkpoints of every kind
+
+
+@pytest.fixture
+def teacher(small_teacher):
+    return small_teacher.architecture, {n: w.detach() for n, w in small_teacher.named_parameters().items()}
+
+
+def _ldm(weights, prefix="model.diffusion_model."):
+    from distill_core.layouts import LAYOUTS
+
+    names = LAYOUTS["ldm"].from_canonical(weights)
+    return {prefix + names[n]: w.clone() for n, w in weights.items()}
+
+
+BESIDE = {"first_stage_model.decoder.conv_in.bias": torch.ones(3), "cond_stage_model.transformer.x": torch.ones(2).half(),
+          "model_ema.decay": torch.ones(1), "model_ema.diffusion_modelinput_blocks00weight": torch.ones(1)}  # fmt: skip
+
+
+def test_a_full_checkpoint_keeps_its_vae_and_text_encoder(teacher, tmp_path):
+    _, weights = teacher
+    save_file({**_ldm(weights), **BESIDE}, tmp_path / "full.safetensors")
+    prune_file(
+        open_unet(tmp_path / "full.safetensors"),
+        tmp_path / "s.safetensors",
+        preset("bk-sdm-tiny"),
+        form="checkpoint",
+        dtype="fp16",
+    )
+    tensors = load_file(tmp_path / "s.safetensors")
+    assert all(torch.equal(tensors[name], BESIDE[name]) for name in list(BESIDE)[:2])
+    assert {name.split(".")[0] for name in tensors} == {
+        "model",
+        "first_stage_model",
+        "cond_stage_model",
+    }  # no averages of the teacher
+    assert all(name.startswith("model.diffusion_model.") for name in tensors if name.startswith("model"))
+    student = open_unet(tmp_path / "s.safetensors")
+    assert student.dtype == "f16" and student.prefix == "model.diffusion_model." and len(student.others) == 2
+
+
+def test_a_checkpoint_of_a_bare_unet_is_refused(teacher, tmp_path):
+    architecture, weights = teacher
+    save_unet(tmp_path / "bare.safetensors", weights, architecture)
+    with pytest.raises(ValueError, match="no VAE and text encoder"):
+        prune_file(open_unet(tmp_path / "bare.safetensors"), tmp_path / "s.safetensors", preset("bk-sdm-tiny"), form="checkpoint")
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_kept_to_the_bit_and_widened_when_asked(dtype, teacher, tmp_path):
+    _, weights = teacher
+    save_file({n: w.to(dtype) for n, w in _ldm(weights, "").items()}, tmp_path / "t.safetensors")
+    file = open_unet(tmp_path / "t.safetensors")
+    prune_file(file, tmp_path / "same.safetensors", preset("bk-sdm-base"))
+    prune_file(file, tmp_path / "wide.safetensors", preset("bk-sdm-base"), dtype="fp16")
+    same, wide = open_unet(tmp_path / "same.safetensors"), open_unet(tmp_path / "wide.safetensors")
+    assert file.dtype == same.dtype == ("f8_e4m3" if dtype == torch.float8_e4m3fn else "f8_e5m2") and wide.dtype == "f16"
+    name = "up.1.resnet.1.conv1.weight"
+    original = weights["up.1.resnet.2.conv1.weight"].to(dtype)
+    assert torch.equal(same.state_dict[name].view(torch.uint8), original.view(torch.uint8))
+    assert torch.equal(wide.state_dict[name], original.half())
+
+
+@pytest.mark.parametrize("words", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")])
+def test_scaled_fp8_is_read_with_its_scale(words, teacher, tmp_path):
+    _, weights = teacher
+    tensors, scaled = _ldm(weights, ""), "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    scale = tensors[f"{scaled}.weight"].abs().max() / 448
+    expected = (tensors[f"{scaled}.weight"] / scale).to(torch.float8_e4m3fn)
+    tensors |= {f"{scaled}.weight": expected, f"{scaled}.{words[0]}": scale, f"{scaled}.{words[1]}": torch.tensor(1.0)}
+    save_file({**tensors, "scaled_fp8": torch.zeros(0)}, tmp_path / "t.safetensors")
+    prune_file(open_unet(tmp_path / "t.safetensors"), tmp_path / "s.safetensors", preset("bk-sdm-base"))
+    found = open_unet(tmp_path / "s.safetensors").state_dict["down.0.attn.0.block.0.attn1.to_q.weight"]
+    assert torch.equal(found, (expected.float() * scale).half())
+    assert not [name for name in load_file(tmp_path / "s.safetensors") if "scale" in name]
+
+
+def test_other_quantisation_is_refused(teacher, tmp_path):
+    _, weights = teacher
+    layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    save_file({**_ldm(weights, ""), f"{layer}.weight_scale": torch.ones(32)}, tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match="quantised in a way that is not read here"):
+        open_unet(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_markers_of_v_prediction_are_read_and_carried(prefix, teacher, tmp_path):
+    _, weights = teacher
+    save_file({**_ldm(weights, prefix), **BESIDE} if prefix else _ldm(weights, prefix), tmp_path / "eps.safetensors")
+    assert open_unet(tmp_path / "eps.safetensors").prediction == "eps"
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({**load_file(tmp_path / "eps.safetensors"), **markers}, tmp_path / "v.safetensors")
+    for form in ("ldm", "checkpoint") if prefix else ("ldm",):
+        prune_file(open_unet(tmp_path / "v.safetensors"), tmp_path / form, preset("bk-sdm-base"), form=form)
+        assert open_unet(tmp_path / form).prediction == "v" and markers.keys() <= load_file(tmp_path / form).keys()
+
+
+def test_the_prediction_of_a_pipeline_is_its_schedulers(teacher, tmp_path):
+    architecture, weights = teacher
+    save_unet(tmp_path / "pipe" / "unet", weights, architecture, form="diffusers")
+    file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file), file)  # without our metadata
+    (tmp_path / "pipe" / "scheduler").mkdir()
+    (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    assert open_unet(tmp_path / "pipe").prediction == open_unet(tmp_path / "pipe" / "unet").prediction == "v"
+
+
+def test_shards_and_the_fp16_variant_of_a_folder_are_read(teacher, tmp_path):
+    architecture, weights = teacher
+    save_unet(tmp_path / "whole", weights, architecture, form="diffusers")
+    tensors = load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")
+    config = (tmp_path / "whole" / "config.json").read_text()
+    for folder in ("half", "shards"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config)
+    save_file({n: t.half() for n, t in tensors.items()}, tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors")
+    names = sorted(tensors)
+    index = {}
+    for i, part in enumerate((names[:100], names[100:])):
+        shard = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, tmp_path / "shards" / shard)
+        index |= dict.fromkeys(part, shard)
+    (tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert open_unet(tmp_path / "half").dtype == "f16"
+    read = open_unet(tmp_path / "shards").state_dict
+    assert all(torch.equal(read[name], weight) for name, weight in weights.items())
+
+
+def test_an_sd2_that_predicts_v_is_known_by_comfyuis_sign_and_its_student_carries_it(published, tmp_path):
+    """On the meta device nothing is in the weights; the one tensor that decides is made real."""
+    from distill_core.files import _SD2_V_SIGN
+    from distill_core.prune import prune
+
+    student = prune(published["sd2"], preset("bk-sdm-v2-tiny")).student
+    for prediction, marked in (("v", True), ("eps", False)):
+        weights = {n: torch.zeros(s, dtype=torch.float8_e5m2) for n, s in student.shapes.items()}
+        save_unet(tmp_path / prediction, weights, student, prediction=prediction)
+        header = read_header(tmp_path / prediction)
+        assert (_SD2_V_SIGN in header.tensors) == marked
+        tensors = {n: t for n, t in header.tensors.items()}
+        write_tensors(tmp_path / f"{prediction} without metadata", tensors)
+        assert open_unet(tmp_path / f"{prediction} without metadata").prediction == prediction
+        (tmp_path / prediction).unlink()
+
+
+@pytest.mark.parametrize("place", ["models/diffusion_models/x", "ComfyUI/output/checkpoints/a/x", "models/unet/x"])
+def test_a_diffusers_folder_is_not_written_where_comfyui_would_misread_it(place, teacher, tmp_path):
+    architecture, weights = teacher
+    with pytest.raises(ValueError, match="reads students in the diffusers layout wrongly"):
+        save_unet(tmp_path / place, weights, architecture, form="diffusers")
+    assert list(tmp_path.iterdir()) == []
+    save_unet(tmp_path / "pipeline" / "unet", weights, architecture, form="diffusers")
+
+
+def test_a_student_tells_licence_plan_and_teacher(teacher, tmp_path):
+    architecture, weights = teacher
+    save_unet(
+        tmp_path / "t.safetensors", weights, architecture, metadata={"modelspec.license": "CreativeML", "modelspec.author": "A"}
+    )
+    file = open_unet(tmp_path / "t.safetensors")
+    prune_file(file, tmp_path / "s.safetensors", preset("bk-sdm-small"))
+    metadata = open_unet(tmp_path / "s.safetensors").metadata
+    assert (metadata["modelspec.license"], metadata["modelspec.author"]) == ("CreativeML", "A")
+    assert metadata["distill.teacher"] == fingerprint(file.tensors) == fingerprint(weights)
+    assert json.loads(metadata["distill.skips"]) == {"teacher": 12, "kept": [0, 1, 3, 4, 6, 7, 9, 10], "mid": True}
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1" and metadata["modelspec.sai_model_spec"] == "1.0.0"
