@@ -38,13 +38,13 @@ def main() -> None:
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     teacher, dataset = load_denoiser(teacher_file()), load_dataset()
-    scores = _scores(teacher, dataset)
+    analysis = _analysis(teacher, dataset)
     rows, plans = [], []
     with tqdm(total=len(PRESETS) * (1 + len(CRITERIA)) * arguments.seeds) as progress:
         for name in PRESETS:
             budget = _macs(teacher) - _macs(_student(teacher, preset(name)))
             by = {POSITIONAL: preset(name)}
-            by |= {c: Planner(teacher.architecture, scores, c).plan(budget, f"{name}, by {c}") for c in CRITERIA}
+            by |= {c: Planner(analysis, c).plan(budget, f"{name}, by {c}") for c in CRITERIA}
             for who, plan in by.items():
                 student = _student(teacher, plan)
                 share = _macs(student) / _macs(teacher)
@@ -61,7 +61,7 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def _scores(teacher, dataset):
+def _analysis(teacher, dataset):
     random = torch.Generator().manual_seed(0)
     picked = torch.randperm(len(dataset), generator=random)[:32]
     return score(teacher, examples(teacher, dataset.latents[picked], dataset.context(picked), num_timesteps=8, generator=random))

@@ -23,6 +23,7 @@ from .evaluate import macs_by_module
 from .layouts import split
 from .objective import squared_error
 from .plan import NameMap, PruningPlan, name_map
+from .plan_text import write_plan
 from .skip import detour, skipping
 from .stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
 from .unet import build_unet
@@ -108,6 +109,7 @@ def _candidates(teacher: Architecture) -> Iterator[Unit]:
     inner, innermost = teacher.stages("down")[-1], teacher.stages("up")[0]
     last = teacher.numbers(f"{innermost}.resnet")[-1]
     spans = ((f"{inner}.resnet.{teacher.numbers(f'{inner}.resnet')[0]}", _end(innermost, last, teacher)),)
+    # The mid block goes along: left behind, it would run at four times the pixels.
     yield Unit(f"stage {inner}", inside(inner, innermost, "mid"), spans, inner)
 
 
@@ -177,17 +179,35 @@ class Score:
         return self.output_error if criterion == "output error" else self.change
 
 
+@dataclass(frozen=True)
+class Analysis:
+    """A model's removable units with their scores."""
+
+    teacher: Architecture
+    scores: tuple[Score, ...]
+    macs: int
+    """Of the whole network, at the size of the examples."""
+
+    @property
+    def parameters(self) -> int:
+        return self.teacher.num_parameters
+
+    def total(self, measure: str) -> int:
+        """What a saving is a share of; ``ValueError`` lists the measures."""
+        if measure not in MEASURES:
+            raise ValueError(f"unknown measure {measure!r}; choose from {list(MEASURES)}")
+        return getattr(self, measure)
+
+
 @torch.no_grad()
-def score(
-    denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, int], None] = lambda done, total: None
-) -> list[Score]:
+def score(denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, int], None] = lambda done, total: None) -> Analysis:
     """Score every removable unit, averaged over the batches; the network is only read.
 
-    ``on_unit(done, total)`` is called after each; whatever it raises ends the scoring.
+    ``on_unit(done, total)`` is called before the first and after each; whatever it raises ends the scoring.
     """
     teacher = denoiser.architecture
     units = removable_units(teacher)
-    saved_macs = _macs(teacher, batches[0])
+    macs = _macs(teacher, batches[0])
     on_unit(0, len(units))
     answers, changes = [], dict.fromkeys(units, 0.0)
     ends = {end for unit in units for span in unit.spans for end in span}
@@ -197,17 +217,32 @@ def score(
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
-    power = sum(answer.float().square().mean().item() for answer in answers)
     scores = []
     for done, unit in enumerate(units, start=1):
-        with skipping(denoiser, unit_map(unit, teacher)):
-            error = sum(
-                squared_error(denoiser(*batch), answer).mean().item() for batch, answer in zip(batches, answers, strict=True)
-            )
-        macs, parameters = _savings(unit.blocks, teacher, saved_macs)
-        scores.append(Score(unit, error / power, changes[unit], macs, parameters))
+        error = _error(denoiser, batches, answers, unit_map(unit, teacher))
+        scores.append(Score(unit, error, changes[unit], *_savings(unit.blocks, teacher, macs)))
         on_unit(done, len(units))
-    return scores
+    return Analysis(teacher, tuple(scores), sum(count for block, count in macs.items() if ".block." not in block))
+
+
+@torch.no_grad()
+def output_error(denoiser: Denoiser, batches: list[Example], plan: PruningPlan) -> float | None:
+    """Error of the output when all that a plan removes is passed over at once, as `Score.output_error`.
+
+    None where the plan changes the number of channels, so that nothing can be passed over.
+    """
+    mapping = name_map(denoiser.architecture, plan)
+    try:
+        detour(denoiser.architecture, mapping)
+    except ValueError:
+        return None
+    return _error(denoiser, batches, [denoiser(*batch) for batch in batches], mapping)
+
+
+def _error(denoiser: Denoiser, batches: list[Example], answers: list[Tensor], mapping: NameMap) -> float:
+    with skipping(denoiser, mapping):
+        errors = [squared_error(denoiser(*batch), answer).mean() for batch, answer in zip(batches, answers, strict=True)]
+    return (sum(errors) / sum(answer.float().square().mean() for answer in answers)).item()
 
 
 def _change(entering: Tensor, leaving: Tensor) -> float:
@@ -231,59 +266,69 @@ def _macs(teacher: Architecture, example: Example) -> dict[str, int]:
 def _savings(removed: frozenset[str], teacher: Architecture, macs: Mapping[str, int]) -> tuple[int, int]:
     """MACs and parameters that go with some blocks, and with the resampling they leave without purpose."""
     mapping = name_map(teacher, PruningPlan.removing(removed, teacher, "savings"))
-    gone = {name for name in teacher.shapes if mapping.rename(name) is None}
     modules = mapping.removed - {b for b in mapping.removed if ".block." in b and split(b)[0] in mapping.removed}
-    sizes = Architecture({name: teacher.shapes[name] for name in gone}).num_parameters
+    sizes = Architecture({name: teacher.shapes[name] for name in _gone(mapping, teacher)}).num_parameters
     return sum(macs[module] for module in modules), sizes
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
-class _Choice(NamedTuple):
-    """Some units to remove together, what they cost in score, and what they save."""
+class Choice(NamedTuple):
+    """Some units to remove together, the sum of their scores, and what they save."""
 
     cost: float
     saving: float
     units: tuple[Unit, ...] = ()
 
-    def __add__(self, other: _Choice) -> _Choice:
-        return _Choice(self.cost + other.cost, self.saving + other.saving, self.units + other.units)
+    def __add__(self, other: Choice) -> Choice:
+        return Choice(self.cost + other.cost, self.saving + other.saving, self.units + other.units)
 
 
-_NOTHING = _Choice(0.0, 0.0)
+_NOTHING = Choice(0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Planner:
     """Chooses units by their scores."""
 
-    teacher: Architecture
-    scores: list[Score]
+    analysis: Analysis
     criterion: str = "output error"
     """Key of `CRITERIA`."""
     measure: str = "macs"
     """What a budget counts: ``macs`` or ``parameters``."""
 
     def __post_init__(self):
-        if self.measure not in MEASURES:
-            raise ValueError(f"unknown measure {self.measure!r}; choose from {list(MEASURES)}")
+        self.analysis.total(self.measure)
+
+    @property
+    def teacher(self) -> Architecture:
+        return self.analysis.teacher
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return self.analysis.scores
 
     def plan(self, saving: int, name: str = "") -> PruningPlan:
         """The plan of least summed score that saves at least ``saving`` MACs or parameters.
 
         Raises ``ValueError`` if no plan that ComfyUI opens saves that much.
         """
+        removed = frozenset().union(*(unit.blocks for unit in self.choose(saving).units))
+        return PruningPlan.removing(removed, self.teacher, name or f"least {self.criterion}")
+
+    def choose(self, saving: int) -> Choice:
+        """The units that `plan` removes."""
         tables = [self._table(depths) for depths in self._allowed_encoders()]
         choices = [choice for table in tables for choice in table if choice.saving * (1 + 1e-9) >= saving]
         if not choices:
             most = max((choice.saving for table in tables for choice in table), default=0)
+            whole = self.analysis.total(self.measure)
             raise ValueError(
-                f"no plan saves {saving / 1e6:,.1f} M {self.measure}; the most that can go is {most / 1e6:,.1f} M: ask for less"
+                f"no plan that ComfyUI opens saves {saving / whole:.0%} of the {self.measure}; the most that can go is "
+                f"{most / whole:.0%}: ask for less"
             )
-        best = min(choices, key=lambda choice: (choice.cost, choice.saving))
-        removed = frozenset().union(*(unit.blocks for unit in best.units))
-        return PruningPlan.removing(removed, self.teacher, name or f"least {self.criterion}")
+        return min(choices, key=lambda choice: (choice.cost, choice.saving))
 
     def _allowed_encoders(self) -> list[dict[str, int] | None]:
         """Transformer depths the attentions of the down stages may end up with; None where all may."""
@@ -300,15 +345,15 @@ class Planner:
                 allowed.append({attention: by_stage[attention.rsplit(".", 2)[0]] for attention in now} | {"layers": len(layers)})
         return [d for d in allowed if all(d[a] <= depth for a, depth in now.items())]
 
-    def _table(self, depths: Mapping[str, int] | None) -> list[_Choice]:
+    def _table(self, depths: Mapping[str, int] | None) -> list[Choice]:
         """The best choices for every saving: no other saves as much at a lower score."""
         one_layer = depths is not None and "layers" in depths
         table = [_NOTHING]
-        for stage in [*self.teacher.stages("down"), "mid"]:
+        for stage in self.teacher.stages("down"):
             table = self._best(a + b for a in table for b in self._stage(stage, depths, one_layer))
         return table
 
-    def _stage(self, stage: str, depths: Mapping[str, int] | None, one_layer: bool) -> list[_Choice]:
+    def _stage(self, stage: str, depths: Mapping[str, int] | None, one_layer: bool) -> list[Choice]:
         """Choices within a stage and its mirror: layers go or stay, and the attentions that stay are thinned out."""
         attentions = {s.unit.name: s for s in self.scores if s.unit.stage == stage and not s.unit.is_structural}
         structural = [s for s in self.scores if s.unit.stage == stage and s.unit.is_structural]
@@ -323,10 +368,12 @@ class Planner:
             for attention in sorted({split(name)[0] for name in attentions} - gone):
                 wanted = None if depths is None else depths.get(attention)
                 table = self._best(a + b for a in table for b in self._attention(attention, attentions, wanted))
+            if stage == self.teacher.stages("down")[-1] and "mid.resnet.0" not in gone:
+                table = self._best(a + b for a in table for b in self._stage("mid", depths, one_layer))
             found += table
         return self._best(found)
 
-    def _attention(self, attention: str, scores: Mapping[str, Score], wanted: int | None) -> list[_Choice]:
+    def _attention(self, attention: str, scores: Mapping[str, Score], wanted: int | None) -> list[Choice]:
         """Keep it, thin it out block by block in the order of their scores, or remove it; or only what gives a depth."""
         depth = self.teacher.depth(attention)
         blocks = sorted((s for n, s in scores.items() if n.startswith(f"{attention}.block.")), key=lambda s: s.by(self.criterion))
@@ -345,8 +392,8 @@ class Planner:
         first_layers = [s for s in encoder if s.unit.name.endswith(".0")] or encoder
         return attention == max(first_layers, key=lambda s: s.by(self.criterion)).unit.name
 
-    def _choice(self, score: Score) -> _Choice:
-        return _Choice(score.by(self.criterion), getattr(score, self.measure), (score.unit,))
+    def _choice(self, score: Score) -> Choice:
+        return Choice(score.by(self.criterion), getattr(score, self.measure), (score.unit,))
 
     @cached_property
     def _step(self) -> float:
@@ -354,24 +401,54 @@ class Planner:
             sum(getattr(s, self.measure) for s in self.scores if not s.unit.is_structural or s.unit.stage == "mid") / _RESOLUTION
         )
 
-    def _best(self, choices: Iterable[_Choice]) -> list[_Choice]:
+    def _best(self, choices: Iterable[Choice]) -> list[Choice]:
         """The cheapest choice of each saving, counted in steps, that no larger saving undercuts."""
-        by_step: dict[int, _Choice] = {}
+        by_step: dict[int, Choice] = {}
         for choice in choices:
             step = int(choice.saving / self._step)
             if step not in by_step or (choice.cost, -choice.saving) < (by_step[step].cost, -by_step[step].saving):
                 by_step[step] = choice
-        kept: list[_Choice] = []
+        kept: list[Choice] = []
         for _, choice in sorted(by_step.items(), reverse=True):
             if not kept or choice.cost < kept[-1].cost:
                 kept.append(choice)
         return kept
 
 
+def report(planners: Mapping[str, Planner], criterion: str, saving: int, measured_error: float | None = None) -> str:
+    """What each criterion would remove for a saving, the one that decides first, and how far they agree."""
+    lines, plans = [], {}
+    for name in sorted(planners, key=lambda name: name != criterion):
+        planner = planners[name]
+        choice, plans[name] = planner.choose(saving), planner.plan(saving)
+        error = sum(score.output_error for score in planner.scores if score.unit in choice.units)
+        share = choice.saving / planner.analysis.total(planner.measure)
+        lines += [
+            f"{'Chosen' if name == criterion else 'For comparison'} by {name}: saves {share:.1%} of the {planner.measure}",
+            f"  {write_plan(plans[name], planner.teacher)}",
+            f"  output errors of its {len(choice.units)} units add up to {error:.4g} of the output's power"
+            + (
+                f", all passed over at once it is {measured_error:.4g}"
+                if name == criterion and measured_error is not None
+                else ""
+            ),
+        ]
+    if len(plans) == 2:
+        lines.append(f"Of the parameters either removes, both remove {agreement(*plans.values(), planner.teacher):.0%}.")
+    easiest = sorted(planners[criterion].scores, key=lambda score: score.by(criterion))[:5]
+    lines.append("Least needed: " + ", ".join(f"{score.unit.name} ({score.by(criterion):.2g})" for score in easiest))
+    return "\n".join(lines)
+
+
 def agreement(a: PruningPlan, b: PruningPlan, teacher: Architecture) -> float:
     """Share of the parameters either plan removes that both remove."""
-    gone = [{n for n in teacher.shapes if name_map(teacher, plan).rename(n) is None} for plan in (a, b)]
-    size = [
-        Architecture({n: teacher.shapes[n] for n in names}).num_parameters for names in (gone[0] & gone[1], gone[0] | gone[1])
-    ]
-    return size[0] / size[1] if size[1] else 1.0
+    ours, theirs = (_gone(name_map(teacher, plan), teacher) for plan in (a, b))
+    both, either = (
+        Architecture({n: teacher.shapes[n] for n in names}).num_parameters for names in (ours & theirs, ours | theirs)
+    )
+    return both / either
+
+
+def _gone(mapping: NameMap, teacher: Architecture) -> set[str]:
+    """The teacher's parameters that go."""
+    return {name for name in teacher.shapes if mapping.rename(name) is None}

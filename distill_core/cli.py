@@ -82,6 +82,23 @@ def prune(arguments: argparse.Namespace) -> None:
     print("It still has to be distilled: straight after pruning its samples are poor.")
 
 
+def remap_lora(arguments: argparse.Namespace) -> None:
+    from .files import open_unet
+    from .lora import remap_lora_file
+    from .plan import name_map
+
+    teacher = open_unet(arguments.teacher).architecture
+    mapping = name_map(teacher, _plan(arguments, teacher))
+    remapped = remap_lora_file(
+        arguments.lora, arguments.out, teacher, mapping, spelling=arguments.layout, overwrite=arguments.overwrite
+    )
+    if arguments.json:
+        facts = {name: getattr(remapped, name) for name in ("num_kept", "num_dropped", "num_text_encoder", "switched_to_ldm")}
+        print(json.dumps({"file": str(arguments.out), **facts}, indent=2))
+    else:
+        print(f"{arguments.out}: {remapped.describe()}")
+
+
 def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
     """The plan of --preset, or of --plan: a file, or the text itself; with the blocks of --keep."""
     from .plan import preset
@@ -158,6 +175,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
     from .files import FORMS
+    from .layouts import LAYOUTS
     from .plan import preset_names
     from .storage import DTYPES
 
@@ -201,6 +219,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="put removed blocks back as identities where ComfyUI could not open the student otherwise",
     )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    command = commands.add_parser("remap-lora", help="turn a teacher's LoRA into one for its student")
+    command.set_defaults(function=remap_lora)
+    command.add_argument("lora", type=Path, help="LoRA made for the teacher: kohya's, diffusers' or ComfyUI's names, any kind")
+    command.add_argument("out", type=Path, help="file to write")
+    command.add_argument("--teacher", type=Path, required=True, help=".safetensors file or diffusers folder of the full model")
+    _add_plan(command)
+    command.add_argument(
+        "--layout", choices=LAYOUTS, help="names to write (default: as they came, where ComfyUI reads them right)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
 

@@ -165,12 +165,14 @@ class KeptSkips:
     """Whether the stage that receives the residual of the mid block is still there."""
 
     def select(self, residuals: Sequence[Value]) -> list[Value]:
-        """The student's residuals from the teacher's, both counted from ``conv_in``; ``ValueError`` if they are not as many."""
+        """The student's residuals from the teacher's, both counted from ``conv_in``."""
         if len(residuals) != self.num_teacher:
-            raise ValueError(
-                f"a ControlNet for this student's teacher gives {self.num_teacher} residuals, this one {len(residuals)}"
-            )
+            raise ValueError(f"the teacher has {self.num_teacher} skip connections, but there are {len(residuals)} residuals")
         return [residuals[i] for i in self.kept]
+
+    def then(self, further: KeptSkips) -> KeptSkips:
+        """The same after the student was pruned once more."""
+        return KeptSkips(self.num_teacher, tuple(further.select(self.kept)), self.mid and further.mid)
 
     def to_text(self) -> str:
         return json.dumps({"teacher": self.num_teacher, "kept": self.kept, "mid": self.mid})

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .plan import name_map
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+    from .analyse import Analysis
+    from .plan import PruningPlan
+
+REMOVED_COLOR, KEPT_COLOR = "#e45756", "#9ecae9"
 TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "total": "#333333"}
 
 
@@ -65,6 +71,39 @@ def loss_curve(metrics: Sequence[Mapping[str, float]], title: str = "") -> Image
     draw_losses(axes, metrics)
     axes.set_title(title, fontsize=11)
     return to_image(drawing)
+
+
+def score_chart(analysis: Analysis, plan: PruningPlan, criterion: str) -> Image:
+    """Output error and change of every unit as bars, in the order of the network, those that a plan removes in colour."""
+    from matplotlib.patches import Patch
+
+    removed = name_map(analysis.teacher, plan).removed
+    scores = sorted(analysis.scores, key=lambda score: _place(score.unit.spans[0][0]))
+    drawing = figure(10, 1.4 + 0.17 * len(scores))
+    panels = drawing.subplots(1, 2, sharey=True)
+    colors = [REMOVED_COLOR if score.unit.blocks <= removed else KEPT_COLOR for score in scores]
+    for axes, title, values in (
+        (panels[0], "output error when passed over", [score.output_error for score in scores]),
+        (panels[1], "change of what runs through (1 - cosine)", [score.change for score in scores]),
+    ):
+        lowest = min((value for value in values if value > 0), default=1e-6)
+        axes.barh(range(len(scores)), [max(value, lowest / 2) for value in values], color=colors, height=0.75)
+        axes.set(xscale="log", xlim=(lowest / 2, None))
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        axes.margins(y=0.01)
+    panels[0].set_yticks(range(len(scores)), [score.unit.name for score in scores], fontsize=7.5)
+    panels[0].invert_yaxis()
+    drawing.suptitle(f"Units of the UNet, in order; the plan is chosen by {criterion}", fontsize=11)
+    handles = [Patch(color=REMOVED_COLOR, label="goes"), Patch(color=KEPT_COLOR, label="stays")]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return to_image(drawing)
+
+
+def _place(module: str) -> tuple[int, list[int]]:
+    """Where a module stands on the way through the network."""
+    side, *rest = module.split(".")
+    return ("down", "mid", "up").index(side), [int(part) for part in rest if part.isdigit()]
 
 
 def draw_grid(axes: Axes, pictures: Tensor, columns: int, title: str) -> None:

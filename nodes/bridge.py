@@ -6,6 +6,8 @@ import gc
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import comfy.latent_formats
@@ -20,22 +22,26 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..distill_core.architecture import Architecture
 from ..distill_core.dataset import LatentDataset
 from ..distill_core.demo import digits
 from ..distill_core.demo.teacher import load_dataset, teacher_file
-from ..distill_core.denoiser import LdmDenoiser
+from ..distill_core.denoiser import Label, LdmDenoiser
+from ..distill_core.files import UNetFile, open_unet
 from ..distill_core.layouts import layout
-from ..distill_core.plan import PruningPlan, name_map, pruned
+from ..distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map, pruned
+from ..distill_core.prune import prune, pruning_metadata
 from ..distill_core.run import Progress, checkpoints_in
 from ..distill_core.schedule import NoiseSchedule, from_sigmas
 from ..distill_core.storage import WriteError, fingerprint
 
 TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
-PLAN = "distill_plan"  # attachment of a MODEL: the plan it was pruned with
+ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
 LDM = layout("ldm")
+_PREDICTIONS = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: "x0", comfy.model_sampling.EPS: "eps"}
 
 
 # --- MODEL ----------------------------------------------------------------------------------------------------------
@@ -59,9 +65,34 @@ def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
         return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a student comes from."""
+
+    plan: PruningPlan
+    """The plan it was pruned with."""
+    skips: KeptSkips
+    """Which skip connections of the teacher it has."""
+    metadata: Mapping[str, str]
+    """What its file tells of its teacher."""
+
+    @classmethod
+    def of_file(cls, file: UNetFile) -> Origin | None:
+        """From the metadata of a file that was pruned here."""
+        if file.plan is None or "distill.skips" not in file.metadata:
+            return None
+        metadata = {name: text for name, text in file.metadata.items() if name.startswith("distill.")}
+        return cls(file.plan, KeptSkips.from_text(metadata["distill.skips"]), metadata)
+
+
+def origin_of(model: ModelPatcher) -> Origin | None:
+    """Where a MODEL that was pruned here comes from."""
+    return model.get_attachment(ORIGIN)
+
+
 def plan_of(model: ModelPatcher) -> PruningPlan | None:
-    """The plan a MODEL was pruned with in this graph."""
-    return model.get_attachment(PLAN)
+    """The plan a MODEL was pruned with."""
+    return origin.plan if (origin := origin_of(model)) else None
 
 
 def prediction_of(model: ModelPatcher) -> str:
@@ -72,8 +103,7 @@ def prediction_of(model: ModelPatcher) -> str:
             f"this MODEL samples on {len(sampling.sigmas)} timesteps instead of {TRAINED_TIMESTEPS}; take off the "
             "patch that changed it (LCM)"
         )
-    known = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: "x0", comfy.model_sampling.EPS: "eps"}
-    for base, name in known.items():
+    for base, name in _PREDICTIONS.items():
         if isinstance(sampling, base) and isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
             return name
     raise ValueError(
@@ -89,14 +119,14 @@ def schedule_of(model: ModelPatcher) -> NoiseSchedule:
 def build_model(
     state_dict: Mapping[str, Tensor],
     architecture: Architecture,
-    config_class: type,
+    config_class: type | None,
     *,
     dtype: torch.dtype | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """A MODEL of its own from canonical weights, through ComfyUI's own loader, so that what builds here loads there.
 
-    config_class: class of the teacher's model config; the demo's is not one ComfyUI detects.
+    config_class: class of the teacher's model config; it matters for the demo's alone, which ComfyUI does not detect.
     """
     names = LDM.from_canonical(architecture.shapes)
     weights = {names[name]: weight for name, weight in state_dict.items()}
@@ -107,15 +137,15 @@ def build_model(
         model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, disable_dynamic=disable_dynamic)
         if model is None:
             raise ValueError(
-                "ComfyUI does not recognise the pruned UNet, so its own loaders could not open it; choose another plan"
+                "ComfyUI does not recognise this UNet; if it is a student, prune the teacher with another plan, or padded"
             )
     return model
 
 
 def make_student(
-    state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, plan: PruningPlan | None
+    state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, origin: Origin | None
 ) -> ModelPatcher:
-    """A finished student MODEL: the teacher's precision and sampling, its plan attached, and ready to be reloaded by ComfyUI."""
+    """A finished student MODEL: the teacher's precision and sampling, and ready to be reloaded by ComfyUI."""
     config_class, sampling = type(teacher.model.model_config), teacher.get_model_object("model_sampling")
     dtype = teacher.model.get_dtype_inference()
     state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
@@ -123,10 +153,37 @@ def make_student(
     def load(disable_dynamic: bool = False) -> ModelPatcher:
         student = build_model(state_dict, architecture, config_class, dtype=dtype, disable_dynamic=disable_dynamic)
         student.add_object_patch("model_sampling", sampling)
-        student.set_attachments(PLAN, plan)
-        return student
+        return _with_origin(student, origin)
 
     return _reloadable(load)
+
+
+def _with_origin(student: ModelPatcher, origin: Origin | None) -> ModelPatcher:
+    """Attach where a student comes from, and lead a ControlNet's residuals to the blocks that stayed."""
+    if origin is not None:
+        student.set_attachments(ORIGIN, origin)
+        student.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ORIGIN, partial(_remap_control, origin.skips))
+    return student
+
+
+def _remap_control(skips: KeptSkips, executor, x, timesteps, context, y=None, control=None, *args, **kwargs):
+    """Around ``UNetModel.forward``: give each kept block the residual that was made for it."""
+    return executor(x, timesteps, context, y, control and remapped_control(skips, control), *args, **kwargs)
+
+
+def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str, list]:
+    """A ControlNet's or T2I-Adapter's residuals for the teacher as residuals for the student.
+
+    ComfyUI takes them off the ends of its lists: of ``output`` the deepest block's first, of ``input`` the outermost's.
+    Residuals that were made for the student are left as they are.
+    """
+    output, inputs, middle = ([*control.get(key, [])] for key in ("output", "input", "middle"))
+    if len(output) == len(skips.kept) or len(inputs) == len(skips.kept):
+        return {"input": inputs, "middle": middle, "output": output}
+    missing = [None] * skips.num_teacher
+    from_conv_in = (missing + output)[-skips.num_teacher :], (inputs[::-1] + missing)[: skips.num_teacher]
+    output, inputs = (skips.select(residuals) for residuals in from_conv_in)
+    return {"input": inputs[::-1], "middle": middle if skips.mid else [], "output": output}
 
 
 def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
@@ -136,11 +193,49 @@ def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
     return model
 
 
-def prune_model(teacher: ModelPatcher, plan: PruningPlan) -> ModelPatcher:
-    """The teacher less the blocks a plan removes; the teacher is left as it is."""
-    architecture = architecture_of(teacher)
-    mapping = name_map(architecture, plan)
-    return make_student(mapping.apply(state_dict_of(teacher)), pruned(architecture, mapping), teacher, plan)
+def prune_model(teacher: ModelPatcher, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
+    """The teacher less the blocks a plan removes; the teacher is left as it is. pad: see `prune.prune`."""
+    architecture, weights = architecture_of(teacher), state_dict_of(teacher)
+    pruning = prune(architecture, plan, pad=pad)
+    metadata, skips = pruning_metadata(pruning, weights, architecture), pruning.mapping.skips(architecture)
+    if before := origin_of(teacher):
+        skips = before.skips.then(skips)
+        metadata["distill.skips"] = skips.to_text()
+    return make_student(pruning.weights(weights), pruning.student, teacher, Origin(pruning.plan, skips, metadata))
+
+
+def load_student(path: Path) -> tuple[ModelPatcher, dict]:
+    """A student's file as a MODEL, with all that ComfyUI's own loaders leave out, and what the file tells of itself."""
+    file = open_unet(path)
+    config_class = DigitsModelConfig if is_demo(file.architecture) else None
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        student = build_model(file.state_dict, file.architecture, config_class, disable_dynamic=disable_dynamic)
+        if prediction_of(student) != file.prediction or "ztsnr" in file.markers:
+            student.add_object_patch("model_sampling", _sampling(student, file.prediction, zsnr="ztsnr" in file.markers))
+        return _with_origin(student, Origin.of_file(file))
+
+    return _reloadable(load), file.describe()
+
+
+def _sampling(model: ModelPatcher, prediction: str, zsnr: bool) -> nn.Module:
+    """ComfyUI's sampling on discrete timesteps for a prediction type."""
+    kind = {name: base for base, name in _PREDICTIONS.items()}[prediction]
+    return type("ModelSampling", (comfy.model_sampling.ModelSamplingDiscrete, kind), {})(model.model.model_config, zsnr=zsnr)
+
+
+def markers_of(model: ModelPatcher) -> dict[str, Tensor]:
+    """Tensors by which ComfyUI knows, when it loads the file again, how the model samples."""
+    return {"ztsnr": torch.zeros(0)} if getattr(model.get_model_object("model_sampling"), "zsnr", False) else {}
+
+
+def vae_and_text_encoders(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
+    """What goes beside the UNet in a full checkpoint, by LDM names, on the CPU."""
+    config = model.model.model_config
+    with torch.inference_mode():
+        text = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
+        pixels = config.process_vae_state_dict_for_saving(vae.get_sd())
+        return {name: weight.to("cpu").detach() for name, weight in {**text, **pixels}.items() if isinstance(weight, Tensor)}
 
 
 class ComfyDenoiser(LdmDenoiser):
@@ -157,9 +252,9 @@ class ComfyDenoiser(LdmDenoiser):
         return self.patcher.model.get_dtype_inference()
 
 
-def denoiser(model: ModelPatcher, student: ComfyDenoiser) -> ComfyDenoiser:
-    """A teacher MODEL as a denoiser, loaded to its device with its patches applied, room left to train the student."""
-    comfy.model_management.load_models_gpu([model], memory_required=_training_bytes(student.architecture))
+def denoiser(model: ModelPatcher, beside: ComfyDenoiser | None = None) -> ComfyDenoiser:
+    """A MODEL as a denoiser, loaded to its device with its patches applied, room left to train the student ``beside`` it."""
+    comfy.model_management.load_models_gpu([model], memory_required=_training_bytes(beside.architecture) if beside else 0)
     return _wrap(model, model)
 
 
@@ -218,6 +313,20 @@ def plan_between(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | 
     )
 
 
+def mapping_between(student: ModelPatcher, teacher: ModelPatcher) -> NameMap:
+    """Name map from teacher to student; ``ValueError`` if they do not belong together."""
+    plan, architecture = plan_between(student, teacher), architecture_of(teacher)
+    return NameMap.identity(architecture) if plan is None else name_map(architecture, plan)
+
+
+def with_lora(
+    model: ModelPatcher, clip: comfy.sd.CLIP | None, lora: dict[str, Tensor], strength_model: float, strength_clip: float
+) -> tuple[ModelPatcher, comfy.sd.CLIP | None]:
+    """MODEL and CLIP with a LoRA, by ComfyUI's own loader; both that come in stay as they are."""
+    patched_model, patched_clip = comfy.sd.load_lora_for_models(model, clip, dict(lora), strength_model, strength_clip)
+    return patched_model, patched_clip
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,14 +335,56 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
 
     Latents are scaled once as the model's sampler would. ``ValueError`` if sizes or counts do not match.
     """
+    pictures, contexts = _checked(latents, positive, model)
+    if architecture_of(model).label_width is not None:
+        raise ValueError("models with size and crop conditioning (SDXL) can be pruned and analysed, but not distilled here")
+    samples = model.model.process_latent_in(torch.cat(pictures).float().cpu()).clone()
+    null = None if null_caption is None else _contexts(null_caption)[0].clone()
+    if null is not None and null.shape != contexts.shape[1:]:
+        raise ValueError(
+            "the null caption's conditioning is of another length than the captions'; encode both with the same CLIP"
+        )
+    return LatentDataset(latents=samples, contexts=contexts.clone(), null_context=null)
+
+
+def calibration(
+    latents: list[dict], positive: list, model: ModelPatcher, num_examples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Label | None]:
+    """A few latents with their captions' conditioning, picked at random: (B, C, H, W), (B, L, D), and the label of an SDXL."""
+    pictures, contexts = _checked(latents, positive, model)
+    samples = model.model.process_latent_in(torch.cat(pictures).float().cpu())
+    if not samples.any():
+        raise ValueError("the latents are empty; connect images the model is to draw well: VAE Encode, or a KSampler")
+    picked = torch.randperm(len(samples), generator=generator)[:num_examples]
+    captions = picked if len(contexts) > 1 else torch.zeros_like(picked)
+    label = None
+    if architecture_of(model).label_width is not None:
+        pooled, sizes = _labels(positive, (8 * samples.shape[2], 8 * samples.shape[3]))
+        label = Label(pooled[captions], sizes[captions])
+    return samples[picked], contexts[captions], label
+
+
+def _labels(conditioning: list, size_px: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pooled embeddings (N, P) and sizes (N, 6) of SDXL conditioning, sizes of the picture itself where none are given."""
+    pooled, sizes = [], []
+    for _, options in (entry for one in conditioning for entry in one):
+        if "pooled_output" not in options:
+            raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
+        height, width = options.get("height", size_px[0]), options.get("width", size_px[1])
+        target = options.get("target_height", height), options.get("target_width", width)
+        pooled.append(options["pooled_output"].float().cpu())
+        sizes += [[height, width, options.get("crop_h", 0), options.get("crop_w", 0), *target]] * len(pooled[-1])
+    return torch.cat(pooled), torch.tensor(sizes, dtype=torch.float32)
+
+
+def _checked(latents: list[dict], positive: list, model: ModelPatcher) -> tuple[list[Tensor], Tensor]:
+    """Latents as they came, and the captions' embeddings (N, L, D), if they are of one size and fit the model."""
     pictures = [entry["samples"] for entry in latents]
     if len({tuple(p.shape[1:]) for p in pictures}) != 1:
         sizes = sorted({f"{8 * p.shape[-1]}x{8 * p.shape[-2]}" for p in pictures})
         raise ValueError(f"the latents are of different sizes ({', '.join(sizes)}); resize the images to one size first")
     contexts = _contexts(positive)
     architecture = architecture_of(model)
-    if architecture.label_width is not None:
-        raise ValueError("models with size and crop conditioning (SDXL) cannot be distilled here")
     wanted = architecture.channels("conv_in")[0]
     if pictures[0].shape[1] != wanted:
         raise ValueError(
@@ -245,17 +396,12 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
             f"the captions' conditioning is {contexts.shape[-1]} wide but the model reads "
             f"{architecture.context_width}; encode the captions with the model's own CLIP"
         )
-    samples = model.model.process_latent_in(torch.cat(pictures).float().cpu()).clone()
-    if len(contexts) not in (1, len(samples)):
+    num_latents = sum(len(p) for p in pictures)
+    if len(contexts) not in (1, num_latents):
         raise ValueError(
-            f"there are {len(samples)} latents but {len(contexts)} captions; give one caption for each, or one for all"
+            f"there are {num_latents} latents but {len(contexts)} captions; give one caption for each, or one for all"
         )
-    null = None if null_caption is None else _contexts(null_caption)[0].clone()
-    if null is not None and null.shape != contexts.shape[1:]:
-        raise ValueError(
-            "the null caption's conditioning is of another length than the captions'; encode both with the same CLIP"
-        )
-    return LatentDataset(latents=samples, contexts=contexts.clone(), null_context=null)
+    return pictures, contexts
 
 
 def _contexts(conditioning: list) -> Tensor:
@@ -297,6 +443,15 @@ def output_path(prefix: str, suffix: str) -> Path:
     except OSError as error:
         raise WriteError(Path(root) / prefix, error.strerror) from error
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def file_in(folder: str, name: str) -> Path:
+    """Path of a file in one of ComfyUI's model folders; ``ValueError`` for a name that leads out of it, or to nothing."""
+    for root in folder_paths.get_folder_paths(folder):
+        path = os.path.join(root, name)
+        if folder_paths.is_within_directory(root, path) and os.path.isfile(path):
+            return Path(path)
+    raise ValueError(f"there is no file {name!r} under models/{folder}; press R to refresh the list")
 
 
 def throw_if_cancelled() -> None:
@@ -344,6 +499,11 @@ class DigitsModelConfig(comfy.supported_models.SD15):
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     latent_format = DigitsLatentFormat
     supported_inference_dtypes = [torch.float32]
+
+
+def is_demo(architecture: Architecture) -> bool:
+    """Whether a UNet is the demo's, or a student of it: of its width, which no real model has."""
+    return architecture.context_width == digits.CONTEXT_WIDTH and architecture.channels("conv_in")[1] < 320
 
 
 def _build_digits(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatcher:

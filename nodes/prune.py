@@ -1,8 +1,13 @@
-"""Removing blocks."""
+"""Removing blocks, and finding out which."""
 
-from comfy_api.latest import io
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
 
+from ..distill_core import plots
+from ..distill_core.analyse import CRITERIA, MEASURES, Planner, examples, output_error, report, score
 from ..distill_core.plan import preset, preset_names
+from ..distill_core.plan_text import EXAMPLE, read_plan, write_plan
 from . import bridge
 
 
@@ -15,32 +20,147 @@ class PruneUNetBlocks(io.ComfyNode):
             category="distill",
             description="Removes blocks from a UNet and keeps the weights of the rest. The result is an ordinary MODEL, smaller "
             "and faster; its pictures are poor until it has been distilled. The MODEL that goes in stays as it is.",
-            search_aliases=["remove blocks", "prune", "block removal", "BK-SDM", "small model", "distill", "compress"],
+            search_aliases=["remove blocks", "prune", "block removal", "BK-SDM", "SSD-1B", "small model", "distill", "compress"],
             inputs=[
-                io.Model.Input("model", tooltip="The full model: the teacher. SD1.x and its fine-tunes, or the demo teacher."),
+                io.Model.Input(
+                    "model", tooltip="The full model: the teacher. SD1.x, SD2, SDXL and their fine-tunes, or the demo's."
+                ),
                 io.Combo.Input(
                     "preset",
                     options=preset_names(),
                     default="bk-sdm-base",
-                    tooltip="Which blocks go. " + " ".join(f"{name}: {preset(name).title}." for name in preset_names()),
+                    tooltip="Which blocks go. "
+                    + " ".join(f"{name} (for {preset(name).teacher}): {preset(name).title}." for name in preset_names()),
+                ),
+                io.String.Input(
+                    "plan",
+                    default="",
+                    optional=True,
+                    tooltip=f"A plan of your own instead of the preset: one line such as '{EXAMPLE}', JSON, or what Analyse UNet "
+                    "Blocks puts out. Leave it empty to use the preset.",
+                ),
+                io.Boolean.Input(
+                    "pad",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where stock ComfyUI could not open the student, put removed blocks back as identities: the pictures "
+                    "stay the same, the file gets larger.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The pruned model. Connect it to Distill Train Step."),
                 io.String.Output(display_name="summary", tooltip="What was removed, in one line."),
+                io.String.Output(display_name="plan", tooltip="The plan as one line of text, for another Prune UNet Blocks."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, preset: str) -> io.NodeOutput:
-        student = bridge.prune_model(model, _plan(preset))
+    def execute(cls, model, preset: str, plan: str = "", pad: bool = False) -> io.NodeOutput:
+        teacher = bridge.architecture_of(model)
+        student = bridge.prune_model(model, read_plan(plan if plan.strip() else preset, teacher), pad)
         before, after = (bridge.architecture_of(m).num_parameters for m in (model, student))
         summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
         bridge.show_text(summary, cls.hidden.unique_id)
-        return io.NodeOutput(student, summary)
+        return io.NodeOutput(student, summary, write_plan(bridge.plan_of(student), teacher))
 
 
-_plan = preset  # the name of the input hides the function inside execute
+class AnalyseUNetBlocks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillAnalyseUNetBlocks",
+            display_name="Analyse UNet Blocks",
+            category="distill",
+            description="Passes over every removable part of a UNet in turn, without training, and measures how far its answers "
+            "move. Then puts out the plan that saves as much as asked for at the least summed error. Connect the plan to Prune "
+            "UNet Blocks.",
+            search_aliases=["importance", "sensitivity", "which blocks", "automatic plan", "LAPTOP-Diff", "analyze", "distill"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to be pruned. It is only read."),
+                io.Latent.Input("latents", tooltip="Pictures of the kind the model draws: a KSampler's output, or VAE Encode."),
+                io.Conditioning.Input("captions", tooltip="The caption of each picture, encoded; or one caption for all."),
+                io.Float.Input(
+                    "saving",
+                    default=0.4,
+                    min=0.01,
+                    max=0.95,
+                    step=0.01,
+                    tooltip="Share of the model the plan is to save at least: 0.4 is 40 % less.",
+                ),
+                io.Combo.Input(
+                    "measure",
+                    options=list(MEASURES),
+                    default="macs",
+                    tooltip="What is saved. macs: arithmetic, so time. parameters: file size and memory.",
+                ),
+                io.Combo.Input(
+                    "criterion",
+                    options=list(CRITERIA),
+                    default="output error",
+                    tooltip=" ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report tells both.",
+                ),
+                io.Int.Input(
+                    "num_timesteps",
+                    default=4,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Timesteps the error is averaged over, spread evenly.",
+                ),
+                io.Int.Input(
+                    "num_examples",
+                    default=4,
+                    min=1,
+                    max=256,
+                    advanced=True,
+                    tooltip="Pictures the error is averaged over. More takes longer, and more memory.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    advanced=True,
+                    tooltip="Decides which pictures are taken, and the noise.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="plan", tooltip="The plan as one line of text, for Prune UNet Blocks."),
+                io.Image.Output(display_name="chart", tooltip="The score of every part, and which of them go."),
+                io.String.Output(display_name="report", tooltip="What each criterion would remove, and how far they agree."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
 
-NODES = [PruneUNetBlocks]
+    @classmethod
+    def execute(cls, model, latents, captions, **settings) -> io.NodeOutput:
+        model, settings = model[0], {name: values[0] for name, values in settings.items()}
+        measure, criterion = settings["measure"], settings["criterion"]
+        random = torch.Generator().manual_seed(settings["seed"])
+        pictures, contexts, label = bridge.calibration(latents, captions, model, settings["num_examples"], random)
+        denoiser = bridge.denoiser(model)
+        batches = examples(denoiser, pictures, contexts, label=label, num_timesteps=settings["num_timesteps"], generator=random)
+        bar = ProgressBar(1, node_id=cls.hidden.unique_id)
+
+        def on_unit(done: int, total: int) -> None:
+            bar.update_absolute(done, total)
+            bridge.throw_if_cancelled()
+
+        analysis = score(denoiser, batches, on_unit)
+        budget = round(settings["saving"] * analysis.total(measure))
+        planners = {name: Planner(analysis, name, measure) for name in CRITERIA}
+        plan = planners[criterion].plan(budget)
+        text = report(planners, criterion, budget, output_error(denoiser, batches, plan))
+        bridge.show_text(text.splitlines()[0], cls.hidden.unique_id)
+        chart = bridge.to_image(plots.score_chart(analysis, plan, criterion))
+        return io.NodeOutput(
+            write_plan(plan, denoiser.architecture), chart, text, ui={**ui.PreviewImage(chart, cls=cls).as_dict(), "text": [text]}
+        )
+
+
+NODES = [PruneUNetBlocks, AnalyseUNetBlocks]

@@ -1,11 +1,14 @@
-"""Writing students to disk."""
+"""Students to disk and back."""
 
+import folder_paths
 from comfy_api.latest import io, ui
 
-from ..distill_core.files import save_unet
-from ..distill_core.layouts import LAYOUTS
+from ..distill_core.files import FORMS, save_unet
 from ..distill_core.storage import DTYPES
 from . import bridge
+
+STUDENT_FOLDER = "diffusion_models"  # where the stock Load Diffusion Model looks
+DEFAULT_FOLDERS = {"ldm": "diffusion_models", "checkpoint": "checkpoints", "diffusers": "diffusers"}
 
 
 class SaveDistilledModel(io.ComfyNode):
@@ -17,14 +20,15 @@ class SaveDistilledModel(io.ComfyNode):
             category="distill",
             description="Writes a student to ComfyUI's output folder. With the default name, the stock Load Diffusion Model node "
             "lists the file after a refresh (press R). No file is ever overwritten.",
-            search_aliases=["save student", "export model", "save unet", "distill"],
+            search_aliases=["save student", "export model", "save unet", "save checkpoint", "distill"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The student to save, with whatever LoRA is applied to it."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/student",
-                    tooltip="Name under the output folder; a number is added. Keep diffusion_models/ in front for Load Diffusion Model.",
+                    tooltip="Name under the output folder; a number is added. Keep diffusion_models/ in front for Load Diffusion "
+                    "Model; with another layout it becomes the folder of that layout.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -34,34 +38,83 @@ class SaveDistilledModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "layout",
-                    options=list(LAYOUTS),
+                    options=list(FORMS),
                     default="ldm",
                     advanced=True,
-                    tooltip="ldm: one .safetensors file for ComfyUI and most other programs. diffusers: a folder for "
-                    "UNet2DConditionModel.from_pretrained.",
+                    tooltip=" ".join(f"{name}: {what}." for name, what in FORMS.items()),
                 ),
+                io.Clip.Input("clip", optional=True, tooltip="The teacher's text encoder, for the checkpoint layout."),
+                io.Vae.Input("vae", optional=True, tooltip="The teacher's VAE, for the checkpoint layout."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the student was written.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix: str, dtype: str, layout: str) -> io.NodeOutput:
-        path = bridge.output_path(filename_prefix, ".safetensors" if layout == "ldm" else "")
+    def execute(cls, model, filename_prefix: str, dtype: str, layout: str, clip=None, vae=None) -> io.NodeOutput:
+        if layout == "checkpoint" and (clip is None or vae is None):
+            raise ValueError("the checkpoint layout holds CLIP and VAE too: connect both, or choose the ldm layout")
+        first, slash, rest = filename_prefix.partition("/")
+        if slash and first in DEFAULT_FOLDERS.values():
+            filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
+        path = bridge.output_path(filename_prefix, "" if layout == "diffusers" else ".safetensors")
+        origin, prediction = bridge.origin_of(model), bridge.prediction_of(model)
         save_unet(
             path,
             bridge.state_dict_of(model),
             bridge.architecture_of(model),
             form=layout,
             dtype=dtype,
-            prediction=bridge.prediction_of(model),
-            plan=bridge.plan_of(model),
+            prediction=prediction,
+            plan=origin and origin.plan,
+            markers=bridge.markers_of(model),
+            others=bridge.vae_and_text_encoders(model, clip, vae) if layout == "checkpoint" else None,
+            metadata=origin and origin.metadata,
         )
         note = f"Saved {path}"
-        if (prediction := bridge.prediction_of(model)) != "eps":
-            note += f"\nIt predicts {prediction}: after Load Diffusion Model add ModelSamplingDiscrete with that setting."
         bridge.show_text(note, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(note))
 
 
-NODES = [SaveDistilledModel]
+class LoadDistilledModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillLoadDistilledModel",
+            display_name="Load Distilled Model",
+            category="distill",
+            description="Loads a student with all that its file tells: its plan, so that training goes on and LoRAs and "
+            "ControlNets of the teacher fit; what it predicts; and students of the demo, which the stock node does not know.",
+            search_aliases=["load student", "load pruned model", "load unet", "load diffusion model", "distill"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folder_paths.get_filename_list(STUDENT_FOLDER),
+                    tooltip="A file under models/diffusion_models or output/diffusion_models. Press R after saving a new one.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="student", tooltip="An ordinary MODEL, as it came out of Prune UNet Blocks or training."
+                ),
+                io.String.Output(display_name="summary", tooltip="Family, size, prediction type and plan."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str):
+        return bridge.file_in(STUDENT_FOLDER, name).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        student, facts = bridge.load_student(bridge.file_in(STUDENT_FOLDER, name))
+        summary = (
+            f"{facts['family']}, {facts['parameters'] / 1e6:,.2f} M parameters, predicts {facts['prediction']}, "
+            f"plan: {facts['pruned_by'] or 'none in the file'}"
+        )
+        bridge.show_text(summary, cls.hidden.unique_id)
+        return io.NodeOutput(student, summary)
+
+
+NODES = [SaveDistilledModel, LoadDistilledModel]

@@ -141,7 +141,7 @@ class DistillTrainStep(io.ComfyNode):
             if not run.complete:
                 _train(run, teacher, student, plan, data, steps_per_queue, cls.hidden.unique_id)
         architecture = bridge.architecture_of(student)
-        trained = bridge.make_student(open_unet(run.student_file).state_dict, architecture, student, plan)
+        trained = bridge.make_student(open_unet(run.student_file).state_dict, architecture, student, bridge.origin_of(student))
         metrics = run.metrics()
         curve = bridge.to_image(plots.loss_curve(metrics, _title(run)))
         bridge.show_text(

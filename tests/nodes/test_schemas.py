@@ -7,6 +7,9 @@ from ..comfyui import ROOT
 NAMES = {
     "DistillLoadDemoTeacher": "Load Demo Teacher",
     "DistillPruneUNetBlocks": "Prune UNet Blocks",
+    "DistillAnalyseUNetBlocks": "Analyse UNet Blocks",
+    "DistillLoadDistilledModel": "Load Distilled Model",
+    "DistillRemapLoRAToStudent": "Remap LoRA to Student",
     "DistillTrainStep": "Distill Train Step",
     "DistillSaveDistilledModel": "Save Distilled Model",
 }
