@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 
 from .. import comfyui
@@ -16,3 +18,17 @@ def comfyui_path():
 def server(comfyui_path, tmp_path_factory):
     with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), tmp_path_factory.mktemp("comfyui")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def in_comfyui(comfyui_path):
+    """Run a function of in_comfyui.py by the Python of ComfyUI."""
+
+    def run(function, *arguments):
+        script = comfyui.ROOT / "tests" / "nodes" / "in_comfyui.py"
+        command = [comfyui.python(comfyui_path), script, comfyui_path, function, *arguments]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=comfyui.quiet_environment())
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    return run

@@ -1,6 +1,7 @@
-"""A random-weight SD1.5: every preset at its real size, from the CLI to stock ComfyUI and to diffusers."""
+"""Random-weight SD1.5, SD2 and SDXL: every preset at its real size, from the CLI to stock ComfyUI and to diffusers."""
 
 import gc
+import shutil
 import subprocess
 import sys
 
@@ -12,34 +13,60 @@ from safetensors.torch import load_file, save_file
 from distill_core.files import open_unet
 from distill_core.layouts import LAYOUTS
 from distill_core.plan import name_map, preset
+from distill_core.storage import write_tensors
 
 from .. import comfyui
 from ..core.test_plan import PUBLISHED
 
+CONTEXT_WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
+DISTINCT = [name for name in PUBLISHED if name not in ("segmind-small-sd", "segmind-tiny-sd")]  # the shapes of bk-sdm-*
+FREE_GIB = 16
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sd15")
+def teachers(tmp_path_factory, published):
+    """Full checkpoint files in fp16, one at a time: the UNet under its usual prefix, weights as large as trained ones."""
+    folder = tmp_path_factory.mktemp("real_size")
+    if shutil.disk_usage(folder).free < FREE_GIB << 30:
+        pytest.skip(f"needs {FREE_GIB} GiB of disk")
+    made = {}
+
+    def teacher(family):
+        if family not in made:
+            for old in made.values():
+                shutil.rmtree(old)
+            made.clear()
+            made[family] = folder / family
+            made[family].mkdir()
+            _write_teacher(made[family] / "teacher.safetensors", published[family])
+            _write_inputs(made[family] / "inputs.safetensors", family)
+        return made[family]
+
+    yield teacher
+    shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def teacher(folder, sd15):
-    """A full checkpoint file in fp16, the UNet under its usual prefix, weights of the size a trained network has."""
+def _write_teacher(path, architecture):
     random = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, shape in sd15.shapes.items():
-        fan_in = max(1, torch.Size(shape[1:]).numel())
-        scale = fan_in**-0.5 if len(shape) > 1 else 0.02
-        weights[name] = (
-            torch.randn(shape, generator=random) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0)
-        ).half()
-    names = LAYOUTS["ldm"].from_canonical(weights)
-    save_file({f"model.diffusion_model.{names[n]}": w for n, w in weights.items()}, folder / "sd15.safetensors")
-    random.manual_seed(1)
-    inputs = {"x": torch.randn(1, 4, 16, 16, generator=random), "t": torch.tensor([400]),
-              "context": torch.randn(1, 77, 768, generator=random)}  # fmt: skip
-    save_file(inputs, folder / "inputs.safetensors")
-    return folder / "sd15.safetensors"
+    noise = torch.randn(32_000_000, generator=random)
+    names, weights = LAYOUTS["ldm"].from_canonical(architecture.shapes), {}
+    for name, shape in architecture.shapes.items():
+        count, fan_in = torch.Size(shape).numel(), max(1, torch.Size(shape[1:]).numel())
+        start = int(torch.randint(len(noise) - count, (1,), generator=random))
+        weight = noise[start : start + count].reshape(shape) * (fan_in**-0.5 if len(shape) > 1 else 0.02)
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        weights[f"model.diffusion_model.{names[name]}"] = (weight + centre).half()
+    write_tensors(path, weights)
+
+
+def _write_inputs(path, family):
+    random = torch.Generator().manual_seed(1)
+    inputs = {"x": torch.randn(1, 4, 8, 8, generator=random), "t": torch.tensor([400]),
+              "context": torch.randn(1, 77, CONTEXT_WIDTHS[family], generator=random)}  # fmt: skip
+    if family == "sdxl":
+        inputs["pooled"] = torch.randn(1, 1280, generator=random)
+        inputs["sizes"] = torch.tensor([[1024.0, 768, 0, 8, 1024, 1024]])
+    save_file(inputs, path)
 
 
 def distill(*arguments):
@@ -49,75 +76,93 @@ def distill(*arguments):
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_student_in_stock_comfyui_equals_student_in_diffusers(name, teacher, folder, comfyui_path):
-    from diffusers import UNet2DConditionModel
-
-    single, whole = folder / f"{name}.safetensors", folder / name
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_student_opens_and_draws_in_comfyui_and_answers_the_same_in_diffusers(name, teachers, in_comfyui):
+    folder = teachers(preset(name).teacher)
+    teacher, single, whole = folder / "teacher.safetensors", folder / f"{name}.safetensors", folder / name
     distill("prune", teacher, single, "--preset", name)
     distill("prune", teacher, whole, "--preset", name, "--layout", "diffusers")
-    student = open_unet(single)
+    student, original = open_unet(single), open_unet(teacher)
     assert (student.architecture.num_parameters, student.dtype) == (PUBLISHED[name], "f16")
     # Kept weights are the teacher's, bit for bit.
-    original = open_unet(teacher)
-    for kept, source in name_map(original.architecture, preset(name)).apply({n: n for n in original.names}).items():
-        with safe_open(teacher, "pt") as theirs, safe_open(single, "pt") as ours:
+    with safe_open(teacher, "pt") as theirs, safe_open(single, "pt") as ours:
+        for kept, source in name_map(original.architecture, preset(name)).apply({n: n for n in original.names}).items():
             assert torch.equal(ours.get_tensor(student.names[kept]), theirs.get_tensor(original.names[source]))
 
-    forward = comfyui.ROOT / "tests" / "nodes" / "comfy_forward.py"
-    run = [
-        comfyui.python(comfyui_path),
-        forward,
-        comfyui_path,
-        single,
-        folder / "inputs.safetensors",
-        folder / "output.safetensors",
-    ]
-    subprocess.run(run, check=True, capture_output=True)
+    in_comfyui("forward_and_sample", single, folder / "inputs.safetensors", folder / "output.safetensors")
     with safe_open(folder / "output.safetensors", "pt") as file:
-        in_comfyui = file.get_tensor("output")
+        answer, drawn = file.get_tensor("output"), file.get_tensor("latent")
         assert int(file.metadata()["parameters"]) == PUBLISHED[name]
+    single.unlink()
+    assert drawn.isfinite().all() and drawn.std() > 0.05 and answer.std() > 0.05
 
-    network = UNet2DConditionModel.from_pretrained(whole, torch_dtype=torch.float32).eval()
-    assert sum(p.numel() for p in network.parameters()) == PUBLISHED[name]
-    inputs = load_file(folder / "inputs.safetensors")
-    with torch.no_grad():
-        in_diffusers = network(inputs["x"], inputs["t"], inputs["context"]).sample
-    assert in_comfyui.std() > 0.05
-    torch.testing.assert_close(in_comfyui, in_diffusers, rtol=0, atol=1e-5)
-    del network
+    torch.testing.assert_close(
+        answer, _in_diffusers(whole, load_file(folder / "inputs.safetensors"), PUBLISHED[name]), rtol=0, atol=1e-5
+    )
+    shutil.rmtree(whole)
     gc.collect()
 
 
-@pytest.fixture(scope="module")
-def clip(server):
-    """A random CLIP-L, so that stock CLIP Text Encode makes conditioning of SD1.x's width."""
+def _in_diffusers(folder, inputs, num_parameters):
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    assert sum(p.numel() for p in network.parameters()) == num_parameters
+    added = {"text_embeds": inputs["pooled"], "time_ids": inputs["sizes"]} if "pooled" in inputs else None
+    with torch.no_grad():
+        return network(inputs["x"], inputs["t"], inputs["context"], added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize("name,family,prediction", [("bk-sdm-v2-tiny", "sd2", "V_PREDICTION"), ("segmind-vega", "sdxl", "V_PREDICTION"),
+                                                    ("bk-sdm-v2-tiny", "sd2", "EPS")])  # fmt: skip
+def test_v_prediction_survives_into_the_stock_loader(name, family, prediction, teachers, in_comfyui):
+    """ComfyUI decides by what is in the file, of SD2 by one tensor of the full UNet."""
+    folder = teachers(family)
+    tensors = {n: t for n, t in open_unet(folder / "teacher.safetensors").tensors.items()}
+    names = open_unet(folder / "teacher.safetensors").names
+    tensors = {names[n]: t for n, t in tensors.items()}
+    if prediction == "V_PREDICTION":
+        sign = names["up.2.resnet.2.norm1.bias"] if family == "sdxl" else names["up.3.attn.2.block.0.norm1.bias"]
+        tensors |= {"v_pred": torch.zeros(0)} if family == "sdxl" else {sign: tensors[sign].read() + torch.linspace(-1, 1, 320)}
+    write_tensors(folder / "v.safetensors", tensors)
+    distill("prune", folder / "v.safetensors", folder / "student.safetensors", "--preset", name)
+    (folder / "v.safetensors").unlink()
+    in_comfyui("forward_and_sample", folder / "student.safetensors", folder / "inputs.safetensors", folder / "output.safetensors")
+    with safe_open(folder / "output.safetensors", "pt") as file:
+        assert file.metadata()["prediction"] == prediction
+    (folder / "student.safetensors").unlink()
+
+
+def test_a_full_checkpoint_opens_in_load_checkpoint(teachers, server, published):
+    """With a random CLIP-L beside the UNet, drawn from by stock nodes alone."""
     transformers = pytest.importorskip("transformers", reason="ComfyUI's own requirement, installed elsewhere")
     config = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    weights = {n: w.half().contiguous() for n, w in transformers.CLIPTextModel(config).state_dict().items()}
-    weights = {n if n.startswith("text_model.") else f"text_model.{n}": w for n, w in weights.items()}
-    folder = server.base / "models" / "text_encoders"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "clip_l.safetensors")
-    return "clip_l.safetensors"
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_student_samples_in_stock_nodes(name, teacher, folder, clip, server):
-    models = server.base / "models" / "diffusion_models"
+    clip = {
+        n if n.startswith("text_model.") else f"text_model.{n}": w
+        for n, w in transformers.CLIPTextModel(config).state_dict().items()
+    }
+    folder = teachers("sd1")
+    tensors = {
+        t: s for file in [open_unet(folder / "teacher.safetensors")] for n, s in file.tensors.items() for t in [file.names[n]]
+    }
+    beside = {f"cond_stage_model.transformer.{n}": w.half() for n, w in clip.items()}
+    write_tensors(folder / "full.safetensors", {**tensors, **beside})
+    models = server.base / "models" / "checkpoints"
     models.mkdir(parents=True, exist_ok=True)
-    distill("prune", teacher, models / f"{name}.safetensors", "--preset", name)
-    sampler = {"model": ["unet", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["noise", 0], "seed": 0,
+    distill(
+        "prune", folder / "full.safetensors", models / "student.safetensors", "--preset", "bk-sdm-tiny", "--layout", "checkpoint"
+    )
+    (folder / "full.safetensors").unlink()
+    sampler = {"model": ["load", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["noise", 0], "seed": 0,
                "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
     result = server.run({
-        "unet": {"class_type": "UNETLoader", "inputs": {"unet_name": f"{name}.safetensors", "weight_dtype": "default"}},
-        "clip": {"class_type": "CLIPLoader", "inputs": {"clip_name": clip, "type": "stable_diffusion", "device": "default"}},
-        "text": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["clip", 0]}},
+        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "student.safetensors"}},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["load", 1]}},
         "noise": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "sample": {"class_type": "KSampler", "inputs": sampler},
-        "keep": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": name}},
+        "keep": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "full"}},
     })  # fmt: skip
     assert result.succeeded, result.error
-    (latent,) = server.output.glob(f"{name}_*.latent")
+    (latent,) = server.output.glob("full_*.latent")
     assert load_file(latent)["latent_tensor"].isfinite().all()
-    (models / f"{name}.safetensors").unlink()
+    (models / "student.safetensors").unlink()

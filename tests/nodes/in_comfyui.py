@@ -1,0 +1,169 @@
+"""Run by the Python of ComfyUI, in a process of its own: ``in_comfyui.py COMFYUI FUNCTION ARGUMENTS...``."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(comfyui):
+    """Make ComfyUI's own modules importable, on the CPU."""
+    sys.argv = [sys.argv[0], "--cpu"]
+    sys.path.insert(0, comfyui)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+
+def pack():
+    """This pack, imported as ComfyUI imports it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return importlib.import_module("pack.nodes.bridge")
+
+
+def read_inputs(path):
+    """x, t and context, for SDXL also pooled and sizes; and the last two as ComfyUI's conditioning has them."""
+    from safetensors.torch import load_file
+
+    data = load_file(path)
+    options = {}
+    if "pooled" in data:
+        height, width, crop_h, crop_w, target_height, target_width = map(int, data["sizes"][0])
+        options = dict(pooled_output=data["pooled"], height=height, width=width, crop_h=crop_h, crop_w=crop_w,
+                       target_height=target_height, target_width=target_width)  # fmt: skip
+    return data, options
+
+
+def forward_and_sample(unet, inputs, out):
+    """Open a student with the stock node, put inputs through it, and draw with the stock KSampler."""
+    import folder_paths
+    import torch
+    from safetensors.torch import save_file
+
+    import nodes
+
+    folder_paths.add_model_folder_path("diffusion_models", str(Path(unet).parent))
+    (model,) = nodes.UNETLoader().load_unet(Path(unet).name, "default")
+    data, options = read_inputs(inputs)
+    network = model.model.diffusion_model
+    with torch.inference_mode():
+        assert next(network.parameters()).dtype == torch.float32
+        y = model.model.encode_adm(**options) if options else None
+        output = network(data["x"], timesteps=data["t"].float(), context=data["context"], y=y)
+        conditioning = [[data["context"], options]]
+        (latent,) = nodes.KSampler().sample(
+            model, 0, 2, 2.0, "euler", "normal", conditioning, conditioning, {"samples": data["x"] * 0}
+        )
+    facts = {
+        "parameters": str(sum(p.numel() for p in network.parameters())),
+        "class": type(model.model.model_config).__name__,
+        "prediction": type(model.get_model_object("model_sampling")).__bases__[-1].__name__,
+    }
+    save_file({"output": output.clone().contiguous(), "latent": latent["samples"].clone().contiguous()}, out, facts)
+
+
+def detect(shapes_file, out):
+    """What ComfyUI takes networks for that are given as names and shapes, and which of its weights would find none.
+
+    Reads a list of ``{name: shape}`` and writes a list of ``[class or null, weights without a tensor, tensors without use]``.
+    """
+    import comfy.model_detection
+    import comfy.utils
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    logging.disable(logging.CRITICAL)
+    found = []
+    for shapes in json.loads(Path(shapes_file).read_text()):
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        config = comfy.model_detection.model_config_from_unet(tensors, "")
+        if config is None and (config := comfy.model_detection.model_config_from_diffusers_unet(tensors)) is not None:
+            names = comfy.utils.unet_to_diffusers(config.unet_config)
+            tensors = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+        if config is None:
+            found.append([None, 0, 0])
+            continue
+        with torch.device("meta"):
+            wanted = UNetModel(**{**config.unet_config, "dtype": torch.float32, "device": "meta"}).state_dict()
+        wrong = [name for name in wanted if name not in tensors or tensors[name].shape != wanted[name].shape]
+        found.append([type(config).__name__, len(wrong), len(tensors.keys() - wanted.keys())])
+    Path(out).write_text(json.dumps(found))
+
+
+def receive_control(plans, out):
+    """Sample with a ControlNet and a T2I-Adapter on the demo's teacher and student; tell which residuals were received.
+
+    plans: JSON list of texts. Writes ``{"teacher" or plan: [[list, number of the residual or null], ...]}`` in the order
+    they are taken, the residuals numbered by ComfyUI's lists for the teacher.
+    """
+    import comfy.controlnet
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openai
+    import torch
+
+    import nodes
+
+    bridge = pack()
+    from pack.distill_core.plan_text import read_plan
+
+    teacher = bridge.demo_teacher()
+    architecture = bridge.architecture_of(teacher)
+    models = {"teacher": teacher} | {
+        plan: bridge.prune_model(teacher, read_plan(plan, architecture)) for plan in json.loads(plans)
+    }
+    taken = []
+    apply_control = openai.apply_control
+
+    def record(h, control, name):
+        before = len(control[name]) if control and name in control else 0
+        residual = control[name][-1] if before else None
+        if residual is not None:
+            assert residual.shape == h.shape, (name, residual.shape, h.shape)
+        taken.append([name, None if residual is None else round(residual.flatten()[0].item())])
+        return apply_control(h, control, name)
+
+    openai.apply_control = record
+    shapes = {"output": [], "middle": []}
+
+    def measure(h, control, name):
+        if name in shapes:
+            shapes[name].append(h.shape)
+        return h
+
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 64)
+    with torch.inference_mode():
+        openai.apply_control = measure
+        teacher.model.diffusion_model(x, timesteps=torch.tensor([500.0]), context=context)
+        openai.apply_control = record
+        # Residual number i is a tensor full of i; those of the T2I-Adapter go beside the outputs of the input blocks.
+        outputs = [torch.full(shape, float(i)) for i, shape in enumerate(reversed(shapes["output"]))]
+        inputs = [torch.full(shape, float(i)) for i, shape in enumerate(shapes["output"])]
+        control = {"output": outputs, "middle": [torch.full(shapes["middle"][0], 99.0)], "input": inputs}
+
+        class Control(comfy.controlnet.ControlBase):
+            """Stands where a ControlNet stands in the conditioning."""
+
+            def get_control(self, *_):
+                return {name: [tensor.clone() for tensor in tensors] for name, tensors in control.items()}
+
+            def copy(self):
+                return Control()
+
+        found = {}
+        for who, model in models.items():
+            taken.clear()
+            conditioning = [[context, {"control": Control(), "control_apply_to_uncond": False}]]
+            nodes.common_ksampler(model, 0, 1, 1.0, "euler", "normal", conditioning, conditioning, {"samples": x * 0})
+            found[who] = [*taken]
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    comfyui, function, *arguments = sys.argv[1:]
+    start(comfyui)
+    globals()[function](*arguments)
