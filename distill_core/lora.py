@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from .architecture import Architecture
 from .layouts import heads, layout
-from .plan import NameMap, PruningPlan, pruned
+from .plan import NameMap, pruned
 from .storage import read_header, write_tensors
 
 if TYPE_CHECKING:
@@ -301,25 +301,17 @@ def remap_lora_file(
 ) -> Remapped[StoredTensor]:
     """Turn a LoRA file into one for a student, one tensor in memory at a time; see `remap_lora`.
 
-    The metadata stays, kohya's ``ss_*`` included, but for hashes of the tensors; ``distill.plan`` tells what was removed.
+    The metadata stays, kohya's ``ss_*`` included, but for hashes of the tensors; ``distill.remapped`` tells what was done.
     Raises ``ValueError`` also if the file is no LoRA, was remapped already, or if ``out`` exists.
     """
     header = read_header(path)
-    if "distill.plan" in header.metadata:
+    if "distill.remapped" in header.metadata:
         raise ValueError(f"{path} is a LoRA for a student already; start from the one made for the teacher")
     try:
         remapped = remap_lora(header.tensors, teacher, mapping, spelling=spelling)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     metadata = {key: text for key, text in header.metadata.items() if key not in _STALE_METADATA}
-    write_tensors(out, remapped.tensors, {**metadata, **_note(teacher, mapping, remapped)}, overwrite=overwrite)
+    done = {"kept": remapped.num_kept, "dropped": remapped.num_dropped, "from": Path(path).name}
+    write_tensors(out, remapped.tensors, {**metadata, "distill.remapped": json.dumps(done)}, overwrite=overwrite)
     return remapped
-
-
-def _note(teacher: Architecture, mapping: NameMap, remapped: Remapped) -> dict[str, str]:
-    """What the file tells of how it was made."""
-    plan = PruningPlan.removing(mapping.removed, teacher, "removed from the teacher") if mapping.removed else None
-    return {
-        "distill.lora": json.dumps({"kept": remapped.num_kept, "dropped": remapped.num_dropped}),
-        **({"distill.plan": plan.to_json()} if plan else {}),
-    }

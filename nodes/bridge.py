@@ -60,6 +60,8 @@ def architecture_of(model: ModelPatcher) -> Architecture:
 def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
     """Weights of a MODEL by canonical name, on the CPU, with the patches (LoRA) that are on it."""
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
+        # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
+        comfy.model_management.load_models_gpu([model])
         weights = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
         names = LDM.to_canonical(weights)
         return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
@@ -232,7 +234,10 @@ def markers_of(model: ModelPatcher) -> dict[str, Tensor]:
 def vae_and_text_encoders(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
     """What goes beside the UNet in a full checkpoint, by LDM names, on the CPU."""
     config = model.model.model_config
+    if isinstance(config, DigitsModelConfig):
+        raise ValueError("the demo's CLIP and VAE are no files other programs know; choose the ldm layout")
     with torch.inference_mode():
+        comfy.model_management.load_models_gpu([clip.load_model()])
         text = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
         pixels = config.process_vae_state_dict_for_saving(vae.get_sd())
         return {name: weight.to("cpu").detach() for name, weight in {**text, **pixels}.items() if isinstance(weight, Tensor)}

@@ -3,6 +3,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from distill_core.cli import main
 from distill_core.demo.teacher import teacher_file
@@ -70,7 +72,21 @@ def test_bad_options_exit_2(arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["", "quickstart", "presets", "inspect", "prune"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_remap_lora_tells_what_fits(as_json, teacher, tmp_path, capsys):
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(64, 2),
+               "lora_unet_up_blocks_1_attentions_2_proj_in.lora_up.weight": torch.ones(64, 2)}, tmp_path / "lora.safetensors")  # fmt: skip
+    arguments = ["remap-lora", str(tmp_path / "lora.safetensors"), str(tmp_path / "out.safetensors"), "--teacher", str(teacher)]
+    assert main([*arguments, "--preset", "bk-sdm-small", *(["--json"] if as_json else [])]) == 0
+    told = capsys.readouterr().out
+    if as_json:
+        assert json.loads(told)["num_kept"] == json.loads(told)["num_dropped"] == 1
+    else:
+        assert "1 of 2 UNet layers kept; 1 dropped" in told
+    assert list(load_file(tmp_path / "out.safetensors")) == ["lora_unet_up_blocks_1_attentions_1_proj_in.lora_up.weight"]
+
+
+@pytest.mark.parametrize("command", ["", "quickstart", "presets", "inspect", "prune", "remap-lora"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])

@@ -133,36 +133,66 @@ def test_v_prediction_survives_into_the_stock_loader(name, family, prediction, t
     (folder / "student.safetensors").unlink()
 
 
-def test_a_full_checkpoint_opens_in_load_checkpoint(teachers, server, published):
-    """With a random CLIP-L beside the UNet, drawn from by stock nodes alone."""
+def _random_clip():
     transformers = pytest.importorskip("transformers", reason="ComfyUI's own requirement, installed elsewhere")
     config = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    clip = {
-        n if n.startswith("text_model.") else f"text_model.{n}": w
-        for n, w in transformers.CLIPTextModel(config).state_dict().items()
-    }
-    folder = teachers("sd1")
-    tensors = {
-        t: s for file in [open_unet(folder / "teacher.safetensors")] for n, s in file.tensors.items() for t in [file.names[n]]
-    }
-    beside = {f"cond_stage_model.transformer.{n}": w.half() for n, w in clip.items()}
-    write_tensors(folder / "full.safetensors", {**tensors, **beside})
-    models = server.base / "models" / "checkpoints"
-    models.mkdir(parents=True, exist_ok=True)
-    distill(
-        "prune", folder / "full.safetensors", models / "student.safetensors", "--preset", "bk-sdm-tiny", "--layout", "checkpoint"
-    )
-    (folder / "full.safetensors").unlink()
-    sampler = {"model": ["load", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["noise", 0], "seed": 0,
+    weights = transformers.CLIPTextModel(config).state_dict()
+    names = {n: n if n.startswith("text_model.") else f"text_model.{n}" for n in weights}
+    return {f"cond_stage_model.transformer.{names[n]}": weight.half() for n, weight in weights.items()}
+
+
+def _random_vae():
+    from diffusers import AutoencoderKL
+
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    vae = AutoencoderKL(**blocks, block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4)
+    return {name: weight.half().contiguous() for name, weight in vae.state_dict().items()}
+
+
+def _drawn(prefix, loader):
+    """A picture from a stock checkpoint loader, its VAE replaced where the file has none."""
+    sampler = {"model": [loader, 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["noise", 0], "seed": 0,
                "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
-    result = server.run({
-        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "student.safetensors"}},
-        "text": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["load", 1]}},
+    return {
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": [loader, 1]}},
         "noise": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "sample": {"class_type": "KSampler", "inputs": sampler},
-        "keep": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "full"}},
+        "keep": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": prefix}},
+    }
+
+
+def test_full_checkpoints_open_in_load_checkpoint(teachers, server):
+    """Written by the CLI from one file to another, and by the node from MODEL, CLIP and VAE; drawn from by stock nodes."""
+    folder, models = teachers("sd1"), server.base / "models"
+    file = open_unet(folder / "teacher.safetensors")
+    write_tensors(
+        folder / "full.safetensors", {**{file.names[n]: tensor for n, tensor in file.tensors.items()}, **_random_clip()}
+    )
+    (models / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (models / "vae").mkdir(parents=True, exist_ok=True)
+    save_file(_random_vae(), models / "vae" / "vae.safetensors")
+    student = models / "checkpoints" / "student.safetensors"
+    distill("prune", folder / "full.safetensors", student, "--preset", "bk-sdm-tiny", "--layout", "checkpoint")
+    (folder / "full.safetensors").unlink()
+    saved = {"model": ["load", 0], "clip": ["load", 1], "vae": ["vae", 0], "layout": "checkpoint", "dtype": "fp16",
+             "filename_prefix": "diffusion_models/whole"}  # fmt: skip
+    result = server.run({
+        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "student.safetensors"}},
+        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "vae.safetensors"}},
+        **_drawn("from the cli", "load"),
+        "save": {"class_type": "DistillSaveDistilledModel", "inputs": saved},
     })  # fmt: skip
     assert result.succeeded, result.error
-    (latent,) = server.output.glob("full_*.latent")
-    assert load_file(latent)["latent_tensor"].isfinite().all()
-    (models / "student.safetensors").unlink()
+    (whole,) = (server.output / "checkpoints").glob("whole_*.safetensors")
+    result = server.run({
+        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": whole.name}},
+        **_drawn("from the node", "load"),
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["load", 2]}},
+        "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}},
+    })  # fmt: skip
+    assert result.succeeded, result.error
+    (one,), (two,) = (server.output.glob(f"from the {who}_*.latent") for who in ("cli", "node"))
+    one, two = (load_file(path)["latent_tensor"] for path in (one, two))
+    assert one.isfinite().all() and one.std() > 0.05 and torch.equal(one, two)
+    student.unlink()
+    whole.unlink()

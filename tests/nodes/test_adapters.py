@@ -1,0 +1,176 @@
+"""A teacher's LoRA on its student, applied by ComfyUI's own loaders."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill_core.demo.teacher import teacher_file
+from distill_core.layouts import LAYOUTS
+from distill_core.plan import name_map, preset, pruned
+
+from .test_nodes import PROMPT, newest, sampled, save
+
+RANK = 4
+
+
+def lora(spelling, separator, prefix, kind, processor=False):
+    """An adapter on every attention layer of the demo teacher, in one of the formats that ComfyUI opens."""
+    architecture = teacher_file().architecture
+    names = LAYOUTS[spelling].from_canonical(architecture.shapes)
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in architecture.shapes.items():
+        if not name.endswith(".weight") or ".attn." not in name or len(shape) != 2:
+            continue
+        layer = prefix + names[name].removesuffix(".weight").replace(".", separator)
+        out, into = shape
+
+        def noise(*size):
+            return torch.randn(size, generator=random) * 0.2
+
+        if processor:
+            if ".to_" not in name:
+                continue
+            layer = layer.replace(".to_", ".processor.to_").removesuffix(".0")
+            tensors |= {f"{layer}_lora.up.weight": noise(out, RANK), f"{layer}_lora.down.weight": noise(RANK, into)}
+        elif kind == "lora":
+            tensors |= {f"{layer}.lora_up.weight": noise(out, RANK), f"{layer}.lora_down.weight": noise(RANK, into),
+                        f"{layer}.alpha": torch.tensor(2.0)}  # fmt: skip
+        elif kind == "peft":
+            tensors |= {f"{layer}.lora_B.weight": noise(out, RANK), f"{layer}.lora_A.weight": noise(RANK, into)}
+        elif kind == "loha":
+            tensors |= {f"{layer}.hada_w1_a": noise(out, RANK), f"{layer}.hada_w1_b": noise(RANK, into), f"{layer}.hada_w2_a": noise(out, RANK),
+                        f"{layer}.hada_w2_b": noise(RANK, into), f"{layer}.alpha": torch.tensor(4.0)}  # fmt: skip
+        else:
+            tensors |= {f"{layer}.lokr_w1": noise(2, 2), f"{layer}.lokr_w2": noise(out // 2, into // 2)}
+    return tensors
+
+
+FORMATS = {
+    "kohya": lora("diffusers", "_", "lora_unet_", "lora"),
+    "kohya sdxl": lora("ldm", "_", "lora_unet_", "lora"),
+    "kohya loha": lora("diffusers", "_", "lora_unet_", "loha"),
+    "lycoris lokr": lora("diffusers", "_", "lycoris_", "lokr"),
+    "comfyui": lora("ldm", ".", "diffusion_model.", "lora"),
+    "comfyui peft": lora("ldm", ".", "diffusion_model.", "peft"),
+    "diffusers": lora("diffusers", ".", "unet.", "lora", processor=True),
+}
+PLANS = {"base": "bk-sdm-base", "tiny": "bk-sdm-tiny", "uneven": "keep down 2:1+0,1,2 mid none up 3,[1,2]:0+1,3"}
+
+
+@pytest.fixture(scope="module")
+def loras(server):
+    folder = server.base / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in FORMATS.items():
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_lora_then_prune_is_prune_then_remapped_lora(form, plan, loras, server):
+    prune = {
+        "class_type": "DistillPruneUNetBlocks",
+        "inputs": {"model": ["teacher", 0], "preset": "bk-sdm-base", "plan": PLANS[plan]},
+    }
+    remap = {
+        "teacher": ["teacher", 0],
+        "student": ["prune", 0],
+        "lora_name": f"{form}.safetensors",
+        "strength_model": 0.7,
+        "strength_clip": 1.0,
+    }
+    key = f"{form} {plan}"
+    result = server.run({
+        **PROMPT,
+        "prune": prune,
+        "stock": {"class_type": "LoraLoaderModelOnly",
+                  "inputs": {"model": ["teacher", 0], "lora_name": f"{form}.safetensors", "strength_model": 0.7}},
+        "baked": {"class_type": "DistillPruneUNetBlocks", "inputs": prune["inputs"] | {"model": ["stock", 0]}},
+        "remap": {"class_type": "DistillRemapLoRAToStudent", "inputs": remap},
+        "one": save(["baked", 0], f"baked {key}"), "two": save(["remap", 0], f"remapped {key}"),
+        "zero": save(["prune", 0], f"without {key}"),
+        **(sampled(["remap", 0], f"drawn {key}") if plan == "tiny" else {}),
+    })  # fmt: skip
+    assert result.succeeded, result.error
+    baked, remapped, without = (
+        load_file(newest(server, f"{who} {key}_*.safetensors")) for who in ("baked", "remapped", "without")
+    )
+    assert baked.keys() == remapped.keys()
+    changed = 0
+    for name, weight in baked.items():
+        torch.testing.assert_close(remapped[name], weight, rtol=0, atol=1e-5)
+        changed += not torch.equal(weight, without[name])
+    assert changed >= len([n for n in baked if "attn" in n and n.endswith("to_q.weight")]) > 0
+
+
+def test_pruning_takes_the_weights_of_its_own_model_whichever_was_drawn_with_last(loras, server):
+    """ComfyUI's clones share one network, which holds the patches of the last that was loaded."""
+    stock = {"class_type": "LoraLoaderModelOnly",
+             "inputs": {"model": ["teacher", 0], "lora_name": "kohya.safetensors", "strength_model": 0.7}}  # fmt: skip
+    files = {}
+    for drawn in ("teacher", "stock"):
+        prompts = {
+            who: {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": [who, 0], "preset": "bk-sdm-small"}}
+            for who in ("teacher", "stock")
+        }
+        # One prompt draws, the next prunes both.
+        assert server.run({**PROMPT, "stock": stock, **sampled([drawn, 0], f"drawn {drawn}", seed=7)}).succeeded
+        graph = {**PROMPT, "stock": stock}
+        for who, node in prompts.items():
+            graph |= {f"p {who}": node, f"s {who}": save([f"p {who}", 0], f"last {drawn} {who}")}
+        assert server.run(graph).succeeded
+        files[drawn] = {who: load_file(newest(server, f"last {drawn} {who}_*.safetensors")) for who in prompts}
+    for who in ("teacher", "stock"):
+        one, two = (files[drawn][who] for drawn in ("teacher", "stock"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    names = files["teacher"]["teacher"].keys()
+    assert any(not torch.equal(files["teacher"]["teacher"][n], files["teacher"]["stock"][n]) for n in names)
+    original = teacher_file()
+    ours = {canonical: files["stock"]["teacher"][name] for canonical, name in LAYOUTS["ldm"].from_canonical(
+        pruned(original.architecture, name_map(original.architecture, preset("bk-sdm-small"))).shapes).items()}  # fmt: skip
+    expected = name_map(original.architecture, preset("bk-sdm-small")).apply(original.state_dict)
+    assert all(torch.equal(ours[name], weight.float()) for name, weight in expected.items())
+
+
+def test_the_remapped_lora_can_be_kept_and_loaded_by_stock_nodes(loras, server):
+    remap = {
+        "teacher": ["teacher", 0],
+        "student": ["prune", 0],
+        "lora_name": "kohya.safetensors",
+        "strength_model": 1.0,
+        "strength_clip": 1.0,
+    }
+    result = server.run({
+        **PROMPT,
+        "remap": {"class_type": "DistillRemapLoRAToStudent", "inputs": remap},
+        "keep": {"class_type": "SaveLoRA", "inputs": {"lora": ["remap", 2], "prefix": "loras/remapped"}},
+        "load": {"class_type": "LoraModelLoader",
+                 "inputs": {"model": ["prune", 0], "lora": ["remap", 2], "strength_model": 1.0, "bypass": False}},
+        "one": save(["remap", 0], "kept one"), "two": save(["load", 0], "kept two"),
+    })  # fmt: skip
+    assert result.succeeded, result.error
+    one, two = (load_file(newest(server, f"kept {n}_*.safetensors")) for n in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert load_file(newest(server, "loras/remapped*.safetensors"))
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"teacher": ["prune", 0], "student": ["teacher", 0]}, "do not belong together"),
+    ({"lora_name": "other.safetensors"}, "made for another model|not made for the teacher"),
+])  # fmt: skip
+def test_what_does_not_fit_is_one_clear_sentence(change, message, loras, server):
+    import re
+
+    save_file({"lora_unet_input_blocks_40_1_proj_in.lora_up.weight": torch.ones(2, 2)}, loras / "other.safetensors")
+    inputs = {
+        "teacher": ["teacher", 0],
+        "student": ["prune", 0],
+        "lora_name": "kohya.safetensors",
+        "strength_model": 1.0,
+        "strength_clip": 1.0,
+    }
+    remap = {"class_type": "DistillRemapLoRAToStudent", "inputs": inputs | change}
+    result = server.run({**PROMPT, "remap": remap, "x": save(["remap", 0], "x")})
+    assert re.search(message, result.error) and "\n" not in result.error
