@@ -112,7 +112,7 @@ def open_unet(path: Path | str) -> UNetFile:
         folder = path / "unet" if (path / "unet").is_dir() else path
         config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
         scheduler_file = folder.parent / "scheduler" / "scheduler_config.json"
-        scheduler = json.loads(scheduler_file.read_text(encoding="utf-8")) if scheduler_file.exists() else {}
+        scheduler = _read_json(scheduler_file) if scheduler_file.exists() else {}
         path, header = _read_folder(folder)
     else:
         header = read_header(path)
@@ -157,7 +157,10 @@ def _read_folder(folder: Path) -> tuple[Path, Header]:
     """The weights of a diffusers folder: whole, in shards, or in its fp16 variant."""
     index, half = folder / f"{_WEIGHTS}.index.json", folder / _WEIGHTS.replace(".safetensors", ".fp16.safetensors")
     if not (folder / _WEIGHTS).exists() and index.exists():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} names no shards; get it again")
+        shards = sorted({str(shard) for shard in weight_map.values()})
         headers = [read_header(folder / Path(shard).name) for shard in shards]
         return index, Header({n: t for header in headers for n, t in header.tensors.items()}, headers[0].metadata)
     path = half if half.exists() and not (folder / _WEIGHTS).exists() else folder / _WEIGHTS
@@ -184,7 +187,7 @@ def _prediction(metadata: Mapping, markers: Mapping, scheduler: Mapping, sd2_v_s
     """What the network predicts: by metadata, markers, the pipeline's scheduler, or ComfyUI's test of an SD2."""
     theirs = {**{v: k for k, v in _MODELSPEC_PREDICTIONS.items()}, "v_prediction": "v"}
     for said in (metadata.get("modelspec.prediction_type"), scheduler.get("prediction_type")):
-        if said in theirs:
+        if isinstance(said, str) and said in theirs:
             return theirs[said]
     if "v_pred" in markers or "edm_vpred.sigma_max" in markers:
         return "v"
@@ -194,12 +197,20 @@ def _prediction(metadata: Mapping, markers: Mapping, scheduler: Mapping, sd2_v_s
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["block_out_channels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the config of a diffusers UNet ({error!r}); get it again") from error
+    config = _read_json(path)
+    if not isinstance(config.get("block_out_channels"), list):
+        raise ValueError(f"{path} is not the config of a diffusers UNet; get it again")
     return config
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not what its name says; get it again")
+    return content
 
 
 def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
@@ -208,7 +219,9 @@ def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
     diffusers' ``attention_head_dim`` is, despite its name, the number of heads of each stage.
     """
     if "distill.head_channels" in metadata:
-        return int(metadata["distill.head_channels"])
+        if not (text := metadata["distill.head_channels"]).isdecimal() or int(text) == 0:
+            raise ValueError(f"its metadata tell of attention heads of {text!r} channels; prune the teacher again")
+        return int(text)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
     if heads is None:
         return None

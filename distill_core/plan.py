@@ -179,8 +179,15 @@ class KeptSkips:
 
     @classmethod
     def from_text(cls, text: str) -> KeptSkips:
-        fields = json.loads(text)
-        return cls(fields["teacher"], tuple(fields["kept"]), fields["mid"])
+        """``ValueError`` if the text is not one `to_text` wrote."""
+        try:
+            fields = json.loads(text)
+            skips = cls(int(fields["teacher"]), tuple(map(int, fields["kept"])), bool(fields["mid"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the note of skip connections is damaged ({error!r}); prune the teacher again") from error
+        if not set(skips.kept) <= set(range(skips.num_teacher)):
+            raise ValueError("the note of skip connections names some the teacher does not have; prune the teacher again")
+        return skips
 
 
 def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
@@ -193,6 +200,8 @@ def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
     removed = set().union(*(_matching(pattern, teacher, plan.name) for pattern in plan.remove))
     for pattern, kept in plan.keep.items():
         removed |= _thinned(pattern, kept, teacher, plan.name)
+    if not removed:
+        raise ValueError(f"{plan.name} removes nothing of this UNet: it keeps all the transformer blocks there are")
     removed |= _orphaned_resampling(teacher, removed)
     stays = NameMap({block: block for block in teacher.blocks - removed}, frozenset(removed))
     _check(pruned(teacher, stays), teacher, plan.name)  # under the teacher's names, which its messages then tell
@@ -249,9 +258,9 @@ def _matching(pattern: str, teacher: Architecture, plan_name: str) -> set[str]:
 
 def _thinned(pattern: str, kept: Iterable[int], teacher: Architecture, plan_name: str) -> set[str]:
     """Transformer blocks that go when each matching attention keeps those numbered ``kept``."""
-    attentions = {
-        block for block in _matching(pattern, teacher, plan_name) if kind(block) == "attn" and block.count(".block") == 0
-    }
+    attentions = {block for block in _matching(pattern, teacher, plan_name) if kind(block) == "attn" and ".block." not in block}
+    if not attentions:
+        raise ValueError(f"{plan_name} keeps transformer blocks of {pattern!r}, which is no attention")
     for attention in sorted(attentions):
         if missing := set(kept) - set(teacher.numbers(f"{attention}.block")):
             raise ValueError(

@@ -10,7 +10,7 @@ from distill_core.architecture import Architecture
 from distill_core.catalog import measure_presets
 from distill_core.denoiser import DiffusersDenoiser
 from distill_core.layouts import LAYOUTS
-from distill_core.plan import NameMap, PruningPlan, name_map, preset, preset_names, pruned
+from distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map, preset, preset_names, pruned
 from distill_core.unet import build_unet
 
 PUBLISHED = {
@@ -200,3 +200,30 @@ def test_core_never_imports_comfy_or_a_node():
         assert not [
             name for name in imports if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "folder_paths", "distill_core")
         ], file
+
+
+@pytest.mark.parametrize("keep,message", [({"down.0.resnet.0": (0,)}, "is no attention"), ({"mid": (0,)}, "removes nothing")])
+def test_keep_that_has_no_effect_is_refused(keep, message, sd15):
+    with pytest.raises(ValueError, match=message):
+        name_map(sd15, PruningPlan(name="p", keep=keep))
+
+
+@pytest.mark.parametrize(
+    "text", ["garbage", "{}", "[]", '{"teacher": 3, "kept": [0, 3], "mid": true}', '{"teacher": "x", "kept": 1, "mid": 1}']
+)
+def test_a_damaged_note_of_skip_connections_is_one_sentence(text):
+    with pytest.raises(ValueError, match="note of skip connections") as caught:
+        KeptSkips.from_text(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_skip_connections_are_kept_through_two_prunings(sd15):
+    first = name_map(sd15, preset("bk-sdm-base"))
+    student = pruned(sd15, first)
+    second = name_map(student, PruningPlan(name="p", remove=("down.inner", "up.inner", "mid")))
+    skips = first.skips(sd15).then(second.skips(student))
+    assert (skips.num_teacher, skips.kept, skips.mid) == (12, (0, 1, 3, 4, 6, 7), False)
+    assert skips == KeptSkips.from_text(skips.to_text())
+    assert skips.select("abcdefghijkl") == ["a", "b", "d", "e", "g", "h"]
+    with pytest.raises(ValueError, match="12 skip connections"):
+        skips.select("abc")

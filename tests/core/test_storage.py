@@ -261,3 +261,34 @@ def test_a_student_tells_licence_plan_and_teacher(teacher, tmp_path):
     assert metadata["distill.teacher"] == fingerprint(file.tensors) == fingerprint(weights)
     assert json.loads(metadata["distill.skips"]) == {"teacher": 12, "kept": [0, 1, 3, 4, 6, 7, 9, 10], "mid": True}
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1" and metadata["modelspec.sai_model_spec"] == "1.0.0"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_damaged_json_beside_a_unet_is_one_sentence(text, teacher, tmp_path):
+    architecture, weights = teacher
+    folder = tmp_path / "pipe"
+    save_unet(folder / "unet", weights, architecture, form="diffusers")
+    (folder / "scheduler").mkdir()
+    places = [folder / "scheduler" / "scheduler_config.json", folder / "unet" / "config.json"]
+    for place in places:
+        before = place.read_text() if place.exists() else '{"prediction_type": ["odd"]}'
+        place.write_text(text)
+        with pytest.raises(ValueError, match=f"{place.name} (cannot be read|is not what its name says)") as caught:
+            open_unet(folder)
+        assert "\n" not in str(caught.value)
+        place.write_text(before)
+    assert open_unet(folder).prediction == "eps"
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for weight_map, message in (({}, "names no shards"), ({"a": 3}, "does not exist"), ({"a": "../../x"}, "does not exist")):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            open_unet(folder)
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-3", ""])
+def test_odd_numbers_of_head_channels_are_refused(text, teacher, tmp_path):
+    architecture, weights = teacher
+    save_unet(tmp_path / "t.safetensors", weights, architecture, metadata={"distill.head_channels": text})
+    with pytest.raises(ValueError, match="attention heads of"):
+        open_unet(tmp_path / "t.safetensors")
