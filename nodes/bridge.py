@@ -212,7 +212,8 @@ def load_student(path: Path) -> tuple[ModelPatcher, dict]:
     config_class = DigitsModelConfig if is_demo(file.architecture) else None
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
-        student = build_model(file.state_dict, file.architecture, config_class, disable_dynamic=disable_dynamic)
+        weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept beside the MODEL's own
+        student = build_model(weights, file.architecture, config_class, disable_dynamic=disable_dynamic)
         if prediction_of(student) != file.prediction or "ztsnr" in file.markers:
             student.add_object_patch("model_sampling", _sampling(student, file.prediction, zsnr="ztsnr" in file.markers))
         return _with_origin(student, Origin.of_file(file))

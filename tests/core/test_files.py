@@ -169,7 +169,9 @@ def test_a_broken_config_is_named(teacher_path, tmp_path):
     prune_file(open_unet(teacher_path), tmp_path / "s", preset("bk-sdm-base"), form="diffusers")
     for text in ("{", "[]", "{}"):
         (tmp_path / "s" / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json (cannot be read|is not the config of a diffusers UNet|is not what its name says)"):
+        with pytest.raises(
+            ValueError, match="config.json (cannot be read|is not the config of a diffusers UNet|is not what its name says)"
+        ):
             open_unet(tmp_path / "s")
 
 
