@@ -46,6 +46,17 @@ def lora(spelling, separator, prefix, kind, processor=False):
     return tensors
 
 
+def remapped(lora_name, **changes):
+    inputs = {
+        "teacher": ["teacher", 0],
+        "student": ["prune", 0],
+        "lora_name": lora_name,
+        "strength_model": 1.0,
+        "strength_clip": 1.0,
+    }
+    return {"class_type": "DistillRemapLoRAToStudent", "inputs": inputs | changes}
+
+
 FORMATS = {
     "kohya": lora("diffusers", "_", "lora_unet_", "lora"),
     "kohya sdxl": lora("ldm", "_", "lora_unet_", "lora"),
@@ -74,13 +85,6 @@ def test_lora_then_prune_is_prune_then_remapped_lora(form, plan, loras, server):
         "class_type": "DistillPruneUNetBlocks",
         "inputs": {"model": ["teacher", 0], "preset": "bk-sdm-base", "plan": PLANS[plan]},
     }
-    remap = {
-        "teacher": ["teacher", 0],
-        "student": ["prune", 0],
-        "lora_name": f"{form}.safetensors",
-        "strength_model": 0.7,
-        "strength_clip": 1.0,
-    }
     key = f"{form} {plan}"
     result = server.run({
         **PROMPT,
@@ -88,19 +92,17 @@ def test_lora_then_prune_is_prune_then_remapped_lora(form, plan, loras, server):
         "stock": {"class_type": "LoraLoaderModelOnly",
                   "inputs": {"model": ["teacher", 0], "lora_name": f"{form}.safetensors", "strength_model": 0.7}},
         "baked": {"class_type": "DistillPruneUNetBlocks", "inputs": prune["inputs"] | {"model": ["stock", 0]}},
-        "remap": {"class_type": "DistillRemapLoRAToStudent", "inputs": remap},
+        "remap": remapped(f"{form}.safetensors", strength_model=0.7),
         "one": save(["baked", 0], f"baked {key}"), "two": save(["remap", 0], f"remapped {key}"),
         "zero": save(["prune", 0], f"without {key}"),
         **(sampled(["remap", 0], f"drawn {key}") if plan == "tiny" else {}),
     })  # fmt: skip
     assert result.succeeded, result.error
-    baked, remapped, without = (
-        load_file(newest(server, f"{who} {key}_*.safetensors")) for who in ("baked", "remapped", "without")
-    )
-    assert baked.keys() == remapped.keys()
+    baked, ours, without = (load_file(newest(server, f"{who} {key}_*.safetensors")) for who in ("baked", "remapped", "without"))
+    assert baked.keys() == ours.keys()
     changed = 0
     for name, weight in baked.items():
-        torch.testing.assert_close(remapped[name], weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
         changed += not torch.equal(weight, without[name])
     assert changed >= len([n for n in baked if "attn" in n and n.endswith("to_q.weight")]) > 0
 
@@ -135,16 +137,9 @@ def test_pruning_takes_the_weights_of_its_own_model_whichever_was_drawn_with_las
 
 
 def test_the_remapped_lora_can_be_kept_and_loaded_by_stock_nodes(loras, server):
-    remap = {
-        "teacher": ["teacher", 0],
-        "student": ["prune", 0],
-        "lora_name": "kohya.safetensors",
-        "strength_model": 1.0,
-        "strength_clip": 1.0,
-    }
     result = server.run({
         **PROMPT,
-        "remap": {"class_type": "DistillRemapLoRAToStudent", "inputs": remap},
+        "remap": remapped("kohya.safetensors"),
         "keep": {"class_type": "SaveLoRA", "inputs": {"lora": ["remap", 2], "prefix": "loras/remapped"}},
         "load": {"class_type": "LoraModelLoader",
                  "inputs": {"model": ["prune", 0], "lora": ["remap", 2], "strength_model": 1.0, "bypass": False}},
@@ -164,13 +159,7 @@ def test_what_does_not_fit_is_one_clear_sentence(change, message, loras, server)
     import re
 
     save_file({"lora_unet_input_blocks_40_1_proj_in.lora_up.weight": torch.ones(2, 2)}, loras / "other.safetensors")
-    inputs = {
-        "teacher": ["teacher", 0],
-        "student": ["prune", 0],
-        "lora_name": "kohya.safetensors",
-        "strength_model": 1.0,
-        "strength_clip": 1.0,
-    }
-    remap = {"class_type": "DistillRemapLoRAToStudent", "inputs": inputs | change}
-    result = server.run({**PROMPT, "remap": remap, "x": save(["remap", 0], "x")})
+    result = server.run(
+        {**PROMPT, "remap": remapped(**{"lora_name": "kohya.safetensors"} | change), "x": save(["remap", 0], "x")}
+    )
     assert re.search(message, result.error) and "\n" not in result.error

@@ -9,6 +9,7 @@ from distill_core.files import open_unet
 from distill_core.plan import name_map
 from distill_core.plan_text import read_plan
 
+from .test_adapters import remapped
 from .test_nodes import PROMPT, newest, sampled, save, train
 
 ANALYSE = {"model": ["teacher", 0], "latents": ["teacher", 3], "captions": ["teacher", 4], "saving": 0.3, "measure": "macs",
@@ -95,20 +96,13 @@ def test_a_student_comes_back_from_disk_with_all_it_was(server):
                "lora_unet_up_blocks_1_attentions_2_proj_out.lora_down.weight": torch.randn(2, 64, 1, 1)}  # fmt: skip
     save_file(tensors, loras / "one layer.safetensors")
     back = {"class_type": "DistillLoadDistilledModel", "inputs": {"name": file.name}}
-    remap = {
-        "teacher": ["teacher", 0],
-        "student": ["back", 0],
-        "lora_name": "one layer.safetensors",
-        "strength_model": 1.0,
-        "strength_clip": 1.0,
-    }
     result = server.run({
         **{name: node for name, node in PROMPT.items() if name != "prune"},
         "back": back,
         **sampled(["back", 0], "after"),
         "train": train("from disk", student=["back", 0], total_steps=1),
         "keep": save(["train", 0], "from disk"),
-        "remap": {"class_type": "DistillRemapLoRAToStudent", "inputs": remap},
+        "remap": remapped("one layer.safetensors", student=["back", 0]),
         "with": save(["remap", 0], "with one layer"),
         "show": {"class_type": "PreviewAny", "inputs": {"source": ["back", 1]}},
     })  # fmt: skip
