@@ -23,7 +23,9 @@ from distill_core.plan import preset
 from distill_core.plan_text import write_plan
 from distill_core.prune import prune
 from distill_core.quickstart import Settings, judge
-from distill_core.run import Recipe, Run, distill
+from distill_core.recipe import Recipe
+from distill_core.run import Run
+from distill_core.train import distill
 from distill_core.unet import build_unet
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,7 +66,7 @@ def main() -> None:
 def _analysis(teacher, dataset):
     random = torch.Generator().manual_seed(0)
     picked = torch.randperm(len(dataset), generator=random)[:32]
-    return score(teacher, examples(teacher, dataset.latents[picked], dataset.context(picked), num_timesteps=8, generator=random))
+    return score(teacher, examples(teacher, *dataset.read(0, picked)[:2], num_timesteps=8, generator=random))
 
 
 def _student(teacher: DiffusersDenoiser, plan) -> DiffusersDenoiser:

@@ -82,6 +82,46 @@ def prune(arguments: argparse.Namespace) -> None:
     print("It still has to be distilled: straight after pruning its samples are poor.")
 
 
+def train(arguments: argparse.Namespace) -> None:
+    import contextlib
+
+    from tqdm import tqdm
+
+    from .job import Job, Prepared
+    from .processes import Processes
+    from .run import checkpoints_in
+    from .train import Progress
+
+    job, processes = Job.read(arguments.recipe), Processes.launched()
+    if (started := job.path(job.run)) and not arguments.resume and checkpoints_in(started):
+        raise ValueError(f"{started} holds a run that has begun; go on with --resume, or give the new one another folder")
+    bars: dict[str, tqdm] = {}
+    quiet = arguments.json or not processes.main
+    with contextlib.ExitStack() as stack:
+
+        def on_item(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = stack.enter_context(tqdm(total=total, desc=what, file=sys.stderr, disable=quiet, leave=False))
+            bars[what].update(done - bars[what].n)
+
+        prepared = Prepared(job, processes, on_item)
+    run = prepared.run
+    if processes.main and not arguments.json:
+        print(prepared.describe())
+    with tqdm(total=job.training.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
+
+        def on_step(progress: Progress) -> None:
+            bar.set_postfix(loss=f"{progress.losses['total']:.4g}", refresh=False)
+            bar.update(progress.step - bar.n)
+
+        if not run.complete:
+            prepared.train(on_step)
+    if not processes.main:
+        return
+    facts = {"run": str(run.folder), "step": run.step, "student": str(run.student_file), "best": str(run.best_student_file)}
+    print(json.dumps(facts, indent=2) if arguments.json else f"step {run.step}: {run.student_file}")
+
+
 def remap_lora(arguments: argparse.Namespace) -> None:
     from .files import open_unet
     from .lora import remap_lora_file
@@ -161,6 +201,12 @@ def _read(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
+def _how_to_go_on(argv: Sequence[str] | None) -> str:
+    if (sys.argv[1:] if argv is None else argv)[:1] == ["train"]:
+        return "every finished step is kept; go on with the same command and --resume"
+    return "a quickstart goes on from there with the same command"
+
+
 def _at_least(minimum: int) -> Callable[[str], int]:
     """A whole number that is not below ``minimum``, for argparse."""
 
@@ -221,6 +267,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
+    command = commands.add_parser(
+        "train", help="train a student by a recipe; also: accelerate launch -m distill_core train RECIPE.toml"
+    )
+    command.set_defaults(function=train)
+    command.add_argument("recipe", type=Path, help="TOML file with run, teacher, student, data and training")
+    command.add_argument("--resume", action="store_true", help="go on with a run that has begun")
+    command.add_argument("--json", action="store_true", help="print JSON at the end, and no progress")
+
     command = commands.add_parser("remap-lora", help="turn a teacher's LoRA into one for its student")
     command.set_defaults(function=remap_lora)
     command.add_argument("lora", type=Path, help="LoRA made for the teacher: kohya's, diffusers' or ComfyUI's names, any kind")
@@ -241,13 +295,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         arguments.function(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
         print(f"distill: {error}; install it with: python -m pip install {error.name}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distill: interrupted; a quickstart goes on from there with the same command", file=sys.stderr)
+        print(f"distill: interrupted; {_how_to_go_on(argv)}", file=sys.stderr)
         return 130
     return 0

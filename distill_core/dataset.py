@@ -1,27 +1,88 @@
-"""Cached training data, and draws from it that depend on nothing but (seed, step)."""
+"""Training data that was encoded once, and draws from it that depend on nothing but (seed, step)."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .denoiser import Label
+from .schedule import NoiseSchedule
 from .storage import fingerprint
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentDataset:
-    """Latents and text embeddings, computed once."""
+class Caption(NamedTuple):
+    """One encoded text."""
+
+    context: Tensor
+    """Text embedding, (L, D)."""
+    pooled: Tensor | None = None
+    """Pooled text embedding, (P,); SDXL's."""
+
+
+def tile(context: Tensor, length: int) -> Tensor:
+    """A text embedding (L, D) repeated to a multiple of its length, (length, D).
+
+    Attention to it stays what it was: each key comes equally often, so that the softmax gives the same mean of values.
+    """
+    assert length % len(context) == 0
+    return context.repeat(length // len(context), 1)
+
+
+class Examples(NamedTuple):
+    """Some examples of one size."""
 
     latents: Tensor
-    """Clean latents as the network sees them (scaled, about unit variance), (N, C, H, W)."""
+    """Clean latents as the network sees them (scaled, about unit variance), (B, C, H, W)."""
     contexts: Tensor
-    """Text embeddings, (N, L, D), or (1, L, D) for all."""
-    null_context: Tensor | None = None
-    """Embedding of the empty caption, (L, D), for caption dropout."""
+    """Text embeddings, (B, L, D)."""
+    label: Label | None = None
+    """What an SDXL is told besides."""
+    states: Tensor | None = None
+    """Noisy latents on the way to ``latents``, at the timesteps of the dataset, (B, K, C, H, W)."""
+
+
+class Dataset(Protocol):
+    """What a run trains on: examples in buckets, those of one bucket all of one size."""
+
+    bucket_sizes: Sequence[int]
+    """Number of examples in each bucket."""
+    null: Caption | None
+    """The empty caption, for caption dropout."""
+    timesteps: Tensor | None
+    """Timesteps of stored states, (K,) int64; None where noise is drawn anew each time."""
+    fingerprint: str
+    """Tells this data from other data."""
+
+    def read(self, bucket: int, picked: Tensor) -> Examples:
+        """Examples of a bucket by their numbers, (B,) int64."""
+        ...
+
+
+def num_examples(dataset: Dataset) -> int:
+    """Number of examples in all buckets."""
+    return sum(dataset.bucket_sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Examples of one size, in memory."""
+
+    latents: Tensor
+    """(N, C, H, W)."""
+    contexts: Tensor
+    """(N, L, D), or (1, L, D) for all."""
+    pooled: Tensor | None = None
+    """(N, P), or (1, P) for all."""
+    sizes: Tensor | None = None
+    """Original height and width, crop from top and left, target height and width in pixels, (N, 6)."""
+    states: Tensor | None = None
+    """(N, K, C, H, W)."""
 
     def __post_init__(self):
         if self.latents.ndim != 4 or self.contexts.ndim != 3 or len(self.contexts) not in (1, len(self.latents)):
@@ -29,25 +90,105 @@ class LatentDataset:
                 f"a dataset needs latents (N, C, H, W) and one context (L, D) each, got "
                 f"{tuple(self.latents.shape)} and {tuple(self.contexts.shape)}"
             )
+        if (self.pooled is None) != (self.sizes is None):
+            raise ValueError("a dataset for SDXL needs both pooled embeddings and sizes")
+        if self.states is not None and self.states.shape[:1] + self.states.shape[2:] != self.latents.shape:
+            raise ValueError(
+                f"stored states (N, K, C, H, W) must belong to latents (N, C, H, W), got "
+                f"{tuple(self.states.shape)} and {tuple(self.latents.shape)}"
+            )
 
-    def __len__(self) -> int:
-        return len(self.latents)
+    def read(self, picked: Tensor) -> Examples:
+        contexts, pooled = (
+            None if of_all is None else of_all[picked if len(of_all) > 1 else torch.zeros_like(picked)]
+            for of_all in (self.contexts, self.pooled)
+        )
+        label = None if pooled is None else Label(pooled, self.sizes[picked])
+        return Examples(self.latents[picked], contexts, label, None if self.states is None else self.states[picked])
+
+
+@dataclass(frozen=True)
+class LatentDataset:
+    """A `Dataset` in memory."""
+
+    buckets: Sequence[Bucket]
+    null: Caption | None = None
+    timesteps: Tensor | None = None
+
+    def __post_init__(self):
+        if not any(self.bucket_sizes):
+            raise ValueError("a dataset needs at least one example")
+        stored = sum(bucket.states is not None for bucket in self.buckets)
+        if stored not in (0, len(self.buckets)) or bool(stored) != (self.timesteps is not None):
+            raise ValueError("a dataset needs the timesteps of its stored states, and states in every bucket or none")
+
+    @classmethod
+    def of(cls, latents: Tensor, contexts: Tensor, null_context: Tensor | None = None) -> LatentDataset:
+        """Examples of one size: latents (N, C, H, W), contexts (N or 1, L, D), the empty caption's (L, D)."""
+        return cls([Bucket(latents=latents, contexts=contexts)], None if null_context is None else Caption(null_context))
+
+    @property
+    def bucket_sizes(self) -> Sequence[int]:
+        return [len(bucket.latents) for bucket in self.buckets]
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint({"latents": self.latents, "contexts": self.contexts})
+        tensors = {f"{i}/{name}": tensor for i, bucket in enumerate(self.buckets) for name, tensor in vars(bucket).items()}
+        return fingerprint({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
-    def context(self, indices: Tensor) -> Tensor:
-        return self.contexts[indices if len(self.contexts) > 1 else torch.zeros_like(indices)]
+    def read(self, bucket: int, picked: Tensor) -> Examples:
+        return self.buckets[bucket].read(picked)
+
+
+# --- draws ----------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """One training batch, on the CPU."""
+    """One training batch, on the CPU, in float32."""
 
     x0: Tensor
+    """Clean latents, (B, C, H, W)."""
     eps: Tensor
+    """The noise in ``x_t``, (B, C, H, W); with input perturbation ``x_t`` holds a little more than that."""
+    x_t: Tensor
+    """What the networks are shown, (B, C, H, W)."""
     t: Tensor
+    """Timesteps, (B,) int64."""
     context: Tensor
+    """(B, L, D)."""
+    label: Label | None
+
+    def part(self, which: slice) -> Batch:
+        """Some of the batch's examples."""
+        label = None if self.label is None else Label(*(entry[which] for entry in self.label))
+        return Batch(self.x0[which], self.eps[which], self.x_t[which], self.t[which], self.context[which], label)
+
+
+class Drawing(NamedTuple):
+    """How batches are drawn."""
+
+    batch_size: int
+    seed: int
+    caption_dropout: float = 0.0
+    """Share of captions replaced by the empty one."""
+    timesteps: str = "uniform"
+    """A key of `TIMESTEPS`."""
+    noise_offset: float = 0.0
+    """Deviation of a constant added to each channel of the noise (Guttenberg 2023)."""
+    input_perturbation: float = 0.0
+    """Noise added to ``x_t`` besides, as a share of its noise (Ning et al. 2023, arXiv 2301.11706, Alg. 1)."""
+    held_out: float = 0.0
+    """Share of each bucket that is never trained on."""
+
+
+TIMESTEPS = {
+    "uniform": lambda size, count, random: torch.randint(count, (size,), generator=random),
+    # Esser et al. 2024, arXiv 2403.03206, Sec. 3.1, with mean 0 and deviation 1.
+    "logit-normal": lambda size, count, random: (
+        (torch.randn(size, generator=random).sigmoid() * count).long().clamp(max=count - 1)
+    ),
+}
+"""How timesteps are drawn: (batch size, number of timesteps, generator) -> (B,) int64."""
 
 
 def generator(seed: int, index: int, purpose: str) -> torch.Generator:
@@ -56,24 +197,89 @@ def generator(seed: int, index: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def indices(step: int, batch_size: int, num_examples: int, seed: int) -> Tensor:
-    """Examples of a step, (batch_size,): the data in a new order every epoch, each example once an epoch."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: torch.randperm(num_examples, generator=generator(seed, epoch, "order"))
-        for epoch in {p // num_examples for p in positions}
-    }
-    return torch.stack([orders[p // num_examples][p % num_examples] for p in positions])
+@lru_cache(maxsize=64)
+def _order(count: int, seed: int, epoch: int, purpose: str) -> Tensor:
+    """The numbers below ``count`` in an order of their own."""
+    return torch.randperm(count, generator=generator(seed, epoch, purpose))
 
 
-def draw(dataset: LatentDataset, step: int, *, batch_size: int, num_timesteps: int, caption_dropout: float, seed: int) -> Batch:
-    """The batch of a step: examples, noise, uniform timesteps, some captions replaced by the null caption."""
-    random = generator(seed, step, "noise")
-    picked = indices(step, batch_size, len(dataset), seed)
-    x0, context = dataset.latents[picked].float(), dataset.context(picked).float()
+def indices(batch: int, batch_size: int, num_examples: int, seed: int, purpose: str = "order") -> Tensor:
+    """Examples of a batch, (batch_size,): the data in a new order every epoch, each example once an epoch."""
+    positions = range(batch * batch_size, (batch + 1) * batch_size)
+    return torch.stack([_order(num_examples, seed, p // num_examples, purpose)[p % num_examples] for p in positions])
+
+
+ROUND_EPOCHS = 16  # the more, the closer a bucket's share of the batches is to its share of the examples
+
+
+def which_bucket(step: int, batch_size: int, bucket_sizes: Sequence[int], seed: int) -> tuple[int, int]:
+    """The bucket a step takes its batch from, and how many batches that bucket gave before.
+
+    Steps come in rounds of about ``ROUND_EPOCHS`` epochs; in each round every bucket has a fixed number of batches, in a
+    new order.
+    """
+    per_round = tuple(max(1, round(ROUND_EPOCHS * size / batch_size)) if size else 0 for size in bucket_sizes)
+    done, place = divmod(step, sum(per_round))
+    order, earlier = _round(per_round, seed, done)
+    bucket = int(order[place])
+    return bucket, done * per_round[bucket] + int(earlier[place])
+
+
+@lru_cache(maxsize=4)
+def _round(per_round: tuple[int, ...], seed: int, number: int) -> tuple[Tensor, Tensor]:
+    """Buckets of a round in order, and for each place how often its bucket came before in the round."""
+    order = torch.repeat_interleave(torch.arange(len(per_round)), torch.tensor(per_round))
+    order = order[_order(len(order), seed, number, "buckets")]
+    earlier = torch.zeros_like(order)
+    for bucket in range(len(per_round)):
+        earlier[order == bucket] = torch.arange(per_round[bucket])
+    return order, earlier
+
+
+def num_held_out(size: int, share: float) -> int:
+    """Examples of a bucket that are kept for validation; a bucket of one is trained on."""
+    return min(size - 1, round(size * share)) if size else 0
+
+
+def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, drawing: Drawing) -> Batch:
+    """The batch of a step: examples, noise, timesteps, some captions replaced by the empty one."""
+    sizes = [size - num_held_out(size, drawing.held_out) for size in dataset.bucket_sizes]
+    bucket, earlier = which_bucket(step, drawing.batch_size, sizes, drawing.seed)
+    picked = indices(earlier, drawing.batch_size, sizes[bucket], drawing.seed, f"order {bucket}" if bucket else "order")
+    if drawing.held_out:
+        picked = _order(dataset.bucket_sizes[bucket], drawing.seed, bucket, "held out")[picked]
+    return _noised(dataset, dataset.read(bucket, picked), schedule, drawing, generator(drawing.seed, step, "noise"))
+
+
+def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing, limit: int) -> list[Batch]:
+    """At most ``limit`` batches of held-out examples, with noise and timesteps that are always the same."""
+    batches, plain = [], drawing._replace(caption_dropout=0.0, noise_offset=0.0, input_perturbation=0.0)
+    for bucket, size in enumerate(dataset.bucket_sizes):
+        order = _order(size, drawing.seed, bucket, "held out")[size - num_held_out(size, drawing.held_out) :]
+        batches += [dataset.read(bucket, picked) for picked in order.split(drawing.batch_size) if len(picked)]
+    return [
+        _noised(dataset, examples, schedule, plain, generator(drawing.seed, number, "validation"))
+        for number, examples in enumerate(batches[:limit])
+    ]
+
+
+def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, drawing: Drawing, random: torch.Generator) -> Batch:
+    x0, context, label = examples.latents.float(), examples.contexts.float(), examples.label
     eps = torch.randn(x0.shape, generator=random)
-    t = torch.randint(num_timesteps, (batch_size,), generator=random)
-    dropped = torch.rand(batch_size, generator=random) < caption_dropout
-    if dataset.null_context is not None:
-        context = torch.where(dropped[:, None, None], dataset.null_context.float(), context)
-    return Batch(x0, eps, t, context)
+    t = TIMESTEPS[drawing.timesteps](len(x0), schedule.num_timesteps, random)
+    dropped = torch.rand(len(x0), generator=random) < drawing.caption_dropout
+    if dataset.null is not None:
+        context = torch.where(dropped[:, None, None], dataset.null.context.float(), context)
+        if label is not None and dataset.null.pooled is not None:
+            label = label._replace(pooled=torch.where(dropped[:, None], dataset.null.pooled.to(label.pooled), label.pooled))
+    if examples.states is not None:
+        stored = torch.randint(len(dataset.timesteps), (len(x0),), generator=random)
+        t, x_t = dataset.timesteps[stored], examples.states[torch.arange(len(x0)), stored].float()
+        alpha, sigma = schedule.at(t, x_t)
+        return Batch(x0, (x_t - alpha * x0) / sigma, x_t, t, context, label)
+    if drawing.noise_offset:
+        eps = eps + drawing.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=random)
+    shown = eps
+    if drawing.input_perturbation:
+        shown = eps + drawing.input_perturbation * torch.randn(eps.shape, generator=random)
+    return Batch(x0, eps, schedule.add_noise(x0, shown, t), t, context, label)

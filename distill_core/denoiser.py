@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,14 @@ class Label(NamedTuple):
         sizes = like.new_tensor([*size_px, 0, 0, *size_px]).expand(batch, 6)
         return cls(like.new_zeros(batch, label_width - 6 * SIZE_CHANNELS), sizes)
 
+    def to(self, like: Tensor) -> Label:
+        """On a device and, for the embedding, in a precision; the sizes stay exact in float32."""
+        return Label(self.pooled.to(like), self.sizes.to(like.device, torch.float32))
+
+    def followed_by(self, other: Label) -> Label:
+        """Of this batch, then of as many more of ``other``."""
+        return Label(*(torch.cat([a, b.to(a).expand_as(a)]) for a, b in zip(self, other, strict=True)))
+
     def vector(self) -> Tensor:
         """The one vector a network in the LDM layout takes, (B, P + 6 * 256): each size as 256 cosines and sines."""
         half = SIZE_CHANNELS // 2
@@ -50,6 +60,10 @@ class Denoiser:
     schedule: NoiseSchedule = field(default_factory=scaled_linear)
     prediction: str = "eps"
     """What the network predicts: a key of `schedule.PREDICTIONS`."""
+    forward: Callable[..., Any] | None = None
+    """What is called in place of the network: it compiled, or wrapped to run on several devices."""
+    computes: tuple[torch.device, torch.dtype] | None = None
+    """Where and in what it computes, if its weights are kept elsewhere or otherwise."""
 
     spelling: ClassVar[str]
     """Layout of the network's parameter names: a key of `layouts.LAYOUTS`."""
@@ -59,12 +73,17 @@ class Denoiser:
         raise NotImplementedError
 
     @property
+    def running(self) -> Callable[..., Any]:
+        """What is called to answer."""
+        return self.network if self.forward is None else self.forward
+
+    @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self.computes[0] if self.computes else next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        return self.computes[1] if self.computes else next(self.network.parameters()).dtype
 
     def module(self, name: str) -> nn.Module:
         """Module by canonical name, such as ``down.0.downsample`` or ``up.1.attn.0.proj_out``."""
@@ -95,7 +114,7 @@ class DiffusersDenoiser(Denoiser):
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         added = None if label is None else {"text_embeds": label.pooled, "time_ids": label.sizes}
-        return self.network(x_t, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
+        return self.running(x_t, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class LdmDenoiser(Denoiser):
@@ -104,7 +123,8 @@ class LdmDenoiser(Denoiser):
     spelling = "ldm"
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
-        return self.network(x_t, timesteps=t.float(), context=context, y=None if label is None else label.vector())
+        y = None if label is None else label.vector()
+        return self.running(x_t, timesteps=t.float(), context=context, y=y)
 
 
 @contextlib.contextmanager
@@ -128,3 +148,36 @@ def tap(denoiser: Denoiser, names: Iterable[str], *, of_input: bool = False) -> 
     finally:
         for handle in handles:
             handle.remove()
+
+
+_CHECKPOINTED = re.compile(r".*\.(resnet|block)\.\d+")
+
+
+@contextlib.contextmanager
+def checkpointing(denoiser: Denoiser) -> Iterator[None]:
+    """While open, resnets and transformer blocks keep their inputs alone for the backward pass, and compute the rest again.
+
+    Not reentrant, so that a tapped feature within a block carries its gradient.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    with contextlib.ExitStack() as stack:
+        for name in filter(_CHECKPOINTED.fullmatch, sorted(denoiser.architecture.blocks)):
+            module = denoiser.module(name)
+            again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(instead(module, again))
+        yield
+
+
+@contextlib.contextmanager
+def instead(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """While open, a module runs another function than its own, or than one that stands in for it already."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -28,7 +28,7 @@ FORMS = {
 """What a student can be written as."""
 _FULL_PREFIX = "model.diffusion_model."
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_MODELSPEC_PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}
+_MODELSPEC_PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
 _MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 _MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Tensors beside the UNet by which ComfyUI knows how it samples."""

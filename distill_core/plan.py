@@ -213,6 +213,24 @@ def pruned(teacher: Architecture, mapping: NameMap) -> Architecture:
     return Architecture(mapping.apply(teacher.shapes), teacher.head_channels)
 
 
+def plan_between(teacher: Architecture, student: Architecture, plan: PruningPlan | None) -> PruningPlan | None:
+    """A student's plan if it leads there from the teacher, None if they are of one shape.
+
+    ``ValueError`` if they do not belong together.
+    """
+    if dict(student.shapes) == dict(teacher.shapes):
+        return None
+    try:
+        if plan is not None and dict(pruned(teacher, name_map(teacher, plan)).shapes) == dict(student.shapes):
+            return plan
+    except ValueError:  # the plan of another teacher
+        pass
+    raise ValueError(
+        "student and teacher do not belong together: as teacher give the model that went into pruning (Prune UNet Blocks), as "
+        "student the one that came out of it"
+    )
+
+
 def _check(kept: Architecture, teacher: Architecture, plan_name: str) -> None:
     """``ValueError`` unless what is kept makes a UNet."""
     for end in sorted(teacher.modules - kept.modules):

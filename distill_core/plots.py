@@ -116,3 +116,16 @@ def draw_grid(axes: Axes, pictures: Tensor, columns: int, title: str) -> None:
     axes.imshow(rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=columns).cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
     axes.set_title(title, fontsize=11)
     axes.set_axis_off()
+
+
+def picture_rows(rows: Mapping[str, Tensor]) -> Image:
+    """Rows of RGB pictures (B, 3, H, W) in [-1, 1], each with its name above it, small ones enlarged."""
+    count = max(map(len, rows.values()))
+    drawing = figure(min(2.2 * count, 16), 2.5 * len(rows))
+    for axes_of_row, (title, pictures) in zip(drawing.subplots(len(rows), count, squeeze=False), rows.items(), strict=True):
+        for axes in axes_of_row:
+            axes.set_axis_off()
+        for axes, picture in zip(axes_of_row, pictures, strict=False):
+            axes.imshow((picture.permute(1, 2, 0).clamp(-1, 1) + 1).numpy() / 2, interpolation="nearest")
+        axes_of_row[0].set_title(title, fontsize=11, loc="left")
+    return to_image(drawing)

@@ -21,9 +21,11 @@ from .denoiser import Denoiser
 from .evaluate import count_macs, frechet_distance
 from .files import open_unet, save_unet
 from .plan import name_map, preset, pruned
-from .run import Recipe, Run, distill
+from .recipe import Recipe
+from .run import Run
 from .sampling import sample
 from .storage import atomic, write_text
+from .train import distill
 
 NUM_SHOWN = 80  # digits per model in the picture, eight of each
 SAMPLE_BATCH = 100

@@ -1,8 +1,8 @@
 """Discrete noise schedules and exact conversions between the ways a network states its prediction.
 
 Time convention of the whole library: ``t = 0`` is the least noisy timestep, ``t = num_timesteps - 1`` the noisiest, and
-``x_t = alpha_t * x0 + sigma_t * eps`` with ``alpha_t**2 + sigma_t**2 = 1`` (variance preserving; Ho et al. 2020,
-arXiv 2006.11239, Eq. 4).
+``x_t = alpha_t * x0 + sigma_t * eps``. Diffusion preserves variance, ``alpha_t**2 + sigma_t**2 = 1`` (Ho et al. 2020,
+arXiv 2006.11239, Eq. 4); rectified flow takes the straight line, ``alpha_t + sigma_t = 1`` (Liu et al. 2022, arXiv 2209.03003).
 """
 
 from __future__ import annotations
@@ -22,29 +22,50 @@ class Coefficients(NamedTuple):
     sigma: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """Variance-preserving schedule over discrete timesteps.
+    """How much of the data and how much noise there is at each of the discrete timesteps.
 
-    alphas_cumprod: shape ``(num_timesteps,)``, float64, strictly decreasing, in (0, 1); the cumulative signal power.
+    alphas, sigmas: (num_timesteps,), float64; their ratio sigma / alpha strictly increasing from above 0. ``ValueError``
+    for tables that are no schedule.
     """
 
-    alphas_cumprod: Tensor
+    alphas: Tensor
+    sigmas: Tensor
 
     def __post_init__(self):
-        table = self.alphas_cumprod
-        if table.ndim != 1 or not bool((table.diff() < 0).all()) or not bool(((table > 0) & (table < 1)).all()):
-            raise ValueError("alphas_cumprod must be one strictly decreasing row of numbers between 0 and 1")
+        one_row = self.alphas.ndim == 1 and self.alphas.shape == self.sigmas.shape
+        if not one_row or not bool((self.alphas > 0).all() & (self.sigmas > 0).all() & (self.noise_ratio.diff() > 0).all()):
+            raise ValueError("a noise schedule needs one row of alphas and one of sigmas, with sigma / alpha strictly increasing")
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, NoiseSchedule) and torch.equal(self.noise_ratio, other.noise_ratio)
 
     @property
     def num_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        return len(self.alphas)
+
+    @property
+    def noise_ratio(self) -> Tensor:
+        """``sigma_t / alpha_t``, (num_timesteps,): what k-diffusion and ComfyUI call sigma."""
+        return self.sigmas / self.alphas
+
+    @property
+    def straight(self) -> bool:
+        """Whether it is the straight line of rectified flow."""
+        return bool(((self.alphas + self.sigmas - 1).abs() < 1e-6).all())
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio ``alpha_t**2 / sigma_t**2`` at integer timesteps (B,), float32, on the device of ``t``."""
+        return self.noise_ratio[t.cpu()].pow(-2).float().to(t.device)
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
         """Coefficients at integer timesteps ``t`` (B,), in the dtype and device of ``like`` (B, ...)."""
-        power = self.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (like.ndim - 1))
+        shape = -1, *[1] * (like.ndim - 1)
         # Rounded on the CPU: not every device has float64.
-        return Coefficients(*(root.to(like.dtype).to(like.device) for root in (power.sqrt(), (1 - power).sqrt())))
+        return Coefficients(
+            *(table[t.cpu()].reshape(shape).to(like.dtype).to(like.device) for table in (self.alphas, self.sigmas))
+        )
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha_t x0 + sigma_t eps`` for clean ``x0`` and unit noise ``eps``, both (B, ...)."""
@@ -52,15 +73,29 @@ class NoiseSchedule:
         return alpha * x0 + sigma * eps
 
 
+def from_signal_power(alphas_cumprod: Tensor) -> NoiseSchedule:
+    """Variance-preserving schedule from the cumulative signal power (num_timesteps,), strictly decreasing in (0, 1)."""
+    power = alphas_cumprod.double()
+    return NoiseSchedule(power.sqrt(), (1 - power).sqrt())
+
+
 def scaled_linear(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
     """Stable Diffusion's schedule: betas linear in their square root (Rombach et al. 2022, arXiv 2112.10752)."""
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
-    return NoiseSchedule((1 - betas).cumprod(0))
+    return from_signal_power((1 - betas).cumprod(0))
 
 
-def from_sigmas(sigmas: Tensor) -> NoiseSchedule:
-    """Schedule from the ratio ``sigma_t / alpha_t``, ascending, (num_timesteps,), as k-diffusion and ComfyUI keep it."""
-    return NoiseSchedule(1 / (1 + sigmas.detach().cpu().double() ** 2))
+def from_noise_ratio(noise_ratio: Tensor) -> NoiseSchedule:
+    """Variance-preserving schedule from ``sigma_t / alpha_t``, ascending, (num_timesteps,), as ComfyUI keeps it."""
+    return from_signal_power(1 / (1 + noise_ratio.detach().cpu().double() ** 2))
+
+
+def flow(num_timesteps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
+    """Rectified flow; ``shift`` above 1 spends more timesteps at high noise (Esser et al. 2024, arXiv 2403.03206, Eq. 23)."""
+    # The last timestep is all but noise: there the ratio of noise to data would have no number.
+    even = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / (num_timesteps + 1e-3)
+    sigmas = shift * even / (1 + (shift - 1) * even)
+    return NoiseSchedule(1 - sigmas, sigmas)
 
 
 class Prediction(NamedTuple):
@@ -83,13 +118,19 @@ PREDICTIONS: dict[str, Prediction] = {
     # v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512, Sec. 4)
     "v": Prediction(
         target=lambda x0, eps, c: c.alpha * eps - c.sigma * x0,
-        to_x0=lambda out, x_t, c: c.alpha * x_t - c.sigma * out,
-        to_eps=lambda out, x_t, c: c.sigma * x_t + c.alpha * out,
+        to_x0=lambda out, x_t, c: (c.alpha * x_t - c.sigma * out) / (c.alpha**2 + c.sigma**2),
+        to_eps=lambda out, x_t, c: (c.sigma * x_t + c.alpha * out) / (c.alpha**2 + c.sigma**2),
     ),
     "x0": Prediction(
         target=lambda x0, eps, c: x0,
         to_x0=lambda out, x_t, c: out,
         to_eps=lambda out, x_t, c: (x_t - c.alpha * out) / c.sigma,
+    ),
+    # velocity of the straight line, eps - x0 (Liu et al. 2022, Eq. 1, with time from data to noise)
+    "flow": Prediction(
+        target=lambda x0, eps, c: eps - x0,
+        to_x0=lambda out, x_t, c: (x_t - c.sigma * out) / (c.alpha + c.sigma),
+        to_eps=lambda out, x_t, c: (x_t + c.alpha * out) / (c.alpha + c.sigma),
     ),
 }
 
@@ -99,3 +140,10 @@ def prediction(name: str) -> Prediction:
     if name not in PREDICTIONS:
         raise ValueError(f"unknown prediction type {name!r}; choose from {sorted(PREDICTIONS)}")
     return PREDICTIONS[name]
+
+
+def x0_gain(name: str, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """How an error of the prediction moves the clean picture it stands for: |d x0 / d output| at timesteps (B,), (B,)."""
+    zero, one = torch.zeros(len(t), dtype=torch.float64), torch.ones(len(t), dtype=torch.float64)
+    gain = prediction(name).to_x0(one, zero, schedule.at(t.cpu(), zero)).abs()
+    return gain.float().to(t.device)

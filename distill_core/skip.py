@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .architecture import Architecture
-from .denoiser import Denoiser, tap
+from .denoiser import Denoiser, instead, tap
 from .layouts import kind
 from .plan import NameMap
 
@@ -87,10 +87,10 @@ def skipping(denoiser: Denoiser, mapping: NameMap) -> Iterator[None]:
         sources = stack.enter_context(tap(denoiser, {source for _, source in way.rewired.values()}))
         for name, channels in way.passed_over.items():
             in_tuple = denoiser.spelling == "diffusers" and kind(name) == "attn" and ".block." not in name
-            stack.enter_context(_instead(denoiser.module(name), _pass_on(channels, in_tuple)))
+            stack.enter_context(instead(denoiser.module(name), _pass_on(channels, in_tuple)))
         for name, (channels, source) in way.rewired.items():
             module = denoiser.module(name)
-            stack.enter_context(_instead(module, _with_skip(module.forward, channels, sources, source)))
+            stack.enter_context(instead(module, _with_skip(module.forward, channels, sources, source)))
         yield
 
 
@@ -107,17 +107,3 @@ def _with_skip(forward: Callable, channels: int, sources: dict[str, Tensor], sou
         return forward(torch.cat([x[:, :channels], sources[source]], 1), *args, **kwargs)
 
     return rewired
-
-
-@contextlib.contextmanager
-def _instead(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module run another function than its own, or than one that stands in for it already."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -42,7 +42,7 @@ _BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-OVERWRITABLE = {"config.json", "diffusion_pytorch_model.safetensors", "student.safetensors", "optimizer.safetensors"}
+OVERWRITABLE = {"config.json", "diffusion_pytorch_model.safetensors", "student.safetensors", "training.safetensors"}
 """What a folder may hold to be overwritten: what is written into folders here."""
 _CHUNK_BYTES = 8 << 20
 _LARGEST_HEADER_BYTES = 100 << 20

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import comfy.latent_formats
 import comfy.model_detection
@@ -21,22 +23,26 @@ import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
+from ..distill_core import plan as plans
 from ..distill_core.architecture import Architecture
-from ..distill_core.dataset import LatentDataset
+from ..distill_core.dataset import Bucket, Caption, LatentDataset, tile
 from ..distill_core.demo import digits
 from ..distill_core.demo.teacher import load_dataset, teacher_file
 from ..distill_core.denoiser import Label, LdmDenoiser
 from ..distill_core.files import UNetFile, open_unet
 from ..distill_core.layouts import layout
-from ..distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map, pruned
+from ..distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map
+from ..distill_core.previews import Previews
 from ..distill_core.prune import prune, pruning_metadata
-from ..distill_core.run import Progress, checkpoints_in
-from ..distill_core.schedule import NoiseSchedule, from_sigmas
+from ..distill_core.run import checkpoints_in
+from ..distill_core.schedule import NoiseSchedule, from_noise_ratio
 from ..distill_core.storage import WriteError, fingerprint
+from ..distill_core.train import Progress
 
 TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
 ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
@@ -115,7 +121,7 @@ def prediction_of(model: ModelPatcher) -> str:
 
 
 def schedule_of(model: ModelPatcher) -> NoiseSchedule:
-    return from_sigmas(model.get_model_object("model_sampling").sigmas)
+    return from_noise_ratio(model.get_model_object("model_sampling").sigmas)
 
 
 def build_model(
@@ -249,6 +255,12 @@ class ComfyDenoiser(LdmDenoiser):
 
     patcher: ModelPatcher
 
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        # Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another.
+        options = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
+        y = None if label is None else label.vector()
+        return self.running(x_t, timesteps=t.float(), context=context, y=y, transformer_options=options)
+
     @property
     def device(self) -> torch.device:
         return self.patcher.load_device
@@ -306,23 +318,13 @@ def _wrap(model: ModelPatcher, sampling_of: ModelPatcher) -> ComfyDenoiser:
 
 def plan_between(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | None:
     """The plan that leads from teacher to student, None if they are of one shape; ``ValueError`` if they do not belong together."""
-    ours, theirs, plan = architecture_of(student), architecture_of(teacher), plan_of(student)
-    if plan is not None and plan != plan_of(teacher):
-        expected = pruned(theirs, name_map(theirs, plan))
-        if dict(expected.shapes) == dict(ours.shapes):
-            return plan
-    elif dict(ours.shapes) == dict(theirs.shapes):
-        return None
-    raise ValueError(
-        "student and teacher do not belong together: connect the MODEL that went into Prune UNet Blocks as "
-        "teacher, and the MODEL that came out of it as student"
-    )
+    return plans.plan_between(architecture_of(teacher), architecture_of(student), plan_of(student))
 
 
 def mapping_between(student: ModelPatcher, teacher: ModelPatcher) -> NameMap:
     """Name map from teacher to student; ``ValueError`` if they do not belong together."""
-    plan, architecture = plan_between(student, teacher), architecture_of(teacher)
-    return NameMap.identity(architecture) if plan is None else name_map(architecture, plan)
+    found, architecture = plan_between(student, teacher), architecture_of(teacher)
+    return NameMap.identity(architecture) if found is None else name_map(architecture, found)
 
 
 def with_lora(
@@ -336,85 +338,136 @@ def with_lora(
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
+STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
+TIMESTEPS = "distill_timesteps"
+
+
 def dataset(latents: list[dict], positive: list, null_caption: list | None, model: ModelPatcher) -> LatentDataset:
     """Training data from ComfyUI's lists: one LATENT of many, many LATENTs of one, or buckets of several each.
 
-    Latents are scaled once as the model's sampler would. ``ValueError`` if sizes or counts do not match.
+    Latents are scaled once as the model's sampler would; those of one size make a bucket. ``ValueError`` if they do not
+    fit the model, or there are not as many captions.
     """
-    pictures, contexts = _checked(latents, positive, model)
-    if architecture_of(model).label_width is not None:
-        raise ValueError("models with size and crop conditioning (SDXL) can be pruned and analysed, but not distilled here")
-    samples = model.model.process_latent_in(torch.cat(pictures).float().cpu()).clone()
-    null = None if null_caption is None else _contexts(null_caption)[0].clone()
-    if null is not None and null.shape != contexts.shape[1:]:
+    timesteps = next((entry[TIMESTEPS] for entry in latents if TIMESTEPS in entry), None)
+    if any(not torch.equal(entry.get(TIMESTEPS, torch.zeros(0)), timesteps) for entry in latents if timesteps is not None):
         raise ValueError(
-            "the null caption's conditioning is of another length than the captions'; encode both with the same CLIP"
+            "some of the latents have stored trajectories, or of other steps, and some not; give those of one dataset"
         )
-    return LatentDataset(latents=samples, contexts=contexts.clone(), null_context=null)
+    captions = _captions([*positive, *(null_caption or [])], model)
+    null = captions.pop() if null_caption else None
+    buckets = _buckets(latents, captions, model)
+    return LatentDataset(buckets, null and Caption(null.context.clone(), null.pooled), timesteps)
 
 
 def calibration(
     latents: list[dict], positive: list, model: ModelPatcher, num_examples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Label | None]:
-    """A few latents with their captions' conditioning, picked at random: (B, C, H, W), (B, L, D), and the label of an SDXL."""
-    pictures, contexts = _checked(latents, positive, model)
-    samples = model.model.process_latent_in(torch.cat(pictures).float().cpu())
-    if not samples.any():
+    """A few latents with their captions' conditioning, picked at random: (B, C, H, W), (B, L, D), and the label of an SDXL.
+
+    They are of one size: that of which there are most.
+    """
+    bucket = max(_buckets(latents, _captions(positive, model), model), key=lambda bucket: len(bucket.latents))
+    if not bucket.latents.any():
         raise ValueError("the latents are empty; connect images the model is to draw well: VAE Encode, or a KSampler")
-    picked = torch.randperm(len(samples), generator=generator)[:num_examples]
-    captions = picked if len(contexts) > 1 else torch.zeros_like(picked)
-    label = None
-    if architecture_of(model).label_width is not None:
-        pooled, sizes = _labels(positive, (8 * samples.shape[2], 8 * samples.shape[3]))
-        label = Label(pooled[captions], sizes[captions])
-    return samples[picked], contexts[captions], label
+    return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
 
 
-def _labels(conditioning: list, size_px: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pooled embeddings (N, P) and sizes (N, 6) of SDXL conditioning, sizes of the picture itself where none are given."""
-    pooled, sizes = [], []
-    for _, options in (entry for one in conditioning for entry in one):
-        if "pooled_output" not in options:
-            raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
-        height, width = options.get("height", size_px[0]), options.get("width", size_px[1])
+NUM_PREVIEWS = 4
+
+
+def previews(data: LatentDataset, vae: comfy.sd.VAE, model: ModelPatcher) -> Previews:
+    """Sample pictures of the first captions, while a run trains; ``ValueError`` without the empty caption guidance needs."""
+    if data.null is None:
+        raise ValueError("sample pictures need the null caption: connect the empty prompt, encoded")
+    examples = data.read(0, torch.arange(min(NUM_PREVIEWS, data.bucket_sizes[0])))
+    pooled = [None] * len(examples.contexts) if examples.label is None else examples.label.pooled
+    captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
+
+    def decode(latents: Tensor) -> Tensor:
+        pictures = vae.decode(model.model.process_latent_out(latents))
+        return pictures[..., :3].permute(0, 3, 1, 2) * 2 - 1
+
+    is_small = is_demo(architecture_of(model))
+    return Previews(
+        captions=captions,
+        null=data.null,
+        latent_shape=tuple(examples.latents.shape[1:]),
+        decode=decode,
+        guidance=2.0 if is_small else 7.0,
+    )
+
+
+class _Told(NamedTuple):
+    """One caption with all its conditioning tells."""
+
+    context: Tensor
+    pooled: Tensor | None
+    options: dict
+
+    def sizes(self, height: int, width: int) -> list[int]:
+        """SDXL's six numbers, those of the picture itself where none are given."""
+        options = self.options
+        height, width = options.get("height", height), options.get("width", width)
         target = options.get("target_height", height), options.get("target_width", width)
-        pooled.append(options["pooled_output"].float().cpu())
-        sizes += [[height, width, options.get("crop_h", 0), options.get("crop_w", 0), *target]] * len(pooled[-1])
-    return torch.cat(pooled), torch.tensor(sizes, dtype=torch.float32)
+        return [height, width, options.get("crop_h", 0), options.get("crop_w", 0), *target]
 
 
-def _checked(latents: list[dict], positive: list, model: ModelPatcher) -> tuple[list[Tensor], Tensor]:
-    """Latents as they came, and the captions' embeddings (N, L, D), if they are of one size and fit the model."""
-    pictures = [entry["samples"] for entry in latents]
-    if len({tuple(p.shape[1:]) for p in pictures}) != 1:
-        sizes = sorted({f"{8 * p.shape[-1]}x{8 * p.shape[-2]}" for p in pictures})
-        raise ValueError(f"the latents are of different sizes ({', '.join(sizes)}); resize the images to one size first")
-    contexts = _contexts(positive)
-    architecture = architecture_of(model)
-    wanted = architecture.channels("conv_in")[0]
-    if pictures[0].shape[1] != wanted:
+def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
+    """Captions of all conditioning, of one length: a context that is repeated conditions as before."""
+    architecture, told = architecture_of(model), []
+    for embedding, options in (entry for one in conditioning for entry in one):
+        if embedding.shape[-1] != architecture.context_width:
+            raise ValueError(
+                f"the captions' conditioning is {embedding.shape[-1]} wide but the model reads {architecture.context_width}; "
+                "encode the captions with the model's own CLIP"
+            )
+        pooled = options.get("pooled_output") if architecture.label_width else None
+        if architecture.label_width and pooled is None:
+            raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
+        for i, context in enumerate(embedding.float().cpu()):
+            told.append(_Told(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
+    length = math.lcm(*{len(caption.context) for caption in told})
+    return [caption._replace(context=tile(caption.context, length)) for caption in told]
+
+
+def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) -> list[Bucket]:
+    """Latents by size, with their captions, if they fit the model."""
+    wanted = architecture_of(model).channels("conv_in")[0]
+    for samples in (entry["samples"] for entry in latents):
+        if samples.ndim != 4 or samples.shape[1] != wanted:
+            raise ValueError(
+                f"the latents have {samples.shape[1]} channels but the model takes {wanted}; "
+                "encode the images with the model's own VAE, and do not use inpainting models"
+            )
+    num_latents = sum(len(entry["samples"]) for entry in latents)
+    if len(captions) not in (1, num_latents):
         raise ValueError(
-            f"the latents have {pictures[0].shape[1]} channels but the model takes {wanted}; "
-            "encode the images with the model's own VAE, and do not use inpainting models"
+            f"there are {num_latents} latents but {len(captions)} captions; give one caption for each, or one for all"
         )
-    if contexts.shape[-1] != architecture.context_width:
-        raise ValueError(
-            f"the captions' conditioning is {contexts.shape[-1]} wide but the model reads "
-            f"{architecture.context_width}; encode the captions with the model's own CLIP"
-        )
-    num_latents = sum(len(p) for p in pictures)
-    if len(contexts) not in (1, num_latents):
-        raise ValueError(
-            f"there are {num_latents} latents but {len(contexts)} captions; give one caption for each, or one for all"
-        )
-    return pictures, contexts
+    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, _Told]]] = {}
+    told = iter(captions if len(captions) > 1 else captions * num_latents)
+    for entry in latents:
+        samples = model.model.process_latent_in(entry["samples"].float().cpu())
+        states = entry.get(STATES, [None] * len(samples))
+        for example in zip(samples, states, told, strict=False):
+            by_size.setdefault(tuple(samples.shape[2:]), []).append(example)
+    return [
+        _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1) for (height, width), examples in by_size.items()
+    ]
 
 
-def _contexts(conditioning: list) -> Tensor:
-    entries = [entry[0] for one in conditioning for entry in one]
-    if len({tuple(entry.shape[1:]) for entry in entries}) != 1:
-        raise ValueError("the captions' conditionings are of different lengths; keep captions within 75 tokens")
-    return torch.cat(entries).float().cpu()
+def _bucket(examples: list[tuple[Tensor, Tensor | None, _Told]], height: int, width: int, one_for_all: bool) -> Bucket:
+    latents, states, captions = zip(*examples, strict=True)
+    sizes = [caption.sizes(height, width) for caption in captions]
+    captions = captions[:1] if one_for_all else captions
+    labelled = captions[0].pooled is not None
+    return Bucket(
+        latents=torch.stack(latents),
+        contexts=torch.stack([caption.context for caption in captions]),
+        pooled=torch.stack([caption.pooled for caption in captions]) if labelled else None,
+        sizes=torch.tensor(sizes, dtype=torch.float32) if labelled else None,
+        states=None if states[0] is None else torch.stack(states),
+    )
 
 
 # --- runs, progress, files ------------------------------------------------------------------------------------------
@@ -483,6 +536,12 @@ def to_image(picture) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
+
+
+def open_image(path: Path):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
 
 
 def model_fingerprint(model: ModelPatcher) -> str:
@@ -587,7 +646,7 @@ def demo_clip() -> comfy.sd.CLIP:
 
 def demo_data() -> tuple[list[dict], list]:
     """LATENT and CONDITIONING lists as "Make Training Dataset" gives them: one entry for each of the 1,797 digits."""
-    data = load_dataset()
-    latents = [{"samples": latent[None]} for latent in data.latents]
-    conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in data.contexts]
+    (bucket,) = load_dataset().buckets
+    latents = [{"samples": latent[None]} for latent in bucket.latents]
+    conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in bucket.contexts]
     return latents, conditioning

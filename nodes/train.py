@@ -1,6 +1,7 @@
 """Distillation inside the graph."""
 
 import time
+from functools import partial
 
 import torch
 from comfy.utils import ProgressBar
@@ -9,11 +10,16 @@ from comfy_api.latest import io, ui
 from ..distill_core import plots
 from ..distill_core.files import open_unet
 from ..distill_core.objective import OBJECTIVES
-from ..distill_core.run import LR_SCHEDULES, Progress, Recipe, Run, distill
+from ..distill_core.recipe import LR_SCHEDULES, Recipe
+from ..distill_core.run import Run
+from ..distill_core.teachers import Teachers
+from ..distill_core.train import Progress, distill
 from . import bridge
+from .recipe import RecipeSettings
 
 SECONDS_BETWEEN_CURVES = 1.5
 SHARE_OF_TIME_FOR_CURVES = 0.05
+SECONDS_FOR_SAMPLES = 6.0
 
 
 class DistillTrainStep(io.ComfyNode):
@@ -38,6 +44,17 @@ class DistillTrainStep(io.ComfyNode):
                     optional=True,
                     tooltip="The empty prompt, encoded. With it some captions are left out while training, so that the student "
                     "learns the unconditional answer that guidance (cfg above 1) needs. Without it captions are never left out.",
+                ),
+                RecipeSettings.Input("recipe", optional=True, tooltip="Finer settings, from Distillation Recipe."),
+                io.Model.Input(
+                    "teacher_2",
+                    optional=True,
+                    tooltip="A second teacher of the same architecture, such as a fine-tune; "
+                    "Distillation Recipe says who teaches when.",
+                ),
+                io.Model.Input("teacher_3", optional=True, tooltip="A third teacher."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="For sample pictures while it trains, where the recipe asks for them."
                 ),
                 io.String.Input(
                     "run_name",
@@ -72,7 +89,9 @@ class DistillTrainStep(io.ComfyNode):
                     "objective",
                     options=list(OBJECTIVES),
                     default="bk-sdm",
-                    tooltip="bk-sdm: task, output and feature losses, as published. task: plain fine-tuning without the teacher.",
+                    tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
+                    "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
+                    "laptop-diff: features of even weight. task: plain fine-tuning without the teacher.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -124,22 +143,36 @@ class DistillTrainStep(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, teacher, student, latents, captions, run_name, steps_per_queue, null_caption=None, **settings
+        cls,
+        teacher,
+        student,
+        latents,
+        captions,
+        run_name,
+        steps_per_queue,
+        null_caption=None,
+        recipe=({},),
+        teacher_2=(),
+        teacher_3=(),
+        vae=(None,),
+        **settings,
     ) -> io.NodeOutput:
         teacher, student, run_name, steps_per_queue = teacher[0], student[0], run_name[0], steps_per_queue[0]
-        recipe = Recipe(**{name: values[0] for name, values in settings.items()})
+        teachers = [teacher, *teacher_2, *teacher_3]
+        recipe = Recipe(**{name: values[0] for name, values in settings.items()}, **recipe[0])
         plan = bridge.plan_between(student, teacher)
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             origin = {
-                "teacher": bridge.model_fingerprint(teacher),
+                **{f"teacher {n}" if n > 1 else "teacher": bridge.model_fingerprint(m) for n, m in enumerate(teachers, 1)},
                 "student": bridge.model_fingerprint(student),
                 "data": data.fingerprint,
                 "plan": plan.name if plan else "none",
             }
             run = Run(bridge.run_folder(run_name), recipe, origin)
             if not run.complete:
-                _train(run, teacher, student, plan, data, steps_per_queue, cls.hidden.unique_id)
+                previews = bridge.previews(data, vae[0], teacher) if vae[0] is not None else None
+                _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
         architecture = bridge.architecture_of(student)
         trained = bridge.make_student(open_unet(run.student_file).state_dict, architecture, student, bridge.origin_of(student))
         metrics = run.metrics()
@@ -152,17 +185,21 @@ class DistillTrainStep(io.ComfyNode):
         return io.NodeOutput(trained, losses, curve, run.step, ui=ui.PreviewImage(curve, cls=cls))
 
 
-def _train(run: Run, teacher, student, plan, data, num_steps: int, node_id: str) -> None:
-    first = run.step
+def _train(run: Run, models, student, plan, data, previews, num_steps: int, node_id: str) -> None:
+    first, metrics = run.step, run.metrics()
     last = min(run.recipe.total_steps, first + num_steps)
     bar = ProgressBar(last - first, node_id=node_id)
-    next_curve = 0.0
+    next_curve, shown = 0.0, None
 
     def on_step(progress: Progress) -> None:
-        nonlocal next_curve
+        nonlocal next_curve, shown
         preview, started = None, time.monotonic()
-        if started >= next_curve:
-            preview = ("JPEG", plots.loss_curve(run.metrics(), _title(run)), 640)
+        metrics.append(progress.losses)
+        if previews and previews.latest != shown:
+            shown, next_curve = previews.latest, started + SECONDS_FOR_SAMPLES
+            preview = ("PNG", bridge.open_image(shown), 1024)
+        elif started >= next_curve:
+            preview = ("JPEG", plots.loss_curve(metrics, _title(run)), 640)
             bridge.show_text(bridge.describe_progress(progress, last), node_id)
             finished = time.monotonic()
             next_curve = finished + max(SECONDS_BETWEEN_CURVES, (finished - started) / SHARE_OF_TIME_FOR_CURVES)
@@ -171,10 +208,19 @@ def _train(run: Run, teacher, student, plan, data, num_steps: int, node_id: str)
 
     try:
         learning = bridge.trainable(student)
-        teaching = bridge.denoiser(teacher, learning)
-        distill(run, student=learning, teacher=teaching, plan=plan, dataset=data, num_steps=num_steps, on_step=on_step)
+        teachers = Teachers([partial(bridge.denoiser, model, learning) for model in models], run.recipe)
+        distill(
+            run,
+            student=learning,
+            teacher=teachers,
+            plan=plan,
+            dataset=data,
+            num_steps=num_steps,
+            previews=previews,
+            on_step=on_step,
+        )
     finally:
-        learning = teaching = None
+        learning = teachers = None
         bridge.release_memory()
 
 

@@ -6,6 +6,8 @@ import torch
 from distill_core.architecture import Architecture
 from distill_core.denoiser import DiffusersDenoiser, Label
 
+torch.set_num_threads(1)  # networks this small only wait for a second thread
+
 SMALL = dict(
     sample_size=8,
     block_out_channels=(32, 32, 64, 64),

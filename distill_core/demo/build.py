@@ -18,7 +18,8 @@ from tqdm import trange
 from ..architecture import Architecture
 from ..denoiser import DiffusersDenoiser
 from ..files import save_unet
-from ..schedule import NoiseSchedule, scaled_linear
+from ..objective import example_weights
+from ..schedule import scaled_linear
 from . import digits
 
 UNET_CONFIG = dict(
@@ -74,15 +75,6 @@ def build_classifier(path: Path, *, num_steps: int = 2500, batch_size: int = 128
     save_file(classifier.state_dict(), path)
 
 
-def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR weight of an eps loss at timesteps (B,) (Hang et al. 2023, arXiv 2303.09556, Sec. 3.4).
-
-    Without it the small errors at high noise, which sampling magnifies most, are lost in the large ones at low noise.
-    """
-    power = schedule.alphas_cumprod[t]
-    return (gamma * (1 - power) / power).clamp(max=1).float()
-
-
 def build_teacher(teacher_path: Path, text_path: Path, *, num_steps: int, batch_size: int = 64, seed: int = 0) -> None:
     from diffusers import UNet2DConditionModel
     from diffusers.optimization import get_scheduler
@@ -108,7 +100,8 @@ def build_teacher(teacher_path: Path, text_path: Path, *, num_steps: int, batch_
         x0, eps = latents[pick], torch.randn(latents[pick].shape, generator=generator)
         t = torch.randint(schedule.num_timesteps, (batch_size,), generator=generator)
         error = unet(schedule.add_noise(x0, eps, t), t, text(token_ids)).sample - eps
-        loss = (min_snr_weight(schedule, t) * error.square().flatten(1).mean(1)).mean()
+        # Unweighted, the small errors at high noise, which sampling magnifies most, are lost in the large ones at low noise.
+        loss = (example_weights("min-snr", "eps", schedule, t) * error.square().flatten(1).mean(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -29,4 +29,4 @@ def load_dataset() -> LatentDataset:
     pictures, labels = digits.load_digits()
     text = digits.DigitsTextEncoder.bundled()
     by_label = text.captions([digits.caption(n) for n in range(10)])
-    return LatentDataset(latents=digits.encode(pictures), contexts=by_label[labels], null_context=text.captions([""])[0])
+    return LatentDataset.of(digits.encode(pictures), by_label[labels], text.captions([""])[0])

@@ -62,5 +62,5 @@ def test_guided_samples_of_the_teacher_are_read_right():
 def test_the_dataset_pairs_digits_with_their_captions():
     data, (_, labels) = load_dataset(), digits.load_digits()
     text = digits.DigitsTextEncoder.bundled()
-    assert torch.equal(data.contexts[5], text.captions([digits.caption(int(labels[5]))])[0])
-    assert torch.equal(data.null_context, text.captions([""])[0])
+    assert torch.equal(data.read(0, torch.tensor([5])).contexts[0], text.captions([digits.caption(int(labels[5]))])[0])
+    assert torch.equal(data.null.context, text.captions([""])[0])

@@ -1,12 +1,20 @@
 import pytest
 import torch
 
-from distill_core.schedule import PREDICTIONS, NoiseSchedule, from_sigmas, prediction, scaled_linear
+from distill_core.schedule import (
+    PREDICTIONS,
+    flow,
+    from_noise_ratio,
+    from_signal_power,
+    prediction,
+    scaled_linear,
+    x0_gain,
+)
 
 
-@pytest.fixture
-def noised():
-    schedule = scaled_linear()
+@pytest.fixture(params=[scaled_linear, flow], ids=["diffusion", "flow"])
+def noised(request):
+    schedule = request.param()
     random = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(6, 4, 8, 8, generator=random, dtype=torch.float64) for _ in range(2))
     t = torch.tensor([0, 1, 250, 500, 998, 999])
@@ -26,13 +34,30 @@ def test_scaled_linear_is_the_schedule_of_stable_diffusion():
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-    torch.testing.assert_close(scaled_linear().alphas_cumprod.float(), theirs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scaled_linear().alphas.square().float(), theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_sigmas_lead_back_to_the_schedule():
+def test_noise_ratios_lead_back_to_the_schedule():
     schedule = scaled_linear()
-    sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
-    torch.testing.assert_close(from_sigmas(sigmas).alphas_cumprod, schedule.alphas_cumprod)
+    torch.testing.assert_close(from_noise_ratio(schedule.noise_ratio).alphas, schedule.alphas)
+    assert from_noise_ratio(schedule.noise_ratio.float()).num_timesteps == 1000 and schedule == scaled_linear() != flow()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_is_the_straight_line_of_sd3(shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule = flow(shift=shift)
+    assert schedule.straight and not scaled_linear().straight
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)[-1000:]
+    torch.testing.assert_close(schedule.sigmas.float(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name,at_half", [("eps", 1.0), ("v", 0.5**0.5), ("x0", 1.0)])
+def test_how_far_an_error_moves_the_picture(name, at_half):
+    """At equal parts of signal and noise: eps by sigma / alpha, v by sigma, x0 by itself."""
+    schedule = from_signal_power(torch.tensor([0.5]))
+    assert x0_gain(name, schedule, torch.tensor([0])).item() == pytest.approx(at_half)
 
 
 def test_noise_preserves_variance_at_every_timestep():
@@ -47,8 +72,8 @@ def test_coefficients_have_the_asked_precision():
 
 
 def test_a_table_that_is_no_schedule_is_refused():
-    with pytest.raises(ValueError, match="strictly decreasing"):
-        NoiseSchedule(torch.tensor([0.1, 0.5]))
+    with pytest.raises(ValueError, match="strictly increasing"):
+        from_signal_power(torch.tensor([0.1, 0.5]))
 
 
 def test_unknown_prediction_lists_the_choices():

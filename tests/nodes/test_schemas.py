@@ -11,6 +11,7 @@ NAMES = {
     "DistillLoadDistilledModel": "Load Distilled Model",
     "DistillRemapLoRAToStudent": "Remap LoRA to Student",
     "DistillTrainStep": "Distill Train Step",
+    "DistillRecipe": "Distillation Recipe",
     "DistillSaveDistilledModel": "Save Distilled Model",
 }
 

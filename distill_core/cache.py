@@ -1,0 +1,380 @@
+"""Latents and text embeddings on disk, each computed once.
+
+A cache is a folder of shards and an index. A shard holds tensors, each named by its `key`, a hash of all it was computed
+from, and beside each tensor a checksum. The index says which latent and which embedding make an example. What stands in a
+shard is never computed again, whether a run was interrupted, pictures were added or only one of them changed; what no
+example names any more stays, until the folder is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from math import lcm
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .dataset import Caption, Examples, tile
+from .denoiser import Label
+from .encoders import Encoders
+from .images import Picture, Size, best_size, crop, fit
+from .storage import StoredTensor, ignore, read_header, write_tensors, write_text
+
+log = logging.getLogger("distill")
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+"""Precisions to store."""
+MAX_TOKENS = 60 * 77
+"""Longest embedding captions of different lengths may need to become equally long: enough for lengths of 1 to 6 times 77."""
+SHARD_ENTRIES, SHARD_BYTES = 256, 64 << 20  # of a full shard, whichever comes first
+OPEN_SHARDS = 256  # memory maps, not files: an open shard holds no file descriptor
+_INDEX, _FORMAT = "index.json", "distill cache 1"
+_SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
+
+
+def key(*parts: Any) -> str:
+    """Thirty-two hex digits that stand for what a tensor was computed from: strings and numbers."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def text_key(caption: str, encoders: str, dtype: str) -> str:
+    """Key of a caption's embedding; ``encoders`` is their fingerprint."""
+    return key("text", caption, encoders, dtype)
+
+
+def latent_key(content: str, encoders: str, dtype: str, size: Size, flip: bool = False) -> str:
+    """Key of the latent of a picture that was cropped to a size, and mirrored or not."""
+    return key("latent", content, encoders, dtype, size, flip)
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("shard-*.safetensors") if _SHARD_NAME.fullmatch(file.name))
+
+
+def _checksum(name: str, tensor: Tensor) -> int:
+    """CRC-32 of a tensor with its name, precision and shape."""
+    start = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), start)
+
+
+class _Shards:
+    """Tensors of the shards that were added, by name.
+
+    A damaged shard is deleted, so that nothing in it is taken for computed, and ``ValueError`` names it.
+    """
+
+    def __init__(self):
+        self.tensors: dict[str, StoredTensor] = {}
+        self._checksums: dict[str, int] = {}
+        # A file that changed its size is opened anew: reading a memory map beyond the end of its file ends the process.
+        self._open = lru_cache(OPEN_SHARDS)(lambda path, num_bytes: safe_open(path, framework="pt"))
+
+    def add(self, path: Path, verify: bool = False) -> None:
+        """Take in a shard by its header; verify: read all of it too."""
+        try:
+            tensors, metadata = read_header(path)
+            checksums = {name: int(metadata[name]) for name in tensors}
+        except (ValueError, KeyError) as error:
+            raise self._damaged(path) from error
+        for name in tensors if verify else ():
+            self._read(path, name, checksums[name])
+        self.tensors |= tensors
+        self._checksums |= checksums
+
+    def read(self, name: str) -> Tensor:
+        return self._read(self.tensors[name].path, name, self._checksums[name])
+
+    def _read(self, path: Path, name: str, checksum: int) -> Tensor:
+        try:
+            # A copy: no memory map is left that would keep a damaged file from being deleted.
+            tensor = self._open(path, path.stat().st_size).get_tensor(name).clone()
+        except (FileNotFoundError, SafetensorError) as error:
+            raise self._damaged(path) from error
+        if _checksum(name, tensor) != checksum:
+            raise self._damaged(path)
+        return tensor
+
+    def _damaged(self, path: Path) -> ValueError:
+        self._open.cache_clear()
+        path.unlink(missing_ok=True)
+        return ValueError(f"{path} was damaged or missing and is deleted; a new start of the run makes anew what was in it")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One example, by the keys of its parts."""
+
+    latent: str
+    text: str
+    sizes: Sequence[int] | None = None
+    """Original height and width, crop from top and left, target height and width in pixels; for SDXL."""
+
+
+class _Index(NamedTuple):
+    examples: list[Entry]
+    null: str | None
+    timesteps: list[int] | None
+
+
+def _read_index(folder: Path) -> _Index:
+    path = folder / _INDEX
+    if not path.exists():
+        raise ValueError(f"{folder} holds no finished cache; start the run that makes it again")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["format"] != _FORMAT:
+            raise ValueError(f"its format is {index['format']!r}")
+        return _Index([Entry(*entry) for entry in index["examples"]], index["null"], index["timesteps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the index of a cache, or is damaged; choose another folder, or delete that file"
+        ) from error
+
+
+class CachedDataset:
+    """A `Dataset` on disk, with one bucket for each shape of latents; a tensor is read when it is asked for.
+
+    Examples are in the order of their keys, so that equal fingerprints mean equal draws.
+    """
+
+    def __init__(self, folder: Path, shards: _Shards, index: _Index):
+        self._shards, stored = shards, shards.tensors
+        self.entries = sorted(index.examples, key=json.dumps)
+        texts = {entry.text for entry in self.entries} | ({index.null} - {None})
+        _check(folder, self.entries, texts, index.timesteps, stored)
+        buckets: dict[tuple[int, ...], list[Entry]] = {}
+        for entry in self.entries:
+            buckets.setdefault(stored[entry.latent].shape, []).append(entry)
+        self._buckets = [buckets[shape] for shape in sorted(buckets)]
+        self._num_tokens = _common_length({stored[text].shape[0] for text in texts})
+        self._for_sdxl = f"{self.entries[0].text}.pooled" in stored
+        self.bucket_sizes = [len(bucket) for bucket in self._buckets]
+        self.null = None if index.null is None else self._caption(index.null)
+        self.timesteps = None if index.timesteps is None else torch.tensor(index.timesteps)
+        self.fingerprint = key(self.entries, index.null, index.timesteps)[:16]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> CachedDataset:
+        """A finished cache; ``ValueError`` if it is not finished, or damaged as far as headers tell."""
+        folder = Path(folder)
+        index, shards = _read_index(folder), _Shards()
+        for path in _shards_in(folder):
+            shards.add(path)
+        return cls(folder, shards, index)
+
+    def read(self, bucket: int, picked: Tensor) -> Examples:
+        """Examples as they are stored; ``ValueError`` names a shard that turns out to be damaged, and deletes it."""
+        entries = [self._buckets[bucket][number] for number in picked.tolist()]
+        contexts, pooled = zip(*(self._caption(entry.text) for entry in entries), strict=True)
+        label = states = None
+        if self._for_sdxl:
+            label = Label(torch.stack(pooled), torch.tensor([entry.sizes for entry in entries], dtype=torch.float32))
+        if self.timesteps is not None:
+            states = torch.stack([self._shards.read(f"{entry.latent}.states") for entry in entries])
+        latents = torch.stack([self._shards.read(entry.latent) for entry in entries])
+        return Examples(latents, torch.stack(contexts), label, states)
+
+    def _caption(self, text: str) -> Caption:
+        pooled = self._shards.read(f"{text}.pooled") if self._for_sdxl else None
+        return Caption(tile(self._shards.read(text), self._num_tokens), pooled)
+
+
+def _check(folder: Path, entries: list[Entry], texts: set[str], timesteps: list | None, stored: dict[str, StoredTensor]) -> None:
+    """``ValueError`` unless everything is there and of one kind."""
+    if not entries:
+        raise ValueError(f"{folder} holds no examples; a dataset needs at least one")
+    if missing := ({entry.latent for entry in entries} | texts) - stored.keys():
+        raise ValueError(f"{folder} lacks {len(missing)} latents or embeddings; start the run again, which makes them anew")
+    states = (stored.get(f"{entry.latent}.states") for entry in entries)
+    for what, found in {
+        "width of embeddings": {stored[text].shape[1] for text in texts},
+        "kind of embeddings, SDXL's and others": {f"{text}.pooled" in stored for text in texts},
+        "number of states": {tensor and tensor.shape[0] for tensor in states} | {timesteps and len(timesteps)},
+    }.items():
+        if len(found) > 1:
+            raise ValueError(f"the examples of {folder} do not agree in their {what}; make them anew in another folder")
+    if f"{entries[0].text}.pooled" in stored and any(entry.sizes is None for entry in entries):
+        raise ValueError(f"the examples of {folder} are for SDXL and need sizes; make them anew in another folder")
+
+
+def _common_length(lengths: set[int]) -> int:
+    """The number of tokens that embeddings of some lengths are tiled to."""
+    if (length := lcm(*lengths)) > MAX_TOKENS:
+        raise ValueError(
+            f"captions of {sorted(lengths)} tokens are equally long only at {length:,}, more than {MAX_TOKENS:,}; shorten the "
+            "longest captions"
+        )
+    return length
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class CacheWriter:
+    """Adds to a cache what is not in it yet, a shard at a time.
+
+    dtype: precision to store, a key of `DTYPES`. verify: read all that is there, and not only the headers, to find damage.
+    Damaged shards are deleted with a warning. ``ValueError`` if the folder holds other things and is no cache.
+    """
+
+    def __init__(self, folder: Path | str, *, dtype: str = "fp16", verify: bool = False):
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r} for a cache; choose from {sorted(DTYPES)}")
+        self.folder, self.dtype = Path(folder), dtype
+        _check_ours(self.folder)
+        self._shards, self._waiting, self._num_waiting = _Shards(), {}, 0
+        for path in _shards_in(self.folder):
+            try:
+                self._shards.add(path, verify)
+            except ValueError as error:
+                log.warning("%s", error)
+
+    def has(self, key: str) -> bool:
+        return key in self._shards.tensors or key in self._waiting
+
+    def add_text(self, key: str, caption: Caption) -> None:
+        """The embedding of a caption."""
+        self._add({key: caption.context, f"{key}.pooled": caption.pooled})
+
+    def add_latent(self, key: str, latent: Tensor, states: Tensor | None = None) -> None:
+        """A clean latent (C, H, W), and the noisy states on the way to it (K, C, H, W)."""
+        self._add({key: latent, f"{key}.states": states})
+
+    def _add(self, tensors: dict[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self._waiting[name] = self._stored(tensor)
+        self._num_waiting += 1
+        num_bytes = sum(tensor.nbytes for tensor in self._waiting.values())
+        if self._num_waiting >= SHARD_ENTRIES or num_bytes >= SHARD_BYTES:
+            self.flush()
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        stored = tensor.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        if not stored.isfinite().all():
+            raise ValueError(
+                f"a latent or an embedding holds numbers that are not finite in {self.dtype}; run the encoders in float32, "
+                "or store fp32"
+            )
+        return stored
+
+    def flush(self) -> None:
+        """Write what waits for a full shard."""
+        if self._waiting:
+            path = self.folder / f"shard-{key(*sorted(self._waiting))[:16]}.safetensors"
+            checksums = {name: str(_checksum(name, tensor)) for name, tensor in self._waiting.items()}
+            write_tensors(path, self._waiting, checksums, overwrite=True)
+            self._shards.add(path)
+            self._waiting, self._num_waiting = {}, 0
+
+    def finish(self, entries: Iterable[Entry], null: str | None, timesteps: Iterable[int] | None = None) -> CachedDataset:
+        """Write the index: these examples, the key of the empty caption, and the timesteps of states.
+
+        It replaces the index there was; to add to that, name its examples too, which are `CachedDataset.entries`.
+        """
+        self.flush()
+        timesteps = None if timesteps is None else [int(t) for t in timesteps]
+        index = {"format": _FORMAT, "null": null, "timesteps": timesteps, "examples": [*entries]}
+        write_text(self.folder / _INDEX, json.dumps(index))
+        return CachedDataset.open(self.folder)
+
+
+def _check_ours(folder: Path) -> None:
+    """``ValueError`` for a folder that is no cache, finished or begun, and not empty either."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose a folder for the cache")
+    if (folder / _INDEX).exists():
+        _read_index(folder)
+        return
+    others = [path.name for path in folder.glob("*") if not path.name.startswith(".")]
+    if others := sorted(name for name in others if not _SHARD_NAME.fullmatch(name)):
+        raise ValueError(f"{folder} holds other things, such as {others[0]}, and no cache; choose an empty or a new folder")
+
+
+class _Queue:
+    """Things that are encoded as soon as there is a batch of them, by key."""
+
+    def __init__(self, batch_size: int, encode: Callable[[dict[str, Any]], None]):
+        self._batch_size, self._encode, self._waiting = batch_size, encode, {}
+
+    def add(self, key: str, thing: Any) -> None:
+        self._waiting[key] = thing
+        if len(self._waiting) >= self._batch_size:
+            self.empty()
+
+    def empty(self) -> None:
+        if self._waiting:
+            self._encode(self._waiting)
+            self._waiting = {}
+
+
+def encode(
+    pictures: Sequence[Picture],
+    encoders: Encoders,
+    sizes: Sequence[Size],
+    folder: Path | str,
+    *,
+    batch_size: int = 8,
+    flip: bool = False,
+    dtype: str = "fp16",
+    verify: bool = False,
+    on_item: Callable[[int, int], None] = ignore,
+) -> CachedDataset:
+    """Pictures and captions as a dataset, with the empty caption; only what is not in the folder yet is encoded.
+
+    sizes: each picture is cropped to the one nearest its shape. flip: each picture also comes mirrored. dtype, verify: as
+    in `CacheWriter`. ``on_item(done, total)`` is called after each picture. If it is interrupted, what was encoded stays.
+    """
+    writer = CacheWriter(folder, dtype=dtype, verify=verify)
+
+    def encode_texts(captions: dict[str, str]) -> None:
+        for name, caption in zip(captions, encoders.captions([*captions.values()]), strict=True):
+            writer.add_text(name, caption)
+
+    def encode_pictures(size: Size, cropped: dict[str, tuple[Picture, bool]]) -> None:
+        pixels = [(fit(picture.open(), size).pixels, mirrored) for picture, mirrored in cropped.values()]
+        latents = encoders.latents(torch.stack([one.flip(-1) if mirrored else one for one, mirrored in pixels]))
+        for name, latent in zip(cropped, latents, strict=True):
+            writer.add_latent(name, latent)
+
+    def named(caption: str) -> str:
+        name = text_key(caption, encoders.fingerprint, dtype)
+        if not writer.has(name):
+            texts.add(name, caption)
+        return name
+
+    texts = _Queue(batch_size, encode_texts)
+    queues = {size: _Queue(batch_size, partial(encode_pictures, size)) for size in sizes}
+    entries, null, num_enlarged = [], named(""), 0
+    try:
+        for number, picture in enumerate(pictures, 1):
+            content, original = picture.content(), picture.size()
+            size = best_size(original, sizes)
+            num_enlarged += original[0] < size[0] or original[1] < size[1]
+            for mirrored in (False, True) if flip else (False,):
+                name = latent_key(content, encoders.fingerprint, dtype, size, mirrored)
+                if not writer.has(name):
+                    queues[size].add(name, (picture, mirrored))
+                entries.append(Entry(name, named(picture.caption), crop(original, size).sizes))
+            on_item(number, len(pictures))
+        for queue in (texts, *queues.values()):
+            queue.empty()
+    finally:
+        writer.flush()
+    if num_enlarged:
+        log.warning("%d of %d pictures are smaller than what they are trained at, and are enlarged", num_enlarged, len(pictures))
+    return writer.finish(entries, null)

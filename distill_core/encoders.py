@@ -1,0 +1,175 @@
+"""What turns pictures and captions into the latents and embeddings a UNet sees, and latents back into pictures.
+
+Pixels are (B, 3, H, W) in [-1, 1]; latents are (B, C, h, w), scaled as the UNet sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .dataset import Caption
+from .demo import digits
+from .storage import StoredTensor, fingerprint, read_header
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+class Encoders(Protocol):
+    """The frozen networks around a UNet."""
+
+    fingerprint: str
+    """Tells these encoders from others."""
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32; equal pixels give equal latents."""
+        ...
+
+    def captions(self, captions: list[str]) -> list[Caption]:
+        """Embeddings of captions, one each."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> pixels (B, 3, H, W) in [-1, 1], float32."""
+        ...
+
+
+class DigitsEncoders:
+    """The demo's, for pictures of 64 x 64 pixels."""
+
+    def __init__(self):
+        self.text, self.autoencoder = digits.DigitsTextEncoder.bundled(), digits.DigitsAutoencoder()
+        self.fingerprint = fingerprint(self.text.state_dict())
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        return self.autoencoder.encode(pixels)
+
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> list[Caption]:
+        return [Caption(context) for context in self.text.captions(captions)]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents)
+
+
+@dataclass(frozen=True)
+class DiffusersEncoders:
+    """Autoencoder and text encoders of a diffusers pipeline: one text encoder for SD1.x and SD2, two for SDXL."""
+
+    vae: AutoencoderKL
+    tokenizers: Sequence[CLIPTokenizer]
+    text_encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection]
+    fingerprint: str
+
+    @classmethod
+    def from_folder(
+        cls, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> DiffusersEncoders:
+        """Open the folder of a pipeline; with a ``text_encoder_2`` it is an SDXL.
+
+        Only safetensors are read, and nothing is downloaded. ``ValueError`` if something is missing or damaged.
+        """
+        path = Path(path)
+        second = ["_2"] if (path / "text_encoder_2").is_dir() else []
+        for name in ["vae", *(kind + n for n in ["", *second] for kind in ("text_encoder", "tokenizer"))]:
+            if not (path / name).is_dir():
+                raise ValueError(
+                    f"{path} has no folder {name}; give the folder of a whole diffusers pipeline of SD1.x, SD2 or SDXL"
+                )
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError("text encoders need a package: python -m pip install transformers") from error
+        from diffusers import AutoencoderKL
+
+        kinds = {"vae": AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
+        kinds |= {"text_encoder_2": transformers.CLIPTextModelWithProjection} if second else {}
+        models, weights = {}, {}
+        for name, kind in kinds.items():
+            models[name], stored = _load(kind, path / name)
+            weights |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+        vae, *text_encoders = models.values()
+        overflows = dtype == torch.float16 and vae.config.force_upcast  # as SDXL's autoencoder does
+        weights["scale"] = torch.tensor([vae.config.scaling_factor])
+        return cls(
+            vae.to(device, torch.float32 if overflows else dtype),
+            [_tokenizer(transformers.CLIPTokenizer, path / f"tokenizer{n}") for n in ["", *second]],
+            [text_encoder.to(device, dtype) for text_encoder in text_encoders],
+            fingerprint(weights),
+        )
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """The mean of the autoencoder's distribution, shifted and scaled."""
+        mean = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mean.float()
+        shift, scale = self._shift_and_scale(mean)
+        return (mean - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.vae.device).float()
+        shift, scale = self._shift_and_scale(latents)
+        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For each channel, as diffusers' pipelines read them from the autoencoder's config."""
+        config = self.vae.config
+        shift = like.new_tensor(config.latents_mean or [config.shift_factor or 0.0])
+        deviation = like.new_tensor(config.latents_std or [1.0])
+        return shift[:, None, None], (config.scaling_factor / deviation)[:, None, None]
+
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> list[Caption]:
+        """Embeddings as ``encode_prompt`` of diffusers' pipelines gives them; longer captions are cut to the encoder's length.
+
+        SD1.x and SD2: the last hidden state. SDXL: the last but one of both encoders side by side, and what the second pools.
+        """
+        outputs = [self._read(*pair, captions) for pair in zip(self.tokenizers, self.text_encoders, strict=True)]
+        if len(outputs) == 1:
+            return [Caption(context) for context in outputs[0].last_hidden_state]
+        contexts = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        return [Caption(*pair) for pair in zip(contexts, outputs[-1].text_embeds, strict=True)]
+
+    def _read(self, tokenizer: CLIPTokenizer, text_encoder: Any, captions: list[str]) -> Any:
+        length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+
+
+def _load(kind: Any, folder: Path) -> tuple[Any, dict[str, StoredTensor]]:
+    """A network and its weights as they are stored; the fp16 variant where there is no other."""
+    files = sorted(folder.glob("*.safetensors"))
+    whole = [file for file in files if ".fp16" not in file.name]
+    variant, files = (None, whole) if whole else ("fp16", files)
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file; get the model in that format")
+    weights = {name: tensor for file in files for name, tensor in read_header(file).tensors.items()}
+    options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
+    try:
+        model, info = kind.from_pretrained(folder, variant=variant, **options)
+    except Exception as error:  # the libraries have errors of their own for each thing that can be wrong
+        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}); get it again") from error
+    if missing := info["missing_keys"]:
+        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {min(missing)}; get it again")
+    return model.eval().requires_grad_(False), weights
+
+
+def _tokenizer(kind: Any, folder: Path) -> CLIPTokenizer:
+    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        # transformers would make a tokenizer that knows no words
+        raise ValueError(f"{folder} holds no vocab.json; get it again")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}); get it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,307 @@
+"""Training pictures with their captions, and the sizes they are cropped to.
+
+Sizes are (height, width) in pixels. A picture is never stretched: it is resized until it covers a size of about its own
+shape, and what sticks out is cut off evenly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+log = logging.getLogger("distill")
+
+Size = tuple[int, int]
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_CAPTION_COLUMNS = ("text", "caption")
+_SIDE_STEP_PX = 8  # one latent pixel of every Stable Diffusion autoencoder
+
+
+# --- where pictures come from ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A stored picture and its caption; the picture is read when it is asked for.
+
+    ``ValueError`` names the picture if it cannot be read.
+    """
+
+    name: str
+    """What errors call it."""
+    caption: str
+    read: Callable[[], bytes]
+    """Gives the picture as it is stored: a PNG, a JPEG, ..."""
+
+    def content(self) -> str:
+        """Tells the picture from any other: the sha256 of the bytes it is stored as."""
+        with self._naming():
+            return hashlib.sha256(self.read()).hexdigest()
+
+    def size(self) -> Size:
+        """Height and width when upright, without decoding it."""
+        with self._naming():
+            image = self._stored()
+            return image.size if _orientation(image) >= 5 else image.size[::-1]
+
+    def open(self) -> Image.Image:
+        """The picture upright, in RGB, on white where it is transparent."""
+        with self._naming():
+            image = self._stored()
+            return _rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
+
+    def _stored(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.read()))
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a damaged file makes Pillow raise nearly anything
+            reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{self.name} cannot be read as a picture ({reason}); replace it or take it out") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1..8; 5 and above lie on their side."""
+    # A PNG's own getexif would decode all of it, to look for EXIF behind the pixels.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def folder(path: Path | str) -> list[Picture]:
+    """Pictures in a folder and its subfolders, in the order of their names; names that start with a dot are left out.
+
+    A caption is what the text file of the same name says, or ``metadata.csv`` or ``metadata.jsonl`` at the top with columns
+    ``file_name`` and ``text`` or ``caption``, as Hugging Face lays out image folders; else it is empty, with a warning.
+    ``ValueError`` if there is no picture or captions cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give the folder that holds the training pictures")
+    names = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    names = sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    if not names:
+        raise ValueError(f"{path} holds no pictures; put files there that end in {', '.join(SUFFIXES)}")
+    listed = _listed_captions(path)
+    if lost := listed.keys() - set(names):
+        log.warning("the metadata of %s tell of %d pictures that are not there, such as %s", path, len(lost), min(lost))
+    captions = [_caption_beside(path / name, listed.get(name)) for name in names]
+    _warn_of_missing(captions, path)
+    return [Picture(str(path / n), c or "", (path / n).read_bytes) for n, c in zip(names, captions, strict=True)]
+
+
+def _caption_beside(file: Path, otherwise: str | None) -> str | None:
+    beside = file.with_suffix(".txt")
+    return _read_text(beside).strip() if beside.exists() else otherwise
+
+
+def _warn_of_missing(captions: Sequence[str | None], where: Path) -> None:
+    if missing := sum(caption is None for caption in captions):
+        log.warning("%d of %d pictures in %s have no caption; they are taken with an empty one", missing, len(captions), where)
+
+
+def _listed_captions(folder: Path) -> dict[str, str | None]:
+    """Captions by file name from the metadata at the top of a folder."""
+    captions: dict[str, str | None] = {}
+    for file, parse in ((folder / "metadata.csv", _csv_rows), (folder / "metadata.jsonl", _jsonl_rows)):
+        for number, row in enumerate(parse(file) if file.exists() else (), 1):
+            column = next((column for column in _CAPTION_COLUMNS if column in row), None)
+            if not isinstance(row.get("file_name"), str) or column is None:
+                raise ValueError(
+                    f"{file}: entry {number} must have file_name and text or caption, got {', '.join(map(str, row)) or 'nothing'}"
+                )
+            name = PurePosixPath(row["file_name"].replace("\\", "/")).as_posix()
+            captions[name] = row[column].strip() if isinstance(row[column], str) else None
+    return captions
+
+
+def _csv_rows(file: Path) -> Iterable[Mapping[str, Any]]:
+    return csv.DictReader(io.StringIO(_read_text(file), newline=""))
+
+
+def _jsonl_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(_read_text(file).splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}: line {number} is not JSON ({error}); write one object a line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}: line {number} is not an object; write one object a line")
+            yield row
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8; save it as UTF-8") from error
+
+
+def hugging_face(
+    path: Path | str, split: str = "train", image_column: str = "image", caption_column: str = "text"
+) -> list[Picture]:
+    """Pictures of a Hugging Face data set on this machine: one that was saved to disk, or a downloaded repository.
+
+    Nothing is downloaded. The ``datasets`` library keeps its own copy of a repository in its cache. ``ValueError`` if the
+    library, the folder, the split or a column is missing.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; nothing is downloaded, so give a data set that is on this machine")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("Hugging Face data sets need a package: python -m pip install datasets") from error
+    saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    try:
+        with _offline(datasets.config):
+            loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+    except Exception as error:  # the library has errors of its own for each kind of file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a data set ({reason}); download it again") from error
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
+    if split not in splits:
+        raise ValueError(f"{path} has no split {split!r}; choose from {sorted(splits)}")
+    rows = splits[split]
+    for column in (image_column, caption_column):
+        if column not in rows.column_names:
+            raise ValueError(f"{path} has no column {column!r}; choose from {rows.column_names}")
+    captions = list(rows[caption_column])
+    if odd := [type(caption).__name__ for caption in captions if not isinstance(caption, str | None)]:
+        raise ValueError(f"column {caption_column!r} of {path} holds {odd[0]}, not text; choose another column")
+    _warn_of_missing(captions, path)
+    images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    return [
+        Picture(f"{path}, {split} {number}", (caption or "").strip(), partial(_stored_bytes, images, number, image_column))
+        for number, caption in enumerate(captions)
+    ]
+
+
+def _stored_bytes(images: Any, number: int, column: str) -> bytes:
+    stored = images[number][column] or {"bytes": b"", "path": None}
+    return stored["bytes"] if stored["path"] is None or stored["bytes"] else Path(stored["path"]).read_bytes()
+
+
+@contextlib.contextmanager
+def _offline(config: Any) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if hasattr(config, name)}
+    try:
+        for name in before:
+            setattr(config, name, True)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def bucket_sizes(area_side_px: int, step_px: int = 64, min_px: int | None = None, max_px: int | None = None) -> list[Size]:
+    """Sizes of many shapes, none larger than a square of a side: for each side the longest other, and both ways round.
+
+    Sides are multiples of ``step_px``, from half the square's to twice the square's unless told otherwise. ``ValueError``
+    if there are none.
+    """
+    min_px, max_px = min_px or area_side_px // 2, max_px or 2 * area_side_px
+    sides = range(math.ceil(min_px / step_px) * step_px, max_px + 1, step_px)
+    longest = {side: min(area_side_px**2 // side, max_px) // step_px * step_px for side in sides}
+    found = {(a, b) for a, b in longest.items() if b >= min_px}
+    if not found:
+        raise ValueError(f"no size with sides in steps of {step_px} from {min_px} to {max_px} fits into {area_side_px} squared")
+    return sorted(found | {(b, a) for a, b in found})
+
+
+SSD_1B_SIZES: list[Size] = [
+    (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640), (640, 1536),
+]  # fmt: skip
+"""What SSD-1B was distilled at (Gupta et al. 2024, arXiv 2401.02677), a part of SDXL's own sizes."""
+RESOLUTIONS: dict[str, list[Size]] = {
+    **{str(side): [(side, side)] for side in (512, 768, 1024)},
+    **{f"buckets-{side}": bucket_sizes(side) for side in (512, 768, 1024)},
+    "ssd-1b": SSD_1B_SIZES,
+}
+"""Name -> sizes that pictures are cropped to, each to the one nearest its own shape."""
+
+
+def sizes(text: str) -> list[Size]:
+    """Sizes by name, a key of `RESOLUTIONS`, or written out: ``640``, or height x width as in ``768x512,512x768``."""
+    if text in RESOLUTIONS:
+        return RESOLUTIONS[text]
+    parts = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part.strip()) for part in text.split(",")]
+    if None in parts:
+        near = difflib.get_close_matches(text, RESOLUTIONS, cutoff=0.4) or list(RESOLUTIONS)
+        raise ValueError(f"unknown sizes {text!r}; choose from {near}, or write height x width as in 768x512,512x768")
+    found = [(int(part[1]), int(part[2] or part[1])) for part in parts]
+    if odd := [side for size in found for side in size if side % _SIDE_STEP_PX]:
+        raise ValueError(f"sizes {text!r} must have sides that are multiples of {_SIDE_STEP_PX}, got {odd[0]}")
+    return found
+
+
+def best_size(size: Size, sizes: Sequence[Size]) -> Size:
+    """The size whose shape is nearest to that of a picture, by the logarithm of height over width."""
+    return min(sizes, key=lambda other: abs(math.log(other[0] / other[1]) - math.log(size[0] / size[1])))
+
+
+class Crop(NamedTuple):
+    """What is left of a picture that is cropped to a size."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in the picture's own pixels."""
+    sizes: tuple[int, int, int, int, int, int]
+    """What an SDXL is told: original height and width, crop from top and left in pixels of the resized picture, target
+    height and width (Podell et al. 2023, arXiv 2307.01952, Sec. 2.2)."""
+
+
+def crop(original: Size, size: Size) -> Crop:
+    """The largest part from the middle that has the shape of ``size``."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    height, width = (min(whole, side / scale) for whole, side in zip(original, size, strict=True))
+    top, left = (original[0] - height) / 2, (original[1] - width) / 2
+    box = left, top, min(left + width, original[1]), min(top + height, original[0])
+    cut = (max(0, round(whole * scale) - side) // 2 for whole, side in zip(original, size, strict=True))
+    return Crop(box, (*original, *cut, *size))
+
+
+class Fitted(NamedTuple):
+    """A picture at the size it is trained on."""
+
+    pixels: Tensor
+    """(3, H, W) in [-1, 1]."""
+    sizes: tuple[int, int, int, int, int, int]
+    """As in `Crop`."""
+
+
+def fit(image: Image.Image, size: Size) -> Fitted:
+    """Crop and resize an RGB picture to a size, with Lanczos' filter."""
+    box, told = crop((image.height, image.width), size)
+    resized = image.resize(size[::-1], Image.Resampling.LANCZOS, box=box)
+    values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(*size, 3)
+    return Fitted(values.permute(2, 0, 1).float() / 127.5 - 1, told)

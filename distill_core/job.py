@@ -1,0 +1,394 @@
+"""A whole training job as one file: teachers, student, data, recipe, and where the run lives.
+
+```toml
+run = "runs/small"
+
+[teacher]                       # [[teacher]] several times for several teachers
+file = "sd15.safetensors"
+dtype = "fp16"
+
+[student]
+preset = "bk-sdm-small"
+
+[data]
+images = "pictures"             # or prompts = "prompts.txt", and the teacher draws them
+encoders = "sd15-diffusers"
+
+[training]                      # `recipe.Recipe`
+total_steps = 50000
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cache import CachedDataset, encode
+from .dataset import Dataset, num_examples
+from .denoiser import Denoiser, DiffusersDenoiser
+from .encoders import DiffusersEncoders, DigitsEncoders, Encoders
+from .files import UNetFile, open_unet
+from .images import folder, hugging_face, sizes
+from .plan import PruningPlan, name_map, plan_between, preset, pruned
+from .plan_text import read_plan
+from .previews import Previews
+from .processes import Processes
+from .prune import prune_file
+from .recipe import Recipe, from_mapping, read_toml
+from .run import Run
+from .storage import fingerprint
+from .teacher_data import Making, make_dataset
+from .teachers import Teachers
+from .train import DTYPES, Progress, distill
+from .unet import load_unet
+
+DEMO = "demo"
+"""In place of a file: the bundled digits."""
+TEACHER_DTYPES = ("fp32", "bf16", "fp16", "fp8")
+OnItem = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """One teacher."""
+
+    file: str
+    """Checkpoint or diffusers folder, or ``demo``."""
+    dtype: str = "fp32"
+    """``fp32``, ``bf16``, ``fp16``; or ``fp8``: kept in eight bits, computed in bf16."""
+    offload: bool = False
+    """Keep it in the computer's memory, each layer on the GPU only while it computes."""
+
+    def __post_init__(self):
+        if self.dtype not in TEACHER_DTYPES:
+            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(TEACHER_DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """What is trained: a pruned teacher, a student's file, or, where nothing is given, the teacher itself (fine-tuning)."""
+
+    preset: str | None = None
+    plan: str | None = None
+    """A plan in words or JSON, or a file of one."""
+    file: str | None = None
+
+    def __post_init__(self):
+        if sum(given is not None for given in (self.preset, self.plan, self.file)) > 1:
+            raise ValueError("give one of preset, plan and file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What it is trained on: ``images``, ``dataset`` or ``prompts``; or nothing but a ``cache`` that is finished."""
+
+    images: str | None = None
+    """Folder of pictures with .txt captions, metadata.csv or metadata.jsonl."""
+    dataset: str | None = None
+    """Folder of a Hugging Face data set."""
+    image_column: str = "image"
+    caption_column: str = "text"
+    prompts: str | None = None
+    """Text file, a prompt a line: the teacher draws the pictures."""
+    encoders: str | None = None
+    """Diffusers pipeline folder with the autoencoder and text encoders; the teacher's own where that is one."""
+    cache: str = "cache"
+    """Folder for latents and embeddings."""
+    resolution: str = "512"
+    """``512``, ``768x512,512x768``, ``buckets-768``, ``ssd-1b``."""
+    flip: bool = False
+    """Each picture also comes mirrored."""
+    encode_batch_size: int = 8
+    guidance: float = 7.5
+    """Of teacher-made pictures."""
+    sampler_steps: int = 25
+    images_per_prompt: int = 1
+    trajectory_states: int = 0
+    """Train on so many noisy states of the teacher's own trajectory instead of noise that is added."""
+
+    def __post_init__(self):
+        if sum(given is not None for given in (self.images, self.dataset, self.prompts)) > 1:
+            raise ValueError("give one of images, dataset and prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Sample pictures while it trains, every ``sample_every_steps``."""
+
+    prompts: tuple[str, ...] = ()
+    guidance: float = 7.5
+    steps: int = 20
+    seed: int = 0
+    resolution: str = "512"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything ``distill train`` needs to know. Paths are as seen from the file's folder."""
+
+    folder: Path
+    run: str
+    teachers: tuple[TeacherSettings, ...]
+    student: StudentSettings
+    data: DataSettings
+    training: Recipe
+    samples: SampleSettings
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read a job; ``ValueError`` names what is misspelt, missing or of the wrong kind."""
+        table = read_toml(path)
+        known = {"run", "teacher", "student", "data", "training", "samples"}
+        if unknown := table.keys() - known:
+            from_mapping(_Sections, {min(unknown): None}, str(path))
+        for name in ("run", "teacher", "data"):
+            if name not in table:
+                raise ValueError(f"{path}: {name} is missing")
+        if not isinstance(table["run"], str) or not table["run"]:
+            raise ValueError(f"{path}: run must be the name of a folder, got {table['run']!r}")
+        teachers = table["teacher"] if isinstance(table["teacher"], list) else [table["teacher"]]
+
+        def section(kind: type, name: str, value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{path}: {name} must be a section, [{name}]")
+            return from_mapping(kind, value, f"{path}, [{name}]")
+
+        return cls(
+            folder=path.parent,
+            run=table["run"],
+            teachers=tuple(section(TeacherSettings, "teacher", teacher) for teacher in teachers),
+            student=section(StudentSettings, "student", table.get("student", {})),
+            data=section(DataSettings, "data", table["data"]),
+            training=section(Recipe, "training", table.get("training", {})),
+            samples=section(SampleSettings, "samples", table.get("samples", {})),
+        )
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sections:
+    """Names at the top of a job, for the hint at the nearest."""
+
+    run: str = ""
+    teacher: str = ""
+    student: str = ""
+    data: str = ""
+    training: str = ""
+    samples: str = ""
+
+
+class Prepared:
+    """A job with its files open and its data encoded, ready to train."""
+
+    def __init__(self, job: Job, processes: Processes, on_item: OnItem = lambda what, done, total: None):
+        """on_item: called while data are encoded or made, with what is going on."""
+        self.job, self.processes, self.device = job, processes, processes.device
+        processes.part_size(job.training.batch_size, job.training.accumulation_steps)
+        self.teacher_files = [_open(job, settings.file) for settings in job.teachers]
+        first = self.teacher_files[0]
+        for settings, file in zip(job.teachers, self.teacher_files, strict=True):
+            if dict(file.architecture.shapes) != dict(first.architecture.shapes):
+                raise ValueError(f"teacher {settings.file} is of another architecture than {job.teachers[0].file}")
+        self.plan, self.student_file = self._student(first)
+        self._encoders: Encoders | None = None
+        with processes.main_first():
+            self.dataset = self._dataset(on_item)
+        origin = {f"teacher {n}" if n > 1 else "teacher": fingerprint(f.tensors) for n, f in enumerate(self.teacher_files, 1)}
+        origin |= {"data": self.dataset.fingerprint, "plan": self.plan.name if self.plan else "none"}
+        origin |= {} if self.student_file is None else {"student": fingerprint(self.student_file.tensors)}
+        with processes.main_first():
+            self.run = Run(job.path(job.run), job.training, origin, main=processes.main)
+
+    def describe(self) -> str:
+        """What is about to be trained, a line each."""
+        teachers, examples = self.job.teachers, num_examples(self.dataset)
+        student = self.student_file or self.teacher_files[0]
+        architecture = student.architecture
+        if self.plan is not None and self.student_file is None:
+            architecture = pruned(architecture, name_map(architecture, self.plan))
+        recipe = self.job.training
+        return "\n".join([
+            f"teacher   {', '.join(f'{teacher.file} ({teacher.dtype})' for teacher in teachers)}",
+            f"student   {architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
+            f"data      {examples:,} examples in {len(self.dataset.bucket_sizes)} sizes",
+            f"training  {recipe.objective}, {recipe.total_steps:,} steps of batch {recipe.batch_size}, {recipe.optimizer} at "
+            f"{recipe.learning_rate:g}, from step {self.run.step}",
+            f"run       {self.run.folder}",
+        ])  # fmt: skip
+
+    # --- teacher and student
+
+    def _student(self, teacher: UNetFile) -> tuple[PruningPlan | None, UNetFile | None]:
+        """The plan that leads from teacher to student, and the student's file where it has one of its own."""
+        settings = self.job.student
+        if settings.file is not None:
+            file = _open(self.job, settings.file)
+            return plan_between(teacher.architecture, file.architecture, file.plan), file
+        if settings.preset is not None:
+            return preset(settings.preset), None
+        if settings.plan is not None:
+            words = settings.plan.startswith(("keep ", "{"))
+            text = settings.plan if words else _text(self.job.path(settings.plan))
+            return read_plan(text, teacher.architecture), None
+        return None, teacher
+
+    def student(self) -> Denoiser:
+        """The student as it begins, on the device."""
+        file = self.student_file
+        if file is None:
+            pruned = self.run.folder / "pruned.safetensors"
+            with self.processes.main_first():
+                if not pruned.exists():
+                    prune_file(self.teacher_files[0], pruned, self.plan)
+            file = open_unet(pruned)
+        dtype = DTYPES[self.job.training.weight_dtype]
+        return _denoiser(file, load_unet(file, dtype).to(self.device))
+
+    def teachers(self) -> Teachers:
+        pairs = zip(self.job.teachers, self.teacher_files, strict=True)
+        return Teachers([partial(self.teacher, settings, file) for settings, file in pairs], self.job.training)
+
+    def teacher(self, settings: TeacherSettings, file: UNetFile) -> Denoiser:
+        """A teacher as its settings have it."""
+        compute = torch.bfloat16 if settings.dtype == "fp8" else DTYPES[settings.dtype]
+        network = load_unet(file, compute)
+        if settings.dtype == "fp8":
+            from diffusers.hooks import apply_layerwise_casting
+
+            apply_layerwise_casting(network, storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
+        if settings.offload:
+            from diffusers.hooks import apply_group_offloading
+
+            apply_group_offloading(
+                network,
+                onload_device=self.device,
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level",
+                use_stream=self.device.type == "cuda",
+            )
+        else:
+            network.to(self.device)
+        return replace(_denoiser(file, network), computes=(self.device, compute))
+
+    # --- data
+
+    @property
+    def encoders(self) -> Encoders:
+        """Autoencoder and text encoders; opened when they are first needed."""
+        if self._encoders is None:
+            name, first = self.job.data.encoders, self.job.teachers[0].file
+            if name is None and first == DEMO:
+                name = DEMO
+            if name is None and self.job.path(first).is_dir() and (self.job.path(first) / "vae").is_dir():
+                name = first
+            if name is None:
+                raise ValueError(
+                    "[data]: encoders is missing: a diffusers pipeline folder with the autoencoder and text encoders of the teacher"
+                )
+            self._encoders = DigitsEncoders() if name == DEMO else DiffusersEncoders.from_folder(self.job.path(name), self.device)
+        return self._encoders
+
+    def _dataset(self, on_item: OnItem) -> Dataset:
+        data, cache = self.job.data, self.job.path(self.job.data.cache)
+        if data.prompts is not None:
+            return self._made(cache, on_item)
+        if data.images is None and data.dataset is None:
+            return CachedDataset.open(cache)
+        pictures = (
+            folder(self.job.path(data.images))
+            if data.images is not None
+            else hugging_face(self.job.path(data.dataset), image_column=data.image_column, caption_column=data.caption_column)
+        )
+        return encode(
+            pictures,
+            self.encoders,
+            sizes(data.resolution),
+            cache,
+            batch_size=data.encode_batch_size,
+            flip=data.flip,
+            on_item=partial(on_item, "encoding"),
+        )
+
+    def _made(self, cache: Path, on_item: OnItem) -> Dataset:
+        data = self.job.data
+        (size, *others) = sizes(data.resolution)
+        if others:
+            raise ValueError(f"[data]: teacher-made pictures are of one size, got resolution {data.resolution!r}")
+        making = Making(
+            size=size,
+            guidance=data.guidance,
+            num_steps=data.sampler_steps,
+            num_per_prompt=data.images_per_prompt,
+            num_states=data.trajectory_states,
+            seed=self.job.training.seed,
+        )
+        file = self.teacher_files[0]
+        return make_dataset(
+            self.teacher(self.job.teachers[0], file),
+            fingerprint(file.tensors),
+            self.encoders,
+            _text(self.job.path(data.prompts)).splitlines(),
+            making,
+            cache,
+            batch_size=data.encode_batch_size,
+            on_item=partial(on_item, "drawing"),
+        )
+
+    def previews(self) -> Previews | None:
+        """Sample pictures, where they are asked for."""
+        samples = self.job.samples
+        if not self.job.training.sample_every_steps:
+            return None
+        if not samples.prompts:
+            raise ValueError("[samples]: prompts is missing, but sample_every_steps asks for pictures")
+        *captions, null = self.encoders.captions([*samples.prompts, ""])
+        height, width = sizes(samples.resolution)[0]
+        channels = self.teacher_files[0].architecture.channels("conv_in")[0]
+        return Previews(
+            captions=captions,
+            null=null,
+            latent_shape=(channels, height // 8, width // 8),
+            decode=self.encoders.decode,
+            guidance=samples.guidance,
+            num_steps=samples.steps,
+            seed=samples.seed,
+        )
+
+    def train(self, on_step: Callable[[Progress], None]) -> None:
+        distill(
+            self.run,
+            student=self.student(),
+            teacher=self.teachers(),
+            plan=self.plan,
+            dataset=self.dataset,
+            previews=self.previews(),
+            on_step=on_step,
+            processes=self.processes,
+        )
+
+
+def _open(job: Job, name: str) -> UNetFile:
+    if name == DEMO:
+        from .demo.teacher import teacher_file
+
+        return teacher_file()
+    return open_unet(job.path(name))
+
+
+def _denoiser(file: UNetFile, network: torch.nn.Module) -> DiffusersDenoiser:
+    return DiffusersDenoiser(network=network, architecture=file.architecture, prediction=file.prediction)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,200 @@
+"""Optimisers by name, the moving average of the weights, and stochastic rounding, all of which can be put down and taken up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Parameters = list[nn.Parameter]
+
+
+class Kind(NamedTuple):
+    """One optimiser."""
+
+    make: Callable[[Parameters, float, float], torch.optim.Optimizer]
+    """(parameters, learning rate, weight decay)."""
+    package: str = "torch"
+    """What pip installs it with."""
+    one_by_one: bool = True
+    """Whether it treats each tensor on its own, so that tensors may be updated one at a time."""
+    title: str = ""
+
+
+def _from(module: str, name: str, **options) -> Callable[[Parameters, float, float], torch.optim.Optimizer]:
+    def make(parameters: Parameters, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        return getattr(import_module(module), name)(parameters, lr=learning_rate, weight_decay=weight_decay, **options)
+
+    return make
+
+
+def _prodigy(parameters: Parameters, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    optimizer = import_module("prodigyopt").Prodigy(parameters, lr=learning_rate)
+    for group in optimizer.param_groups:  # given to the constructor, it would print a line
+        group["weight_decay"] = weight_decay
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Kind] = {
+    "adamw": Kind(_from("torch.optim", "AdamW"), title="Loshchilov & Hutter 2019, arXiv 1711.05101"),
+    "adamw8bit": Kind(_from("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes", title="Dettmers et al. 2022, arXiv 2110.02861"),
+    "adafactor": Kind(_from("torch.optim", "Adafactor"), title="Shazeer & Stern 2018, arXiv 1804.04235"),
+    "lion": Kind(_from("lion_pytorch", "Lion"), "lion-pytorch", title="Chen et al. 2023, arXiv 2302.06675"),
+    "prodigy": Kind(_prodigy, "prodigyopt", one_by_one=False, title="Mishchenko & Defazio 2024, arXiv 2306.06101"),
+    "schedulefree": Kind(
+        _from("schedulefree", "AdamWScheduleFree"),
+        "schedulefree",
+        one_by_one=False,
+        title="Defazio et al. 2024, arXiv 2405.15682",
+    ),
+}
+"""Optimisers by name."""
+
+
+class Optimizer:
+    """An optimiser over named parameters, the same for every kind.
+
+    rounding: the parameters are bfloat16 and are updated one tensor at a time in float32, then rounded up or down by
+    chance, so that updates too small for bfloat16 still count on average (Zamirai et al. 2020, arXiv 2010.06192).
+    ``ValueError`` with the pip line if the optimiser's package is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        rounding: bool = False,
+    ):
+        kind = OPTIMIZERS[name]
+        self.parameters, self.rounding = dict(parameters), rounding
+        groups = [[p] for p in self.parameters.values()] if rounding else [list(self.parameters.values())]
+        try:
+            self.parts = [kind.make(group, learning_rate, weight_decay) for group in groups]
+        except ImportError as error:
+            raise ValueError(f"optimizer {name} needs a package: python -m pip install {kind.package}") from error
+        self._call("train")
+
+    def step(self, learning_rate: float, random: torch.Generator | None = None) -> None:
+        """Apply the gradients and forget them. random: what rounding is decided by, on the device of the parameters."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            if self.rounding:
+                _step_in_float32(part, random)
+            else:
+                part.step()
+            part.zero_grad(set_to_none=True)
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights it gives out are others than those it trains."""
+        return hasattr(self.parts[0], "eval")
+
+    @contextlib.contextmanager
+    def given_out(self) -> Iterator[None]:
+        """While open, the parameters are what the optimiser gives out; afterwards exactly what they were."""
+        if not self.averages:
+            yield
+            return
+        trained = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        self._call("eval")
+        try:
+            yield
+        finally:
+            self._call("train")
+            with torch.no_grad():  # the way there and back rounds
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(trained[name])
+
+    def _call(self, name: str) -> None:
+        for part in self.parts:
+            getattr(part, name, lambda: None)()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on besides the parameters: tensors, and the rest as JSON."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        tensors, rest = {}, {}
+        for part in self.parts:
+            for parameter, entries in part.state.items():
+                for path, value in _flat(entries):
+                    (tensors if isinstance(value, Tensor) else rest)[f"{names[parameter]}/{path}"] = value
+        groups = [{k: v for k, v in group.items() if k != "params"} for part in self.parts for group in part.param_groups]
+        return tensors, {"state": rest, "groups": groups}
+
+    def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        owner = {parameter: part for part in self.parts for group in part.param_groups for parameter in group["params"]}
+        for key, value in {**tensors, **rest["state"]}.items():
+            name, path = key.split("/", 1)
+            parameter = self.parameters[name]
+            if isinstance(value, Tensor):  # counters stay on the CPU, where optimisers keep them
+                value = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            *outer, last = path.split("/")
+            entries = owner[parameter].state[parameter]
+            for key in outer:
+                entries = entries.setdefault(key, {})
+            entries[last] = value
+        groups = [group for part in self.parts for group in part.param_groups]
+        for group, stored in zip(groups, rest["groups"], strict=True):
+            group.update({name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+
+
+def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _step_in_float32(optimizer: torch.optim.Optimizer, random: torch.Generator | None) -> None:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        dtype, gradient = parameter.dtype, parameter.grad
+        parameter.grad, parameter.data = None, parameter.data.float()
+        parameter.grad = gradient.float()
+        optimizer.step()
+        parameter.grad, parameter.data = None, stochastically_rounded(parameter.data, random).to(dtype)
+
+
+def stochastically_rounded(values: Tensor, random: torch.Generator | None) -> Tensor:
+    """float32 values of any shape, each moved to one of the two nearest bfloat16 numbers, the nearer the likelier.
+
+    On average nothing is lost. Returned as float32; infinities and NaN stay what they are.
+    """
+    # bfloat16 is float32 without its last 16 bits: noise in them carries over into the rest, or is cut off.
+    noise = torch.randint(1 << 16, values.shape, generator=random, device=values.device, dtype=torch.int32)
+    rounded = ((values.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)
+
+
+class MovingAverage:
+    """Exponential moving average of weights, in float32; young averages forget faster, so that the start is forgotten.
+
+    ``average <- d average + (1 - d) weights`` with ``d = min(decay, (1 + step) / (10 + step))``.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float):
+        self.decay = decay
+        self.weights = {name: weight.detach().float().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Take in the weights after ``step`` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, average in self.weights.items():
+            average.lerp_(weights[name].detach().float(), 1 - decay)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        for name, average in self.weights.items():
+            average.copy_(weights[name])

@@ -1,0 +1,68 @@
+"""Sample pictures while a run trains, by the student and by its teacher from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import plots
+from .dataset import Caption, generator
+from .denoiser import Denoiser, Label
+from .sampling import sample
+from .storage import atomic
+
+
+@dataclass(kw_only=True)
+class Previews:
+    """What is drawn, and how; the noise is the same every time."""
+
+    captions: Sequence[Caption]
+    """One for each picture."""
+    null: Caption
+    """The empty caption, for guidance."""
+    latent_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    decode: Callable[[Tensor], Tensor]
+    """Latents (B, C, H, W) -> pictures (B, 3, H, W) in [-1, 1]."""
+    guidance: float = 7.5
+    num_steps: int = 20
+    seed: int = 0
+    latest: Path | None = None
+    """The picture that was drawn last."""
+    _by_teacher: Tensor | None = field(default=None, repr=False)
+
+    def draw(self, folder: Path, step: int, student: Denoiser, teacher: Denoiser) -> Path:
+        """Write ``folder/00000500.png``: the teacher's pictures above, the student's below."""
+        if self._by_teacher is None:
+            self._by_teacher = self._pictures(teacher)
+        path = folder / f"{step:08d}.png"
+        rows = {"teacher": self._by_teacher, f"student, step {step}": self._pictures(student)}
+        with atomic(path, overwrite=True) as made:
+            plots.picture_rows(rows).save(made)
+        self.latest = path
+        return path
+
+    def _pictures(self, denoiser: Denoiser) -> Tensor:
+        noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))
+        context = torch.stack([caption.context for caption in self.captions])
+        label = null_label = None
+        if self.null.pooled is not None:
+            height, width = (8 * side for side in self.latent_shape[1:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+            label = Label(torch.stack([caption.pooled for caption in self.captions]), sizes.expand(len(context), 6))
+            null_label = Label(self.null.pooled[None], sizes)
+        latents = sample(
+            denoiser,
+            context,
+            self.null.context,
+            noise=noise,
+            label=label,
+            null_label=null_label,
+            num_steps=self.num_steps,
+            guidance=self.guidance,
+        )
+        return self.decode(latents.cpu()).float().cpu()

@@ -1,0 +1,125 @@
+"""Training data without images: the teacher draws it from a list of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cache import CachedDataset, CacheWriter, Entry, key, text_key
+from .dataset import Caption, generator
+from .denoiser import Denoiser, Label
+from .encoders import Encoders
+from .images import Size
+from .sampling import sample, timesteps
+from .storage import ignore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How a teacher makes data."""
+
+    size: Size
+    """Height and width of the pictures, in pixels."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale."""
+    num_steps: int = 25
+    """Sampler steps."""
+    num_per_prompt: int = 1
+    """Pictures for each prompt, from different noise."""
+    num_states: int = 0
+    """Noisy states of the teacher's own trajectory kept of each picture, to train on instead of noise that is added.
+    Those are what a guided student will see (Jensen et al. 2025, arXiv 2503.07274, Sec. 3.2). 0 keeps none."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.num_states <= self.num_steps:
+            raise ValueError(f"there are {self.num_steps} sampler steps, so between 0 and as many states, got {self.num_states}")
+        if min(self.num_steps, self.num_per_prompt) < 1:
+            raise ValueError("a teacher needs at least one sampler step and one picture for each prompt")
+
+    def kept(self, denoiser: Denoiser) -> Tensor | None:
+        """Timesteps of the states that are kept, evenly from the sampler's, (K,)."""
+        if not self.num_states:
+            return None
+        steps = timesteps(denoiser.schedule, self.num_steps)
+        return steps[torch.arange(self.num_states) * self.num_steps // self.num_states]
+
+
+def make_latents(
+    teacher: Denoiser, captions: Sequence[Caption], null: Caption, noise: Tensor, making: Making
+) -> tuple[Tensor, Tensor | None]:
+    """Latents (B, C, H, W) the teacher draws for captions from noise, and states (B, K, C, H, W) on the way."""
+    kept, states = making.kept(teacher), []
+    label = null_label = None
+    if null.pooled is not None:
+        height, width = making.size
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+        label = Label(torch.stack([caption.pooled for caption in captions]), sizes.expand(len(captions), 6))
+        null_label = Label(null.pooled[None], sizes)
+    latents = sample(
+        teacher,
+        torch.stack([caption.context for caption in captions]),
+        null.context,
+        noise=noise,
+        label=label,
+        null_label=null_label,
+        num_steps=making.num_steps,
+        guidance=making.guidance,
+        on_state=lambda x_t, t: states.append(x_t.cpu()) if kept is not None and t in kept else None,
+    )
+    return latents.cpu(), torch.stack(states, 1) if states else None
+
+
+def make_dataset(
+    teacher: Denoiser,
+    teacher_fingerprint: str,
+    encoders: Encoders,
+    prompts: Sequence[str],
+    making: Making,
+    folder: Path | str,
+    *,
+    batch_size: int = 8,
+    on_item: Callable[[int, int], None] = ignore,
+) -> CachedDataset:
+    """Teacher-made pictures of prompts as a dataset on disk; only what is not in the folder yet is made.
+
+    Each picture depends on its prompt, its number and the seed alone, not on the others. ``on_item(done, total)`` is called
+    after each batch. If it is interrupted, what was made stays. ``ValueError`` without prompts.
+    """
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError("a teacher-made dataset needs at least one prompt")
+    writer = CacheWriter(folder)
+    texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
+    missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
+    for start in range(0, len(missing), batch_size):
+        part = missing[start : start + batch_size]
+        for prompt, caption in zip(part, encoders.captions(part), strict=True):
+            writer.add_text(texts[prompt], caption)
+    (null,) = encoders.captions([""])
+    height, width = making.size
+    shape = teacher.architecture.channels("conv_in")[0], height // 8, width // 8
+    sizes = (height, width, 0, 0, height, width) if null.pooled is not None else None
+    jobs, seen = [], {}
+    for prompt in prompts * making.num_per_prompt:
+        number = seen[prompt] = seen.get(prompt, -1) + 1
+        how = vars(making) | {"num_per_prompt": None}
+        jobs.append((prompt, number, key("made", texts[prompt], number, teacher_fingerprint, *how.values(), writer.dtype)))
+    to_do = [job for job in jobs if not writer.has(job[2])]
+    try:
+        for start in range(0, len(to_do), batch_size):
+            part = to_do[start : start + batch_size]
+            noise = [torch.randn(shape, generator=generator(making.seed, number, prompt)) for prompt, number, _ in part]
+            captions = encoders.captions([prompt for prompt, *_ in part])
+            latents, states = make_latents(teacher, captions, null, torch.stack(noise), making)
+            for i, (_, _, name) in enumerate(part):
+                writer.add_latent(name, latents[i], None if states is None else states[i])
+            on_item(len(jobs) - len(to_do) + start + len(part), len(jobs))
+    finally:
+        writer.flush()
+    entries = [Entry(name, texts[prompt], sizes) for prompt, _, name in jobs]
+    return writer.finish(entries, texts[""], making.kept(teacher))

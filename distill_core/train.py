@@ -1,0 +1,418 @@
+"""The training loop: a student learns from its teachers, step by step, and every step can be the last."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dataset import Batch, Dataset, draw, generator, held_out_batches, num_examples
+from .denoiser import Denoiser, Label, checkpointing, tap
+from .objective import Outputs, example_weights
+from .optim import MovingAverage, Optimizer
+from .plan import NameMap, PruningPlan, name_map
+from .previews import Previews
+from .processes import ALONE, Processes
+from .run import Run, State
+from .schedule import prediction
+from .teachers import Teachers
+from .trackers import open_trackers
+
+log = logging.getLogger("distill")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NUM_TIMESTEP_BINS = 10
+MAX_VALIDATION_BATCHES = 8
+PUBLISHED_EXAMPLES, PUBLISHED_EPOCHS = 212_776, 60  # BK-SDM: 50,000 steps of batch 256
+
+
+class Progress(NamedTuple):
+    """What a run tells after each step."""
+
+    step: int
+    """Steps done."""
+    total_steps: int
+    losses: Mapping[str, float]
+    """What `run.Run.metrics` tells of the step."""
+    seconds_per_step: float
+
+
+class OutOfMemory(MemoryError):
+    """The device has not enough memory; one sentence says what to lower."""
+
+
+def distill(
+    run: Run,
+    *,
+    student: Denoiser,
+    teacher: Denoiser | Teachers,
+    plan: PruningPlan | None,
+    dataset: Dataset,
+    num_steps: int | None = None,
+    previews: Previews | None = None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    processes: Processes = ALONE,
+) -> None:
+    """Train the student for ``num_steps`` more steps, or to the end of the recipe.
+
+    The student's network is trained in place; teachers are only read. ``plan`` is the plan the student was pruned from
+    the teachers with, None if they are of one shape. ``on_step`` is called after each step; whatever it raises (a cancel)
+    ends the training, and the run keeps every step that was completed. Raises `OutOfMemory`, ``FloatingPointError`` where
+    a loss or gradient is not finite, ``ValueError`` where student, teachers or data do not belong together.
+    """
+    teachers = teacher if isinstance(teacher, Teachers) else Teachers.single(teacher, run.recipe)
+    training = Training(run, student, teachers, plan, dataset, processes)
+    first = training.restore()
+    last = min(run.recipe.total_steps, first + (num_steps if num_steps is not None else run.recipe.total_steps))
+    if first >= last:
+        return
+    _warn_if_seen_too_often(num_examples(dataset), run.recipe.total_steps * run.recipe.batch_size)
+    started = time.monotonic()
+    with training.open(), contextlib.ExitStack() as stack:
+        columns = training.columns(first)
+        metrics = stack.enter_context(run.open_metrics(first, columns)) if processes.main else None
+        trackers = open_trackers(run, stack) if processes.main else []
+        try:
+            for step in range(first, last):
+                values = training.step(step)
+                done = step + 1
+                if run.recipe.validate_every_steps and done % run.recipe.validate_every_steps == 0:
+                    values["validation"] = training.validate(step)
+                row = {"step": done, "lr": training.learning_rate(step), **values}
+                if processes.main:
+                    metrics.write(row)
+                    for track in trackers:
+                        track(row)
+                if done < last and (done % run.recipe.save_every_steps == 0 or (run.recipe.keep_best and "validation" in row)):
+                    training.save()
+                if previews and run.recipe.sample_every_steps and done % run.recipe.sample_every_steps == 0 and processes.main:
+                    with training.given_out():
+                        previews.draw(run.folder / "samples", done, student, teachers.at(step))
+                on_step(Progress(done, run.recipe.total_steps, row, (time.monotonic() - started) / (done - first)))
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(_what_to_lower(run.recipe)) from error
+        finally:
+            # A cancel or an error loses the step it fell into and no more.
+            training.save_if_sound()
+
+
+class Training:
+    """What a run holds while it trains."""
+
+    def __init__(
+        self, run: Run, student: Denoiser, teachers: Teachers, plan: PruningPlan | None, dataset: Dataset, processes: Processes
+    ):
+        recipe = run.recipe
+        self.run, self.recipe, self.student, self.teachers = run, recipe, student, teachers
+        self.plan, self.dataset, self.processes = plan, dataset, processes
+        self.aim = recipe.aim
+        self.parameters = student.named_parameters()
+        self.optimizer = Optimizer(
+            recipe.optimizer,
+            self.parameters,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            rounding=recipe.weight_dtype == "bf16",
+        )
+        self.average = MovingAverage(self.parameters, recipe.ema_decay) if recipe.ema_decay else None
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=recipe.precision == "fp16")
+        compute = "bf16" if recipe.weight_dtype == "bf16" else recipe.precision
+        self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
+        self.done, self.sound = 0, True  # sound: no update was cut in half, no weight spoilt
+        self._theirs: dict[int, Mapping[str, Tensor]] = {}
+        self._next: tuple[int, Future[Batch]] | None = None
+        self._held_out: list[Batch] | None = None
+
+    # --- opening and closing
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Ready the networks for training; afterwards they are as networks are for use."""
+        network = self.student.network
+        if self.recipe.weight_dtype == "bf16":
+            network.to(torch.bfloat16)
+        network.train().requires_grad_(True)
+        with contextlib.ExitStack() as stack:
+            self._stack = stack
+            self._reader = stack.enter_context(ThreadPoolExecutor(1))
+            if self.recipe.gradient_checkpointing:
+                stack.enter_context(checkpointing(self.student))
+            self.points = self._points(self.teachers.at(self.done)) if self.aim.uses_teacher else {}
+            self._ours = stack.enter_context(tap(self.student, self.points.values()))
+            stack.callback(setattr, self.student, "forward", self.student.forward)
+            if self.recipe.compile:
+                self.student.forward = torch.compile(network)
+            stack.enter_context(self.processes.sharing(self.student))
+            try:
+                yield
+            finally:
+                self.optimizer.zero_grad()
+                self._theirs.clear()
+                network.eval().requires_grad_(False)
+
+    def _points(self, teacher: Denoiser) -> dict[str, str]:
+        """Pairs teacher's module -> student's module whose outputs are compared; ``ValueError`` if they do not fit."""
+        if self.student.schedule != teacher.schedule:
+            raise ValueError("teacher and student must be on the same noise schedule; give both the same sampling settings")
+        mapping = name_map(teacher.architecture, self.plan) if self.plan else NameMap.identity(teacher.architecture)
+        points = self.aim.feature_points(teacher.architecture, self.student.architecture, mapping)
+        if self.aim.feature_loss and not points:
+            raise ValueError(
+                f"objective {self.recipe.objective} compares {self.aim.points}, of which this student has none; choose another"
+            )
+        return points
+
+    def columns(self, step: int) -> list[str]:
+        """Names of all that may be measured, in order."""
+        points = [f"feature/{name}" for name in self.points.values()]
+        losses = [name for name in ("task", "output") if self.aim.weights.get(name)] + ["feature"] * bool(points)
+        extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.scaler.is_enabled()
+        validation = ["validation"] * bool(self.recipe.validate_every_steps)
+        return ["step", "lr", "total", *losses, "norm", *extra, *validation, *points, *self._bins]
+
+    @property
+    def _bins(self) -> list[str]:
+        size = math.ceil(self.student.schedule.num_timesteps / NUM_TIMESTEP_BINS)
+        ends = range(0, self.student.schedule.num_timesteps, size)
+        return [f"timesteps/{start}-{min(start + size, self.student.schedule.num_timesteps) - 1}" for start in ends]
+
+    # --- one step
+
+    def learning_rate(self, step: int) -> float:
+        return self.recipe.learning_rate * self.recipe.lr_factor(step)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Train one step, counted from 0; returns what was measured."""
+        batch = self._batch(step)
+        parts = self.recipe.accumulation_steps
+        size = self.processes.part_size(self.recipe.batch_size, parts)
+        measured = []
+        for i in range(parts):
+            start = (i * self.processes.count + self.processes.rank) * size
+            part = batch.part(slice(start, start + size))
+            with self.processes.accumulating(self.student, more=i + 1 < parts):
+                terms, total = self.losses(part, step)
+                self.scaler.scale(total.mean() / parts).backward()
+            measured.append({"total": total.detach(), **{name: value.detach() for name, value in terms.items()}})
+        del terms, total
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer.parts[0])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)
+        values = self._readable(measured, batch.t, norm)
+        self._check_finite(values, step)
+        if len(self.teachers) > 1:
+            values["teacher"] = self.teachers.number_at(step)
+        if self.scaler.is_enabled():
+            values["scale"] = self.scaler.get_scale()
+        self.sound = False
+        with _uninterrupted():
+            if math.isfinite(values["norm"]):
+                self.optimizer.step(self.learning_rate(step), self._rounding(step))
+                if self.average is not None:
+                    self.average.update(self.parameters, step)
+            self.optimizer.zero_grad()
+            if self.scaler.is_enabled():
+                self.scaler.update()
+            self.done, self.sound = step + 1, True
+        return values
+
+    def _batch(self, step: int) -> Batch:
+        """The batch of a step, and in the background the next."""
+        number, future = self._next or (None, None)
+        batch = future.result() if number == step else self._draw(step)
+        self._next = step + 1, self._reader.submit(self._draw, step + 1)
+        return batch
+
+    def _draw(self, step: int) -> Batch:
+        return draw(self.dataset, step, self.student.schedule, self.recipe.drawing)
+
+    def _rounding(self, step: int) -> torch.Generator | None:
+        if not self.optimizer.rounding:
+            return None
+        seed = generator(self.recipe.seed, step, "rounding").initial_seed()
+        return torch.Generator(self.student.device).manual_seed(seed)
+
+    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Every term of the loss, and what each example adds to it, (B,) each."""
+        student, device = self.student, self.student.device
+        x0, eps, x_t, t, context = (tensor.to(device, non_blocking=True) for tensor in batch[:5])
+        kind, coefficients = prediction(student.prediction), student.schedule.at(batch.t, x0)
+        from_teacher = self._teach(step, x_t, t, context, batch.label) if self.aim.uses_teacher else None
+        with self.autocast:
+            context = context.to(student.dtype)
+            answer = student(x_t.to(student.dtype), t, context, batch.label and batch.label.to(context))
+        features = {name: self._ours[name] for name in self.points.values()}
+        if self.done == 0:
+            for name, feature in features.items():
+                if torch.is_grad_enabled() and not feature.requires_grad:
+                    raise RuntimeError(f"the feature point {name} carries no gradient, so its loss would train nothing")
+        terms = self.aim.terms(kind.target(x0, eps, coefficients), Outputs(answer, features), from_teacher)
+        weights = example_weights(self.recipe.weighting, student.prediction, student.schedule, t, self.recipe.snr_gamma)
+        self._ours.clear()
+        return terms, weights * self.aim.total(terms)
+
+    @torch.no_grad()
+    def _teach(self, step: int, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None) -> Outputs:
+        """What the teacher of the step answers, in the student's terms."""
+        teacher, number = self.teachers.at(step), self.teachers.number_at(step)
+        if number not in self._theirs:
+            if self._theirs and self._points(teacher) != self.points:
+                raise ValueError("the teachers are of different shapes; a run takes teachers of one architecture")
+            if self.recipe.teacher_mode == "sequence":
+                self._theirs.clear()
+            self._theirs[number] = self._stack.enter_context(tap(teacher, self.points))
+        context = context.to(teacher.dtype)
+        answer = teacher(x_t.to(teacher.dtype), t, context, label and label.to(context)).float()
+        features = {self.points[name]: feature for name, feature in self._theirs[number].items()}
+        self._theirs[number].clear()
+        if teacher.prediction != self.student.prediction:
+            theirs, ours = prediction(teacher.prediction), prediction(self.student.prediction)
+            now = self.student.schedule.at(t, x_t)
+            answer = ours.target(theirs.to_x0(answer, x_t, now), theirs.to_eps(answer, x_t, now), now)
+        return Outputs(answer, features)
+
+    def _readable(self, measured: list[dict[str, Tensor]], t: Tensor, norm: Tensor) -> dict[str, float]:
+        """Means over the batch as plain numbers, with one wait for the device; feature points also summed."""
+        names = list(measured[0])
+        table = torch.stack([torch.cat([part[name].float() for part in measured]) for name in names])  # (terms, examples)
+        table = self.processes.gathered(table, len(measured))
+        *means, norm = torch.cat([table.mean(1), table[0], norm.reshape(1).float()]).tolist()
+        means, totals = means[: len(names)], means[len(names) :]
+        values = dict(zip(names, means, strict=True))
+        points = {name: value for name, value in values.items() if name.startswith("feature/")}
+        summed = {"feature": sum(points.values())} if points else {}
+        bins: dict[str, list[float]] = {}
+        for timestep, total in zip(t.tolist(), totals, strict=True):
+            bins.setdefault(self._bins[timestep * len(self._bins) // self.student.schedule.num_timesteps], []).append(total)
+        return {**values, **summed, "norm": norm, **{name: sum(part) / len(part) for name, part in bins.items()}}
+
+    def _check_finite(self, values: Mapping[str, float], step: int) -> None:
+        """``FloatingPointError`` naming the term and block; a gradient that overflows is what the loss scaler is for."""
+        way_out = "start a new run with a lower learning rate"
+        if not math.isfinite(values["total"]):
+            terms = ((n, v) for n, v in values.items() if n not in ("total", "feature", "norm") and not n.startswith("timesteps"))
+            culprit = next((name for name, value in terms if not math.isfinite(value)), "total")
+            self.sound = False  # the step before has spoilt the weights; the last checkpoint stays
+            raise FloatingPointError(
+                f"the loss is not finite at step {step + 1} ({culprit}); the run keeps its last checkpoint; {way_out}"
+            )
+        if not math.isfinite(values["norm"]) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
+            raise FloatingPointError(
+                f"the gradient is not finite at step {step + 1}; the run keeps every step before it; {way_out}"
+            )
+
+    @torch.no_grad()
+    def validate(self, step: int) -> float:
+        """Mean loss over held-out examples, the student as it is given out."""
+        if self._held_out is None:
+            self._held_out = held_out_batches(self.dataset, self.student.schedule, self.recipe.drawing, MAX_VALIDATION_BATCHES)
+        if not self._held_out:
+            raise ValueError("validation_share holds out no example of this small dataset; raise it, or do without validation")
+        with self.given_out():
+            totals = [self.losses(batch, step)[1] for batch in self._held_out]
+        return torch.cat(totals).mean().item()
+
+    # --- what is given out and kept
+
+    @contextlib.contextmanager
+    def given_out(self) -> Iterator[None]:
+        """While open, the network has the weights the run gives out, and is as networks are for use."""
+        network = self.student.network.eval()
+        with self.optimizer.given_out():
+            trained = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
+            self._put(self.average.weights if self.average else {})
+            try:
+                yield
+            finally:
+                self._put(trained)
+                network.train()
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.parameters[name].copy_(weight)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.processes.main:
+            tensors, rest = self.optimizer.state()
+            tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+            if self.average or self.optimizer.averages:
+                tensors |= {f"weights/{name}": weight.detach().cpu().clone() for name, weight in self.parameters.items()}
+            rest = {"optimizer": rest, "scaler": self.scaler.state_dict()}
+            with self.optimizer.given_out():
+                state = State(self.done, self.average.weights if self.average else self.parameters, tensors, rest)
+                self.run.save(state, self.student.architecture, self.student.prediction, self.plan)
+        self.processes.wait()
+
+    def save_if_sound(self) -> None:
+        """Write a checkpoint if there is anything new, and nothing wrong with it."""
+        if self.sound and self.done > self.run.step:
+            self.save()
+
+    def restore(self) -> int:
+        """Go on from the newest checkpoint; returns its step, 0 if there is none."""
+        if (state := self.run.load()) is None:
+            return 0
+        weights = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
+        self.student.load_state_dict(weights or state.student)
+        if self.average:
+            self.average.load(state.student)
+        optimizer = {n.removeprefix("optimizer/"): t for n, t in state.tensors.items() if n.startswith("optimizer/")}
+        self.optimizer.load(optimizer, state.rest["optimizer"])
+        self.scaler.load_state_dict(state.rest["scaler"])
+        self.done = state.step
+        return state.step
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is through, so that an update is made whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    handler = signal.signal(signal.SIGINT, lambda *details: received.append(details))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received and callable(handler):
+        handler(*received[0])
+
+
+def _warn_if_seen_too_often(num_examples: int, num_seen: int) -> None:
+    if num_seen > PUBLISHED_EPOCHS * num_examples:
+        log.warning(
+            "each of the %s examples will be seen %s times; the published students saw each of %s about %s times. "
+            "Use more examples (the teacher can make them), or fewer steps",
+            f"{num_examples:,}",
+            f"{num_seen // num_examples:,}",
+            f"{PUBLISHED_EXAMPLES:,}",
+            PUBLISHED_EPOCHS,
+        )
+
+
+def _what_to_lower(recipe) -> str:
+    """The settings that need less memory, the least harmful first, those already in use left out."""
+    ways = {
+        "gradient_checkpointing on": not recipe.gradient_checkpointing,
+        f"accumulation_steps {2 * recipe.accumulation_steps}": recipe.batch_size % (2 * recipe.accumulation_steps) == 0,
+        "precision bf16": recipe.precision == "fp32",
+        "optimizer adamw8bit": recipe.optimizer == "adamw",
+        "weight_dtype bf16": recipe.weight_dtype == "fp32",
+        "no ema_decay": bool(recipe.ema_decay),
+        "smaller pictures": True,
+    }
+    return (
+        f"the device is out of memory; change, in this order: {', '.join(way for way, helps in ways.items() if helps)}; "
+        "the run keeps every step before, and the first two may be changed in mid-run"
+    )

@@ -1,0 +1,247 @@
+"""``distill train`` from the outside: what people write, what they see, what is left when it is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_core.cli import main
+from distill_core.files import open_unet
+from distill_core.job import Job, Prepared, TeacherSettings
+from distill_core.processes import ALONE
+from distill_core.run import checkpoints_in
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+JOB = """
+run = "run"
+[teacher]
+file = "demo"
+[student]
+preset = "bk-sdm-base"
+[data]
+prompts = "prompts.txt"
+resolution = "64"
+guidance = 2.0
+sampler_steps = 4
+images_per_prompt = 2
+[training]
+total_steps = 4
+batch_size = 4
+learning_rate = 1e-3
+save_every_steps = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with prompts and their pictures, so that the teacher draws once for all tests."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "prompts.txt").write_text("the digit one\nthe digit two\nthe digit three\n\nthe digit four\n")
+    (folder / "job.toml").write_text(JOB)
+    Prepared(Job.read(folder / "job.toml"), ALONE)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    (tmp_path / "cache").symlink_to(made / "cache")
+    (tmp_path / "prompts.txt").write_text((made / "prompts.txt").read_text())
+    return tmp_path
+
+
+def write(folder, *changes, name="job.toml"):
+    text = JOB
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def weights(folder):
+    return open_unet(checkpoints_in(folder)[-1] / "student.safetensors").state_dict
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_job_trains_to_a_student_anyone_can_open(folder, capsys):
+    assert main(["train", str(write(folder))]) == 0
+    out = capsys.readouterr()
+    assert "1,489,028 parameters, plan bk-sdm-base" in out.out and "8 examples" in out.out and "step 4:" in out.out
+    student = open_unet(folder / "run" / "checkpoints" / "00000004" / "student.safetensors")
+    assert student.plan.name == "bk-sdm-base" and student.architecture.num_parameters == 1_489_028
+
+
+def test_json_tells_where_the_student_is(folder, capsys):
+    assert main(["train", str(write(folder)), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["step"] == 4 and Path(facts["student"]).exists()
+
+
+def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
+    job = write(folder, ("total_steps = 4", "total_steps = 2"))
+    assert main(["train", str(job)]) == 0
+    longer = write(folder)
+    assert main(["train", str(longer)]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert main(["train", str(longer), "--resume"]) == 0 and checkpoints_in(folder / "run")[-1].name == "00000004"
+    assert main(["train", str(longer), "--resume"]) == 0  # a run that is complete returns at once
+
+
+@pytest.mark.parametrize("changes,message", [
+    ([("preset =", "preste =")], "did you mean 'preset'"),
+    ([("[training]", "[trainin]")], "did you mean 'training'"),
+    ([('run = "run"', "")], "run is missing"),
+    ([('file = "demo"', 'file = "none.safetensors"')], "none.safetensors does not exist"),
+    ([('file = "demo"', 'file = "demo"\ndtype = "int8"')], "dtype: unknown 'int8'"),
+    ([('prompts = "prompts.txt"', 'prompts = "none.txt"')], "cannot read .*none.txt"),
+    ([('prompts = "prompts.txt"', 'prompts = "prompts.txt"\nimages = "x"')], "one of images, dataset and prompts"),
+    ([('resolution = "64"', 'resolution = "abc"')], "abc"),
+    ([("batch_size = 4", "batch_size = 4\naccumulation_steps = 3")], "3 equal parts"),
+    ([('preset = "bk-sdm-base"', 'preset = "ssd-1b"')], "plan for SDXL"),
+    ([("learning_rate = 1e-3", "learning_rate = 1e-3\nsample_every_steps = 1")], r"\[samples\]: prompts is missing"),
+    ([("[student]", "student = 3\n[x]")], "there is no setting 'x'|student must be a section"),
+])  # fmt: skip
+def test_bad_jobs_end_in_one_sentence(changes, message, folder, capsys):
+    import re
+
+    assert main(["train", str(write(folder, *changes))]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
+
+
+@pytest.mark.parametrize("dtype,stored", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.float8_e4m3fn)])
+def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
+    prepared = Prepared(Job.read(write(folder)), ALONE)
+    file = prepared.teacher_files[0]
+    plain = prepared.teacher(TeacherSettings(file="demo"), file)
+    teacher = prepared.teacher(TeacherSettings(file="demo", dtype=dtype), file)
+    convolution = teacher.module("down.0.resnet.0").conv1.weight
+    assert convolution.dtype == stored and teacher.dtype == {"fp8": torch.bfloat16}.get(dtype, stored)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.randn(2, 8, 64)
+    with torch.no_grad():
+        answer = teacher(inputs[0].to(teacher.dtype), inputs[1], inputs[2].to(teacher.dtype)).float()
+        expected = plain(*inputs)
+    assert 0 < (answer - expected).norm() < 0.15 * expected.norm()
+
+
+def test_an_offloaded_teacher_lies_in_the_computers_memory(folder):
+    prepared = Prepared(Job.read(write(folder)), ALONE)
+    teacher = prepared.teacher(TeacherSettings(file="demo", offload=True), prepared.teacher_files[0])
+    hooks = [m for m in teacher.network.modules() if getattr(m, "_diffusers_hook", None) is not None]
+    assert hooks and {p.device.type for p in teacher.network.parameters()} == {"cpu"} and teacher.device == prepared.device
+
+
+def test_fine_tuning_a_finished_student_is_the_same_engine(folder):
+    assert main(["train", str(write(folder))]) == 0
+    student = checkpoints_in(folder / "run")[-1] / "student.safetensors"
+    tune = write(folder, ('file = "demo"', f'file = "{student}"'), ("[student]\npreset", "[student]\n# preset"),
+                 ('run = "run"', 'run = "tuned"'), ("[training]", '[training]\nobjective = "task"'),
+                 ('prompts = "prompts.txt"', 'encoders = "demo"'))  # fmt: skip
+    assert main(["train", str(tune)]) == 0
+    before, after = open_unet(student).state_dict, weights(folder / "tuned")
+    assert before.keys() == after.keys() and not same(before, after)
+
+
+def test_a_student_from_a_file_learns_from_its_teacher(folder, capsys):
+    assert main(["train", str(write(folder))]) == 0
+    file = checkpoints_in(folder / "run")[-1] / "student.safetensors"
+    again = write(folder, ('preset = "bk-sdm-base"', f'file = "{file}"'), ('run = "run"', 'run = "again"'))
+    assert main(["train", str(again)]) == 0
+    assert "plan bk-sdm-base" in capsys.readouterr().out
+    wrong = write(folder, ('file = "demo"', f'file = "{file}"'), ('preset = "bk-sdm-base"', 'preset = "bk-sdm-tiny"'),
+                  ('run = "run"', 'run = "wrong"'), ('prompts = "prompts.txt"', 'encoders = "demo"'))  # fmt: skip
+    assert main(["train", str(wrong)]) == 2 and "pruned already" in capsys.readouterr().err
+
+
+def test_images_are_encoded_and_trained_on(folder, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("L", (80, 64), 60 * number).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"the digit {number}")
+    job = write(folder, ('prompts = "prompts.txt"', 'images = "pictures"\ncache = "encoded"\nflip = true'))
+    assert main(["train", str(job)]) == 0
+    assert Prepared(Job.read(job), ALONE).dataset.bucket_sizes == [6]
+
+
+# --- killed
+
+
+def launch(folder, *arguments):
+    return subprocess.Popen([sys.executable, "-m", "distill_core", "train", *arguments], cwd=folder, env=ENVIRONMENT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+LONG = [("total_steps = 4", "total_steps = 40"), ("save_every_steps = 2", "save_every_steps = 3\nema_decay = 0.9")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made):
+    job = write(made, *LONG, ('run = "run"', 'run = "whole"'), name="whole.toml")
+    assert main(["train", str(job), "--json"]) == 0
+    return made / "whole"
+
+
+def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folder, uninterrupted):
+    """Kill -9, again and again, until it is through."""
+    job, moment, kills = write(folder, *LONG), random.Random(0), 0
+    while not (checkpoints := checkpoints_in(folder / "run")) or checkpoints[-1].name != "00000040":
+        process = launch(folder, str(job), "--resume")
+        deadline, metrics = time.monotonic() + 60, folder / "run" / "metrics.csv"
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size > seen):
+            time.sleep(0.01)
+        time.sleep(moment.random() * (0.5 if kills < 4 else 60))
+        process.kill()
+        error = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), error
+        kills += process.returncode != 0
+    assert kills >= 3
+    assert same(weights(folder / "run"), weights(uninterrupted))
+    assert (folder / "run" / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+
+
+def test_ctrl_c_keeps_every_step_and_says_how_to_go_on(folder):
+    process = launch(folder, str(write(folder, ("total_steps = 4", "total_steps = 4000"))))
+    metrics = folder / "run" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "go on with the same command and --resume" in error
+    assert int(checkpoints_in(folder / "run")[-1].name) == len(metrics.read_text().splitlines()) - 1
+
+
+# --- several processes
+
+
+@pytest.mark.parametrize("extra", [[], [("batch_size = 4", "batch_size = 4\naccumulation_steps = 2")]])
+def test_two_processes_lose_as_one_does(extra, folder, uninterrupted):
+    accelerate = pytest.importorskip("accelerate")
+    assert accelerate
+    alone = write(folder, *extra, ('run = "run"', 'run = "alone"'), name="alone.toml")
+    assert main(["train", str(alone), "--json"]) == 0
+    job = write(folder, *extra, ('run = "run"', 'run = "two"'), name="two.toml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "distill_core", "train", str(job)]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    import csv
+
+    rows = [list(csv.DictReader(open(folder / name / "metrics.csv"))) for name in ("alone", "two")]
+    assert len(rows[0]) == len(rows[1]) == 4
+    for one, two in zip(*rows, strict=True):
+        for name in ("total", "task", "output", "feature"):
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-4), name

@@ -1,0 +1,87 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from distill_core.recipe import Recipe, from_mapping, read_toml, to_toml
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [("total_steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("caption_dropout", 1.5), ("lr_schedule", "cosin"),
+     ("objective", "kd"), ("warmup_steps", -1), ("max_grad_norm", 0.0), ("save_every_steps", 0), ("weight_decay", -1.0),
+     ("weighting", "snr"), ("optimizer", "adam"), ("precision", "fp8"), ("weight_dtype", "fp16"), ("ema_decay", 1.0),
+     ("teacher_mode", "all"), ("teacher_shares", (0.5, 0.0)), ("trackers", ("comet",)), ("accumulation_steps", 0),
+     ("task_weight", -1.0), ("learning_rate", math.nan), ("noise_offset", 2.0), ("input_perturbation", -0.1),
+     ("timesteps", "normal"), ("snr_gamma", 0.0), ("keep_checkpoints", 0), ("validation_share", 0.9)],
+)  # fmt: skip
+def test_a_bad_setting_is_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [({"batch_size": 6, "accumulation_steps": 4}, "cut into 4 equal parts"),
+     ({"validate_every_steps": 5}, "both validate_every_steps and validation_share"),
+     ({"keep_best": 1}, "keep_best needs a validation loss"),
+     ({"objective": "task", "task_weight": 0.0}, "at least one loss"),
+     ({"weight_dtype": "bf16", "precision": "fp16"}, "precision to bf16"),
+     ({"weight_dtype": "bf16", "optimizer": "prodigy"}, "needs weight_dtype fp32")],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)
+
+
+def test_learning_rate_schedules():
+    recipe = Recipe(total_steps=12, warmup_steps=2, lr_schedule="cosine")
+    factors = [recipe.lr_factor(step) for step in range(13)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[7] == pytest.approx(0.5) and factors[12] == pytest.approx(0, abs=1e-9)
+    assert replace(recipe, lr_schedule="linear").lr_factor(7) == pytest.approx(0.5)
+    assert replace(recipe, lr_schedule="constant").lr_factor(11) == 1.0
+    assert all(math.isfinite(f) for f in factors)
+
+
+def test_a_recipe_survives_the_way_through_a_file(tmp_path):
+    recipe = Recipe(
+        objective="segmind", feature_weight=0.25, teacher_shares=(2.0, 1.0), trackers=("tensorboard",), ema_decay=0.99
+    )
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.to_mapping()))
+    assert from_mapping(Recipe, read_toml(tmp_path / "recipe.toml"), "recipe") == recipe
+
+
+@pytest.mark.parametrize(
+    "table,message",
+    [({"learning_rat": 1e-3}, "did you mean 'learning_rate'"), ({"zzz": 1}, "the settings are"),
+     ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"), ({"compile": 1}, "compile must be true or false"),
+     ({"trackers": "wandb"}, "trackers must be a list, each entry text"), ({"optimizer": "adm"}, "recipe: optimizer: unknown 'adm'")],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_named(table, message):
+    with pytest.raises(ValueError, match=message):
+        from_mapping(Recipe, table, "recipe")
+
+
+def test_a_whole_number_will_do_where_a_number_is_asked():
+    assert from_mapping(Recipe, {"learning_rate": 1}, "recipe").learning_rate == 1
+
+
+@pytest.mark.parametrize("text", ["total_steps = ", "\x00"])
+def test_a_damaged_file_is_one_sentence(text, tmp_path):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(ValueError, match="cannot read .*r.toml"):
+        read_toml(tmp_path / "r.toml")
+
+
+def test_weights_override_the_objectives_own():
+    aim = Recipe(objective="laptop-diff", task_weight=0.0, feature_weight=3.0).aim
+    assert aim.weights == {"task": 0.0, "output": 1.0, "normalised_feature": 3.0}
+    assert Recipe(objective="task", output_weight=0.5).aim.weights == {"task": 1.0, "output": 0.5}
+
+
+@pytest.mark.parametrize("settings,several,free", [
+    ({}, False, True), ({}, True, False), ({"teacher_mode": "mixture"}, True, True), ({"lr_schedule": "linear"}, False, False),
+])  # fmt: skip
+def test_the_total_may_change_where_no_step_depends_on_it(settings, several, free):
+    assert ("total_steps" in Recipe(**settings).may_change(several)) == free

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from distill_core.cache import CachedDataset
+from distill_core.dataset import Caption, Drawing, draw
+from distill_core.schedule import scaled_linear
+from distill_core.teacher_data import Making, make_dataset, make_latents
+
+MAKING = Making(size=(64, 64), guidance=2.0, num_steps=4)
+
+
+class Words:
+    """Encoders of a vocabulary of their own, that count how often they are asked."""
+
+    fingerprint = "words"
+
+    def __init__(self):
+        self.asked = []
+
+    def captions(self, captions):
+        self.asked += captions
+        return [Caption(torch.randn(5, 16, generator=torch.Generator().manual_seed(sum(map(ord, text))))) for text in captions]
+
+
+def make(folder, teacher, prompts=("one", "two", "three"), making=MAKING, **options):
+    return make_dataset(teacher, "teacher", Words(), prompts, making, folder, batch_size=2, **options)
+
+
+def everything(dataset):
+    return dataset.read(0, torch.arange(dataset.bucket_sizes[0]))
+
+
+def test_the_teacher_draws_each_prompt_as_a_sampler_would(tmp_path, small_teacher):
+    from distill_core.dataset import generator
+    from distill_core.sampling import sample
+
+    dataset = make(tmp_path / "cache", small_teacher, prompts=["one"])
+    words = Words()
+    caption, null = words.captions(["one", ""])
+    noise = torch.randn(4, 8, 8, generator=generator(0, 0, "one"))[None]
+    expected = sample(small_teacher, caption.context[None], null.context, noise=noise, guidance=2.0, num_steps=4)
+    examples = everything(dataset)
+    torch.testing.assert_close(examples.latents.float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(examples.contexts[0].float(), caption.context, rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_made_is_not_made_again(tmp_path, small_teacher):
+    calls = []
+    small = type(small_teacher)(network=small_teacher.network, architecture=small_teacher.architecture)
+    whole = make(tmp_path / "whole", small)
+
+    class Stop(BaseException):
+        pass
+
+    def stop(done, total):
+        calls.append((done, total))
+        raise Stop
+
+    with pytest.raises(Stop):
+        make(tmp_path / "parts", small, on_item=stop)
+    assert calls == [(2, 3)]
+    progress = []
+    parts = make(tmp_path / "parts", small, on_item=lambda done, total: progress.append((done, total)))
+    assert progress == [(3, 3)] and parts.fingerprint == whole.fingerprint
+    assert all(torch.equal(a, b) for a, b in zip(everything(parts)[:2], everything(whole)[:2], strict=True))
+    small.network = None  # a teacher that could not answer
+    assert make(tmp_path / "parts", small).fingerprint == whole.fingerprint
+    assert CachedDataset.open(tmp_path / "parts").fingerprint == whole.fingerprint
+
+
+def test_several_pictures_of_a_prompt_differ(tmp_path, small_teacher):
+    dataset = make(
+        tmp_path / "c", small_teacher, prompts=["one", "two"], making=Making(size=(64, 64), num_steps=2, num_per_prompt=3)
+    )
+    latents = everything(dataset).latents
+    assert len(latents) == 6 and len({tuple(latent.flatten()[:4].tolist()) for latent in latents}) == 6
+
+
+@pytest.mark.parametrize("change", [{"guidance": 3.0}, {"num_steps": 5}, {"seed": 1}, {"num_states": 2}, {"size": (64, 128)}])
+def test_every_setting_makes_other_data(change, tmp_path, small_teacher):
+    plain = make(tmp_path / "plain", small_teacher, prompts=["one"])
+    other = make(tmp_path / "other", small_teacher, prompts=["one"], making=Making(**vars(MAKING) | change))
+    assert plain.fingerprint != other.fingerprint
+    a, b = everything(plain), everything(other)
+    assert a.latents.shape != b.latents.shape or not torch.equal(a.latents, b.latents) or b.states is not None
+
+
+def test_states_lie_on_the_trajectory_and_are_trained_on(tmp_path, small_teacher):
+    making = Making(size=(64, 64), guidance=2.0, num_steps=4, num_states=2)
+    dataset = make(tmp_path / "c", small_teacher, making=making)
+    assert dataset.timesteps.tolist() == [999, 499]
+    words = Words()
+    caption, null = words.captions(["one", ""])
+    noise = torch.randn(1, 4, 8, 8)
+    latents, states = make_latents(small_teacher, [caption], null, noise, making)
+    assert torch.equal(states[0, 0], noise[0]) and states.shape == (1, 2, 4, 8, 8)
+    batch = draw(dataset, 0, scaled_linear(), Drawing(batch_size=8, seed=0))
+    assert set(batch.t.tolist()) <= {999, 499}
+    stored = everything(dataset).states.float().flatten(0, 1)
+    assert all((stored - x_t).abs().amax((1, 2, 3)).min() == 0 for x_t in batch.x_t)
+
+
+@pytest.mark.parametrize("change,message", [({"num_states": 9}, "between 0 and as many"), ({"num_steps": 0}, "0 sampler steps|at least one"),
+                                            ({"num_per_prompt": 0}, "at least one")])  # fmt: skip
+def test_settings_that_make_nothing_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Making(**vars(MAKING) | change)
+
+
+def test_no_prompt_is_refused(tmp_path, small_teacher):
+    with pytest.raises(ValueError, match="at least one prompt"):
+        make(tmp_path / "c", small_teacher, prompts=["", "  "])
