@@ -5,4 +5,4 @@ go, `unet` and `denoiser` make networks of it, `dataset`, `objective` and `run` 
 `evaluate` show what it can do.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

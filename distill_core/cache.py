@@ -254,6 +254,14 @@ class CacheWriter:
         """A clean latent (C, H, W), and the noisy states on the way to it (K, C, H, W)."""
         self._add({key: latent, f"{key}.states": states})
 
+    def caption(self, key: str) -> Caption:
+        """An embedding that was added, now or before, as it is stored."""
+        context, pooled = (
+            self._waiting.get(name) if name not in self._shards.tensors else self._shards.read(name)
+            for name in (key, f"{key}.pooled")
+        )
+        return Caption(context, pooled)
+
     def _add(self, tensors: dict[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             if tensor is not None:

@@ -82,12 +82,23 @@ def prune(arguments: argparse.Namespace) -> None:
     print("It still has to be distilled: straight after pruning its samples are poor.")
 
 
+def recipes(arguments: argparse.Namespace) -> None:
+    from .job import example, example_names
+
+    if arguments.name:
+        print(example(arguments.name), end="")
+        return
+    titles = {name: example(name).splitlines()[0].removeprefix("# ") for name in example_names()}
+    print(json.dumps(titles, indent=2) if arguments.json else "\n".join(f"{name:<14} {title}" for name, title in titles.items()))
+
+
 def train(arguments: argparse.Namespace) -> None:
     import contextlib
 
     from tqdm import tqdm
 
     from .job import Job, Prepared
+    from .memory import free_bytes
     from .processes import Processes
     from .run import checkpoints_in
     from .train import Progress
@@ -108,6 +119,8 @@ def train(arguments: argparse.Namespace) -> None:
     run = prepared.run
     if processes.main and not arguments.json:
         print(prepared.describe())
+        if not run.complete:
+            print(prepared.describe_memory(free_bytes(prepared.device)))
     with tqdm(total=job.training.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
 
         def on_step(progress: Progress) -> None:
@@ -118,8 +131,8 @@ def train(arguments: argparse.Namespace) -> None:
             prepared.train(on_step)
     if not processes.main:
         return
-    facts = {"run": str(run.folder), "step": run.step, "student": str(run.student_file), "best": str(run.best_student_file)}
-    print(json.dumps(facts, indent=2) if arguments.json else f"step {run.step}: {run.student_file}")
+    facts = {"run": str(run.folder), "step": run.step, "file": str(run.result_file), "best": str(run.best_result_file)}
+    print(json.dumps(facts, indent=2) if arguments.json else f"step {run.step}: {run.result_file}")
 
 
 def remap_lora(arguments: argparse.Namespace) -> None:
@@ -266,6 +279,11 @@ def _parser() -> argparse.ArgumentParser:
         help="put removed blocks back as identities where ComfyUI could not open the student otherwise",
     )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    command = commands.add_parser("recipes", help="example recipes for distill train, the published ones among them")
+    command.set_defaults(function=recipes)
+    command.add_argument("name", nargs="?", help="print this one, to write it to a file of your own")
+    command.add_argument("--json", action="store_true", help="print the list as JSON")
 
     command = commands.add_parser(
         "train", help="train a student by a recipe; also: accelerate launch -m distill_core train RECIPE.toml"

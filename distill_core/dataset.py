@@ -69,6 +69,13 @@ def num_examples(dataset: Dataset) -> int:
     return sum(dataset.bucket_sizes)
 
 
+def largest_example(dataset: Dataset) -> Examples:
+    """One example, of the bucket whose latents are the largest."""
+    first = torch.zeros(1, dtype=torch.int64)
+    examples = (dataset.read(bucket, first) for bucket, size in enumerate(dataset.bucket_sizes) if size)
+    return max(examples, key=lambda example: example.latents.numel())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
     """Examples of one size, in memory."""

@@ -150,7 +150,12 @@ def tap(denoiser: Denoiser, names: Iterable[str], *, of_input: bool = False) -> 
             handle.remove()
 
 
-_CHECKPOINTED = re.compile(r".*\.(resnet|block)\.\d+")
+_INNER_BLOCK = re.compile(r".*\.(resnet|block)\.\d+")
+
+
+def inner_blocks(denoiser: Denoiser) -> list[str]:
+    """Resnets and transformer blocks, by canonical name."""
+    return list(filter(_INNER_BLOCK.fullmatch, sorted(denoiser.architecture.blocks)))
 
 
 @contextlib.contextmanager
@@ -162,7 +167,7 @@ def checkpointing(denoiser: Denoiser) -> Iterator[None]:
     from torch.utils.checkpoint import checkpoint
 
     with contextlib.ExitStack() as stack:
-        for name in filter(_CHECKPOINTED.fullmatch, sorted(denoiser.architecture.blocks)):
+        for name in inner_blocks(denoiser):
             module = denoiser.module(name)
             again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
             stack.enter_context(instead(module, again))

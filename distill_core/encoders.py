@@ -22,18 +22,22 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-class Encoders(Protocol):
-    """The frozen networks around a UNet."""
+class TextEncoders(Protocol):
+    """The frozen networks that read captions for a UNet."""
 
     fingerprint: str
     """Tells these encoders from others."""
 
-    def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32; equal pixels give equal latents."""
-        ...
-
     def captions(self, captions: list[str]) -> list[Caption]:
         """Embeddings of captions, one each."""
+        ...
+
+
+class Encoders(TextEncoders, Protocol):
+    """The frozen networks around a UNet."""
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32; equal pixels give equal latents."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

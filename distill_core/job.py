@@ -3,7 +3,7 @@
 ```toml
 run = "runs/small"
 
-[teacher]                       # [[teacher]] several times for several teachers
+[teacher]                       # [[teacher]] several times for several teachers; none to fine-tune a student
 file = "sd15.safetensors"
 dtype = "fp16"
 
@@ -29,29 +29,43 @@ from typing import Any
 
 import torch
 
+from .architecture import Architecture
 from .cache import CachedDataset, encode
-from .dataset import Dataset, num_examples
+from .dataset import Dataset, largest_example, num_examples
 from .denoiser import Denoiser, DiffusersDenoiser
 from .encoders import DiffusersEncoders, DigitsEncoders, Encoders
 from .files import UNetFile, open_unet
 from .images import folder, hugging_face, sizes
+from .memory import Forecast, MemorySettings, forecast
 from .plan import PruningPlan, name_map, plan_between, preset, pruned
 from .plan_text import read_plan
 from .previews import Previews
 from .processes import Processes
 from .prune import prune_file
-from .recipe import Recipe, from_mapping, read_toml
+from .recipe import DTYPES, Recipe, from_mapping, read_toml
 from .run import Run
 from .storage import fingerprint
 from .teacher_data import Making, make_dataset
 from .teachers import Teachers
-from .train import DTYPES, Progress, distill
+from .train import Progress, distill
 from .unet import load_unet
 
 DEMO = "demo"
 """In place of a file: the bundled digits."""
-TEACHER_DTYPES = ("fp32", "bf16", "fp16", "fp8")
 OnItem = Callable[[str, int, int], None]
+EXAMPLES = Path(__file__).parent / "recipes"
+
+
+def example_names() -> list[str]:
+    """Names of the example recipes that come with the library."""
+    return sorted(path.stem for path in EXAMPLES.glob("*.toml"))
+
+
+def example(name: str) -> str:
+    """Text of an example recipe; ``ValueError`` lists the choices."""
+    if name not in example_names():
+        raise ValueError(f"unknown recipe {name!r}; choose from {example_names()}")
+    return (EXAMPLES / f"{name}.toml").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +80,8 @@ class TeacherSettings:
     """Keep it in the computer's memory, each layer on the GPU only while it computes."""
 
     def __post_init__(self):
-        if self.dtype not in TEACHER_DTYPES:
-            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(TEACHER_DTYPES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +149,7 @@ class Job:
     folder: Path
     run: str
     teachers: tuple[TeacherSettings, ...]
+    """None for fine-tuning, by the objective ``task`` alone."""
     student: StudentSettings
     data: DataSettings
     training: Recipe
@@ -147,19 +162,20 @@ class Job:
         known = {"run", "teacher", "student", "data", "training", "samples"}
         if unknown := table.keys() - known:
             from_mapping(_Sections, {min(unknown): None}, str(path))
-        for name in ("run", "teacher", "data"):
+        for name in ("run", "data"):
             if name not in table:
                 raise ValueError(f"{path}: {name} is missing")
         if not isinstance(table["run"], str) or not table["run"]:
             raise ValueError(f"{path}: run must be the name of a folder, got {table['run']!r}")
-        teachers = table["teacher"] if isinstance(table["teacher"], list) else [table["teacher"]]
+        teachers = table.get("teacher", [])
+        teachers = teachers if isinstance(teachers, list) else [teachers]
 
         def section(kind: type, name: str, value: Any) -> Any:
             if not isinstance(value, Mapping):
                 raise ValueError(f"{path}: {name} must be a section, [{name}]")
             return from_mapping(kind, value, f"{path}, [{name}]")
 
-        return cls(
+        job = cls(
             folder=path.parent,
             run=table["run"],
             teachers=tuple(section(TeacherSettings, "teacher", teacher) for teacher in teachers),
@@ -168,6 +184,11 @@ class Job:
             training=section(Recipe, "training", table.get("training", {})),
             samples=section(SampleSettings, "samples", table.get("samples", {})),
         )
+        if not job.teachers and job.training.aim.uses_teacher:
+            raise ValueError(f"{path}: teacher is missing; only the objective task does without one")
+        if not job.teachers and job.student.file is None:
+            raise ValueError(f"{path}: without a teacher [student] needs a file")
+        return job
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -191,10 +212,12 @@ class Prepared:
     def __init__(self, job: Job, processes: Processes, on_item: OnItem = lambda what, done, total: None):
         """on_item: called while data are encoded or made, with what is going on."""
         self.job, self.processes, self.device = job, processes, processes.device
-        processes.part_size(job.training.batch_size, job.training.accumulation_steps)
-        self.teacher_files = [_open(job, settings.file) for settings in job.teachers]
+        processes.check(job.training)
+        # Fine-tuning, sample pictures are beside those of the student as it was.
+        self.teacher_settings = job.teachers or (TeacherSettings(file=job.student.file),)
+        self.teacher_files = [_open(job, settings.file) for settings in self.teacher_settings]
         first = self.teacher_files[0]
-        for settings, file in zip(job.teachers, self.teacher_files, strict=True):
+        for settings, file in zip(self.teacher_settings, self.teacher_files, strict=True):
             if dict(file.architecture.shapes) != dict(first.architecture.shapes):
                 raise ValueError(f"teacher {settings.file} is of another architecture than {job.teachers[0].file}")
         self.plan, self.student_file = self._student(first)
@@ -209,28 +232,66 @@ class Prepared:
 
     def describe(self) -> str:
         """What is about to be trained, a line each."""
-        teachers, examples = self.job.teachers, num_examples(self.dataset)
-        student = self.student_file or self.teacher_files[0]
-        architecture = student.architecture
-        if self.plan is not None and self.student_file is None:
-            architecture = pruned(architecture, name_map(architecture, self.plan))
+        examples = num_examples(self.dataset)
+        teachers = ", ".join(f"{teacher.file} ({teacher.dtype})" for teacher in self.job.teachers)
         recipe = self.job.training
+        share = f"{self.processes.count} processes share each batch" + ", and the student's weights" * self.processes.shards
         return "\n".join([
-            f"teacher   {', '.join(f'{teacher.file} ({teacher.dtype})' for teacher in teachers)}",
-            f"student   {architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
+            *([share] if self.processes.count > 1 else []),
+            f"teacher   {teachers or 'none'}",
+            f"student   {self.architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
             f"data      {examples:,} examples in {len(self.dataset.bucket_sizes)} sizes",
-            f"training  {recipe.objective}, {recipe.total_steps:,} steps of batch {recipe.batch_size}, {recipe.optimizer} at "
+            f"training  {recipe.objective}{f', LoRA of rank {recipe.lora_rank}' * bool(recipe.lora_rank)}, {recipe.total_steps:,} steps of batch {recipe.batch_size}, {recipe.optimizer} at "
             f"{recipe.learning_rate:g}, from step {self.run.step}",
             f"run       {self.run.folder}",
         ])  # fmt: skip
 
+    def describe_memory(self, free_bytes: int | None) -> str:
+        """What a step needs on the device, part by part; and where that is more than is free, what to change.
+
+        free_bytes: as from `memory.free_bytes`.
+        """
+        told = self.forecast()
+        return "\n".join(filter(None, [told.describe(), told.describe_shortage(free_bytes)]))
+
+    def forecast(self) -> Forecast:
+        """The memory a step needs on the device."""
+        example, teachers = largest_example(self.dataset), self.teacher_settings
+        settings = MemorySettings(
+            recipe=self.job.training,
+            teacher_dtype=max((teacher.dtype for teacher in teachers), key=lambda dtype: DTYPES[dtype].itemsize),
+            teacher_offloaded=self.device.type != "cpu" and all(teacher.offload for teacher in teachers),
+            num_teachers=len(teachers),
+            num_processes=self.processes.count,
+            shards=self.processes.shards,
+            device=self.device.type,
+        )
+        return forecast(
+            teacher=self.teacher_files[0].architecture,
+            student=self.architecture,
+            plan=self.plan,
+            latent_shape=tuple(example.latents.shape[1:]),
+            num_tokens=example.contexts.shape[1],
+            settings=settings,
+        )
+
     # --- teacher and student
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the student is made of."""
+        if self.student_file is not None:
+            return self.student_file.architecture
+        teacher = self.teacher_files[0].architecture
+        return pruned(teacher, name_map(teacher, self.plan))
 
     def _student(self, teacher: UNetFile) -> tuple[PruningPlan | None, UNetFile | None]:
         """The plan that leads from teacher to student, and the student's file where it has one of its own."""
         settings = self.job.student
         if settings.file is not None:
             file = _open(self.job, settings.file)
+            if not self.job.teachers:
+                return file.plan, file
             return plan_between(teacher.architecture, file.architecture, file.plan), file
         if settings.preset is not None:
             return preset(settings.preset), None
@@ -253,7 +314,7 @@ class Prepared:
         return _denoiser(file, load_unet(file, dtype).to(self.device))
 
     def teachers(self) -> Teachers:
-        pairs = zip(self.job.teachers, self.teacher_files, strict=True)
+        pairs = zip(self.teacher_settings, self.teacher_files, strict=True)
         return Teachers([partial(self.teacher, settings, file) for settings, file in pairs], self.job.training)
 
     def teacher(self, settings: TeacherSettings, file: UNetFile) -> Denoiser:
@@ -284,7 +345,7 @@ class Prepared:
     def encoders(self) -> Encoders:
         """Autoencoder and text encoders; opened when they are first needed."""
         if self._encoders is None:
-            name, first = self.job.data.encoders, self.job.teachers[0].file
+            name, first = self.job.data.encoders, self.teacher_settings[0].file
             if name is None and first == DEMO:
                 name = DEMO
             if name is None and self.job.path(first).is_dir() and (self.job.path(first) / "vae").is_dir():
@@ -332,7 +393,7 @@ class Prepared:
         )
         file = self.teacher_files[0]
         return make_dataset(
-            self.teacher(self.job.teachers[0], file),
+            partial(self.teacher, self.teacher_settings[0], file),
             fingerprint(file.tensors),
             self.encoders,
             _text(self.job.path(data.prompts)).splitlines(),

@@ -106,6 +106,12 @@ def comfyui_reads_diffusers_names(architecture: Architecture) -> bool:
     return len({len(architecture.numbers(f"{stage}.resnet")) for stage in architecture.stages("down")}) == 1
 
 
+def kohya_names(architecture: Architecture) -> dict[str, str]:
+    """Canonical layer -> how kohya's trainer calls it, spelled so that both ComfyUI and diffusers find it in this network."""
+    dialect = _DIALECTS[("diffusers" if comfyui_reads_diffusers_names(architecture) else "ldm") + " with underscores"]
+    return {layer: _TRANSLATED_PREFIX + path for layer, path in _paths(architecture, dialect).items()}
+
+
 # --- finding layers in a LoRA ---------------------------------------------------------------------------------------
 
 

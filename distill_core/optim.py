@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .processes import shared_like
+
 Parameters = list[nn.Parameter]
 
 
@@ -139,6 +141,8 @@ class Optimizer:
             name, path = key.split("/", 1)
             parameter = self.parameters[name]
             if isinstance(value, Tensor):  # counters stay on the CPU, where optimisers keep them
+                if value.shape == parameter.shape:
+                    value = shared_like(value, parameter)
                 value = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
             *outer, last = path.split("/")
             entries = owner[parameter].state[parameter]
@@ -196,5 +200,6 @@ class MovingAverage:
             average.lerp_(weights[name].detach().float(), 1 - decay)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from an average, whole tensors by name."""
         for name, average in self.weights.items():
-            average.copy_(weights[name])
+            average.copy_(shared_like(weights[name], average))

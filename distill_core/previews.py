@@ -35,16 +35,19 @@ class Previews:
     """The picture that was drawn last."""
     _by_teacher: Tensor | None = field(default=None, repr=False)
 
-    def draw(self, folder: Path, step: int, student: Denoiser, teacher: Denoiser) -> Path:
-        """Write ``folder/00000500.png``: the teacher's pictures above, the student's below."""
+    def draw(self, folder: Path, step: int, student: Denoiser, teacher: Denoiser, *, write: bool = True) -> None:
+        """Write ``folder/00000500.png``: the teacher's pictures above, the student's below.
+
+        write: False for a process that only has to take part because the student is sharded.
+        """
         if self._by_teacher is None:
             self._by_teacher = self._pictures(teacher)
         path = folder / f"{step:08d}.png"
         rows = {"teacher": self._by_teacher, f"student, step {step}": self._pictures(student)}
-        with atomic(path, overwrite=True) as made:
-            plots.picture_rows(rows).save(made)
-        self.latest = path
-        return path
+        if write:
+            with atomic(path, overwrite=True) as made:
+                plots.picture_rows(rows).save(made)
+            self.latest = path
 
     def _pictures(self, denoiser: Denoiser) -> Tensor:
         noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))

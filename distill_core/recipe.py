@@ -9,11 +9,15 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import torch
+
 from .dataset import TIMESTEPS, Drawing
 from .objective import OBJECTIVES, UNWEIGHTED, WEIGHTINGS, Objective
 from .optim import OPTIMIZERS
 
 LR_SCHEDULES = ("constant", "cosine", "linear")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+"""What the words for a precision mean."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 WEIGHT_DTYPES = ("fp32", "bf16")
 TEACHER_MODES = ("sequence", "mixture")
@@ -57,6 +61,13 @@ class Recipe:
     teacher_shares: tuple[float, ...] = ()
     """Each teacher's share of the steps; empty for equal shares."""
 
+    lora_rank: int = 0
+    """Train a LoRA of this rank on the student in place of its weights, which then stay as they are; 0 trains the weights."""
+    lora_alpha: float | None = None
+    """What the LoRA counts, over its rank; None for the rank itself, which counts it once."""
+    lora_targets: tuple[str, ...] = ("*.attn1.to_*", "*.attn2.to_*")
+    """Patterns of the layers it sits on, in block names such as ``mid.*``."""
+
     optimizer: str = "adamw"
     """A key of `optim.OPTIMIZERS`."""
     learning_rate: float = 5e-5
@@ -75,7 +86,8 @@ class Recipe:
     precision: str = "fp32"
     """What the student computes in: ``fp32``, ``bf16`` or ``fp16``; its weights stay as ``weight_dtype`` says."""
     weight_dtype: str = "fp32"
-    """What the student's weights are kept in. ``bf16`` halves weights and gradients and rounds stochastically."""
+    """What the student's weights are kept in. ``bf16`` halves weights and gradients and rounds stochastically; a LoRA stays
+    float32 on weights of either."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     compile: bool = False
@@ -125,7 +137,7 @@ class Recipe:
             raise ValueError(f"teacher_shares must all be above 0, got {list(self.teacher_shares)}")
         if self.weight_dtype == "bf16" and self.precision == "fp16":
             raise ValueError("weight_dtype bf16 computes in bf16 as well; set precision to bf16")
-        if self.weight_dtype == "bf16" and not OPTIMIZERS[self.optimizer].one_by_one:
+        if self.rounds and not OPTIMIZERS[self.optimizer].one_by_one:
             raise ValueError(f"{self.optimizer} looks at all weights at once, so it needs weight_dtype fp32; or take another")
         self.aim  # noqa: B018  weights that leave no loss are refused
 
@@ -133,6 +145,16 @@ class Recipe:
     def aim(self) -> Objective:
         """The objective with this recipe's weights."""
         return OBJECTIVES[self.objective].with_weights(self.task_weight, self.output_weight, self.feature_weight)
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the student computes in, a key of `DTYPES`."""
+        return "bf16" if self.weight_dtype == "bf16" else self.precision
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is trained is kept in bfloat16, and so rounded."""
+        return self.weight_dtype == "bf16" and not self.lora_rank
 
     @property
     def drawing(self) -> Drawing:
@@ -186,6 +208,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "accumulation_steps": (1, math.inf),
     "warmup_steps": (0, math.inf),
+    "lora_rank": (0, 4096),
+    "lora_alpha": (0, 1e6),
     "weight_decay": (0, 1e3),
     "ema_decay": (0, 0.999999),
     "save_every_steps": (1, math.inf),

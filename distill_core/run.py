@@ -3,7 +3,8 @@
 run/recipe.toml               what is trained, and on what
 run/metrics.csv               one row a step
 run/samples/                  pictures by the student beside the teacher's, where asked for
-run/checkpoints/00000300/     student.safetensors: the student; training.safetensors: what else going on needs
+run/checkpoints/00000300/     student.safetensors (or lora.safetensors): what comes out; training.safetensors: what else
+                              going on needs
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .architecture import Architecture
-from .files import open_unet, save_unet
-from .plan import PruningPlan
 from .recipe import Recipe, read_toml, to_toml
 from .storage import atomic, read_header, write_tensors, write_text
+from .trained import Trained
+
+TRAINING = "training.safetensors"
 
 
 class State(NamedTuple):
     """Where a run stands, as a checkpoint holds it."""
 
     step: int
-    student: dict[str, Tensor]
-    """The student's weights by canonical name, as they are given out."""
+    weights: dict[str, Tensor]
+    """What is trained, by name, as it is given out."""
     tensors: dict[str, Tensor]
     """What else the next step depends on."""
     rest: dict[str, Any]
@@ -95,31 +96,28 @@ class Run:
         return self.step >= self.recipe.total_steps
 
     @property
-    def student_file(self) -> Path:
-        """The newest student; an ordinary checkpoint any loader of the layout opens. ``ValueError`` before the first."""
+    def result_file(self) -> Path:
+        """The newest student, or LoRA; an ordinary file any loader opens. ``ValueError`` before the first."""
         if not self.checkpoints:
             raise ValueError(f"run {self.folder.name!r} has no checkpoint yet")
-        return self.checkpoints[-1] / "student.safetensors"
+        return self._result(self.checkpoints[-1])
 
     @property
-    def best_student_file(self) -> Path:
-        """The student with the lowest validation loss of those that are kept; the newest where nothing was validated."""
+    def best_result_file(self) -> Path:
+        """That with the lowest validation loss of those that are kept; the newest where nothing was validated."""
         best = self._best(1)
-        return best[0] / "student.safetensors" if best else self.student_file
+        return self._result(best[0]) if best else self.result_file
 
-    def save(self, state: State, architecture: Architecture, prediction: str, plan: PruningPlan | None) -> None:
+    def _result(self, checkpoint: Path) -> Path:
+        (file,) = (path for path in checkpoint.glob("*.safetensors") if path.name != TRAINING)
+        return file
+
+    def save(self, state: State, trained: Trained) -> None:
         """Write a checkpoint whole or not at all, then drop those that need not stay."""
         with atomic(self.folder / "checkpoints" / f"{state.step:08d}", overwrite=True) as folder:
             folder.mkdir()
-            save_unet(
-                folder / "student.safetensors",
-                state.student,
-                architecture,
-                plan=plan,
-                prediction=prediction,
-                metadata={"distill.step": str(state.step)},
-            )
-            write_tensors(folder / "training.safetensors", state.tensors, {"distill.training": json.dumps(state.rest)})
+            trained.write(folder / trained.file_name, state.weights, {"distill.step": str(state.step)})
+            write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest)})
         keep = {*self.checkpoints[-self.recipe.keep_checkpoints :], *self._best(self.recipe.keep_best)}
         for old in set(self.checkpoints) - keep:
             shutil.rmtree(old, ignore_errors=True)
@@ -129,14 +127,13 @@ class Run:
         losses = {row["step"]: row["validation"] for row in self.metrics() if "validation" in row} if count else {}
         return sorted((c for c in self.checkpoints if int(c.name) in losses), key=lambda c: losses[int(c.name)])[:count]
 
-    def load(self) -> State | None:
+    def load(self, trained: Trained) -> State | None:
         """The newest checkpoint; None before the first."""
         if not self.checkpoints:
             return None
-        header = read_header(self.checkpoints[-1] / "training.safetensors")
+        header = read_header(self.checkpoints[-1] / TRAINING)
         tensors = {name: tensor.read() for name, tensor in header.tensors.items()}
-        student = {name: tensor.read() for name, tensor in open_unet(self.student_file).tensors.items()}
-        return State(self.step, student, tensors, json.loads(header.metadata["distill.training"]))
+        return State(self.step, trained.read(self.result_file), tensors, json.loads(header.metadata["distill.training"]))
 
     # --- metrics
 

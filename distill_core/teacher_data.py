@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .cache import CachedDataset, CacheWriter, Entry, key, text_key
-from .dataset import Caption, generator
+from .dataset import Caption, generator, tile
 from .denoiser import Denoiser, Label
-from .encoders import Encoders
+from .encoders import TextEncoders
 from .images import Size
 from .sampling import sample, timesteps
 from .storage import ignore
+from .teachers import Load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Making:
         if min(self.num_steps, self.num_per_prompt) < 1:
             raise ValueError("a teacher needs at least one sampler step and one picture for each prompt")
 
-    def kept(self, denoiser: Denoiser) -> Tensor | None:
+    def kept(self, denoiser: Denoiser | None) -> Tensor | None:
         """Timesteps of the states that are kept, evenly from the sampler's, (K,)."""
         if not self.num_states:
             return None
@@ -54,6 +56,7 @@ def make_latents(
 ) -> tuple[Tensor, Tensor | None]:
     """Latents (B, C, H, W) the teacher draws for captions from noise, and states (B, K, C, H, W) on the way."""
     kept, states = making.kept(teacher), []
+    length = lcm(*(len(caption.context) for caption in [*captions, null]))
     label = null_label = None
     if null.pooled is not None:
         height, width = making.size
@@ -62,8 +65,8 @@ def make_latents(
         null_label = Label(null.pooled[None], sizes)
     latents = sample(
         teacher,
-        torch.stack([caption.context for caption in captions]),
-        null.context,
+        torch.stack([tile(caption.context, length) for caption in captions]),
+        tile(null.context, length),
         noise=noise,
         label=label,
         null_label=null_label,
@@ -75,51 +78,59 @@ def make_latents(
 
 
 def make_dataset(
-    teacher: Denoiser,
+    load_teacher: Load,
     teacher_fingerprint: str,
-    encoders: Encoders,
+    encoders: TextEncoders,
     prompts: Sequence[str],
     making: Making,
     folder: Path | str,
     *,
     batch_size: int = 8,
+    dtype: str = "fp16",
+    on_caption: Callable[[int, int], None] = ignore,
     on_item: Callable[[int, int], None] = ignore,
 ) -> CachedDataset:
     """Teacher-made pictures of prompts as a dataset on disk; only what is not in the folder yet is made.
 
-    Each picture depends on its prompt, its number and the seed alone, not on the others. ``on_item(done, total)`` is called
-    after each batch. If it is interrupted, what was made stays. ``ValueError`` without prompts.
+    Each picture depends on its prompt, its number and the seed alone, not on the others. dtype: as in `CacheWriter`. The teacher is loaded once all
+    prompts are encoded, so that it need not share memory with the encoders. ``on_caption(done, total)`` is called after each
+    batch of prompts, ``on_item(done, total)`` before the first batch of pictures and after each. If it is interrupted or
+    killed, every batch before stays. ``ValueError`` without prompts.
     """
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("a teacher-made dataset needs at least one prompt")
-    writer = CacheWriter(folder)
+    writer = CacheWriter(folder, dtype=dtype)
     texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
     missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
-    for start in range(0, len(missing), batch_size):
-        part = missing[start : start + batch_size]
-        for prompt, caption in zip(part, encoders.captions(part), strict=True):
-            writer.add_text(texts[prompt], caption)
-    (null,) = encoders.captions([""])
-    height, width = making.size
-    shape = teacher.architecture.channels("conv_in")[0], height // 8, width // 8
-    sizes = (height, width, 0, 0, height, width) if null.pooled is not None else None
+    try:
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            for prompt, caption in zip(part, encoders.captions(part), strict=True):
+                writer.add_text(texts[prompt], caption)
+            on_caption(start + len(part), len(missing))
+    finally:
+        writer.flush()
+    null = writer.caption(texts[""])
     jobs, seen = [], {}
     for prompt in prompts * making.num_per_prompt:
         number = seen[prompt] = seen.get(prompt, -1) + 1
         how = vars(making) | {"num_per_prompt": None}
         jobs.append((prompt, number, key("made", texts[prompt], number, teacher_fingerprint, *how.values(), writer.dtype)))
     to_do = [job for job in jobs if not writer.has(job[2])]
-    try:
-        for start in range(0, len(to_do), batch_size):
-            part = to_do[start : start + batch_size]
-            noise = [torch.randn(shape, generator=generator(making.seed, number, prompt)) for prompt, number, _ in part]
-            captions = encoders.captions([prompt for prompt, *_ in part])
-            latents, states = make_latents(teacher, captions, null, torch.stack(noise), making)
-            for i, (_, _, name) in enumerate(part):
-                writer.add_latent(name, latents[i], None if states is None else states[i])
-            on_item(len(jobs) - len(to_do) + start + len(part), len(jobs))
-    finally:
+    teacher = load_teacher() if to_do or making.num_states else None
+    height, width = making.size
+    on_item(len(jobs) - len(to_do), len(jobs))
+    for start in range(0, len(to_do), batch_size):
+        part = to_do[start : start + batch_size]
+        shape = teacher.architecture.channels("conv_in")[0], height // 8, width // 8
+        noise = [torch.randn(shape, generator=generator(making.seed, number, prompt)) for prompt, number, _ in part]
+        captions = [writer.caption(texts[prompt]) for prompt, *_ in part]
+        latents, states = make_latents(teacher, captions, null, torch.stack(noise), making)
+        for i, (_, _, name) in enumerate(part):
+            writer.add_latent(name, latents[i], None if states is None else states[i])
         writer.flush()
+        on_item(len(jobs) - len(to_do) + start + len(part), len(jobs))
+    sizes = (height, width, 0, 0, height, width) if null.pooled is not None else None
     entries = [Entry(name, texts[prompt], sizes) for prompt, _, name in jobs]
     return writer.finish(entries, texts[""], making.kept(teacher))

@@ -17,18 +17,20 @@ from torch import Tensor
 
 from .dataset import Batch, Dataset, draw, generator, held_out_batches, num_examples
 from .denoiser import Denoiser, Label, checkpointing, tap
+from .memory import MemorySettings, changes
 from .objective import Outputs, example_weights
 from .optim import MovingAverage, Optimizer
 from .plan import NameMap, PruningPlan, name_map
 from .previews import Previews
-from .processes import ALONE, Processes
+from .processes import ALONE, Processes, shared_like, whole
+from .recipe import DTYPES, Recipe
 from .run import Run, State
 from .schedule import prediction
 from .teachers import Teachers
 from .trackers import open_trackers
+from .trained import trained
 
 log = logging.getLogger("distill")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_TIMESTEP_BINS = 10
 MAX_VALIDATION_BATCHES = 8
 PUBLISHED_EXAMPLES, PUBLISHED_EPOCHS = 212_776, 60  # BK-SDM: 50,000 steps of batch 256
@@ -69,8 +71,8 @@ def distill(
     a loss or gradient is not finite, ``ValueError`` where student, teachers or data do not belong together.
     """
     teachers = teacher if isinstance(teacher, Teachers) else Teachers.single(teacher, run.recipe)
-    training = Training(run, student, teachers, plan, dataset, processes)
-    first = training.restore()
+    processes.check(run.recipe)
+    training, first = Training(run, student, teachers, plan, dataset, processes), run.step
     last = min(run.recipe.total_steps, first + (num_steps if num_steps is not None else run.recipe.total_steps))
     if first >= last:
         return
@@ -93,12 +95,12 @@ def distill(
                         track(row)
                 if done < last and (done % run.recipe.save_every_steps == 0 or (run.recipe.keep_best and "validation" in row)):
                     training.save()
-                if previews and run.recipe.sample_every_steps and done % run.recipe.sample_every_steps == 0 and processes.main:
+                if previews and run.recipe.sample_every_steps and done % run.recipe.sample_every_steps == 0 and training.keeps:
                     with training.given_out():
-                        previews.draw(run.folder / "samples", done, student, teachers.at(step))
+                        previews.draw(run.folder / "samples", done, student, teachers.at(step), write=processes.main)
                 on_step(Progress(done, run.recipe.total_steps, row, (time.monotonic() - started) / (done - first)))
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(_what_to_lower(run.recipe)) from error
+            raise OutOfMemory(_what_to_lower(run.recipe, processes)) from error
         finally:
             # A cancel or an error loses the step it fell into and no more.
             training.save_if_sound()
@@ -114,17 +116,8 @@ class Training:
         self.run, self.recipe, self.student, self.teachers = run, recipe, student, teachers
         self.plan, self.dataset, self.processes = plan, dataset, processes
         self.aim = recipe.aim
-        self.parameters = student.named_parameters()
-        self.optimizer = Optimizer(
-            recipe.optimizer,
-            self.parameters,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            rounding=recipe.weight_dtype == "bf16",
-        )
-        self.average = MovingAverage(self.parameters, recipe.ema_decay) if recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=recipe.precision == "fp16")
-        compute = "bf16" if recipe.weight_dtype == "bf16" else recipe.precision
+        compute = recipe.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
         self.done, self.sound = 0, True  # sound: no update was cut in half, no weight spoilt
         self._theirs: dict[int, Mapping[str, Tensor]] = {}
@@ -135,22 +128,33 @@ class Training:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Ready the networks for training; afterwards they are as networks are for use."""
-        network = self.student.network
-        if self.recipe.weight_dtype == "bf16":
+        """Ready the networks for training where the run stands; afterwards they are as networks are for use."""
+        network, recipe = self.student.network, self.recipe
+        if recipe.weight_dtype == "bf16":
             network.to(torch.bfloat16)
-        network.train().requires_grad_(True)
+        network.train()
+        self.trained = trained(self.student, recipe, self.plan)
         with contextlib.ExitStack() as stack:
             self._stack = stack
             self._reader = stack.enter_context(ThreadPoolExecutor(1))
-            if self.recipe.gradient_checkpointing:
+            if recipe.gradient_checkpointing:
                 stack.enter_context(checkpointing(self.student))
+            stack.callback(setattr, self.student, "forward", self.student.forward)
+            if recipe.compile:
+                self.student.forward = torch.compile(network)
+            self.processes.share(self.student)
+            self.parameters = self.trained.parameters()
+            self.optimizer = Optimizer(
+                recipe.optimizer,
+                self.parameters,
+                learning_rate=recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+                rounding=recipe.rounds,
+            )
+            self.average = MovingAverage(self.parameters, recipe.ema_decay) if recipe.ema_decay else None
+            self._restore()
             self.points = self._points(self.teachers.at(self.done)) if self.aim.uses_teacher else {}
             self._ours = stack.enter_context(tap(self.student, self.points.values()))
-            stack.callback(setattr, self.student, "forward", self.student.forward)
-            if self.recipe.compile:
-                self.student.forward = torch.compile(network)
-            stack.enter_context(self.processes.sharing(self.student))
             try:
                 yield
             finally:
@@ -205,7 +209,7 @@ class Training:
         del terms, total
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer.parts[0])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
         values = self._readable(measured, batch.t, norm)
         self._check_finite(values, step)
         if len(self.teachers) > 1:
@@ -327,12 +331,12 @@ class Training:
         """While open, the network has the weights the run gives out, and is as networks are for use."""
         network = self.student.network.eval()
         with self.optimizer.given_out():
-            trained = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
+            own = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
             self._put(self.average.weights if self.average else {})
             try:
                 yield
             finally:
-                self._put(trained)
+                self._put(own)
                 network.train()
 
     @torch.no_grad()
@@ -340,17 +344,24 @@ class Training:
         for name, weight in weights.items():
             self.parameters[name].copy_(weight)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether this process has to do with what is kept: the main one, and all that hold a part of the student."""
+        return self.processes.main or self.processes.shards
+
     def save(self) -> None:
         """Write a checkpoint."""
-        if self.processes.main:
+        if self.keeps:
             tensors, rest = self.optimizer.state()
-            tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+            tensors = {f"optimizer/{name}": whole(tensor) for name, tensor in tensors.items()}
             if self.average or self.optimizer.averages:
-                tensors |= {f"weights/{name}": weight.detach().cpu().clone() for name, weight in self.parameters.items()}
+                tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
             rest = {"optimizer": rest, "scaler": self.scaler.state_dict()}
             with self.optimizer.given_out():
-                state = State(self.done, self.average.weights if self.average else self.parameters, tensors, rest)
-                self.run.save(state, self.student.architecture, self.student.prediction, self.plan)
+                given_out = self.average.weights if self.average else self.parameters
+                state = State(self.done, {name: whole(weight.detach()) for name, weight in given_out.items()}, tensors, rest)
+                if self.processes.main:
+                    self.run.save(state, self.trained)
         self.processes.wait()
 
     def save_if_sound(self) -> None:
@@ -358,19 +369,18 @@ class Training:
         if self.sound and self.done > self.run.step:
             self.save()
 
-    def restore(self) -> int:
-        """Go on from the newest checkpoint; returns its step, 0 if there is none."""
-        if (state := self.run.load()) is None:
-            return 0
-        weights = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
-        self.student.load_state_dict(weights or state.student)
+    def _restore(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        if (state := self.run.load(self.trained)) is None:
+            return
+        own = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
+        self._put({name: shared_like(weight, self.parameters[name]) for name, weight in (own or state.weights).items()})
         if self.average:
-            self.average.load(state.student)
+            self.average.load(state.weights)
         optimizer = {n.removeprefix("optimizer/"): t for n, t in state.tensors.items() if n.startswith("optimizer/")}
         self.optimizer.load(optimizer, state.rest["optimizer"])
         self.scaler.load_state_dict(state.rest["scaler"])
         self.done = state.step
-        return state.step
 
 
 @contextlib.contextmanager
@@ -401,18 +411,11 @@ def _warn_if_seen_too_often(num_examples: int, num_seen: int) -> None:
         )
 
 
-def _what_to_lower(recipe) -> str:
-    """The settings that need less memory, the least harmful first, those already in use left out."""
-    ways = {
-        "gradient_checkpointing on": not recipe.gradient_checkpointing,
-        f"accumulation_steps {2 * recipe.accumulation_steps}": recipe.batch_size % (2 * recipe.accumulation_steps) == 0,
-        "precision bf16": recipe.precision == "fp32",
-        "optimizer adamw8bit": recipe.optimizer == "adamw",
-        "weight_dtype bf16": recipe.weight_dtype == "fp32",
-        "no ema_decay": bool(recipe.ema_decay),
-        "smaller pictures": True,
-    }
+def _what_to_lower(recipe: Recipe, processes: Processes) -> str:
+    """The settings that need less memory, the least harmful first."""
+    settings = MemorySettings(recipe=recipe, num_processes=processes.count, shards=processes.shards)
     return (
-        f"the device is out of memory; change, in this order: {', '.join(way for way, helps in ways.items() if helps)}; "
-        "the run keeps every step before, and the first two may be changed in mid-run"
+        "the device is out of memory; change, in this order: "
+        f"{', '.join(change.what for change in changes(settings, of_teacher=False))}; the run keeps every step before, and "
+        "gradient_checkpointing and accumulation_steps may be changed in mid-run"
     )

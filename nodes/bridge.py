@@ -30,18 +30,22 @@ from torch import Tensor, nn
 
 from ..distill_core import plan as plans
 from ..distill_core.architecture import Architecture
-from ..distill_core.dataset import Bucket, Caption, LatentDataset, tile
+from ..distill_core.cache import CachedDataset, text_key
+from ..distill_core.dataset import Bucket, Caption, LatentDataset, largest_example, tile
 from ..distill_core.demo import digits
 from ..distill_core.demo.teacher import load_dataset, teacher_file
 from ..distill_core.denoiser import Label, LdmDenoiser
 from ..distill_core.files import UNetFile, open_unet
 from ..distill_core.layouts import layout
+from ..distill_core.memory import Forecast, MemorySettings, forecast
 from ..distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map
 from ..distill_core.previews import Previews
 from ..distill_core.prune import prune, pruning_metadata
+from ..distill_core.recipe import DTYPES, Recipe
 from ..distill_core.run import checkpoints_in
 from ..distill_core.schedule import NoiseSchedule, from_noise_ratio
 from ..distill_core.storage import WriteError, fingerprint
+from ..distill_core.teacher_data import Making, make_dataset
 from ..distill_core.train import Progress
 
 TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
@@ -254,12 +258,22 @@ class ComfyDenoiser(LdmDenoiser):
     """The UNet inside a MODEL, on the device and in the precision ComfyUI runs it."""
 
     patcher: ModelPatcher
+    room_bytes: int | None = None
+    """Memory to leave free where ComfyUI may unload the network at any time; None for one that is in our hands alone."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        # ComfyUI may have unloaded it since, or given it the patches of another MODEL that shares it.
+        if self.room_bytes is not None and self.patcher.model.current_weight_patches_uuid != self.patcher.patches_uuid:
+            self.load()
         # Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another.
         options = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
         y = None if label is None else label.vector()
         return self.running(x_t, timesteps=t.float(), context=context, y=y, transformer_options=options)
+
+    def load(self) -> None:
+        """Load the network to its device, with the MODEL's patches."""
+        with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=self.room_bytes)
 
     @property
     def device(self) -> torch.device:
@@ -270,10 +284,19 @@ class ComfyDenoiser(LdmDenoiser):
         return self.patcher.model.get_dtype_inference()
 
 
-def denoiser(model: ModelPatcher, beside: ComfyDenoiser | None = None) -> ComfyDenoiser:
-    """A MODEL as a denoiser, loaded to its device with its patches applied, room left to train the student ``beside`` it."""
-    comfy.model_management.load_models_gpu([model], memory_required=_training_bytes(beside.architecture) if beside else 0)
-    return _wrap(model, model)
+def denoiser(
+    model: ModelPatcher, beside: ComfyDenoiser | None = None, batch_shape: tuple[int, ...] | None = None
+) -> ComfyDenoiser:
+    """A MODEL as a denoiser, loaded to its device with its patches applied.
+
+    Room is left to train the student ``beside`` it, or to draw batches of a shape (B, C, H, W).
+    """
+    wrapped = _wrap(model, model)
+    wrapped.room_bytes = (
+        _training_bytes(beside.architecture) if beside else model.memory_required(batch_shape) if batch_shape else 0
+    )
+    wrapped.load()
+    return wrapped
 
 
 def trainable(student: ModelPatcher) -> ComfyDenoiser:
@@ -297,6 +320,37 @@ def trainable(student: ModelPatcher) -> ComfyDenoiser:
 def _training_bytes(architecture: Architecture) -> int:
     """Memory of a student in training: float32 weight, gradient, and two moments of AdamW; activations come on top."""
     return 16 * architecture.num_parameters
+
+
+def forecast_memory(
+    teachers: list[ModelPatcher], student: ModelPatcher, plan: PruningPlan | None, data: LatentDataset, recipe: Recipe
+) -> Forecast:
+    """The memory a run's step needs, as networks of diffusers of the same architecture would need it."""
+    example = largest_example(data)
+    stored = max((teacher.model.get_dtype() for teacher in teachers), key=lambda dtype: dtype.itemsize)
+    settings = MemorySettings(
+        recipe=recipe,
+        teacher_dtype=next(name for name, dtype in DTYPES.items() if dtype.itemsize == stored.itemsize),
+        num_teachers=len(teachers),
+        device=student.load_device.type,
+    )
+    return forecast(
+        teacher=architecture_of(teachers[0]),
+        student=architecture_of(student),
+        plan=plan,
+        latent_shape=tuple(example.latents.shape[1:]),
+        num_tokens=example.contexts.shape[1],
+        settings=settings,
+    )
+
+
+def free_bytes(model: ModelPatcher) -> int:
+    """Memory of a MODEL's device that is free, or that ComfyUI makes free by unloading MODELs."""
+    device, loaded = model.load_device, comfy.model_management.current_loaded_models
+    free = comfy.model_management.get_free_memory(device)
+    if comfy.model_management.is_device_cpu(device):  # where unloaded they stay
+        return free
+    return free + sum(entry.model_loaded_memory() for entry in loaded if entry.model is not None and entry.device == device)
 
 
 def release_memory() -> None:
@@ -375,11 +429,12 @@ def calibration(
 NUM_PREVIEWS = 4
 
 
-def previews(data: LatentDataset, vae: comfy.sd.VAE, model: ModelPatcher) -> Previews:
-    """Sample pictures of the first captions, while a run trains; ``ValueError`` without the empty caption guidance needs."""
-    if data.null is None:
-        raise ValueError("sample pictures need the null caption: connect the empty prompt, encoded")
-    examples = data.read(0, torch.arange(min(NUM_PREVIEWS, data.bucket_sizes[0])))
+def previews(data: LatentDataset, vae: comfy.sd.VAE | None, model: ModelPatcher) -> Previews:
+    """Sample pictures of a few captions while a run trains; ``ValueError`` without a VAE, or the empty caption."""
+    if vae is None or data.null is None:
+        what = "a VAE" if vae is None else "null_caption (the empty prompt, encoded)"
+        raise ValueError(f"sample_every_steps asks for sample pictures, which need {what}; connect it, or set that to 0")
+    examples = data.read(0, torch.arange(NUM_PREVIEWS) * data.bucket_sizes[0] // NUM_PREVIEWS)
     pooled = [None] * len(examples.contexts) if examples.label is None else examples.label.pooled
     captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
 
@@ -414,7 +469,14 @@ class _Told(NamedTuple):
 
 def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
     """Captions of all conditioning, of one length: a context that is repeated conditions as before."""
-    architecture, told = architecture_of(model), []
+    told = _told(conditioning, architecture_of(model))
+    length = math.lcm(*{len(caption.context) for caption in told})
+    return [caption._replace(context=tile(caption.context, length)) for caption in told]
+
+
+def _told(conditioning: list, architecture: Architecture) -> list[_Told]:
+    """Captions of all conditioning, if they are for a model."""
+    told = []
     for embedding, options in (entry for one in conditioning for entry in one):
         if embedding.shape[-1] != architecture.context_width:
             raise ValueError(
@@ -426,8 +488,7 @@ def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
             raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
         for i, context in enumerate(embedding.float().cpu()):
             told.append(_Told(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
-    length = math.lcm(*{len(caption.context) for caption in told})
-    return [caption._replace(context=tile(caption.context, length)) for caption in told]
+    return told
 
 
 def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) -> list[Bucket]:
@@ -470,16 +531,98 @@ def _bucket(examples: list[tuple[Tensor, Tensor | None, _Told]], height: int, wi
     )
 
 
+# --- data made by the teacher ---------------------------------------------------------------------------------------
+
+
+STORED = "fp16"  # precision on disk
+
+
+class ClipEncoders:
+    """The text encoders of a CLIP, with the LoRA and the clip skip that are on it."""
+
+    def __init__(self, clip: comfy.sd.CLIP, architecture: Architecture):
+        self._clip, self._architecture = clip, architecture
+        with torch.inference_mode():
+            patcher = clip.load_model()
+            weights = {name: weight.to("cpu").detach() for name, weight in patcher.model_state_dict_for_saving().items()}
+            self.fingerprint = f"{fingerprint(weights)} {clip.layer_idx}"
+
+    def captions(self, captions: list[str]) -> list[Caption]:
+        encoded = [self._clip.encode_from_tokens_scheduled(self._clip.tokenize(caption)) for caption in captions]
+        return [Caption(told.context, told.pooled) for told in _told(encoded, self._architecture)]
+
+
+def make_data(
+    teacher: ModelPatcher,
+    clip: comfy.sd.CLIP,
+    prompts: list[str],
+    making: Making,
+    folder: Path,
+    batch_size: int,
+    on_caption: Callable[[int, int], None],
+    on_item: Callable[[int, int], None],
+) -> tuple[list[dict], list, list]:
+    """Pictures a teacher draws: LATENTs and CONDITIONINGs of one each, in the order of the prompts, and that of the empty prompt.
+
+    What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
+    """
+    architecture, sampling = architecture_of(teacher), teacher.get_model_object("model_sampling")
+    encoders = ClipEncoders(clip, architecture)
+    height, width = (side // 8 for side in making.size)
+    data = make_dataset(
+        partial(denoiser, teacher, batch_shape=(2 * batch_size, architecture.channels("conv_in")[0], height, width)),
+        f"{model_fingerprint(teacher)} {prediction_of(teacher)} {fingerprint({'sigmas': sampling.sigmas})}",
+        encoders,
+        prompts,
+        making,
+        folder,
+        batch_size=batch_size,
+        dtype=STORED,
+        on_caption=on_caption,
+        on_item=on_item,
+    )
+    return *_in_order(data, prompts, encoders, teacher), _conditioning(data.null.context.float(), data.null.pooled)
+
+
+def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, teacher: ModelPatcher) -> tuple[list, list]:
+    """LATENT and CONDITIONING of each example, in the order of the prompts; those of one prompt share the latter."""
+    order = {text_key(prompt.strip(), encoders.fingerprint, STORED): number for number, prompt in enumerate(prompts)}
+    latents, captions, of_text = [], [], {}
+    for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):
+        example, text = data.read(0, torch.tensor([number])), data.entries[number].text
+        latent = {"samples": teacher.model.process_latent_out(example.latents.float())}
+        if example.states is not None:
+            latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
+        if text not in of_text:
+            of_text[text] = _conditioning(example.contexts[0].float(), example.label and example.label.pooled[0].float())
+        latents.append(latent)
+        captions.append(of_text[text])
+    return latents, captions
+
+
+def _conditioning(context: Tensor, pooled: Tensor | None) -> list:
+    return [[context[None], {} if pooled is None else {"pooled_output": pooled[None].float()}]]
+
+
 # --- runs, progress, files ------------------------------------------------------------------------------------------
 
 
 def run_folder(name: str) -> Path:
     """Folder of a run under ComfyUI's output folder; ``ValueError`` for a name that is no plain folder name."""
-    root = os.path.join(folder_paths.get_output_directory(), "distill_runs")
+    return _output_folder("distill_runs", name, "run_name")
+
+
+def data_folder(name: str) -> Path:
+    """Folder of data under ComfyUI's output folder; ``ValueError`` for a name that is no plain folder name."""
+    return _output_folder("distill_data", name, "name")
+
+
+def _output_folder(inside: str, name: str, setting: str) -> Path:
+    root = os.path.join(folder_paths.get_output_directory(), inside)
     folder = os.path.join(root, name)
     reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)  # on Windows
     if reserved or not re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", name) or not folder_paths.is_within_directory(root, folder):
-        raise ValueError(f"run_name {name!r} must be a plain name of letters, digits, spaces, dots, dashes and underscores")
+        raise ValueError(f"{setting} {name!r} must be a plain name of letters, digits, spaces, dots, dashes and underscores")
     return Path(folder)
 
 
@@ -524,10 +667,15 @@ def show_text(text: str, node_id: str) -> None:
     PromptServer.instance.send_progress_text(text, node_id)
 
 
+def duration(seconds: float) -> str:
+    """``2 min 10 s``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def describe_progress(progress: Progress, last_step: int) -> str:
     """``step 120 of 500, loss 0.031, 2 min 10 s left``."""
-    seconds = round((last_step - progress.step) * progress.seconds_per_step)
-    left = f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+    left = duration((last_step - progress.step) * progress.seconds_per_step)
     return f"step {progress.step} of {progress.total_steps}, loss {progress.losses['total']:.4f}, {left} left"
 
 

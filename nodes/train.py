@@ -1,5 +1,6 @@
 """Distillation inside the graph."""
 
+import logging
 import time
 from functools import partial
 
@@ -9,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..distill_core import plots
 from ..distill_core.files import open_unet
+from ..distill_core.memory import Forecast, gib
 from ..distill_core.objective import OBJECTIVES
 from ..distill_core.recipe import LR_SCHEDULES, Recipe
 from ..distill_core.run import Run
@@ -17,6 +19,7 @@ from ..distill_core.train import Progress, distill
 from . import bridge
 from .recipe import RecipeSettings
 
+log = logging.getLogger("distill")
 SECONDS_BETWEEN_CURVES = 1.5
 SHARE_OF_TIME_FOR_CURVES = 0.05
 SECONDS_FOR_SAMPLES = 6.0
@@ -171,10 +174,10 @@ class DistillTrainStep(io.ComfyNode):
             }
             run = Run(bridge.run_folder(run_name), recipe, origin)
             if not run.complete:
-                previews = bridge.previews(data, vae[0], teacher) if vae[0] is not None else None
+                previews = bridge.previews(data, vae[0], teacher) if recipe.sample_every_steps else None
                 _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
         architecture = bridge.architecture_of(student)
-        trained = bridge.make_student(open_unet(run.student_file).state_dict, architecture, student, bridge.origin_of(student))
+        trained = bridge.make_student(open_unet(run.result_file).state_dict, architecture, student, bridge.origin_of(student))
         metrics = run.metrics()
         curve = bridge.to_image(plots.loss_curve(metrics, _title(run)))
         bridge.show_text(
@@ -206,6 +209,7 @@ def _train(run: Run, models, student, plan, data, previews, num_steps: int, node
         bar.update_absolute(progress.step - first, preview=preview)
         bridge.throw_if_cancelled()
 
+    _tell_memory(bridge.forecast_memory(models, student, plan, data, run.recipe), bridge.free_bytes(student), node_id)
     try:
         learning = bridge.trainable(student)
         teachers = Teachers([partial(bridge.denoiser, model, learning) for model in models], run.recipe)
@@ -222,6 +226,15 @@ def _train(run: Run, models, student, plan, data, previews, num_steps: int, node
     finally:
         learning = teachers = None
         bridge.release_memory()
+
+
+def _tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
+    """The total on the node, with advice where it is too much; the parts in the log."""
+    log.info("%s", told.describe())
+    shortage = told.describe_shortage(free_bytes, of_teacher=False)
+    if shortage:
+        log.warning("%s", shortage)
+    bridge.show_text(shortage or f"a step needs about {gib(told.total_bytes)} of memory", node_id)
 
 
 def _title(run: Run) -> str:

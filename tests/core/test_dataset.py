@@ -13,6 +13,7 @@ from distill_core.dataset import (
     fingerprint,
     held_out_batches,
     indices,
+    largest_example,
     num_held_out,
     which_bucket,
 )
@@ -32,6 +33,13 @@ def settings(**changes):
 
 def drawn(dataset, step, **changes):
     return draw(dataset, step, SCHEDULE, settings(**changes))
+
+
+def test_the_largest_example_is_of_the_largest_size_that_has_any():
+    shapes = {(8, 8): 3, (16, 8): 1, (8, 12): 2}
+    buckets = [Bucket(latents=torch.randn(count, 4, *size), contexts=torch.randn(1, 3, 5)) for size, count in shapes.items()]
+    example = largest_example(LatentDataset([*buckets, Bucket(latents=torch.zeros(0, 4, 32, 32), contexts=torch.randn(1, 3, 5))]))
+    assert example.latents.shape == (1, 4, 16, 8) and example.contexts.shape == (1, 3, 5)
 
 
 @given(num_examples=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 2**40))

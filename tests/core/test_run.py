@@ -36,7 +36,7 @@ def uninterrupted(tmp_path_factory, small_teacher, data):
 
 
 def same_weights(run, other):
-    ours, theirs = open_unet(run.student_file).state_dict, open_unet(other.student_file).state_dict
+    ours, theirs = open_unet(run.result_file).state_dict, open_unet(other.result_file).state_dict
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
@@ -110,7 +110,7 @@ def test_a_complete_run_trains_no_more(small_teacher, data, uninterrupted):
 
 def test_the_trained_network_is_the_saved_one(uninterrupted):
     run, student = uninterrupted
-    saved = open_unet(run.student_file)
+    saved = open_unet(run.result_file)
     assert all(torch.equal(saved.state_dict[n], w) for n, w in student.named_parameters().items())
     assert saved.plan.name == PLAN.name
     assert [int(c.name) for c in run.checkpoints] == [4, 6]
@@ -196,7 +196,7 @@ def test_spoilt_weights_never_replace_a_good_checkpoint(tmp_path, small_teacher,
     with pytest.raises(FloatingPointError, match="step 5 .*new run with a lower learning rate"):
         distill(run, on_step=spoil, **options)
     assert run.step == 3
-    assert all(w.isfinite().all() for w in open_unet(run.student_file).state_dict.values())
+    assert all(w.isfinite().all() for w in open_unet(run.result_file).state_dict.values())
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path, small_teacher, data):

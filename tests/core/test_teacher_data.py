@@ -4,6 +4,7 @@ import torch
 from distill_core.cache import CachedDataset
 from distill_core.dataset import Caption, Drawing, draw
 from distill_core.schedule import scaled_linear
+from distill_core.storage import read_header
 from distill_core.teacher_data import Making, make_dataset, make_latents
 
 MAKING = Making(size=(64, 64), guidance=2.0, num_steps=4)
@@ -23,7 +24,7 @@ class Words:
 
 
 def make(folder, teacher, prompts=("one", "two", "three"), making=MAKING, **options):
-    return make_dataset(teacher, "teacher", Words(), prompts, making, folder, batch_size=2, **options)
+    return make_dataset(lambda: teacher, "teacher", Words(), prompts, making, folder, batch_size=2, **options)
 
 
 def everything(dataset):
@@ -54,18 +55,60 @@ def test_what_was_made_is_not_made_again(tmp_path, small_teacher):
 
     def stop(done, total):
         calls.append((done, total))
-        raise Stop
+        if done:
+            raise Stop
 
     with pytest.raises(Stop):
         make(tmp_path / "parts", small, on_item=stop)
-    assert calls == [(2, 3)]
+    assert calls == [(0, 3), (2, 3)]
     progress = []
     parts = make(tmp_path / "parts", small, on_item=lambda done, total: progress.append((done, total)))
-    assert progress == [(3, 3)] and parts.fingerprint == whole.fingerprint
+    assert progress == [(2, 3), (3, 3)] and parts.fingerprint == whole.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(everything(parts)[:2], everything(whole)[:2], strict=True))
     small.network = None  # a teacher that could not answer
     assert make(tmp_path / "parts", small).fingerprint == whole.fingerprint
     assert CachedDataset.open(tmp_path / "parts").fingerprint == whole.fingerprint
+
+
+def test_a_batch_is_on_disk_before_the_next_is_begun(tmp_path, small_teacher):
+    """A process that is killed runs nothing more, no finally either."""
+    counts, folder = [], tmp_path / "c"
+
+    def count(done, total):
+        shapes = [tensor.shape for file in folder.glob("shard-*") for tensor in read_header(file).tensors.values()]
+        counts.append((done, shapes.count((4, 8, 8))))
+
+    make(folder, small_teacher, on_item=count)
+    assert counts == [(0, 0), (2, 2), (3, 3)]
+
+
+def test_the_teacher_is_loaded_once_all_prompts_are_encoded_and_only_if_needed(tmp_path, small_teacher):
+    order, words = [], Words()
+
+    def load():
+        order.append(f"teacher after {len(words.asked)} prompts")
+        return small_teacher
+
+    for _ in range(2):
+        make_dataset(load, "teacher", words, ["one", "two", "three"], MAKING, tmp_path / "c", batch_size=2)
+    assert order == ["teacher after 4 prompts"] and sorted(words.asked) == ["", "one", "three", "two"]
+
+
+def test_prompts_of_different_lengths_are_drawn_together(tmp_path, small_teacher):
+    class OfLengths(Words):
+        def captions(self, captions):
+            return [
+                Caption(torch.randn(5 * (1 + len(text) // 4), 16, generator=torch.Generator().manual_seed(len(text))))
+                for text in captions
+            ]
+
+    def drawn(folder, *prompts):
+        dataset = make_dataset(lambda: small_teacher, "teacher", OfLengths(), prompts, MAKING, folder, batch_size=2)
+        return dict(zip((entry.latent for entry in dataset.entries), everything(dataset).latents.float(), strict=True))
+
+    alone, together = drawn(tmp_path / "alone", "one"), drawn(tmp_path / "together", "one", "a longer one")
+    (name,) = alone
+    torch.testing.assert_close(together[name], alone[name], rtol=2e-3, atol=2e-3)
 
 
 def test_several_pictures_of_a_prompt_differ(tmp_path, small_teacher):

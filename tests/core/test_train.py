@@ -38,7 +38,7 @@ def train(folder, teacher, data, recipe=RECIPE, student=None, teachers=None, **o
 
 
 def weights(run):
-    return open_unet(run.student_file).state_dict
+    return open_unet(run.result_file).state_dict
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_every_prediction_trains_with_every_weighting(kind, schedule, weighting,
     row = run.metrics()[0]
     plain = row["task"] + row["output"] + row["feature"]
     assert (row["total"] == pytest.approx(plain, rel=1e-5)) == (weighting == "none")
-    assert open_unet(run.student_file).prediction == kind
+    assert open_unet(run.result_file).prediction == kind
 
 
 # --- data of other kinds
@@ -310,7 +310,7 @@ def test_the_newest_and_the_best_checkpoints_stay(tmp_path, small_teacher, data)
     assert sorted(losses) == [2, 4, 6, 8]
     best = min(losses, key=losses.get)
     assert {int(c.name) for c in run.checkpoints} == {6, 7, 8, best}
-    assert int(run.best_student_file.parent.name) == best
+    assert int(run.best_result_file.parent.name) == best
 
 
 def test_validation_is_of_what_is_given_out_and_disturbs_nothing(tmp_path, small_teacher, data):

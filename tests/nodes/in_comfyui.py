@@ -163,6 +163,30 @@ def receive_control(plans, out):
     Path(out).write_text(json.dumps(found))
 
 
+def tell_memory(out):
+    """What Distill Train Step shows and logs for the demo, with memory enough and with too little.
+
+    Writes ``[[free bytes, text on the node, log], ...]``, the first for what is free on this computer.
+    """
+    bridge = pack()
+    from pack.distill_core.plan import preset
+    from pack.distill_core.recipe import Recipe
+    from pack.nodes import train
+
+    teacher, plan = bridge.demo_teacher(), preset("bk-sdm-base")
+    student, data = bridge.prune_model(teacher, plan), bridge.dataset(*bridge.demo_data(), None, teacher)
+    found, shown, logged = [], [], []
+    bridge.show_text = lambda text, node_id: shown.append(text)
+    train.log.setLevel(logging.INFO)
+    train.log.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: logged.append(record.getMessage())
+    for free in (bridge.free_bytes(student), 30 << 20):
+        told = bridge.forecast_memory([teacher], student, plan, data, Recipe(batch_size=4))
+        train._tell_memory(told, free, "1")
+        found.append([free, shown.pop(), "\n".join(logged)])
+    Path(out).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     comfyui, function, *arguments = sys.argv[1:]
     start(comfyui)

@@ -10,6 +10,7 @@ NAMES = {
     "DistillAnalyseUNetBlocks": "Analyse UNet Blocks",
     "DistillLoadDistilledModel": "Load Distilled Model",
     "DistillRemapLoRAToStudent": "Remap LoRA to Student",
+    "DistillTeacherDataset": "Teacher Dataset",
     "DistillTrainStep": "Distill Train Step",
     "DistillRecipe": "Distillation Recipe",
     "DistillSaveDistilledModel": "Save Distilled Model",

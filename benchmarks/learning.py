@@ -1,0 +1,168 @@
+"""What distillation is worth on the demo: ``python benchmarks/learning.py``.
+
+Students of one size, trained for as many steps on as many examples, several seeds each: distilled, without the teacher's
+answers, from random weights, and distilled on pictures the teacher made. Writes ``results/learning.md``, every figure
+measured in that run. Each student's figures are kept in ``results/learning.jsonl`` as they come, so that an interrupted
+run goes on; the finished one deletes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from demo_students import BATCH_SIZE, pruned_student, random_student, train
+from report import RESULTS, device_words, mean_and_margin, publish, share_interval, table
+from tqdm import tqdm
+
+from distill_core.dataset import Dataset, LatentDataset, num_examples
+from distill_core.demo import digits
+from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
+from distill_core.denoiser import DiffusersDenoiser
+from distill_core.encoders import DigitsEncoders
+from distill_core.plan import PruningPlan, preset, preset_names
+from distill_core.quickstart import Settings, judge
+from distill_core.storage import fingerprint
+from distill_core.teacher_data import Making, make_dataset
+
+KEPT = RESULTS / "learning.jsonl"
+WORDS = {"pruned": "the teacher's weights", "random": "random weights", "bk-sdm": "data and teacher", "task": "data alone",
+         "real": "real digits", "made": "teacher-made, noised", "states": "teacher-made, its trajectory"}  # fmt: skip
+
+
+class Student(NamedTuple):
+    """How a student comes about."""
+
+    begins: str
+    objective: str | None = None
+    """None for one that is not trained."""
+    data: str | None = None
+
+
+STUDENTS = {
+    "pruned only": Student("pruned"),
+    "distilled": Student("pruned", "bk-sdm", "real"),
+    "task only": Student("pruned", "task", "real"),
+    "from scratch": Student("random", "task", "real"),
+    "distilled on made data": Student("pruned", "bk-sdm", "made"),
+    "distilled on trajectories": Student("pruned", "bk-sdm", "states"),
+}
+AGAINST = "distilled"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=500, help="digits judged of each student (default: %(default)s)")
+    arguments = parser.parse_args()
+    settings = vars(arguments) | {"batch_size": BATCH_SIZE, "device": device_words()}
+    found = _kept(settings)
+    teacher, plan, real = load_denoiser(teacher_file()), preset(arguments.preset), load_dataset()
+    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ("teacher", *STUDENTS) if (name, seed) not in found]
+    for name, seed in tqdm(to_do):
+        student = teacher if name == "teacher" else _student(STUDENTS[name], teacher, plan, real, arguments.steps, seed)
+        row, _ = judge(name, student, Settings(num_samples=arguments.samples, seed=seed))
+        found[name, seed] = row.accuracy, row.frechet_distance
+        _keep({"settings": settings, "student": name, "seed": seed, "accuracy": row.accuracy, "frechet": row.frechet_distance})
+    architecture = pruned_student(teacher, plan).architecture
+    publish("learning", [
+        *_figures(found, arguments), "", *_differences(found, arguments), "",
+        f"Students of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
+        f"{teacher.architecture.num_parameters:,}; {arguments.steps} steps of batch {BATCH_SIZE} on {num_examples(real):,} real "
+        f"or {len(_prompts()) * _num_per_prompt(real):,} teacher-made digits, all by the same settings. Means over {arguments.seeds} seeds, "
+        f"± half the 95 % interval by Student's t; {arguments.samples} digits judged for each seed, and for all of them together "
+        f"the 95 % interval of the accuracy by Wilson. {settings['device']}.",
+    ])  # fmt: skip
+    KEPT.unlink(missing_ok=True)
+
+
+# --- students
+
+
+def _student(how: Student, teacher, plan: PruningPlan, real: LatentDataset, steps: int, seed: int) -> DiffusersDenoiser:
+    student = random_student(teacher, plan, seed) if how.begins == "random" else pruned_student(teacher, plan)
+    if how.objective is not None:
+        data = real if how.data == "real" else _made(_num_per_prompt(real), seed)[how.data]
+        train(student, teacher, plan, data, steps, seed, objective=how.objective)
+    return student
+
+
+@lru_cache(maxsize=1)
+def _made(num_per_prompt: int, seed: int) -> Mapping[str, Dataset]:
+    """The teacher's digits, sampled as the judge samples; once to be noised anew, once with the states on the way."""
+    how, file = Settings(), teacher_file()
+    making = Making(size=(64, 64), guidance=how.guidance, num_steps=how.sample_steps, num_per_prompt=num_per_prompt,
+                    num_states=how.sample_steps, seed=seed)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), DigitsEncoders(), _prompts(), making,
+                            Path(folder) / "cache", batch_size=100)  # fmt: skip
+        examples = made.read(0, torch.arange(num_examples(made)))
+    plain = LatentDataset.of(examples.latents, examples.contexts, made.null.context)
+    (bucket,) = plain.buckets
+    states = LatentDataset([type(bucket)(**{**vars(bucket), "states": examples.states})], made.null, made.timesteps)
+    return {"made": plain, "states": states}
+
+
+def _prompts() -> list[str]:
+    return [digits.caption(n) for n in range(10)]
+
+
+def _num_per_prompt(real: Dataset) -> int:
+    """As many as there are real digits, as near as ten prompts allow."""
+    return round(num_examples(real) / len(_prompts()))
+
+
+# --- figures
+
+
+def _kept(settings: dict) -> dict[tuple[str, int], tuple[float, float]]:
+    """Figures of an interrupted run by the same settings, by student and seed."""
+    lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
+    return {(x["student"], x["seed"]): (x["accuracy"], x["frechet"]) for x in lines if x["settings"] == settings}
+
+
+def _keep(line: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with open(KEPT, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _figures(found, arguments) -> list[str]:
+    rows = []
+    for name, how in {"teacher": Student("", None, None), **STUDENTS}.items():
+        accuracies, distances = zip(*(found[name, seed] for seed in range(arguments.seeds)), strict=True)
+        num_seen = arguments.samples * arguments.seeds
+        low, high = share_interval(round(sum(accuracies) * arguments.samples), num_seen)
+        rows.append([name, *(WORDS.get(part, "") for part in how), _share(*mean_and_margin(accuracies)), f"{low:.1%} to {high:.1%}",
+                     _number(*mean_and_margin(distances))])  # fmt: skip
+    return table(["student", "begins with", "learns from", "examples", "accuracy", "of all samples", "Fréchet distance"], rows)
+
+
+def _differences(found, arguments) -> list[str]:
+    """How much others differ from the distilled student of the same seed."""
+    rows = []
+    for name in (name for name in STUDENTS if name != AGAINST):
+        pairs = [zip(found[name, seed], found[AGAINST, seed], strict=True) for seed in range(arguments.seeds)]
+        accuracies, distances = zip(*([other - own for other, own in pair] for pair in pairs), strict=True)
+        rows.append([name, _share(*mean_and_margin(accuracies), sign="+"), _number(*mean_and_margin(distances), sign="+")])
+    return table([f"against {AGAINST}, seed by seed", "accuracy", "Fréchet distance"], rows)
+
+
+def _share(mean: float, margin: float, sign: str = "") -> str:
+    return f"{mean:{sign}.1%} ± {margin:.1%}"
+
+
+def _number(mean: float, margin: float, sign: str = "") -> str:
+    return f"{mean:{sign}.2f} ± {margin:.2f}"
+
+
+if __name__ == "__main__":
+    main()

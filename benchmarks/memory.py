@@ -1,0 +1,132 @@
+"""The memory of a training step, forecast part by part and measured: ``python benchmarks/memory.py``.
+
+Two published students on the smallest GPUs they are meant for. Where there is a CUDA device the same steps run on it, with
+random weights and random data, and the peak that torch allocates is set beside the forecast; without one nothing is
+measured. Writes ``results/memory.md``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from distill_core.architecture import Architecture
+from distill_core.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
+from distill_core.dataset import Bucket, LatentDataset
+from distill_core.denoiser import DiffusersDenoiser, Label
+from distill_core.memory import Forecast, MemorySettings, forecast, gib
+from distill_core.plan import name_map, preset, pruned
+from distill_core.processes import ALONE
+from distill_core.recipe import DTYPES, Recipe
+from distill_core.run import Run
+from distill_core.teachers import Teachers
+from distill_core.train import Training
+from distill_core.unet import build_unet
+
+RESULTS = Path(__file__).parent / "results"
+NUM_STEPS = 3  # the first makes the optimiser's state
+
+
+class Case(NamedTuple):
+    """A student, and how it is trained."""
+
+    family: str
+    preset: str
+    batch_size: int
+    memory_gib: int
+    """Of the GPU it should fit."""
+
+    @property
+    def title(self) -> str:
+        _, height, width = LATENT_SHAPES[self.family]
+        size = f"{8 * height} x {8 * width} px, batch {self.batch_size}"
+        return f"{self.preset} of {self.family}, {size}, on a GPU of {self.memory_gib} GiB"
+
+    @property
+    def settings(self) -> MemorySettings:
+        recipe = Recipe(batch_size=self.batch_size, precision="bf16", optimizer="adamw8bit")
+        return MemorySettings(recipe=recipe, teacher_dtype="fp16")
+
+    @property
+    def architectures(self) -> tuple[Architecture, Architecture]:
+        """Of teacher and student."""
+        teacher = published_teacher(self.family)
+        return teacher, pruned(teacher, name_map(teacher, preset(self.preset)))
+
+
+CASES = [Case("sdxl", "ssd-1b", 1, 24), Case("sd1", "bk-sdm-small", 2, 8)]
+
+
+def main() -> None:
+    RESULTS.mkdir(exist_ok=True)
+    sections = []
+    for case in CASES:
+        architectures, started = case.architectures, time.process_time()
+        told = _forecast(case, *architectures)
+        took = f"The forecast took {time.process_time() - started:.1f} s of one processor core."
+        sections.append("\n".join([f"## {case.title}", "", "```", told.describe(), "```", "", took, _measured(case, told)]))
+        print(sections[-1], end="\n\n")
+    settings = "Student in bf16 by autocast on float32 weights, teacher in fp16, adamw8bit, objective bk-sdm."
+    (RESULTS / "memory.md").write_text("\n\n".join([settings, *sections]) + "\n", encoding="utf-8")
+
+
+def _forecast(case: Case, teacher: Architecture, student: Architecture) -> Forecast:
+    return forecast(
+        teacher=teacher,
+        student=student,
+        plan=preset(case.preset),
+        latent_shape=LATENT_SHAPES[case.family],
+        num_tokens=NUM_TOKENS,
+        settings=case.settings,
+    )
+
+
+def _measured(case: Case, told: Forecast) -> str:
+    if not torch.cuda.is_available():
+        return "The real peak was not measured: there is no CUDA device."
+    peak = _peak_bytes(case, torch.device("cuda"))
+    device = torch.cuda.get_device_name()
+    return f"Measured on {device}: {gib(peak)}. Forecast over measured: {told.total_bytes / peak:.3f}."
+
+
+def _peak_bytes(case: Case, device: torch.device) -> int:
+    """The most torch allocates at once in a few steps."""
+    (theirs, ours), recipe = case.architectures, case.settings.recipe
+    teacher = _random(theirs, device, DTYPES[case.settings.teacher_dtype])
+    student = _random(ours, device, torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", recipe, {})
+        data = _data(theirs, LATENT_SHAPES[case.family])
+        training = Training(run, student, Teachers.single(teacher, recipe), preset(case.preset), data, ALONE)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        with training.open():
+            for step in range(NUM_STEPS):
+                training.step(step)
+        return torch.cuda.max_memory_allocated(device)
+
+
+def _random(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> DiffusersDenoiser:
+    with device:
+        network = build_unet(architecture).eval().requires_grad_(False)
+    torch.nn.Module.to(network, dtype)  # that of diffusers warns
+    return DiffusersDenoiser(network=network, architecture=architecture)
+
+
+def _data(teacher: Architecture, latent_shape: tuple[int, int, int], num_examples: int = 8) -> LatentDataset:
+    contexts, label = torch.randn(num_examples, NUM_TOKENS, teacher.context_width), None
+    if teacher.label_width:
+        size_px = 8 * latent_shape[1], 8 * latent_shape[2]
+        label = Label.neutral(teacher.label_width, num_examples, size_px, contexts)
+    pooled, sizes = label or (None, None)
+    return LatentDataset(
+        [Bucket(latents=torch.randn(num_examples, *latent_shape), contexts=contexts, pooled=pooled, sizes=sizes)]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What every benchmark needs to tell its results: tables, intervals, the device in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantile of Student's t distribution with 1, 2, ... degrees of freedom."""
+NORMAL = statistics.NormalDist().inv_cdf(0.975)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table, a line each."""
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def publish(name: str, lines: Sequence[str]) -> None:
+    """Print lines and write them to ``results/NAME.md``."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def device_words() -> str:
+    """What it ran on: "CPU, 1 thread", or the name of the GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def mean_and_margin(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of independent values, and half the width of its 95 % confidence interval by Student's t."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    if n - 2 >= len(STUDENT_T):
+        raise ValueError(f"intervals are known for up to {len(STUDENT_T) + 1} values, got {n}")
+    return statistics.mean(values), STUDENT_T[n - 2] * statistics.stdev(values) / math.sqrt(n)
+
+
+def share_interval(num_right: int, num_seen: int) -> tuple[float, float]:
+    """95 % interval of a share of independent samples (Wilson 1927)."""
+    share, z2 = num_right / num_seen, NORMAL**2 / num_seen
+    middle, half = share + z2 / 2, NORMAL * math.sqrt(share * (1 - share) / num_seen + z2 / (4 * num_seen))
+    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)

@@ -1,0 +1,106 @@
+"""A LoRA on a network: low-rank matrices beside layers that stay as they are (Hu et al. 2021, arXiv 2106.09685), by peft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .dataset import generator
+from .denoiser import Denoiser
+from .lora import kohya_names
+from .storage import read_header, write_tensors
+
+ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
+"""Layers a LoRA usually sits on: the projections of every attention."""
+NAME = "distill"
+"""What peft knows the adapter by."""
+
+
+class Lora:
+    """A LoRA put on a denoiser's network: ``W x`` becomes ``W x + alpha / rank * B A x``, and A and B alone are trained.
+
+    targets: patterns of canonical layers, such as ``mid.*`` or ``*.attn2.to_*``. The matrices are float32, whatever the
+    network is; B begins as zero, so that nothing changes before the first step, and A follows from the seed.
+    ``ValueError`` for a pattern that matches no layer.
+    """
+
+    file_name = "lora.safetensors"
+
+    def __init__(
+        self, denoiser: Denoiser, *, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION, seed: int = 0
+    ):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        self.denoiser, self.layers = denoiser, _matching(denoiser, targets)
+        denoiser.network.requires_grad_(False)
+        paths = [denoiser.path(layer) for layer in self.layers]
+        config = LoraConfig(r=rank, lora_alpha=self.alpha, target_modules=paths)
+        with torch.random.fork_rng(devices=[]):  # peft fills matrices from the global generator; ours come below
+            inject_adapter_in_model(config, denoiser.network, NAME)
+        for name, parameter in self.parameters().items():
+            parameter.data = _beginning(name, parameter.shape, seed).to(parameter.device)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Matrices by ``<canonical layer>.lora_down`` (A, rank x inputs) and ``.lora_up`` (B, outputs x rank)."""
+        found = {}
+        for layer in self.layers:
+            module = self.denoiser.module(layer)
+            found[f"{layer}.lora_down"] = module.lora_A[NAME].weight
+            found[f"{layer}.lora_up"] = module.lora_B[NAME].weight
+        return found
+
+    def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a LoRA file as kohya's trainer does; stock ComfyUI and diffusers open it."""
+        names = kohya_names(self.denoiser.architecture)
+        tensors = {}
+        for name, weight in weights.items():
+            layer, matrix = name.rsplit(".", 1)
+            tensors[f"{names[layer]}.{matrix}.weight"] = weight
+            tensors[f"{names[layer]}.alpha"] = torch.tensor(self.alpha)
+        about = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(self.rank),
+            "ss_network_alpha": str(self.alpha),
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.title": path.stem,
+            "distill.lora": json.dumps({"layers": len(self.layers)}),
+        }
+        write_tensors(path, tensors, {**about, **metadata})
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """The matrices of a file `write` wrote, by their names here."""
+        names, stored = kohya_names(self.denoiser.architecture), read_header(path).tensors
+        keys = {name: "{}.{}.weight".format(names[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1]) for name in self.parameters()}
+        return {name: stored[key].read() for name, key in keys.items()}
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the matrices of a checkpoint."""
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(weights[name])
+
+
+def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:
+    """Linear and convolution layers that patterns match, in the network's order."""
+    modules = {layer: denoiser.module(layer) for layer in kohya_names(denoiser.architecture)}
+    layers = [layer for layer, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for pattern in targets:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise ValueError(
+                f"lora_targets: {pattern!r} matches no layer of this model; layers are called {layers[0]}, {layers[len(layers) // 2]} …"
+            )
+    return [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in targets)]
+
+
+def _beginning(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """B: zeros. A: uniform in ``± 1 / sqrt(inputs)``, as linear layers begin."""
+    if name.endswith("lora_up"):
+        return torch.zeros(shape)
+    bound = shape[1:].numel() ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, 0, name))

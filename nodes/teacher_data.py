@@ -1,0 +1,159 @@
+"""Training data without images: the teacher draws it."""
+
+import time
+
+from comfy.utils import ProgressBar
+from comfy_api.latest import io
+
+from ..distill_core.teacher_data import Making
+from . import bridge
+
+
+class TeacherDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillTeacherDataset",
+            display_name="Teacher Dataset",
+            category="distill",
+            description="Training data without images: the teacher draws a picture of each prompt, for Distill Train Step. Every "
+            "picture is kept under output/distill_data, so that cancelled, or queued again with more prompts, it draws only what "
+            "is missing.",
+            search_aliases=[
+                "synthetic data",
+                "training data",
+                "make dataset",
+                "data-free distillation",
+                "trajectories",
+                "distill",
+            ],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("teacher", tooltip="The model that is to be distilled. It is only read."),
+                io.Clip.Input("clip", tooltip="The teacher's own text encoder."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="What to draw, one prompt a line. Prompts of the kind the student will be used with; the more, the "
+                    "better. A list of texts may be connected too.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="teacher_data",
+                    tooltip="Folder under output/distill_data that keeps what was drawn. Pictures of all settings may share one.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Width in pixels: what the teacher was trained at. 512 for SD1.x, 768 or 512 for SD2, 1024 for SDXL, "
+                    "64 for the demo.",
+                ),
+                io.Int.Input("height", default=512, min=64, max=4096, step=8, tooltip="Height in pixels, as width."),
+                io.Int.Input(
+                    "images_per_prompt", default=1, min=1, max=10_000, tooltip="Pictures of each prompt, from different noise."
+                ),
+                io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Sampler steps for each picture (DDIM)."),
+                io.Float.Input(
+                    "guidance",
+                    default=7.5,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="cfg the teacher draws with: 7.5 for Stable Diffusion, 2 for the demo. 1 is off, and twice as fast.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Decides the noise. The same seed gives the same pictures.",
+                ),
+                io.Int.Input(
+                    "trajectory_states",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip="Noisy pictures kept of each on its way through the sampler, at most as many as steps. The student then "
+                    "learns from those instead of noise that is added; each takes as much memory as the picture. 0 is off.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=256,
+                    advanced=True,
+                    tooltip="Pictures drawn at once. Lower it if memory runs out. A cancel or a crash loses at most so many.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latents", is_output_list=True, tooltip="What was drawn, for Distill Train Step or VAE Decode."
+                ),
+                io.Conditioning.Output(display_name="captions", is_output_list=True, tooltip="The prompt of each, encoded."),
+                io.Conditioning.Output(
+                    display_name="null_caption", tooltip="The empty prompt, encoded, for null_caption of Distill Train Step."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, teacher, clip, prompts, name, width, height, images_per_prompt, steps, guidance, seed,
+                trajectory_states, batch_size) -> io.NodeOutput:  # fmt: skip
+        prompts = [line for text in prompts for line in text.splitlines()]
+        if not any(map(str.strip, prompts)):
+            raise ValueError("there are no prompts; write what the teacher is to draw, one prompt a line")
+        making = Making(
+            size=(height[0], width[0]),
+            guidance=guidance[0],
+            num_steps=steps[0],
+            num_per_prompt=images_per_prompt[0],
+            num_states=trajectory_states[0],
+            seed=seed[0],
+        )
+        progress = _Progress(cls.hidden.unique_id)
+        try:
+            made = bridge.make_data(
+                teacher[0],
+                clip[0],
+                prompts,
+                making,
+                bridge.data_folder(name[0]),
+                batch_size[0],
+                on_caption=progress.captions,
+                on_item=progress.pictures,
+            )
+        finally:
+            bridge.release_memory()
+        return io.NodeOutput(*made)
+
+
+class _Progress:
+    """Shows how far the work has come, and ends it where it is cancelled."""
+
+    def __init__(self, node_id: str):
+        self._node_id, self._began = node_id, None
+
+    def captions(self, done: int, total: int) -> None:
+        bridge.show_text(f"{done} of {total} prompts encoded", self._node_id)
+        bridge.throw_if_cancelled()
+
+    def pictures(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._began is None:
+            self._began, self._bar = (done, now), ProgressBar(total, node_id=self._node_id)
+        first, started = self._began
+        left = f", {bridge.duration((total - done) * (now - started) / (done - first))} left" if first < done < total else ""
+        bridge.show_text(f"{done} of {total} pictures{left}", self._node_id)
+        self._bar.update_absolute(done)
+        bridge.throw_if_cancelled()
+
+
+NODES = [TeacherDataset]
