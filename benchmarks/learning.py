@@ -143,7 +143,9 @@ def _figures(found, arguments) -> list[str]:
         low, high = share_interval(round(sum(accuracies) * arguments.samples), num_seen)
         rows.append([name, *(WORDS.get(part, "") for part in how), _share(*mean_and_margin(accuracies)), f"{low:.1%} to {high:.1%}",
                      _number(*mean_and_margin(distances))])  # fmt: skip
-    return table(["student", "begins with", "learns from", "examples", "accuracy", "of all samples", "Fréchet distance"], rows)
+    return table(
+        ["student", "begins with", "learns from", "examples", "accuracy", "of all samples, 95 %", "Fréchet distance"], rows
+    )
 
 
 def _differences(found, arguments) -> list[str]:
@@ -152,12 +154,13 @@ def _differences(found, arguments) -> list[str]:
     for name in (name for name in STUDENTS if name != AGAINST):
         pairs = [zip(found[name, seed], found[AGAINST, seed], strict=True) for seed in range(arguments.seeds)]
         accuracies, distances = zip(*([other - own for other, own in pair] for pair in pairs), strict=True)
-        rows.append([name, _share(*mean_and_margin(accuracies), sign="+"), _number(*mean_and_margin(distances), sign="+")])
-    return table([f"against {AGAINST}, seed by seed", "accuracy", "Fréchet distance"], rows)
+        mean, margin = mean_and_margin(accuracies)
+        rows.append([name, f"{100 * mean:+.1f} ± {100 * margin:.1f}", _number(*mean_and_margin(distances), sign="+")])
+    return table([f"against {AGAINST}, seed by seed", "accuracy, points", "Fréchet distance"], rows)
 
 
-def _share(mean: float, margin: float, sign: str = "") -> str:
-    return f"{mean:{sign}.1%} ± {margin:.1%}"
+def _share(mean: float, margin: float) -> str:
+    return f"{mean:.1%} ± {margin:.1%}"
 
 
 def _number(mean: float, margin: float, sign: str = "") -> str:

@@ -240,7 +240,7 @@ class Prepared:
             *([share] if self.processes.count > 1 else []),
             f"teacher   {teachers or 'none'}",
             f"student   {self.architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
-            f"data      {examples:,} examples in {len(self.dataset.bucket_sizes)} sizes",
+            f"data      {examples:,} examples, sizes of pictures: {len(self.dataset.bucket_sizes)}",
             f"training  {recipe.objective}{f', LoRA of rank {recipe.lora_rank}' * bool(recipe.lora_rank)}, {recipe.total_steps:,} steps of batch {recipe.batch_size}, {recipe.optimizer} at "
             f"{recipe.learning_rate:g}, from step {self.run.step}",
             f"run       {self.run.folder}",

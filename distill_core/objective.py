@@ -21,13 +21,27 @@ class Outputs(NamedTuple):
 
     prediction: Tensor
     """(B, C, H, W)."""
-    features: Mapping[str, Tensor]
-    """Tapped outputs (B, ...) by the canonical name of the *student's* module, for both networks."""
+    features: dict[str, Tensor]
+    """Tapped outputs (B, ...) by the canonical name of the *student's* module, for both networks. A feature loss uses them up."""
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean square of each row, (B, N) -> (B,), without a tensor of squares beside its argument."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return torch.linalg.vector_norm(a, dim=1).square() / a.shape[1]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (a,) = ctx.saved_tensors
+        return a * (2 * gradient / a.shape[1])[:, None]
 
 
 def mean_square(a: Tensor) -> Tensor:
     """Mean square of each sample, in float32: (B, ...) -> (B,)."""
-    return a.float().square().flatten(1).mean(1)
+    return _MeanSquare.apply(a.float().flatten(1))
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
@@ -46,8 +60,12 @@ def output_loss(target: Tensor, student: Outputs, teacher: Outputs) -> dict[str,
 
 
 def feature_loss(target: Tensor, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-    """Distance to the teacher's feature at every tapped point; the points are summed (Kim et al. 2023, Eq. 3)."""
-    return {f"feature/{name}": squared_error(feature, teacher.features[name]) for name, feature in student.features.items()}
+    """Distance to the teacher's feature at every tapped point; the points are summed (Kim et al. 2023, Eq. 3).
+
+    Both features are taken out as they are compared, so that no more than their difference stays for the backward pass.
+    """
+    names = list(student.features)
+    return {f"feature/{name}": squared_error(student.features.pop(name), teacher.features.pop(name)) for name in names}
 
 
 def normalised_feature_loss(target: Tensor, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:

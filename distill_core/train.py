@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dataset import Batch, Dataset, draw, generator, held_out_batches, num_examples
 from .denoiser import Denoiser, Label, checkpointing, tap
@@ -131,7 +131,7 @@ class Training:
         """Ready the networks for training where the run stands; afterwards they are as networks are for use."""
         network, recipe = self.student.network, self.recipe
         if recipe.weight_dtype == "bf16":
-            network.to(torch.bfloat16)
+            nn.Module.to(network, torch.bfloat16)  # that of diffusers warns of modules to keep, of which there are none
         network.train()
         self.trained = trained(self.student, recipe, self.plan)
         with contextlib.ExitStack() as stack:
@@ -253,7 +253,7 @@ class Training:
         with self.autocast:
             context = context.to(student.dtype)
             answer = student(x_t.to(student.dtype), t, context, batch.label and batch.label.to(context))
-        features = {name: self._ours[name] for name in self.points.values()}
+        features = {name: self._ours.pop(name) for name in self.points.values()}
         if self.done == 0:
             for name, feature in features.items():
                 if torch.is_grad_enabled() and not feature.requires_grad:

@@ -93,11 +93,6 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def small(small_teacher):
-    return Pair(small_teacher, preset("bk-sdm-base"))
-
-
-@pytest.fixture(scope="module")
 def small_xl(small_xl_teacher):
     return Pair(small_xl_teacher, PruningPlan(name="p", remove=("mid",), keep={"down.2.attn.*": (0, 2)}))
 
@@ -199,7 +194,7 @@ def kept_by(network):
         yield seen
 
 
-@pytest.mark.parametrize("which,precision,again", [("small", "fp32", True), ("small", "bf16", False), ("small_xl", "bf16", True)])
+@pytest.mark.parametrize("which,precision,again", [("tiny", "fp32", True), ("tiny", "bf16", False), ("small_xl", "bf16", True)])
 def test_what_is_kept_without_contents_is_what_a_real_run_keeps(which, precision, again, request):
     pair, recipe = request.getfixturevalue(which), Recipe(precision=precision)
     points = pair.points(recipe)
@@ -426,6 +421,13 @@ def test_advice_ends_where_the_step_fits(tiny):
     assert named(lines) == ["gradient_checkpointing"]
     saved = told.total_bytes - tiny.forecast(BASE, gradient_checkpointing=True).total_bytes
     assert lines[0].endswith(f"saves {gib(saved)}")
+
+
+def test_where_the_update_alone_is_too_much_nothing_else_is_looked_at(tiny):
+    told = tiny.forecast(BASE)
+    update = told.again(BASE, told.latent_shape, enough=0)
+    assert update.moment == "the update of the weights" != told.moment and update.total_bytes < told.total_bytes
+    assert told.again(BASE, told.latent_shape, enough=update.total_bytes) == told
 
 
 def test_a_reserve_is_left(tiny):
