@@ -31,8 +31,6 @@ from tqdm import tqdm
 from distill_core.cli import main as main_of_distill
 from distill_core.demo import digits
 from distill_core.files import open_unet
-from distill_core.job import Job, Prepared
-from distill_core.processes import ALONE
 from distill_core.recipe import to_toml
 from distill_core.run import TRAINING, checkpoints_in
 from distill_core.storage import read_header
@@ -227,8 +225,7 @@ def _by_command(folder: Path) -> Way:
         job.write_text(to_toml({"run": name, **JOB}))
         return Command(job)
 
-    (folder / "drawn.toml").write_text(to_toml({"run": "drawn", **JOB}))
-    Prepared(Job.read(folder / "drawn.toml"), ALONE)  # the teacher draws the digits once for all runs
+    _wait(launch("drawn"))  # imports the libraries, and the teacher draws the digits, once for all runs
     return Way(launch, lambda name: folder / name, "`distill train`")
 
 
