@@ -94,9 +94,9 @@ def main() -> int:
     lines = [
         *table(["killed", "times"], [*rows, ["in all", str(len(kills))]]), "",
         *table(["the same bit for bit", "runs"], [[part, f"{same[part]} of {num_runs}"] for part in PARTS]), "",
-        f"{num_runs} runs by {way.title}, {TRAINED['total_steps']} steps each, a checkpoint every {TRAINED['save_every_steps']}; "
+        f"Runs by {way.title}, {TRAINED['total_steps']} steps each, a checkpoint every {TRAINED['save_every_steps']}; "
         f"{', '.join(f'{name} {value}' for name, value in OPTIONS.items())}. Killed at random between the start and the "
-        f"{seconds:.1f} seconds the uninterrupted run took, until done. {device_words()}, {(time.monotonic() - started) / 60:.0f} minutes.",
+        f"{seconds:.1f} seconds the uninterrupted run took, until done. {device_words()}, {(time.monotonic() - started) / 60:.1f} minutes.",
     ]  # fmt: skip
     publish("killed_and_resumed" + "-node" * arguments.through_node, lines)
     return int(any(same[part] < num_runs for part in PARTS))

@@ -180,6 +180,8 @@ class Drawing(NamedTuple):
     """Share of captions replaced by the empty one."""
     timesteps: str = "uniform"
     """A key of `TIMESTEPS`."""
+    within: tuple[int, int] | None = None
+    """The first timestep that is drawn, and that after the last; None for all."""
     noise_offset: float = 0.0
     """Deviation of a constant added to each channel of the noise (Guttenberg 2023)."""
     input_perturbation: float = 0.0
@@ -273,14 +275,20 @@ def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing
 def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, drawing: Drawing, random: torch.Generator) -> Batch:
     x0, context, label = examples.latents.float(), examples.contexts.float(), examples.label
     eps = torch.randn(x0.shape, generator=random)
-    t = TIMESTEPS[drawing.timesteps](len(x0), schedule.num_timesteps, random)
+    first, end = drawing.within or (0, schedule.num_timesteps)
+    if end > schedule.num_timesteps:
+        raise ValueError(f"timestep_range ends at {end}, but the schedule has {schedule.num_timesteps} timesteps")
+    t = first + TIMESTEPS[drawing.timesteps](len(x0), end - first, random)
     dropped = torch.rand(len(x0), generator=random) < drawing.caption_dropout
     if dataset.null is not None:
         context = torch.where(dropped[:, None, None], dataset.null.context.float(), context)
         if label is not None and dataset.null.pooled is not None:
             label = label._replace(pooled=torch.where(dropped[:, None], dataset.null.pooled.to(label.pooled), label.pooled))
     if examples.states is not None:
-        stored = torch.randint(len(dataset.timesteps), (len(x0),), generator=random)
+        (held,) = ((dataset.timesteps >= first) & (dataset.timesteps < end)).nonzero(as_tuple=True)
+        if not len(held):
+            raise ValueError(f"timestep_range {first} to {end} holds none of the teacher's states; keep more of them, or none")
+        stored = held[torch.randint(len(held), (len(x0),), generator=random)]
         t, x_t = dataset.timesteps[stored], examples.states[torch.arange(len(x0)), stored].float()
         alpha, sigma = schedule.at(t, x_t)
         return Batch(x0, (x_t - alpha * x0) / sigma, x_t, t, context, label)

@@ -45,6 +45,8 @@ class Recipe:
     """Where min-SNR caps the signal-to-noise ratio."""
     timesteps: str = "uniform"
     """How timesteps are drawn: a key of `dataset.TIMESTEPS`."""
+    timestep_range: tuple[int, ...] = ()
+    """Train an expert for some timesteps alone: the first, and that after the last (`ranges.TimestepRanges`); empty for all."""
     noise_offset: float = 0.0
     """Deviation of a constant added to each channel of the noise, for darker darks and lighter lights."""
     input_perturbation: float = 0.0
@@ -137,6 +139,10 @@ class Recipe:
             raise ValueError(f"teacher_shares must all be above 0, got {list(self.teacher_shares)}")
         if self.weight_dtype == "bf16" and self.precision == "fp16":
             raise ValueError("weight_dtype bf16 computes in bf16 as well; set precision to bf16")
+        if self.timestep_range and not (len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1]):
+            raise ValueError(
+                f"timestep_range must be the first timestep and that after the last, such as [0, 500], got {list(self.timestep_range)}"
+            )
         if self.rounds and not OPTIMIZERS[self.optimizer].one_by_one:
             raise ValueError(f"{self.optimizer} looks at all weights at once, so it needs weight_dtype fp32; or take another")
         self.aim  # noqa: B018  weights that leave no loss are refused
@@ -164,6 +170,7 @@ class Recipe:
             seed=self.seed,
             caption_dropout=self.caption_dropout,
             timesteps=self.timesteps,
+            within=self.timestep_range or None,
             noise_offset=self.noise_offset,
             input_perturbation=self.input_perturbation,
             held_out=self.validation_share,

@@ -5,6 +5,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from distill_core.dataset import (
+    TIMESTEPS,
     Bucket,
     Caption,
     Drawing,
@@ -69,6 +70,14 @@ def test_captions_are_dropped_at_the_asked_rate(share, dataset):
     batches = [drawn(dataset, step, caption_dropout=share) for step in range(250)]
     dropped = torch.cat([(b.context == 0).flatten(1).all(1) for b in batches]).float().mean().item()
     assert dropped == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("how", TIMESTEPS)
+def test_timesteps_of_a_range_are_drawn_and_no_other(how, dataset):
+    t = torch.cat([drawn(dataset, step, timesteps=how, within=(250, 260)).t for step in range(300)])
+    assert sorted(set(t.tolist())) == list(range(250, 260))
+    with pytest.raises(ValueError, match="ends at 1001, but the schedule has 1000"):
+        drawn(dataset, 0, within=(0, 1001))
 
 
 def test_timesteps_cover_the_schedule_evenly_or_as_a_bell(dataset):
@@ -173,6 +182,9 @@ def test_stored_states_are_trained_on_as_they_are():
     torch.testing.assert_close(SCHEDULE.add_noise(batch.x0, batch.eps, batch.t), batch.x_t)
     known = {tuple(s.flatten()[:3].tolist()) for s in states.flatten(0, 1)}
     assert {tuple(x.flatten()[:3].tolist()) for x in batch.x_t} <= known
+    assert set(draw(data, 0, SCHEDULE, Drawing(batch_size=20, seed=0, within=(300, 900))).t.tolist()) == {300}
+    with pytest.raises(ValueError, match="holds none of the teacher's states"):
+        draw(data, 0, SCHEDULE, Drawing(batch_size=20, seed=0, within=(0, 300)))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])

@@ -12,7 +12,7 @@ from distill_core.recipe import Recipe, from_mapping, read_toml, to_toml
      ("objective", "kd"), ("warmup_steps", -1), ("max_grad_norm", 0.0), ("save_every_steps", 0), ("weight_decay", -1.0),
      ("weighting", "snr"), ("optimizer", "adam"), ("precision", "fp8"), ("weight_dtype", "fp16"), ("ema_decay", 1.0),
      ("teacher_mode", "all"), ("teacher_shares", (0.5, 0.0)), ("trackers", ("comet",)), ("accumulation_steps", 0),
-     ("task_weight", -1.0), ("learning_rate", math.nan), ("noise_offset", 2.0), ("input_perturbation", -0.1),
+     ("task_weight", -1.0), ("timestep_range", (5, 5)), ("timestep_range", (5,)), ("lora_rank", -1), ("learning_rate", math.nan), ("noise_offset", 2.0), ("input_perturbation", -0.1),
      ("timesteps", "normal"), ("snr_gamma", 0.0), ("keep_checkpoints", 0), ("validation_share", 0.9)],
 )  # fmt: skip
 def test_a_bad_setting_is_named(field, value):

@@ -65,7 +65,7 @@ def difference(a, b):
      {"optimizer": "schedulefree"}, {"learning_rate": 2e-3}, {"lr_schedule": "linear"}, {"warmup_steps": 2}, {"weight_decay": 0.5},
      {"max_grad_norm": 0.01, "optimizer": "adafactor"}, {"ema_decay": 0.9}, {"precision": "bf16"}, {"precision": "fp16"},
      {"weight_dtype": "bf16"}, {"seed": 4}, {"validation_share": 0.25, "validate_every_steps": 2},
-     {"weighting": "min-snr", "snr_gamma": 1.0}],
+     {"weighting": "min-snr", "snr_gamma": 1.0}, {"timestep_range": (0, 300)}],
     ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
 )  # fmt: skip
 def test_a_setting_changes_what_is_learnt(change, tmp_path, small_teacher, data, plain):

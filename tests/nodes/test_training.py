@@ -334,15 +334,15 @@ def test_the_student_learns_from_the_teachers_trajectories(server):
 
 
 def test_cancelled_it_keeps_what_was_made_and_goes_on(server):
-    folder = server.output / "distill_data" / "cancelled"
+    folder = server.output / "distill_data" / "drawing_cancelled"
 
     def pictures():
         shapes = [(file, tensor.shape) for file in folder.glob("shard-*") for tensor in read_header(file).tensors.values()]
         return [file for file, shape in shapes if shape == (4, 8, 8)]
 
     def prompt(num):
-        data = teacher_data("cancelled", images_per_prompt=num, steps=20, batch_size=2)
-        keep = {"class_type": "SaveLatent", "inputs": {"samples": ["data", 0], "filename_prefix": "cancelled"}}
+        data = teacher_data("drawing_cancelled", images_per_prompt=num, steps=20, batch_size=2)
+        keep = {"class_type": "SaveLatent", "inputs": {"samples": ["data", 0], "filename_prefix": "drawing_cancelled"}}
         return {**PROMPT, "data": data, "keep": keep}
 
     prompt_id = server.queue(prompt(500))
@@ -356,7 +356,7 @@ def test_cancelled_it_keeps_what_was_made_and_goes_on(server):
     assert result.succeeded, result.error
     again = pictures()
     assert len(again) == len(made) + 2 and all(file.stat().st_mtime_ns == when for file, when in written.items())
-    assert len(list(server.output.glob("cancelled_*.latent"))) == len(again)
+    assert len(list(server.output.glob("drawing_cancelled_*.latent"))) == len(again)
 
 
 @pytest.mark.parametrize(
