@@ -125,7 +125,7 @@ class Cost(NamedTuple):
     steps: list[float]
     bare: list[float]
     encoding: list[float]
-    """Of what came before the bare sum of the same turn; 0 where nothing is encoded."""
+    """Of what the next turn's bare sum trains on; none where nothing is encoded."""
     step_bytes: int
     bare_bytes: int
     feature_bytes: int
@@ -153,12 +153,17 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
             teacher(*_on_device(batch))
             feature_bytes = sum(feature.nbytes for feature in features.values())
             features.clear()
-        steps, bare, encoding = [], [], []
-        for _ in tqdm(range(rounds), desc=case.title):
-            steps.append(_seconds(step)[0])
-            seconds, examples = _seconds(partial(encoders.encoded, student.schedule)) if encoders else (0.0, batch)
-            encoding.append(seconds)
-            bare.append(_seconds(partial(_bare_sum, teacher, student, optimizer, examples))[0])
+        steps, bare, encoding, examples = [], [], [], batch
+        for turn in tqdm(range(rounds), desc=case.title):
+            # What comes first after encoding finds cold caches: each does so every other turn.
+            for who in ("step", "bare") if turn % 2 else ("bare", "step"):
+                if who == "step":
+                    steps.append(_seconds(step)[0])
+                else:
+                    bare.append(_seconds(partial(_bare_sum, teacher, student, optimizer, examples))[0])
+            if encoders:
+                seconds, examples = _seconds(partial(encoders.encoded, student.schedule))
+                encoding.append(seconds)
     return Cost(steps, bare, encoding, step_bytes, bare_bytes, feature_bytes)
 
 
