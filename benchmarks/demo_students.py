@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,12 @@ def train(
     student: DiffusersDenoiser, teacher: DiffusersDenoiser, plan: PruningPlan, dataset: Dataset, steps: int, seed: int, **changes
 ) -> None:
     """Train a student in place by the quickstart's settings; ``changes`` are other settings of the recipe."""
-    recipe = Recipe(total_steps=steps, batch_size=BATCH_SIZE, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
-                    weight_decay=1e-3, seed=seed, save_every_steps=steps, **changes)  # fmt: skip
+    recipe = Recipe(**settings_of(steps, seed), **changes)
     with tempfile.TemporaryDirectory() as folder:
         distill(Run(Path(folder) / "run", recipe, {}), student=student, teacher=teacher, plan=plan, dataset=dataset)
+
+
+def settings_of(steps: int, seed: int) -> dict[str, Any]:
+    """The quickstart's settings of a recipe."""
+    return dict(total_steps=steps, batch_size=BATCH_SIZE, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
+                weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip

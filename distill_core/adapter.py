@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -84,6 +87,63 @@ class Lora:
         with torch.no_grad():
             for name, parameter in self.parameters().items():
                 parameter.copy_(weights[name])
+
+
+def answering_with(denoiser: Denoiser, name: str | None) -> Denoiser:
+    """The same network as a denoiser of its own that answers with one of its LoRAs, or with none, whatever else is on it.
+
+    It is for answers alone: a backward pass that computes a part again would do so with what is on then.
+    """
+
+    def forward(*inputs, **options) -> Tensor:
+        with _only(denoiser.network, name):
+            return denoiser.network(*inputs, **options)
+
+    return replace(denoiser, forward=forward)
+
+
+@contextlib.contextmanager
+def _only(network: nn.Module, name: str | None) -> Iterator[None]:
+    """While open, one LoRA is on, or none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer, list(layer.active_adapters)) for layer in layers]
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    for layer in layers:
+        layer.set_adapter([name] if name in layer.lora_A else [])
+    try:
+        yield
+    finally:
+        for layer, names in before:
+            layer.set_adapter(names)
+        for parameter in network.parameters():
+            parameter.requires_grad_(id(parameter) in trained)  # peft makes what it turns on trainable
+
+
+def attach(denoiser: Denoiser, path: Path, name: str) -> list[str]:
+    """Put a LoRA from a file that `Lora.write` wrote on a network, under a name; returns the layers it is on.
+
+    Whichever was put on first is on. ``ValueError`` if the file has no layer of this network.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    stored, names = read_header(path).tensors, kohya_names(denoiser.architecture)
+    layers = [layer for layer, key in names.items() if f"{key}.lora_down.weight" in stored]
+    if not layers:
+        raise ValueError(f"{path} is no LoRA for this network; give one that was trained on it")
+    ranks = {denoiser.path(layer): stored[f"{names[layer]}.lora_down.weight"].shape[0] for layer in layers}
+    alphas = {denoiser.path(layer): stored[f"{names[layer]}.alpha"].read().item() for layer in layers}
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several are what is meant
+        inject_adapter_in_model(config, denoiser.network, name)
+        for layer in layers:
+            module = denoiser.module(layer)
+            module.lora_A[name].weight.copy_(stored[f"{names[layer]}.lora_down.weight"].read())
+            module.lora_B[name].weight.copy_(stored[f"{names[layer]}.lora_up.weight"].read())
+    denoiser.network.requires_grad_(False)
+    return layers
 
 
 def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:

@@ -99,12 +99,13 @@ def train(arguments: argparse.Namespace) -> None:
 
     from .job import Job, Prepared
     from .memory import free_bytes
+    from .one_to_many import OneToMany, has_begun
     from .processes import Processes
     from .run import checkpoints_in
     from .train import Progress
 
     job, processes = Job.read(arguments.recipe), Processes.launched()
-    if (started := job.path(job.run)) and not arguments.resume and checkpoints_in(started):
+    if (started := job.path(job.run)) and not arguments.resume and (checkpoints_in(started) or has_begun(started)):
         raise ValueError(f"{started} holds a run that has begun; go on with --resume, or give the new one another folder")
     bars: dict[str, tqdm] = {}
     quiet = arguments.json or not processes.main
@@ -121,18 +122,21 @@ def train(arguments: argparse.Namespace) -> None:
         print(prepared.describe())
         if not run.complete:
             print(prepared.describe_memory(free_bytes(prepared.device)))
-    with tqdm(total=job.training.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
+    with tqdm(total=prepared.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
 
         def on_step(progress: Progress) -> None:
             bar.set_postfix(loss=f"{progress.losses['total']:.4g}", refresh=False)
             bar.update(progress.step - bar.n)
 
         if not run.complete:
-            prepared.train(on_step)
+            prepared.train(on_step, arguments.range, bar.set_description)
     if not processes.main:
         return
-    facts = {"run": str(run.folder), "step": run.step, "file": str(run.result_file), "best": str(run.best_result_file)}
-    print(json.dumps(facts, indent=2) if arguments.json else f"step {run.step}: {run.result_file}")
+    if isinstance(run, OneToMany):
+        facts, told = {"students": str(run.students.folder) if run.complete else None}, run.describe_state()
+    else:
+        facts, told = {"file": str(run.result_file), "best": str(run.best_result_file)}, f"step {run.step}: {run.result_file}"
+    print(json.dumps({"run": str(run.folder), "step": run.step, **facts}, indent=2) if arguments.json else told)
 
 
 def remap_lora(arguments: argparse.Namespace) -> None:
@@ -291,6 +295,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(function=train)
     command.add_argument("recipe", type=Path, help="TOML file with run, teacher, student, data and training")
     command.add_argument("--resume", action="store_true", help="go on with a run that has begun")
+    command.add_argument(
+        "--range",
+        type=_at_least(0),
+        metavar="N",
+        help="of several students ([students]), train that of range N alone, 0 being the least noisy, and what it begins with",
+    )
     command.add_argument("--json", action="store_true", help="print JSON at the end, and no progress")
 
     command = commands.add_parser("remap-lora", help="turn a teacher's LoRA into one for its student")

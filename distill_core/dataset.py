@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import lcm
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,6 +33,20 @@ def tile(context: Tensor, length: int) -> Tensor:
     """
     assert length % len(context) == 0
     return context.repeat(length // len(context), 1)
+
+
+def conditions(captions: Sequence[Caption], null: Caption, size_px: tuple[int, int]) -> tuple[Tensor, Label | None, Caption]:
+    """What a network is asked for uncropped pictures of a height and width: contexts (B, L, D), for SDXL the label, and ``null``.
+
+    Contexts of different lengths, that of ``null`` among them, are tiled to one.
+    """
+    length = lcm(*(len(caption.context) for caption in [*captions, null]))
+    contexts = torch.stack([tile(caption.context, length) for caption in captions])
+    label = None
+    if null.pooled is not None:
+        sizes = torch.tensor([[*size_px, 0, 0, *size_px]], dtype=torch.float32).expand(len(captions), 6)
+        label = Label(torch.stack([caption.pooled for caption in captions]), sizes)
+    return contexts, label, null._replace(context=tile(null.context, length))
 
 
 class Examples(NamedTuple):

@@ -36,10 +36,6 @@ class Label(NamedTuple):
         """On a device and, for the embedding, in a precision; the sizes stay exact in float32."""
         return Label(self.pooled.to(like), self.sizes.to(like.device, torch.float32))
 
-    def followed_by(self, other: Label) -> Label:
-        """Of this batch, then of as many more of ``other``."""
-        return Label(*(torch.cat([a, b.to(a).expand_as(a)]) for a, b in zip(self, other, strict=True)))
-
     def vector(self) -> Tensor:
         """The one vector a network in the LDM layout takes, (B, P + 6 * 256): each size as 256 cosines and sines."""
         half = SIZE_CHANNELS // 2

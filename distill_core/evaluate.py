@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .dataset import Batch, Dataset, Drawing, draw
 from .denoiser import Denoiser, Label
+from .objective import squared_error
+from .schedule import restate
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
+
+    from .router import Routed
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -26,6 +31,43 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root_trace = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
     return max(0.0, distance.item())
+
+
+@torch.no_grad()
+def output_error(
+    student: Denoiser | Routed,
+    teacher: Denoiser,
+    dataset: Dataset,
+    *,
+    num_bins: int = 10,
+    num_batches: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Tensor:
+    """How far a student's answers are from the teacher's, over timesteps: (num_bins,), the least noisy first, float64.
+
+    The mean of ``(student(x_t) - teacher(x_t))^2`` over all elements, both stated in the student's prediction type: what
+    the output loss is, unweighted. Bins are of as many timesteps each. In each the same ``num_batches * batch_size``
+    examples of the dataset are noised by the same noise, at timesteps drawn evenly within the bin; all that follows from
+    the seed, so that errors of several students by one seed are of the same inputs.
+    """
+    size, errors = student.schedule.num_timesteps, []
+    for i in range(num_bins):
+        drawing = Drawing(batch_size, seed, within=(size * i // num_bins, size * (i + 1) // num_bins))
+        batches = (draw(dataset, number, student.schedule, drawing) for number in range(num_batches))
+        errors.append(torch.cat([_distance(student, teacher, batch) for batch in batches]).double().mean())
+    return torch.stack(errors).cpu()
+
+
+def _distance(student: Denoiser | Routed, teacher: Denoiser, batch: Batch) -> Tensor:
+    """Squared distance of two answers to a batch, (B,)."""
+
+    def answer(denoiser: Denoiser | Routed) -> Tensor:
+        x_t, context = (tensor.to(denoiser.device, denoiser.dtype) for tensor in (batch.x_t, batch.context))
+        output = denoiser(x_t, batch.t.to(denoiser.device), context, batch.label and batch.label.to(context)).float().cpu()
+        return restate(output, batch.x_t, batch.t, student.schedule, denoiser.prediction, student.prediction)
+
+    return squared_error(answer(student), answer(teacher))
 
 
 def count_macs(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_tokens: int) -> int:

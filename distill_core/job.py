@@ -16,6 +16,9 @@ encoders = "sd15-diffusers"
 
 [training]                      # `recipe.Recipe`
 total_steps = 50000
+
+[students]                      # `one_to_many.StudentsSettings`: several students, each of its own range of timesteps
+count = 4
 ```
 """
 
@@ -37,16 +40,18 @@ from .encoders import DiffusersEncoders, DigitsEncoders, Encoders
 from .files import UNetFile, open_unet
 from .images import folder, hugging_face, sizes
 from .memory import Forecast, MemorySettings, forecast
-from .plan import PruningPlan, name_map, plan_between, preset, pruned
+from .one_to_many import OneToMany, Start, StudentsSettings
+from .plan import PruningPlan, name_map, plan_between, preset, preset_names, pruned
 from .plan_text import read_plan
 from .previews import Previews
 from .processes import Processes
 from .prune import prune_file
 from .recipe import DTYPES, Recipe, from_mapping, read_toml
 from .run import Run
+from .schedule import scaled_linear
 from .storage import fingerprint
 from .teacher_data import Making, make_dataset
-from .teachers import Teachers
+from .teachers import Load, Teachers
 from .train import Progress, distill
 from .unet import load_unet
 
@@ -154,12 +159,14 @@ class Job:
     data: DataSettings
     training: Recipe
     samples: SampleSettings
+    students: StudentsSettings | None = None
+    """None for one student of all timesteps."""
 
     @classmethod
     def read(cls, path: Path) -> Job:
         """Read a job; ``ValueError`` names what is misspelt, missing or of the wrong kind."""
         table = read_toml(path)
-        known = {"run", "teacher", "student", "data", "training", "samples"}
+        known = {"run", "teacher", "student", "data", "training", "samples", "students"}
         if unknown := table.keys() - known:
             from_mapping(_Sections, {min(unknown): None}, str(path))
         for name in ("run", "data"):
@@ -183,11 +190,14 @@ class Job:
             data=section(DataSettings, "data", table["data"]),
             training=section(Recipe, "training", table.get("training", {})),
             samples=section(SampleSettings, "samples", table.get("samples", {})),
+            students=section(StudentsSettings, "students", table["students"]) if "students" in table else None,
         )
         if not job.teachers and job.training.aim.uses_teacher:
             raise ValueError(f"{path}: teacher is missing; only the objective task does without one")
         if not job.teachers and job.student.file is None:
             raise ValueError(f"{path}: without a teacher [student] needs a file")
+        if job.students and job.students.plans and job.student != StudentSettings():
+            raise ValueError(f"{path}: give the plan in [student], or plans in [students]")
         return job
 
     def path(self, name: str) -> Path:
@@ -204,6 +214,7 @@ class _Sections:
     data: str = ""
     training: str = ""
     samples: str = ""
+    students: str = ""
 
 
 class Prepared:
@@ -220,15 +231,40 @@ class Prepared:
         for settings, file in zip(self.teacher_settings, self.teacher_files, strict=True):
             if dict(file.architecture.shapes) != dict(first.architecture.shapes):
                 raise ValueError(f"teacher {settings.file} is of another architecture than {job.teachers[0].file}")
-        self.plan, self.student_file = self._student(first)
+        self.plans = [self._plan(text, first) for text in job.students.plans] if job.students else []
+        self.plan, self.student_file = (self._largest(first), None) if self.plans else self._student(first)
         self._encoders: Encoders | None = None
         with processes.main_first():
             self.dataset = self._dataset(on_item)
         origin = {f"teacher {n}" if n > 1 else "teacher": fingerprint(f.tensors) for n, f in enumerate(self.teacher_files, 1)}
-        origin |= {"data": self.dataset.fingerprint, "plan": self.plan.name if self.plan else "none"}
+        origin |= {"data": self.dataset.fingerprint}
         origin |= {} if self.student_file is None else {"student": fingerprint(self.student_file.tensors)}
         with processes.main_first():
-            self.run = Run(job.path(job.run), job.training, origin, main=processes.main)
+            self.run = self._several(job.students, origin) if job.students else self._one(origin)
+
+    def _one(self, origin: Mapping[str, str]) -> Run:
+        origin = {**origin, "plan": self.plan.name if self.plan else "none"}
+        return Run(self.job.path(self.job.run), self.job.training, origin, main=self.processes.main)
+
+    def _several(self, settings: StudentsSettings, origin: Mapping[str, str]) -> OneToMany:
+        starts = [Start(plan, partial(self.student, plan, f"pruned_{number}")) for number, plan in enumerate(self.plans)]
+        return OneToMany(
+            self.job.path(self.job.run),
+            settings,
+            self.job.training,
+            starts=starts or [Start(self.plan, self.student)],
+            teachers=self._teacher_loads,
+            teacher=origin["teacher"],
+            schedule=scaled_linear(),
+            dataset=self.dataset,
+            origin=origin,
+            processes=self.processes,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run, or of all students' together."""
+        return self.run.total_steps if isinstance(self.run, OneToMany) else self.job.training.total_steps
 
     def describe(self) -> str:
         """What is about to be trained, a line each."""
@@ -240,6 +276,7 @@ class Prepared:
             *([share] if self.processes.count > 1 else []),
             f"teacher   {teachers or 'none'}",
             f"student   {self.architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
+            *([self.run.describe()] if isinstance(self.run, OneToMany) else []),
             f"data      {examples:,} examples, sizes of pictures: {len(self.dataset.bucket_sizes)}",
             f"training  {recipe.objective}{f', LoRA of rank {recipe.lora_rank}' * bool(recipe.lora_rank)}, {recipe.total_steps:,} steps of batch {recipe.batch_size}, {recipe.optimizer} at "
             f"{recipe.learning_rate:g}, from step {self.run.step}",
@@ -258,7 +295,7 @@ class Prepared:
         """The memory a step needs on the device."""
         example, teachers = largest_example(self.dataset), self.teacher_settings
         settings = MemorySettings(
-            recipe=self.job.training,
+            recipe=self.run.heaviest_recipe if isinstance(self.run, OneToMany) else self.job.training,
             teacher_dtype=max((teacher.dtype for teacher in teachers), key=lambda dtype: DTYPES[dtype].itemsize),
             teacher_offloaded=self.device.type != "cpu" and all(teacher.offload for teacher in teachers),
             num_teachers=len(teachers),
@@ -296,26 +333,40 @@ class Prepared:
         if settings.preset is not None:
             return preset(settings.preset), None
         if settings.plan is not None:
-            words = settings.plan.startswith(("keep ", "{"))
-            text = settings.plan if words else _text(self.job.path(settings.plan))
-            return read_plan(text, teacher.architecture), None
+            return self._plan(settings.plan, teacher), None
         return None, teacher
 
-    def student(self) -> Denoiser:
-        """The student as it begins, on the device."""
+    def _plan(self, text: str, teacher: UNetFile) -> PruningPlan:
+        """A plan by the name of a preset, in words or JSON, or from a file."""
+        if text in preset_names():
+            return preset(text)
+        words = text.startswith(("keep ", "{"))
+        return read_plan(text if words else _text(self.job.path(text)), teacher.architecture)
+
+    def _largest(self, teacher: UNetFile) -> PruningPlan:
+        """The plan that leaves the largest student."""
+        shape = teacher.architecture
+        return max(self.plans, key=lambda plan: pruned(shape, name_map(shape, plan)).num_parameters)
+
+    def student(self, plan: PruningPlan | None = None, name: str = "pruned") -> Denoiser:
+        """The student as it begins, on the device; of a plan of its own under a name of its own."""
         file = self.student_file
         if file is None:
-            pruned = self.run.folder / "pruned.safetensors"
+            pruned = self.run.folder / f"{name}.safetensors"
             with self.processes.main_first():
                 if not pruned.exists():
-                    prune_file(self.teacher_files[0], pruned, self.plan)
+                    prune_file(self.teacher_files[0], pruned, plan or self.plan)
             file = open_unet(pruned)
         dtype = DTYPES[self.job.training.weight_dtype]
         return _denoiser(file, load_unet(file, dtype).to(self.device))
 
     def teachers(self) -> Teachers:
+        return Teachers(self._teacher_loads, self.job.training)
+
+    @property
+    def _teacher_loads(self) -> list[Load]:
         pairs = zip(self.teacher_settings, self.teacher_files, strict=True)
-        return Teachers([partial(self.teacher, settings, file) for settings, file in pairs], self.job.training)
+        return [partial(self.teacher, settings, file) for settings, file in pairs]
 
     def teacher(self, settings: TeacherSettings, file: UNetFile) -> Denoiser:
         """A teacher as its settings have it."""
@@ -423,7 +474,18 @@ class Prepared:
             seed=samples.seed,
         )
 
-    def train(self, on_step: Callable[[Progress], None]) -> None:
+    def train(
+        self,
+        on_step: Callable[[Progress], None],
+        only: int | None = None,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        """Train to the end. only, on_stage: as for `OneToMany.train`, where there are several students."""
+        if isinstance(self.run, OneToMany):
+            self.run.train(only, on_step=on_step, on_stage=on_stage)
+            return
+        if only is not None:
+            raise ValueError("there is one student of all timesteps; add [students] to train one for a range")
         distill(
             self.run,
             student=self.student(),

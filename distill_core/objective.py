@@ -249,6 +249,8 @@ OBJECTIVES = {
     "koala": Objective(weights={"task": 1.0, "output": 1.0, "feature": 1.0}, points="self-attention"),
     # Zhang et al. 2024, arXiv 2404.11098
     "laptop-diff": Objective(weights={"task": 1.0, "output": 1.0, "normalised_feature": 1.0}),
+    # the teacher's output alone, guided or not (Golnari 2023, arXiv 2312.06899)
+    "guidance": Objective(weights={"output": 1.0}),
     # plain fine-tuning, no teacher
     "task": Objective(weights={"task": 1.0}),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -128,4 +128,31 @@ def picture_rows(rows: Mapping[str, Tensor]) -> Image:
         for axes, picture in zip(axes_of_row, pictures, strict=False):
             axes.imshow((picture.permute(1, 2, 0).clamp(-1, 1) + 1).numpy() / 2, interpolation="nearest")
         axes_of_row[0].set_title(title, fontsize=11, loc="left")
+    return to_image(drawing)
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of a network while sampling."""
+
+    sigma: float
+    number: int
+    """Of the model that answered, from 0."""
+
+
+def route_chart(evaluations: Sequence[Evaluation], names: Sequence[str], boundaries: Sequence[float], title: str = "") -> Image:
+    """Noise level of each evaluation of a sampling, in the colour of the model that answered; ``boundaries`` as lines."""
+    drawing = figure(7.2, 4.2)
+    axes = drawing.subplots()
+    axes.plot([e.sigma for e in evaluations], color="#bbbbbb", linewidth=1, zorder=1)
+    for number, name in enumerate(names):
+        own = [(place, e.sigma) for place, e in enumerate(evaluations) if e.number == number]
+        label = f"{name}: {len(own)} evaluation{'s' * (len(own) != 1)}"
+        axes.scatter(*zip(*own, strict=True) if own else ([], []), s=42, color=f"C{number}", label=label, zorder=2)
+    for boundary in boundaries:
+        axes.axhline(boundary, color="#555555", linestyle="--", linewidth=1)
+    axes.set(xlabel="evaluation of the network", ylabel="noise level sigma", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", framealpha=0.9)
+    axes.set_title(title, fontsize=11)
     return to_image(drawing)

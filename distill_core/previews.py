@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import plots
-from .dataset import Caption, generator
-from .denoiser import Denoiser, Label
+from .dataset import Caption, conditions, generator
+from .denoiser import Denoiser
 from .sampling import sample
 from .storage import atomic
 
@@ -51,20 +51,14 @@ class Previews:
 
     def _pictures(self, denoiser: Denoiser) -> Tensor:
         noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))
-        context = torch.stack([caption.context for caption in self.captions])
-        label = null_label = None
-        if self.null.pooled is not None:
-            height, width = (8 * side for side in self.latent_shape[1:])
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-            label = Label(torch.stack([caption.pooled for caption in self.captions]), sizes.expand(len(context), 6))
-            null_label = Label(self.null.pooled[None], sizes)
+        height, width = (8 * side for side in self.latent_shape[1:])
+        context, label, null = conditions(self.captions, self.null, (height, width))
         latents = sample(
             denoiser,
             context,
-            self.null.context,
+            null,
             noise=noise,
             label=label,
-            null_label=null_label,
             num_steps=self.num_steps,
             guidance=self.guidance,
         )

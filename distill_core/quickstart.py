@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import plots
+from .dataset import Caption
 from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
 from .denoiser import Denoiser
@@ -149,14 +150,14 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
     labels = torch.arange(settings.num_samples) % 10
     context = text.captions([digits.caption(n) for n in range(10)])[labels]
     noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))
-    null_context = text.captions([""])[0]
-    sample(denoiser, context[:SAMPLE_BATCH], null_context, noise=noise[:SAMPLE_BATCH], num_steps=1)  # not timed: warms up
+    null = Caption(text.captions([""])[0])
+    sample(denoiser, context[:SAMPLE_BATCH], null, noise=noise[:SAMPLE_BATCH], num_steps=1)  # not timed: warms up
     started, latents = time.perf_counter(), []
     for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH):
         latents += sample(
             denoiser,
             context[part],
-            null_context,
+            null,
             noise=noise[part],
             guidance=settings.guidance,
             num_steps=settings.sample_steps,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class TimestepRanges:
     num_timesteps: int = 1000
 
     def __post_init__(self):
-        ends = [math.floor(boundary) for boundary in self.boundaries]
+        ends = [math.floor(boundary) if math.isfinite(boundary) else -1 for boundary in self.boundaries]
         if any(low >= high for low, high in zip([-1, *ends], [*ends, self.num_timesteps - 1], strict=True)):
             raise ValueError(
                 f"boundaries {_words(self.boundaries)} leave a range without a timestep; give ascending timesteps from 0 to "
@@ -44,7 +45,7 @@ class TimestepRanges:
 
     def of(self, t: Tensor) -> Tensor:
         """Number of the range of timesteps of any shape, whole or not."""
-        return torch.searchsorted(torch.tensor(self.boundaries, dtype=torch.float64), t.double().cpu()).to(t.device)
+        return torch.searchsorted(torch.tensor(self.boundaries, dtype=torch.float64), t.cpu().double()).to(t.device)
 
     def of_sigma(self, sigma: float, schedule: NoiseSchedule) -> int:
         """Number of the range of a noise level ``sigma / alpha``."""
@@ -139,27 +140,42 @@ SPLITS: dict[str, Callable[[NoiseSchedule, int], TimestepRanges]] = {"timesteps"
 """Ways to choose boundaries that need no measurement, by what is even."""
 
 
-def read_ranges(text: str, schedule: NoiseSchedule) -> TimestepRanges:
-    """Boundaries as people write them, in any order: ``500, 250``; ``50%, 75%`` of the sampling; ``sigma 4.5, 1.2``.
+class Boundary(NamedTuple):
+    """A boundary in the unit it was given in."""
 
-    ``ValueError`` for what is no number, or leaves a range empty.
+    value: float
+    unit: str
+    """``timestep``, ``percent`` of the sampling from 0 to 100, or ``sigma``."""
+
+    def timestep(self, schedule: NoiseSchedule) -> float:
+        if self.unit == "sigma":
+            return timestep_at(schedule, self.value)
+        return (1 - self.value / 100) * (schedule.num_timesteps - 1) if self.unit == "percent" else self.value
+
+
+def read_boundaries(text: str) -> list[Boundary]:
+    """Boundaries as people write them: ``500, 250``; ``50%, 75%`` of the sampling; ``sigma 4.5, 1.2``.
+
+    ``ValueError`` for what is no number.
     """
     words = text.strip()
-    sigma = words.startswith("sigma")
+    unit = "sigma" if words.startswith("sigma") else "timestep"
     boundaries = []
     for word in words.removeprefix("sigma").replace(",", " ").split():
         try:
             value = float(word.removesuffix("%"))
         except ValueError:
-            raise ValueError(
-                f"boundaries must be numbers such as '500, 250', '50%, 75%' or 'sigma 4.5, 1.2', got {text!r}"
-            ) from None
-        if sigma:
-            value = timestep_at(schedule, value)
-        elif word.endswith("%"):
-            value = (1 - value / 100) * (schedule.num_timesteps - 1)
-        boundaries.append(value)
-    return TimestepRanges(tuple(sorted(boundaries)), schedule.num_timesteps)
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"boundaries must be numbers such as '500, 250', '50%, 75%' or 'sigma 4.5, 1.2', got {text!r}")
+        boundaries.append(Boundary(value, "percent" if word.endswith("%") else unit))
+    return boundaries
+
+
+def read_ranges(text: str, schedule: NoiseSchedule) -> TimestepRanges:
+    """Ranges between boundaries as `read_boundaries` takes them, in any order; ``ValueError`` if one is left empty."""
+    timesteps = (boundary.timestep(schedule) for boundary in read_boundaries(text))
+    return TimestepRanges(tuple(sorted(timesteps)), schedule.num_timesteps)
 
 
 def _words(boundaries: Sequence[float]) -> str:

@@ -53,6 +53,8 @@ class Recipe:
     """Extra noise in what the networks see, as a share of the noise they are to find."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty caption, so that guidance is distilled too."""
+    guidance: float = 1.0
+    """Scale of the classifier-free guidance in the teacher's answers, which the student then gives in one pass; 1 for none."""
 
     batch_size: int = 64
     """Examples per optimiser step, over all accumulation steps and all processes."""
@@ -145,7 +147,11 @@ class Recipe:
             )
         if self.rounds and not OPTIMIZERS[self.optimizer].one_by_one:
             raise ValueError(f"{self.optimizer} looks at all weights at once, so it needs weight_dtype fp32; or take another")
-        self.aim  # noqa: B018  weights that leave no loss are refused
+        if self.guidance != 1 and self.aim.feature_loss:
+            raise ValueError(
+                f"guidance combines two answers of the teacher, objective {self.objective} compares features, of which there is a "
+                "pair of each; take objective guidance"
+            )
 
     @property
     def aim(self) -> Objective:
@@ -212,6 +218,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "noise_offset": (0, 1),
     "input_perturbation": (0, 1),
     "caption_dropout": (0, 1),
+    "guidance": (1, 100),
     "batch_size": (1, math.inf),
     "accumulation_steps": (1, math.inf),
     "warmup_steps": (0, math.inf),

@@ -68,6 +68,7 @@ class Run:
     def _check_same(self, stored: Mapping) -> None:
         now = {**self.recipe.to_mapping(), **{f"origin.{k}": v for k, v in self.origin.items()}}
         then = {
+            **Recipe().to_mapping(),  # a run may be older than a setting
             **{k: v for k, v in stored.items() if k != "origin"},
             **{f"origin.{k}": v for k, v in stored.get("origin", {}).items()},
         }

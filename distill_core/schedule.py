@@ -142,6 +142,14 @@ def prediction(name: str) -> Prediction:
     return PREDICTIONS[name]
 
 
+def restate(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, source: str, target: str) -> Tensor:
+    """A prediction (B, ...) of one type as another type states it; both are keys of `PREDICTIONS`."""
+    if source == target:
+        return output
+    theirs, ours, now = prediction(source), prediction(target), schedule.at(t, x_t)
+    return ours.target(theirs.to_x0(output, x_t, now), theirs.to_eps(output, x_t, now), now)
+
+
 def x0_gain(name: str, schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """How an error of the prediction moves the clean picture it stands for: |d x0 / d output| at timesteps (B,), (B,)."""
     zero, one = torch.zeros(len(t), dtype=torch.float64), torch.ones(len(t), dtype=torch.float64)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .cache import CachedDataset, CacheWriter, Entry, key, text_key
-from .dataset import Caption, generator, tile
-from .denoiser import Denoiser, Label
+from .dataset import Caption, conditions, generator
+from .denoiser import Denoiser
 from .encoders import TextEncoders
 from .images import Size
 from .sampling import sample, timesteps
@@ -56,20 +55,13 @@ def make_latents(
 ) -> tuple[Tensor, Tensor | None]:
     """Latents (B, C, H, W) the teacher draws for captions from noise, and states (B, K, C, H, W) on the way."""
     kept, states = making.kept(teacher), []
-    length = lcm(*(len(caption.context) for caption in [*captions, null]))
-    label = null_label = None
-    if null.pooled is not None:
-        height, width = making.size
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-        label = Label(torch.stack([caption.pooled for caption in captions]), sizes.expand(len(captions), 6))
-        null_label = Label(null.pooled[None], sizes)
+    context, label, null = conditions(captions, null, making.size)
     latents = sample(
         teacher,
-        torch.stack([tile(caption.context, length) for caption in captions]),
-        tile(null.context, length),
+        context,
+        null,
         noise=noise,
         label=label,
-        null_label=null_label,
         num_steps=making.num_steps,
         guidance=making.guidance,
         on_state=lambda x_t, t: states.append(x_t.cpu()) if kept is not None and t in kept else None,

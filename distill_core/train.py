@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .dataset import Batch, Dataset, draw, generator, held_out_batches, num_examples
 from .denoiser import Denoiser, Label, checkpointing, tap
+from .guidance import guided
 from .memory import MemorySettings, changes
 from .objective import Outputs, example_weights
 from .optim import MovingAverage, Optimizer
@@ -25,7 +26,7 @@ from .previews import Previews
 from .processes import ALONE, Processes, shared_like, whole
 from .recipe import DTYPES, Recipe
 from .run import Run, State
-from .schedule import prediction
+from .schedule import prediction, restate
 from .teachers import Teachers
 from .trackers import open_trackers
 from .trained import trained
@@ -116,6 +117,8 @@ class Training:
         self.run, self.recipe, self.student, self.teachers = run, recipe, student, teachers
         self.plan, self.dataset, self.processes = plan, dataset, processes
         self.aim = recipe.aim
+        if recipe.guidance != 1 and dataset.null is None:
+            raise ValueError("guidance leads away from the empty caption, which these data lack; connect null_caption")
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=recipe.precision == "fp16")
         compute = recipe.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
@@ -132,6 +135,8 @@ class Training:
         network, recipe = self.student.network, self.recipe
         if recipe.weight_dtype == "bf16":
             nn.Module.to(network, torch.bfloat16)  # that of diffusers warns of modules to keep, of which there are none
+        if self.aim.uses_teacher:
+            self.teachers.at(self.run.step)  # one that shares the student's network is frozen before what is trained is not
         network.train()
         self.trained = trained(self.student, recipe, self.plan)
         with contextlib.ExitStack() as stack:
@@ -274,13 +279,11 @@ class Training:
                 self._theirs.clear()
             self._theirs[number] = self._stack.enter_context(tap(teacher, self.points))
         context = context.to(teacher.dtype)
-        answer = teacher(x_t.to(teacher.dtype), t, context, label and label.to(context)).float()
+        label, null = label and label.to(context), self.dataset.null
+        answer = guided(teacher, x_t.to(teacher.dtype), t, context, label, null, self.recipe.guidance)
         features = {self.points[name]: feature for name, feature in self._theirs[number].items()}
         self._theirs[number].clear()
-        if teacher.prediction != self.student.prediction:
-            theirs, ours = prediction(teacher.prediction), prediction(self.student.prediction)
-            now = self.student.schedule.at(t, x_t)
-            answer = ours.target(theirs.to_x0(answer, x_t, now), theirs.to_eps(answer, x_t, now), now)
+        answer = restate(answer, x_t, t, self.student.schedule, teacher.prediction, self.student.prediction)
         return Outputs(answer, features)
 
     def _readable(self, measured: list[dict[str, Tensor]], t: Tensor, norm: Tensor) -> dict[str, float]:

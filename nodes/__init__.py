@@ -2,9 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, lora, prune, recipe, save, teacher_data, train
+from . import demo, lora, prune, recipe, router, save, students, teacher_data, train
 
 
 class DistillExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*demo.NODES, *prune.NODES, *teacher_data.NODES, *recipe.NODES, *train.NODES, *save.NODES, *lora.NODES]
+        topics = (demo, prune, teacher_data, recipe, train, save, lora, router, students)
+        return [node for topic in topics for node in topic.NODES]

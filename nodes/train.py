@@ -12,6 +12,7 @@ from ..distill_core import plots
 from ..distill_core.files import open_unet
 from ..distill_core.memory import Forecast, gib
 from ..distill_core.objective import OBJECTIVES
+from ..distill_core.previews import Previews
 from ..distill_core.recipe import LR_SCHEDULES, Recipe
 from ..distill_core.run import Run
 from ..distill_core.teachers import Teachers
@@ -23,6 +24,93 @@ log = logging.getLogger("distill")
 SECONDS_BETWEEN_CURVES = 1.5
 SHARE_OF_TIME_FOR_CURVES = 0.05
 SECONDS_FOR_SAMPLES = 6.0
+
+
+def data_inputs() -> list[io.Input]:
+    """Who learns from whom, and on what."""
+    return [
+        io.Model.Input("teacher", tooltip="The full model, as it went into Prune UNet Blocks. It is only read."),
+        io.Model.Input("student", tooltip="The pruned model, as it came out of Prune UNet Blocks."),
+        io.Latent.Input("latents", tooltip="Training images as latents: Make Training Dataset, a batch, or the demo's."),
+        io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
+        io.Conditioning.Input(
+            "null_caption",
+            optional=True,
+            tooltip="The empty prompt, encoded. With it some captions are left out while training, so that the student "
+            "learns the unconditional answer that guidance (cfg above 1) needs. Without it captions are never left out.",
+        ),
+        RecipeSettings.Input("recipe", optional=True, tooltip="Finer settings, from Distillation Recipe."),
+    ]
+
+
+def learning_inputs() -> list[io.Input]:
+    """How a student learns."""
+    return [
+        io.Int.Input(
+            "steps_per_queue",
+            default=1000,
+            min=1,
+            max=10_000_000,
+            tooltip="Steps each execution trains. Fewer than the total: the graph shows a result sooner, queue it again to go on.",
+        ),
+        io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images a step. Lower it if memory runs out."),
+        io.Float.Input(
+            "learning_rate",
+            default=5e-5,
+            min=1e-8,
+            max=1.0,
+            step=1e-6,
+            round=1e-8,
+            tooltip="Peak learning rate of AdamW. 0.00005 for Stable Diffusion, 0.001 for the demo.",
+        ),
+        io.Combo.Input(
+            "lr_schedule",
+            options=list(LR_SCHEDULES),
+            default="constant",
+            tooltip="How the learning rate goes down over total_steps. With constant, total_steps may be raised later.",
+        ),
+        io.Combo.Input(
+            "objective",
+            options=list(OBJECTIVES),
+            default="bk-sdm",
+            tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
+            "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
+            "laptop-diff: features of even weight. task: plain fine-tuning without the teacher.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**63 - 1,
+            control_after_generate=False,
+            tooltip="Decides data order, noise and timesteps. The same seed gives the same student.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.1,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Share of captions replaced by the null caption, where one is connected.",
+        ),
+        io.Int.Input(
+            "warmup_steps",
+            default=0,
+            min=0,
+            max=1_000_000,
+            advanced=True,
+            tooltip="Steps over which the learning rate rises from 0.",
+        ),
+        io.Int.Input(
+            "save_every_steps",
+            default=500,
+            min=1,
+            max=1_000_000,
+            advanced=True,
+            tooltip="Steps between checkpoints. The end, Cancel and errors save as well.",
+        ),
+    ]
 
 
 class DistillTrainStep(io.ComfyNode):
@@ -38,17 +126,7 @@ class DistillTrainStep(io.ComfyNode):
             search_aliases=["distill", "train student", "knowledge distillation", "BK-SDM", "finetune"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("teacher", tooltip="The full model, as it went into Prune UNet Blocks. It is only read."),
-                io.Model.Input("student", tooltip="The pruned model, as it came out of Prune UNet Blocks."),
-                io.Latent.Input("latents", tooltip="Training images as latents: Make Training Dataset, a batch, or the demo's."),
-                io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
-                io.Conditioning.Input(
-                    "null_caption",
-                    optional=True,
-                    tooltip="The empty prompt, encoded. With it some captions are left out while training, so that the student "
-                    "learns the unconditional answer that guidance (cfg above 1) needs. Without it captions are never left out.",
-                ),
-                RecipeSettings.Input("recipe", optional=True, tooltip="Finer settings, from Distillation Recipe."),
+                *data_inputs(),
                 io.Model.Input(
                     "teacher_2",
                     optional=True,
@@ -65,70 +143,7 @@ class DistillTrainStep(io.ComfyNode):
                     tooltip="Folder of the run under output/distill_runs. The same name goes on with the run; a new name starts anew.",
                 ),
                 io.Int.Input("total_steps", default=1000, min=1, max=10_000_000, tooltip="Steps until the run is complete."),
-                io.Int.Input(
-                    "steps_per_queue",
-                    default=1000,
-                    min=1,
-                    max=10_000_000,
-                    tooltip="Steps each execution trains. Fewer than the total: the graph shows a result sooner, queue it again to go on.",
-                ),
-                io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images a step. Lower it if memory runs out."),
-                io.Float.Input(
-                    "learning_rate",
-                    default=5e-5,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-6,
-                    round=1e-8,
-                    tooltip="Peak learning rate of AdamW. 0.00005 for Stable Diffusion, 0.001 for the demo.",
-                ),
-                io.Combo.Input(
-                    "lr_schedule",
-                    options=list(LR_SCHEDULES),
-                    default="constant",
-                    tooltip="How the learning rate goes down over total_steps. With constant, total_steps may be raised later.",
-                ),
-                io.Combo.Input(
-                    "objective",
-                    options=list(OBJECTIVES),
-                    default="bk-sdm",
-                    tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
-                    "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
-                    "laptop-diff: features of even weight. task: plain fine-tuning without the teacher.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Decides data order, noise and timesteps. The same seed gives the same student.",
-                ),
-                io.Float.Input(
-                    "caption_dropout",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Share of captions replaced by the null caption, where one is connected.",
-                ),
-                io.Int.Input(
-                    "warmup_steps",
-                    default=0,
-                    min=0,
-                    max=1_000_000,
-                    advanced=True,
-                    tooltip="Steps over which the learning rate rises from 0.",
-                ),
-                io.Int.Input(
-                    "save_every_steps",
-                    default=500,
-                    min=1,
-                    max=1_000_000,
-                    advanced=True,
-                    tooltip="Steps between checkpoints. The end, Cancel and errors save as well.",
-                ),
+                *learning_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The student as trained so far: an ordinary MODEL."),
@@ -189,30 +204,12 @@ class DistillTrainStep(io.ComfyNode):
 
 
 def _train(run: Run, models, student, plan, data, previews, num_steps: int, node_id: str) -> None:
-    first, metrics = run.step, run.metrics()
-    last = min(run.recipe.total_steps, first + num_steps)
-    bar = ProgressBar(last - first, node_id=node_id)
-    next_curve, shown = 0.0, None
-
-    def on_step(progress: Progress) -> None:
-        nonlocal next_curve, shown
-        preview, started = None, time.monotonic()
-        metrics.append(progress.losses)
-        if previews and previews.latest != shown:
-            shown, next_curve = previews.latest, started + SECONDS_FOR_SAMPLES
-            preview = ("PNG", bridge.open_image(shown), 1024)
-        elif started >= next_curve:
-            preview = ("JPEG", plots.loss_curve(metrics, _title(run)), 640)
-            bridge.show_text(bridge.describe_progress(progress, last), node_id)
-            finished = time.monotonic()
-            next_curve = finished + max(SECONDS_BETWEEN_CURVES, (finished - started) / SHARE_OF_TIME_FOR_CURVES)
-        bar.update_absolute(progress.step - first, preview=preview)
-        bridge.throw_if_cancelled()
-
-    _tell_memory(bridge.forecast_memory(models, student, plan, data, run.recipe), bridge.free_bytes(student), node_id)
+    last = min(run.recipe.total_steps, run.step + num_steps)
+    watch = Watch(run.metrics(), _title(run), run.step, last, node_id, previews)
+    tell_memory(bridge.forecast_memory(models, student, plan, data, run.recipe), bridge.free_bytes(student), node_id)
     try:
         learning = bridge.trainable(student)
-        teachers = Teachers([partial(bridge.denoiser, model, learning) for model in models], run.recipe)
+        teachers = Teachers([partial(bridge.denoiser, model, learning.architecture) for model in models], run.recipe)
         distill(
             run,
             student=learning,
@@ -221,14 +218,38 @@ def _train(run: Run, models, student, plan, data, previews, num_steps: int, node
             dataset=data,
             num_steps=num_steps,
             previews=previews,
-            on_step=on_step,
+            on_step=watch,
         )
     finally:
         learning = teachers = None
         bridge.release_memory()
 
 
-def _tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
+class Watch:
+    """Called after each step: shows progress, the loss curve and sample pictures on the node, and heeds Cancel."""
+
+    def __init__(self, metrics: list[dict], title: str, first: int, last: int, node_id: str, previews: Previews | None = None):
+        self.metrics, self.title, self.first, self.last, self.node_id = metrics, title, first, last, node_id
+        self.stage = ""  # of a training of several, in front of its progress
+        self._previews, self._shown, self._next_curve = previews, None, 0.0
+        self._bar = ProgressBar(last - first, node_id=node_id)
+
+    def __call__(self, progress: Progress) -> None:
+        preview, started = None, time.monotonic()
+        self.metrics.append({**progress.losses, "step": progress.step})
+        if self._previews and self._previews.latest != self._shown:
+            self._shown, self._next_curve = self._previews.latest, started + SECONDS_FOR_SAMPLES
+            preview = ("PNG", bridge.open_image(self._shown), 1024)
+        elif started >= self._next_curve:
+            preview = ("JPEG", plots.loss_curve(self.metrics, self.title), 640)
+            bridge.show_text(self.stage + bridge.describe_progress(progress, self.last), self.node_id)
+            finished = time.monotonic()
+            self._next_curve = finished + max(SECONDS_BETWEEN_CURVES, (finished - started) / SHARE_OF_TIME_FOR_CURVES)
+        self._bar.update_absolute(progress.step - self.first, preview=preview)
+        bridge.throw_if_cancelled()
+
+
+def tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
     """The total on the node, with advice where it is too much; the parts in the log."""
     log.info("%s", told.describe())
     shortage = told.describe_shortage(free_bytes, of_teacher=False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distill_core.architecture import Architecture
+from distill_core.dataset import LatentDataset
 from distill_core.denoiser import DiffusersDenoiser, Label
 
 torch.set_num_threads(1)  # networks this small only wait for a second thread
@@ -26,6 +27,14 @@ def small_teacher() -> DiffusersDenoiser:
     torch.manual_seed(0)
     network = UNet2DConditionModel(**SMALL).eval()
     return DiffusersDenoiser(network=network, architecture=Architecture.from_state_dict(network.state_dict()))
+
+
+@pytest.fixture(scope="session")
+def small_data() -> LatentDataset:
+    """Twelve examples of noise for the small teacher."""
+    random = torch.Generator().manual_seed(0)
+    latents, contexts = torch.randn(12, 4, 8, 8, generator=random), torch.randn(12, 4, 16, generator=random)
+    return LatentDataset.of(latents, contexts, torch.zeros(4, 16))
 
 
 SMALL_XL = dict(

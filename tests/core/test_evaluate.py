@@ -3,7 +3,14 @@ import copy
 import pytest
 import torch
 
-from distill_core.evaluate import count_macs, frechet_distance
+from distill_core.dataset import LatentDataset
+from distill_core.evaluate import count_macs, frechet_distance, output_error
+from distill_core.plan import preset
+from distill_core.ranges import TimestepRanges
+from distill_core.router import Routed
+from distill_core.schedule import prediction
+
+from .test_plan import student_of
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -31,3 +38,62 @@ def test_macs_are_the_same_on_the_meta_device(small_teacher):
     """Which kernel a device uses for attention makes no difference."""
     meta = type(small_teacher)(network=copy.deepcopy(small_teacher.network).to("meta"), architecture=small_teacher.architecture)
     assert count_macs(meta, (4, 16, 16), 5) == count_macs(small_teacher, (4, 16, 16), 5)
+
+
+# --- distance to the teacher
+
+
+@pytest.fixture(scope="module")
+def data():
+    random = torch.Generator().manual_seed(0)
+    return LatentDataset.of(torch.randn(6, 4, 8, 8, generator=random), torch.randn(6, 5, 16, generator=random))
+
+
+class Shifted:
+    """Answers as a teacher, and so much more where t is at least 500."""
+
+    def __init__(self, teacher, shift):
+        self.teacher, self.shift, self.seen = teacher, shift, []
+
+    def __getattr__(self, name):
+        return getattr(self.teacher, name)
+
+    def __call__(self, x_t, t, context, label=None):
+        self.seen.append(t.tolist())
+        return self.teacher(x_t, t, context, label) + self.shift * (t >= 500)[:, None, None, None]
+
+
+def test_output_error_is_the_mean_squared_distance_in_each_bin(small_teacher, data):
+    student = Shifted(small_teacher, 0.5)
+    errors = output_error(student, small_teacher, data, num_bins=4, num_batches=2, batch_size=3)
+    assert errors.tolist() == pytest.approx([0, 0, 0.25, 0.25], abs=1e-6)
+    bins = [set(t // 250 for t in batch) for batch in student.seen]
+    assert bins == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}] and all(len(batch) == 3 for batch in student.seen)
+
+
+def test_output_error_is_the_same_for_the_same_seed_and_another_for_another(small_teacher, data):
+    student = student_of(small_teacher, preset("bk-sdm-tiny"))
+    first, again, other = (output_error(student, small_teacher, data, num_bins=2, batch_size=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and (first > 0).all()
+
+
+def test_output_error_is_in_the_students_terms(small_teacher, data):
+    """A student that says the same in other words errs by nothing."""
+
+    class InV(type(small_teacher)):
+        def __call__(self, x_t, t, context, label=None):
+            eps, at = super().__call__(x_t, t, context, label), self.schedule.at(t, x_t)
+            return prediction("v").target(prediction("eps").to_x0(eps, x_t, at), eps, at)
+
+    student = InV(network=small_teacher.network, architecture=small_teacher.architecture, prediction="v")
+    assert output_error(student, small_teacher, data, batch_size=2).max() < 1e-5
+    mistaken = type(small_teacher)(network=small_teacher.network, architecture=small_teacher.architecture, prediction="v")
+    assert output_error(mistaken, small_teacher, data, batch_size=2).max() > 1e-2
+
+
+def test_output_error_of_students_is_that_of_each_in_its_range(small_teacher, data):
+    students = [student_of(small_teacher, preset(name)) for name in ("bk-sdm-tiny", "bk-sdm-base")]
+    options = {"num_bins": 4, "batch_size": 2}
+    low, high = (output_error(student, small_teacher, data, **options) for student in students)
+    routed = output_error(Routed.given(TimestepRanges((499.0,)), students), small_teacher, data, **options)
+    assert torch.equal(routed, torch.cat([low[:2], high[2:]]))

@@ -20,6 +20,7 @@ from distill_core.job import Job, Prepared, TeacherSettings, example, example_na
 from distill_core.plan import preset
 from distill_core.processes import ALONE, Processes
 from distill_core.run import checkpoints_in
+from distill_core.students import Students
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -210,6 +211,7 @@ def test_example_recipes_are_as_people_get_them(name, tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(capsys.readouterr().out)
     job = Job.read(tmp_path / "recipe.toml")
     assert job.run.endswith(name) or name == "student-lora"
+    assert (job.students is not None) == ("students" in name)
     assert sizes(job.data.resolution) and (job.student.preset is None or preset(job.student.preset))
     ALONE.check(job.training)
 
@@ -362,3 +364,99 @@ def test_what_a_sharded_student_cannot_do_is_said(setting, folder):
     ALONE.check(recipe)
     with pytest.raises(ValueError, match=setting.split()[0]):
         Processes(shards=True).check(recipe)
+
+
+# --- several students
+
+
+STUDENTS = [("[training]", '[students]\ncount = 2\njoint_steps = 2\n[training]'), ("total_steps = 4", "total_steps = 2"),
+            ("save_every_steps = 2", "save_every_steps = 1")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_students(made):
+    job = write(made, *STUDENTS, ('run = "run"', 'run = "two-students"'), name="two-students.toml")
+    assert main(["train", str(job)]) == 0
+    return Students.read(made / "two-students" / "students")
+
+
+def test_a_job_trains_a_folder_of_students(two_students, folder, capsys):
+    assert [member.plan for member in two_students.members] == ["bk-sdm-base"] * 2 and len(two_students.ranges) == 2
+    pruned = open_unet(two_students.folder.parent / "pruned.safetensors").state_dict
+    assert not any(same(pruned, open_unet(path).state_dict) for path in two_students.files)
+    assert two_students.teacher == open_unet(two_students.folder.parent / "pruned.safetensors").metadata["distill.teacher"]
+
+
+def test_it_is_told_before_the_first_step_and_at_the_end(folder, two_students, capsys):
+    job = write(folder, *STUDENTS, ("count = 2", 'boundaries = "300"'))
+    assert main(["train", str(job), "--range", "0"]) == 0
+    out = capsys.readouterr()
+    assert "students  2, whole, begun as one distilled for 2 steps\n1: timesteps 301 to 999" in out.out
+    assert "The most memory" in out.out and "step 4 of 6: still to train are range_1" in out.out
+    assert main(["train", str(job)]) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert main(["train", str(job), "--resume", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["step"] == 6 and Students.read(facts["students"]).ranges.boundaries == (300.0,)
+    assert main(["train", str(job), "--resume"]) == 0  # a training that is complete returns at once
+    assert f"step 6: {facts['students']}" in capsys.readouterr().out
+
+
+def test_students_of_plans_of_their_own(folder, capsys):
+    plans = ("count = 2", 'count = 2\nplans = ["bk-sdm-tiny", "bk-sdm-base"]')
+    job = write(folder, *STUDENTS, plans, ('[student]\npreset = "bk-sdm-base"', ""))
+    assert main(["train", str(job)]) == 0
+    assert "1,489,028 parameters" in capsys.readouterr().out  # the largest is what memory is counted for
+    students = Students.read(folder / "run" / "students")
+    assert [member.plan for member in students.members] == ["bk-sdm-tiny", "bk-sdm-base"]
+    both = write(folder, *STUDENTS, plans)
+    assert main(["train", str(both)]) == 2 and "give the plan in [student], or plans in [students]" in capsys.readouterr().err
+
+
+def test_memory_is_told_for_the_stage_that_needs_the_most(folder):
+    lora = ("batch_size = 4", "batch_size = 4\nlora_rank = 2")
+    needed = [Prepared(Job.read(write(folder, *changes)), ALONE).describe_memory(None)
+              for changes in ([("run = \"run\"", "run = \"one\"")], [*STUDENTS, lora], [*STUDENTS, lora, ("joint_steps = 2", "joint_steps = 0")])]  # fmt: skip
+    assert needed[0] == needed[1] != needed[2]
+
+
+def test_killed_while_students_train_and_resumed_it_is_as_if_nothing_had_happened(folder, two_students):
+    job, kills = write(folder, *STUDENTS), 0
+    for stage in ("joint", "range_1"):
+        process = launch(folder, str(job), "--resume")
+        metrics, deadline = folder / "run" / stage / "metrics.csv", time.monotonic() + 60
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not (metrics.exists() and metrics.read_text().count("\n") > 1)
+        ):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read()
+        kills += process.returncode != 0
+    assert kills and main(["train", str(job), "--resume", "--json"]) == 0
+    students = Students.read(folder / "run" / "students")
+    for ours, theirs in zip(students.files, two_students.files, strict=True):
+        assert same(open_unet(ours).state_dict, open_unet(theirs).state_dict)
+    for stage in ("joint", "range_0", "range_1"):
+        expected = (two_students.folder.parent / stage / "metrics.csv").read_bytes()
+        assert (folder / "run" / stage / "metrics.csv").read_bytes() == expected
+
+
+@pytest.mark.parametrize("changes,arguments,message", [
+    ([("count = 2", "cuont = 2")], [], r"\[students\]: there is no setting 'cuont'; did you mean 'count'"),
+    ([("count = 2", 'boundaries = "abc"')], [], "boundaries must be numbers"),
+    ([("count = 2", 'split = "error"'), ("joint_steps = 2", "joint_steps = 0")], [], "set joint_steps above 0"),
+    ([("count = 2", 'plans = ["none"]'), ('preset = "bk-sdm-base"', "")], [], "cannot read .*none"),
+    ([], ["--range", "2"], "students 0 to 1, got 2"),
+    ([], ["--range", "-1"], "must be at least 0"),
+    ([("[students]\ncount = 2\njoint_steps = 2", "")], ["--range", "0"], "one student of all timesteps"),
+])  # fmt: skip
+def test_students_that_cannot_be_end_in_one_sentence(changes, arguments, message, folder, capsys):
+    import re
+
+    try:
+        assert main(["train", str(write(folder, *STUDENTS, *changes)), *arguments]) == 2
+    except SystemExit as error:  # by argparse
+        assert error.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error

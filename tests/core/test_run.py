@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,16 @@ def test_a_run_with_other_settings_is_refused_by_name(change, small_teacher, dat
     (name,) = change
     with pytest.raises(ValueError, match=f"started with {name} = .*another name"):
         Run(uninterrupted[0].folder, replace(RECIPE, **change), {"data": data.fingerprint})
+
+
+def test_a_run_older_than_a_setting_goes_on_where_that_is_left_alone(data, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted[0].folder, tmp_path / "older")
+    written = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(written.replace("snr_gamma = 5.0\n", ""))
+    assert Run(folder, RECIPE, {"data": data.fingerprint}).complete
+    (folder / "recipe.toml").write_text(written.replace("snr_gamma = 5.0\n", ""))
+    with pytest.raises(ValueError, match="started with snr_gamma = 5.0"):
+        Run(folder, replace(RECIPE, snr_gamma=2.0), {"data": data.fingerprint})
 
 
 def test_a_run_on_other_data_is_refused(uninterrupted):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distill_core.denoiser import Label
+from distill_core.dataset import Caption
 from distill_core.sampling import sample, timesteps
 from distill_core.schedule import flow, prediction, scaled_linear
 
@@ -19,7 +19,7 @@ def denoiser_like(small_teacher, **changes):
 
 def test_sampling_is_a_function_of_noise_and_prompt(small_teacher, inputs):
     noise, context = inputs
-    options = dict(null_context=torch.zeros(5, 16), num_steps=3, guidance=3.0)
+    options = dict(null=Caption(torch.zeros(5, 16)), num_steps=3, guidance=3.0)
     first = sample(small_teacher, context, noise=noise, **options)
     assert first.isfinite().all() and first.shape == noise.shape
     assert torch.equal(first, sample(small_teacher, context, noise=noise, **options))
@@ -36,7 +36,9 @@ def test_guidance_one_is_the_conditional_answer_at_half_the_cost(small_teacher, 
             return super().__call__(x, *rest)
 
     counting = Counting(network=small_teacher.network, architecture=small_teacher.architecture)
-    results = [sample(counting, context, torch.zeros(5, 16), noise=noise, num_steps=2, guidance=g) for g in (1.0, 1.0000001)]
+    results = [
+        sample(counting, context, Caption(torch.zeros(5, 16)), noise=noise, num_steps=2, guidance=g) for g in (1.0, 1.0000001)
+    ]
     assert calls == [2, 2, 4, 4]
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
@@ -58,7 +60,7 @@ def test_on_diffusion_it_is_diffusers_ddim(kind, num_steps, small_teacher, input
         for t in theirs.timesteps:
             x = theirs.step(denoiser(x, t.expand(2), context), t, x).prev_sample
     # diffusers keeps its tables in float32, and their last steps divide by the little noise there is.
-    ours = sample(denoiser, context, context[0], noise=noise, num_steps=num_steps, guidance=1.0)
+    ours = sample(denoiser, context, Caption(context[0]), noise=noise, num_steps=num_steps, guidance=1.0)
     torch.testing.assert_close(ours, x, rtol=2e-3, atol=2e-3)
 
 
@@ -69,7 +71,7 @@ def test_on_flow_it_is_eulers_method(small_teacher, inputs):
     with torch.no_grad():
         for t, now, then in zip(at, sigmas, sigmas[1:], strict=False):
             x = x + (then - now) * denoiser(x, t.expand(2), context)
-    ours = sample(denoiser, context, context[0], noise=noise, num_steps=5, guidance=1.0)
+    ours = sample(denoiser, context, Caption(context[0]), noise=noise, num_steps=5, guidance=1.0)
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
 
 
@@ -77,7 +79,12 @@ def test_states_on_the_way_are_told(small_teacher, inputs):
     noise, context = inputs
     states = []
     sample(
-        small_teacher, context, context[0], noise=noise, num_steps=4, on_state=lambda x, t: states.append((x.clone(), t.item()))
+        small_teacher,
+        context,
+        Caption(context[0]),
+        noise=noise,
+        num_steps=4,
+        on_state=lambda x, t: states.append((x.clone(), t.item())),
     )
     assert [t for _, t in states] == [999, 749, 499, 249] and torch.equal(states[0][0], noise)
     assert all(not torch.equal(a, b) for (a, _), (b, _) in zip(states, states[1:], strict=False))
@@ -86,15 +93,15 @@ def test_states_on_the_way_are_told(small_teacher, inputs):
 def test_sdxl_samples_with_its_label(small_xl_teacher, xl_batch):
     x, _, context, label = xl_batch
     options = dict(noise=x, num_steps=2, guidance=2.0)
-    null = Label.neutral(8 + 6 * 256, 1, (64, 64), x)
-    first = sample(small_xl_teacher, context, context[0], label=label, null_label=null, **options)
-    other = sample(small_xl_teacher, context, context[0], label=Label(label.pooled + 1, label.sizes), null_label=null, **options)
+    null = Caption(context[0], torch.zeros(8))
+    first = sample(small_xl_teacher, context, null, label=label, **options)
+    other = sample(small_xl_teacher, context, null, label=label._replace(pooled=label.pooled + 1), **options)
     assert first.shape == x.shape and not torch.equal(first, other)
 
 
 def test_the_prediction_decides_the_sample(small_teacher, inputs):
     noise, context = inputs
-    results = [sample(denoiser_like(small_teacher, prediction=kind), context, context[0], noise=noise, num_steps=2)
+    results = [sample(denoiser_like(small_teacher, prediction=kind), context, Caption(context[0]), noise=noise, num_steps=2)
                for kind in ("eps", "v", "x0")]  # fmt: skip
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     assert prediction("x0")

@@ -7,6 +7,7 @@ from distill_core.schedule import (
     from_noise_ratio,
     from_signal_power,
     prediction,
+    restate,
     scaled_linear,
     x0_gain,
 )
@@ -28,6 +29,16 @@ def test_target_and_conversions_are_inverses(name, noised):
     output = kind.target(x0, eps, coefficients)
     torch.testing.assert_close(kind.to_x0(output, x_t, coefficients), x0)
     torch.testing.assert_close(kind.to_eps(output, x_t, coefficients), eps)
+
+
+@pytest.mark.parametrize("source", PREDICTIONS)
+@pytest.mark.parametrize("target", PREDICTIONS)
+def test_a_prediction_is_restated_as_what_the_other_type_would_be(source, target):
+    schedule, random, t = scaled_linear(), torch.Generator().manual_seed(0), torch.tensor([0, 400, 999])
+    x0, eps = (torch.randn(3, 4, 8, 8, generator=random, dtype=torch.float64) for _ in range(2))
+    x_t, at = schedule.add_noise(x0, eps, t), schedule.at(t, x0)
+    theirs, ours = (prediction(name).target(x0, eps, at) for name in (source, target))
+    torch.testing.assert_close(restate(theirs, x_t, t, schedule, source, target), ours)
 
 
 def test_scaled_linear_is_the_schedule_of_stable_diffusion():

@@ -39,7 +39,7 @@ def test_the_teacher_draws_each_prompt_as_a_sampler_would(tmp_path, small_teache
     words = Words()
     caption, null = words.captions(["one", ""])
     noise = torch.randn(4, 8, 8, generator=generator(0, 0, "one"))[None]
-    expected = sample(small_teacher, caption.context[None], null.context, noise=noise, guidance=2.0, num_steps=4)
+    expected = sample(small_teacher, caption.context[None], null, noise=noise, guidance=2.0, num_steps=4)
     examples = everything(dataset)
     torch.testing.assert_close(examples.latents.float(), expected, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(examples.contexts[0].float(), caption.context, rtol=1e-3, atol=1e-3)

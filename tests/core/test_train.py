@@ -23,11 +23,9 @@ PLAN = preset("bk-sdm-base")
 RECIPE = Recipe(total_steps=3, batch_size=4, learning_rate=1e-3, save_every_steps=2, seed=3)
 
 
-@pytest.fixture(scope="module")
-def data():
-    random = torch.Generator().manual_seed(0)
-    latents, contexts = torch.randn(12, 4, 8, 8, generator=random), torch.randn(12, 4, 16, generator=random)
-    return LatentDataset.of(latents, contexts, torch.zeros(4, 16))
+@pytest.fixture
+def data(small_data):
+    return small_data
 
 
 def train(folder, teacher, data, recipe=RECIPE, student=None, teachers=None, **options):
@@ -42,8 +40,8 @@ def weights(run):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, small_teacher, data):
-    return weights(train(tmp_path_factory.mktemp("plain") / "run", small_teacher, data)[0])
+def plain(tmp_path_factory, small_teacher, small_data):
+    return weights(train(tmp_path_factory.mktemp("plain") / "run", small_teacher, small_data)[0])
 
 
 def in_float64(denoiser):

@@ -1,5 +1,9 @@
-"""Run by the Python of ComfyUI, in a process of its own: ``in_comfyui.py COMFYUI FUNCTION ARGUMENTS...``."""
+"""Run by the Python of ComfyUI, in a process of its own: ``in_comfyui.py COMFYUI FUNCTION ARGUMENTS...``.
 
+FUNCTION is one of this file, or ``module.function`` of a file beside it.
+"""
+
+import importlib
 import json
 import logging
 import sys
@@ -8,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start(comfyui):
-    """Make ComfyUI's own modules importable, on the CPU."""
-    sys.argv = [sys.argv[0], "--cpu"]
+def start(comfyui, cpu=True):
+    """Make ComfyUI's own modules importable, to run on the CPU or where ComfyUI would."""
+    sys.argv = [sys.argv[0], *["--cpu"] * cpu]
     sys.path.insert(0, comfyui)
     import comfy.options
 
@@ -182,7 +186,7 @@ def tell_memory(out):
     handler.emit = lambda record: logged.append(record.getMessage())
     for free in (bridge.free_bytes(student), 30 << 20):
         told = bridge.forecast_memory([teacher], student, plan, data, Recipe(batch_size=4))
-        train._tell_memory(told, free, "1")
+        train.tell_memory(told, free, "1")
         found.append([free, shown.pop(), "\n".join(logged)])
     Path(out).write_text(json.dumps(found))
 
@@ -190,4 +194,6 @@ def tell_memory(out):
 if __name__ == "__main__":
     comfyui, function, *arguments = sys.argv[1:]
     start(comfyui)
-    globals()[function](*arguments)
+    module, _, name = function.rpartition(".")
+    found = importlib.import_module(module) if module else sys.modules[__name__]
+    getattr(found, name)(*arguments)

@@ -12,6 +12,10 @@ NAMES = {
     "DistillRemapLoRAToStudent": "Remap LoRA to Student",
     "DistillTeacherDataset": "Teacher Dataset",
     "DistillTrainStep": "Distill Train Step",
+    "DistillTrainStudents": "Train Timestep Students",
+    "DistillLoadStudents": "Load Timestep Students",
+    "DistillTimestepRouter": "Timestep Router",
+    "DistillTimestepRouterSampler": "Timestep Router Sampler",
     "DistillRecipe": "Distillation Recipe",
     "DistillSaveDistilledModel": "Save Distilled Model",
 }

@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+
+from distill_core.demo import digits
+from distill_core.students import Students
 
 from .. import comfyui
 from ..nodes.conftest import comfyui_path, server  # noqa: F401
@@ -26,7 +31,7 @@ def test_a_workflow_uses_known_nodes_and_has_its_picture(path, server):  # noqa:
     for node in graph["nodes"]:
         if node["type"].startswith("Distill"):
             names = [*known[node["type"]]["input"].get("required", {}), *known[node["type"]]["input"].get("optional", {})]
-            assert {entry["name"] for entry in node["inputs"]} <= set(names)
+            assert {entry["name"].partition(".")[0] for entry in node["inputs"]} <= set(names)  # models.model_1 is one of models
 
 
 def test_the_workflows_are_in_the_template_browser(server):  # noqa: F811
@@ -34,14 +39,26 @@ def test_the_workflows_are_in_the_template_browser(server):  # noqa: F811
     assert sorted(listed) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
-def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
+def run(name, server):  # noqa: F811
     comfy = shutil.which("comfy", path=str(Path(sys.executable).parent)) or shutil.which("comfy")
     if comfy is None:
         pytest.skip("comfy-cli is not installed: pip install comfy-cli")
-    command = [comfy, "--skip-prompt", "run", "--workflow", "workflows/quickstart_digits.json", "--wait",
+    command = [comfy, "--skip-prompt", "run", "--workflow", f"workflows/{name}.json", "--wait",
                "--host", "127.0.0.1", "--port", str(server.port), "--timeout", "900"]  # fmt: skip
-    run = subprocess.run(command, cwd=comfyui.ROOT, capture_output=True, text=True, env=comfyui.quiet_environment())
-    assert run.returncode == 0, run.stdout + run.stderr
+    done = subprocess.run(command, cwd=comfyui.ROOT, capture_output=True, text=True, env=comfyui.quiet_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def share_of_sevens(server, name):  # noqa: F811
+    """Of the pictures a workflow saved under a name, how many show what was asked for."""
+    files = sorted((server.output / "distill").glob(f"{name}_*.png"))
+    pixels = np.stack([np.asarray(Image.open(f).convert("L")) for f in files])
+    pictures = torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[:, None] / 127.5 - 1, 4)
+    return digits.accuracy(digits.DigitsClassifier.bundled(), pictures, torch.full((len(files),), 7))
+
+
+def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
+    run("quickstart_digits", server)
 
     # The saved file is the student the graph produced.
     (saved,) = (server.output / "diffusion_models").glob("digits_student_*.safetensors")
@@ -50,15 +67,17 @@ def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n].half()) for n in ours)
 
     # Its pictures are what the teacher's are, those of the pruned model are not.
-    import numpy as np
-    from PIL import Image
+    assert share_of_sevens(server, "teacher") >= 0.85 and share_of_sevens(server, "distilled") >= 0.85
+    assert share_of_sevens(server, "pruned") <= 0.5
 
-    from distill_core.demo import digits
 
-    def read(name):
-        files = sorted((server.output / "distill").glob(f"{name}_*.png"))
-        pixels = np.stack([np.asarray(Image.open(f).convert("L")) for f in files])
-        pictures = torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[:, None] / 127.5 - 1, 4)
-        return digits.accuracy(digits.DigitsClassifier.bundled(), pictures, torch.full((len(files),), 7))
+def test_a_small_model_begins_and_a_big_one_finishes(server):  # noqa: F811
+    run("route_big_and_small", server)
+    assert all(share_of_sevens(server, name) >= 0.85 for name in ("big", "small_then_big"))
 
-    assert read("teacher") >= 0.85 and read("distilled") >= 0.85 and read("pruned") <= 0.5
+
+def test_three_students_draw_digits_as_one_model(server):  # noqa: F811
+    run("o2mkd_digits", server)
+    students = Students.read(server.output / "distill_runs" / "o2mkd-digits" / "students")
+    assert len(students.files) == 3 and len({member.fingerprint for member in students.members}) == 3
+    assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_students") >= 0.85

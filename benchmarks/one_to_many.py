@@ -1,0 +1,251 @@
+"""What students of their own range are worth on the demo: ``python benchmarks/one_to_many.py``.
+
+One, two and four students of one size, so that a sampling step costs the same; as many training steps for each student,
+and one student trained for as long as four together. Then, at equal total steps: what students begin as, where the
+boundaries are, and one base with an adapter per range in place of whole students. Writes ``results/one_to_many.md``,
+every figure measured in that run. Figures are kept in ``results/one_to_many.jsonl`` as they come, and unfinished runs in
+``results/one_to_many.runs``, so that an interrupted benchmark goes on; the finished one deletes both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from demo_students import BATCH_SIZE, pruned_student, settings_of
+from report import RESULTS, device_words, mean_and_margin, publish, table
+from tqdm import tqdm
+
+from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
+from distill_core.evaluate import output_error
+from distill_core.files import open_unet
+from distill_core.one_to_many import OneToMany, Start, StudentsSettings
+from distill_core.plan import preset, preset_names
+from distill_core.quickstart import Settings, judge
+from distill_core.recipe import Recipe
+from distill_core.router import Routed
+from distill_core.storage import atomic
+
+KEPT, RUNS = RESULTS / "one_to_many.jsonl", RESULTS / "one_to_many.runs"
+ERROR_SEED = 999  # of no training
+ERROR_BATCHES = 4
+NUM_BINS = 10
+
+
+class Row(NamedTuple):
+    """Students of one row; steps are in parts of those one student has."""
+
+    count: int = 4
+    joint: float = 0.5
+    """Over all timesteps, before the students part."""
+    each: float = 0.5
+    """Of each student in its range."""
+    split: str = "timesteps"
+    lora: dict[str, Any] = {}
+
+    def steps(self, unit: int) -> tuple[int, int]:
+        """Steps together, and of each student after them."""
+        return round(self.joint * unit), round(self.each * unit)
+
+    def total(self, unit: int) -> int:
+        joint, each = self.steps(unit)
+        return joint + self.count * each
+
+
+ONE, TWO, FOUR, LONG = "one student", "two students", "four students", "one student, as long as all four"
+APART, LOG_SNR, ERROR, LORA = "begun apart", "even log-SNR", "even error", "base and adapters"
+ROWS = {
+    ONE: Row(count=1, joint=1, each=0),
+    FOUR: Row(),
+    TWO: Row(count=2),
+    LONG: Row(count=1, joint=2.5, each=0),
+    APART: Row(joint=0, each=1),
+    ERROR: Row(split="error"),
+    LOG_SNR: Row(split="log-snr"),
+    LORA: Row(lora={"lora_rank": 8, "lora_targets": ("*",)}),
+}
+"""In every row but one a student has as many steps behind it, those it had as one with the others included."""
+
+
+class Figures(NamedTuple):
+    """What was measured of one row with one seed."""
+
+    errors: Sequence[float]
+    num_bytes: int
+    boundaries: Sequence[float]
+    accuracy: float
+    frechet: float
+
+    @property
+    def error(self) -> float:
+        return sum(self.errors) / len(self.errors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of a student (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=500, help="digits judged of each row and seed (default: %(default)s)")
+    arguments = parser.parse_args()
+    settings = vars(arguments) | {"batch_size": BATCH_SIZE, "device": device_words()}
+    found, demo = _kept(settings), Demo(arguments)
+    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ROWS if (name, seed) not in found]
+    for name, seed in tqdm(to_do):
+        found[name, seed] = demo.figures(name, seed)
+        _keep({"settings": settings, "row": name, "seed": seed, **found[name, seed]._asdict()})
+    publish("one_to_many", _report(found, arguments, settings["device"]))
+    KEPT.unlink(missing_ok=True)
+    shutil.rmtree(RUNS, ignore_errors=True)
+
+
+# --- students
+
+
+class Demo:
+    """The demo's teacher and data, and students of them."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.unit = arguments, arguments.steps
+        self.teacher, self.plan, self.dataset = load_denoiser(teacher_file()), preset(arguments.preset), load_dataset()
+
+    def figures(self, name: str, seed: int) -> Figures:
+        """Train and measure; runs that others begin with stay."""
+        row = ROWS[name]
+        training = self.training(name, row, seed)
+        if row.count == 1:
+            training.train(num_steps=training.stages["joint"])
+            file, student = training.run("joint").result_file, pruned_student(self.teacher, self.plan)
+            student.load_state_dict(open_unet(file).state_dict)
+            num_bytes, boundaries = file.stat().st_size, ()
+        else:
+            if row.joint:
+                self.begin_with(self.training(FOUR, ROWS[FOUR], seed), training)
+            training.train()
+            student = Routed.open(training.students, self.teacher.device)
+            num_bytes, boundaries = training.students.num_bytes, training.students.ranges.boundaries
+        errors = output_error(student, self.teacher, self.dataset, num_bins=NUM_BINS, num_batches=ERROR_BATCHES, seed=ERROR_SEED)
+        judged, _ = judge(name, student, Settings(num_samples=self.arguments.samples, seed=seed))
+        if name != FOUR:
+            shutil.rmtree(training.folder)
+        return Figures(errors.tolist(), num_bytes, boundaries, judged.accuracy, judged.frechet_distance)
+
+    def training(self, name: str, row: Row, seed: int) -> OneToMany:
+        joint, each = row.steps(self.unit)
+        return OneToMany(
+            RUNS / f"{name.replace(' ', '_')}_{seed}",
+            StudentsSettings(count=row.count, split=row.split, joint_steps=joint),
+            Recipe(**settings_of(max(1, each), seed), **row.lora),
+            starts=[Start(self.plan, partial(pruned_student, self.teacher, self.plan))],
+            teachers=[lambda: self.teacher],
+            teacher="demo",
+            schedule=self.teacher.schedule,
+            dataset=self.dataset,
+        )
+
+    def begin_with(self, four: OneToMany, several: OneToMany) -> None:
+        """The student they begin as is the same in all rows, and trained once."""
+        if several.folder == four.folder:
+            return
+        four.train(num_steps=four.stages["joint"] - four.steps_of("joint"))
+        if not (target := several.folder / "joint").exists():
+            with atomic(target) as made:
+                shutil.copytree(four.folder / "joint", made)
+
+
+# --- figures
+
+
+def _kept(settings: dict) -> dict[tuple[str, int], Figures]:
+    """Figures of an interrupted run by the same settings, by row and seed."""
+    lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
+    return {(x["row"], x["seed"]): Figures(*(x[field] for field in Figures._fields)) for x in lines if x["settings"] == settings}
+
+
+def _keep(line: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with open(KEPT, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace, device: str) -> list[str]:
+    unit, seeds = arguments.steps, range(arguments.seeds)
+
+    def of(name: str) -> list[Figures]:
+        return [found[name, seed] for seed in seeds]
+
+    def error(name: str) -> str:
+        mean, margin = mean_and_margin([figures.error for figures in of(name)])
+        return f"{mean:.5f} ± {margin:.5f}"
+
+    def against(name: str, other: str) -> str:
+        if name == other:
+            return ""
+        mean, margin = mean_and_margin([a.error / b.error - 1 for a, b in zip(of(name), of(other), strict=True)])
+        return f"{mean:+.1%} ± {margin:.1%}"
+
+    def judged(name: str) -> list[str]:
+        accuracy, frechet = zip(*((figures.accuracy, figures.frechet) for figures in of(name)), strict=True)
+        return [_share(*mean_and_margin(accuracy)), "{:.2f} ± {:.2f}".format(*mean_and_margin(frechet))]
+
+    def trained(name: str) -> str:
+        (joint, each), count = ROWS[name].steps(unit), ROWS[name].count
+        return " + ".join(filter(None, [f"{joint}" if joint else "", f"{count} x {each}" if each else ""]))
+
+    def steps(name: str) -> list[str]:
+        return [trained(name), f"{ROWS[name].total(unit):,}"]
+
+    def kib(name: str) -> str:
+        return f"{of(name)[0].num_bytes / 1024:,.0f}"
+
+    def bins(name: str) -> list[str]:
+        return [name, *(f"{mean_and_margin(errors)[0]:.4f}" for errors in zip(*(f.errors for f in of(name)), strict=True))]
+
+    def boundaries(name: str) -> str:
+        return "; ".join(dict.fromkeys(", ".join(f"{b:.0f}" for b in figures.boundaries) for figures in of(name)))
+
+    def row(label: str, name: str, other: str) -> list[str]:
+        return [label, *steps(name), error(name), against(name, other), *judged(name), kib(name)]
+
+    def rows(labels: dict[str, str], other: str) -> list[str]:
+        columns = ["", "training steps", "in total", "mean output error", f"against {labels[other]}", "accuracy",
+                   "Fréchet distance", "KiB on disk"]  # fmt: skip
+        return table(columns, (row(label, name, other) for name, label in labels.items()))
+
+    main_rows, each_bin = [ONE, TWO, FOUR, LONG], 1000 // NUM_BINS
+    return [
+        f"Students at equal cost per sampling step, {unit} training steps behind each but the last:", "",
+        *rows({name: name for name in main_rows}, ONE), "",
+        "Output error over timesteps:", "",
+        *table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))], map(bins, main_rows)), "",
+        "What four students begin as:", "",
+        *rows({FOUR: "one student distilled over all timesteps", APART: "the pruned teacher"}, APART), "",
+        "What is even between their boundaries:", "",
+        *rows({FOUR: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, FOUR), "",
+        *table(["what is even", "boundaries, seed by seed where they differ"],
+               [["timesteps", boundaries(FOUR)], ["log-SNR", boundaries(LOG_SNR)], ["error of the one student", boundaries(ERROR)]]), "",
+        "One base and an adapter for each range in place of whole students:", "",
+        *rows({FOUR: "four whole students", LORA: _adapter_words()}, FOUR), "",
+        f"Students of {arguments.preset}, batch {BATCH_SIZE}, real digits, all by the same settings; steps are those of one student "
+        "over all timesteps, then of each in its range, and in each part the learning rate falls to 0. Output error: mean squared "
+        "distance to the teacher's answer, the noise being of no training step, "
+        f"{ERROR_BATCHES * BATCH_SIZE} examples in each of {NUM_BINS} bins of timesteps (`evaluate.output_error`). Means over "
+        f"{arguments.seeds} seeds, ± half the 95 % interval by Student's t; differences seed by seed; {arguments.samples} digits "
+        f"judged for each row and seed. {device}.",
+    ]  # fmt: skip
+
+
+def _adapter_words() -> str:
+    return f"base and LoRAs of rank {ROWS[LORA].lora['lora_rank']} on every layer"
+
+
+def _share(mean: float, margin: float) -> str:
+    return f"{mean:.1%} ± {margin:.1%}"
+
+
+if __name__ == "__main__":
+    main()

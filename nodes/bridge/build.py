@@ -1,0 +1,141 @@
+"""MODELs made of weights: pruned, loaded from a student's file, finished after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import comfy.model_sampling
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ...distill_core.architecture import Architecture
+from ...distill_core.demo.teacher import teacher_file
+from ...distill_core.files import open_unet
+from ...distill_core.plan import KeptSkips, PruningPlan
+from ...distill_core.prune import prune, pruning_metadata
+from .demo import DigitsModelConfig, build_digits, is_demo
+from .model import LDM, ORIGIN, PREDICTIONS, Origin, architecture_of, origin_of, prediction_of, state_dict_of
+
+
+def build_model(
+    state_dict: Mapping[str, Tensor],
+    architecture: Architecture,
+    config_class: type | None,
+    *,
+    dtype: torch.dtype | None = None,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """A MODEL of its own from canonical weights, through ComfyUI's own loader, so that what builds here loads there.
+
+    config_class: class of the teacher's model config; it matters for the demo's alone, which ComfyUI does not detect.
+    """
+    names = LDM.from_canonical(architecture.shapes)
+    weights = {names[name]: weight for name, weight in state_dict.items()}
+    if config_class is DigitsModelConfig:
+        model = build_digits(weights, disable_dynamic)
+    else:
+        options = {} if dtype is None else {"dtype": dtype}
+        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, disable_dynamic=disable_dynamic)
+        if model is None:
+            raise ValueError(
+                "ComfyUI does not recognise this UNet; if it is a student, prune the teacher with another plan, or padded"
+            )
+    return model
+
+
+def make_student(
+    state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, origin: Origin | None
+) -> ModelPatcher:
+    """A finished student MODEL: the teacher's precision and sampling, and ready to be reloaded by ComfyUI."""
+    config_class, sampling = type(teacher.model.model_config), teacher.get_model_object("model_sampling")
+    dtype = teacher.model.get_dtype_inference()
+    state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        student = build_model(state_dict, architecture, config_class, dtype=dtype, disable_dynamic=disable_dynamic)
+        student.add_object_patch("model_sampling", sampling)
+        return _with_origin(student, origin)
+
+    return _reloadable(load)
+
+
+def _with_origin(student: ModelPatcher, origin: Origin | None) -> ModelPatcher:
+    """Attach where a student comes from, and lead a ControlNet's residuals to the blocks that stayed."""
+    if origin is not None:
+        student.set_attachments(ORIGIN, origin)
+        student.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ORIGIN, partial(_remap_control, origin.skips))
+    return student
+
+
+def _remap_control(skips: KeptSkips, executor, x, timesteps, context, y=None, control=None, *args, **kwargs):
+    """Around ``UNetModel.forward``: give each kept block the residual that was made for it."""
+    return executor(x, timesteps, context, y, control and remapped_control(skips, control), *args, **kwargs)
+
+
+def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str, list]:
+    """A ControlNet's or T2I-Adapter's residuals for the teacher as residuals for the student.
+
+    ComfyUI takes them off the ends of its lists: of ``output`` the deepest block's first, of ``input`` the outermost's.
+    Residuals that were made for the student are left as they are.
+    """
+    output, inputs, middle = ([*control.get(key, [])] for key in ("output", "input", "middle"))
+    if len(output) == len(skips.kept) or len(inputs) == len(skips.kept):
+        return {"input": inputs, "middle": middle, "output": output}
+    missing = [None] * skips.num_teacher
+    from_conv_in = (missing + output)[-skips.num_teacher :], (inputs[::-1] + missing)[: skips.num_teacher]
+    output, inputs = (skips.select(residuals) for residuals in from_conv_in)
+    return {"input": inputs[::-1], "middle": middle if skips.mid else [], "output": output}
+
+
+def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
+    """A MODEL that ComfyUI can load again, to train a LoRA on it, compile it, or copy it to a second GPU."""
+    model = load()
+    model.cached_patcher_init = (load, ())
+    return model
+
+
+def prune_model(teacher: ModelPatcher, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
+    """The teacher less the blocks a plan removes; the teacher is left as it is. pad: see `prune.prune`."""
+    architecture, weights = architecture_of(teacher), state_dict_of(teacher)
+    pruning = prune(architecture, plan, pad=pad)
+    metadata, skips = pruning_metadata(pruning, weights, architecture), pruning.mapping.skips(architecture)
+    if before := origin_of(teacher):
+        skips = before.skips.then(skips)
+        metadata["distill.skips"] = skips.to_text()
+    return make_student(pruning.weights(weights), pruning.student, teacher, Origin(pruning.plan, skips, metadata))
+
+
+def load_student(path: Path) -> tuple[ModelPatcher, dict]:
+    """A student's file as a MODEL, with all that ComfyUI's own loaders leave out, and what the file tells of itself."""
+    file = open_unet(path)
+    config_class = DigitsModelConfig if is_demo(file.architecture) else None
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept beside the MODEL's own
+        student = build_model(weights, file.architecture, config_class, disable_dynamic=disable_dynamic)
+        if prediction_of(student) != file.prediction or "ztsnr" in file.markers:
+            student.add_object_patch("model_sampling", _sampling(student, file.prediction, zsnr="ztsnr" in file.markers))
+        return _with_origin(student, Origin.of_file(file))
+
+    return _reloadable(load), file.describe()
+
+
+def _sampling(model: ModelPatcher, prediction: str, zsnr: bool) -> nn.Module:
+    """ComfyUI's sampling on discrete timesteps for a prediction type."""
+    kind = {name: base for base, name in PREDICTIONS.items()}[prediction]
+    return type("ModelSampling", (comfy.model_sampling.ModelSamplingDiscrete, kind), {})(model.model.model_config, zsnr=zsnr)
+
+
+def demo_teacher() -> ModelPatcher:
+    """The bundled teacher of handwritten digits as a MODEL."""
+    file = teacher_file()
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        return build_model(file.state_dict, file.architecture, DigitsModelConfig, disable_dynamic=disable_dynamic)
+
+    return _reloadable(load)

@@ -1,0 +1,229 @@
+"""LATENTs and CONDITIONINGs as training data, and data made by the teacher as LATENTs and CONDITIONINGs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...distill_core.architecture import Architecture
+from ...distill_core.cache import CachedDataset, text_key
+from ...distill_core.dataset import Bucket, Caption, LatentDataset, tile
+from ...distill_core.denoiser import Label
+from ...distill_core.previews import Previews
+from ...distill_core.storage import fingerprint
+from ...distill_core.teacher_data import Making, make_dataset
+from .demo import is_demo
+from .model import architecture_of, model_fingerprint, prediction_of
+from .training import denoiser
+
+STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
+TIMESTEPS = "distill_timesteps"
+STORED = "fp16"  # precision on disk
+NUM_PREVIEWS = 4
+
+
+def dataset(latents: list[dict], positive: list, null_caption: list | None, model: ModelPatcher) -> LatentDataset:
+    """Training data from ComfyUI's lists: one LATENT of many, many LATENTs of one, or buckets of several each.
+
+    Latents are scaled once as the model's sampler would; those of one size make a bucket. ``ValueError`` if they do not
+    fit the model, or there are not as many captions.
+    """
+    timesteps = next((entry[TIMESTEPS] for entry in latents if TIMESTEPS in entry), None)
+    if any(not torch.equal(entry.get(TIMESTEPS, torch.zeros(0)), timesteps) for entry in latents if timesteps is not None):
+        raise ValueError(
+            "some of the latents have stored trajectories, or of other steps, and some not; give those of one dataset"
+        )
+    captions = _captions([*positive, *(null_caption or [])], model)
+    null = captions.pop() if null_caption else None
+    buckets = _buckets(latents, captions, model)
+    return LatentDataset(buckets, null and Caption(null.context.clone(), null.pooled), timesteps)
+
+
+def calibration(
+    latents: list[dict], positive: list, model: ModelPatcher, num_examples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Label | None]:
+    """A few latents with their captions' conditioning, picked at random: (B, C, H, W), (B, L, D), and the label of an SDXL.
+
+    They are of one size: that of which there are most.
+    """
+    bucket = max(_buckets(latents, _captions(positive, model), model), key=lambda bucket: len(bucket.latents))
+    if not bucket.latents.any():
+        raise ValueError("the latents are empty; connect images the model is to draw well: VAE Encode, or a KSampler")
+    return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
+
+
+def previews(data: LatentDataset, vae: comfy.sd.VAE | None, model: ModelPatcher) -> Previews:
+    """Sample pictures of a few captions while a run trains; ``ValueError`` without a VAE, or the empty caption."""
+    if vae is None or data.null is None:
+        what = "a VAE" if vae is None else "null_caption (the empty prompt, encoded)"
+        raise ValueError(f"sample_every_steps asks for sample pictures, which need {what}; connect it, or set that to 0")
+    examples = data.read(0, torch.arange(NUM_PREVIEWS) * data.bucket_sizes[0] // NUM_PREVIEWS)
+    pooled = [None] * len(examples.contexts) if examples.label is None else examples.label.pooled
+    captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
+
+    def decode(latents: Tensor) -> Tensor:
+        pictures = vae.decode(model.model.process_latent_out(latents))
+        return pictures[..., :3].permute(0, 3, 1, 2) * 2 - 1
+
+    is_small = is_demo(architecture_of(model))
+    return Previews(
+        captions=captions,
+        null=data.null,
+        latent_shape=tuple(examples.latents.shape[1:]),
+        decode=decode,
+        guidance=2.0 if is_small else 7.0,
+    )
+
+
+class _Told(NamedTuple):
+    """One caption with all its conditioning tells."""
+
+    context: Tensor
+    pooled: Tensor | None
+    options: dict
+
+    def sizes(self, height: int, width: int) -> list[int]:
+        """SDXL's six numbers, those of the picture itself where none are given."""
+        options = self.options
+        height, width = options.get("height", height), options.get("width", width)
+        target = options.get("target_height", height), options.get("target_width", width)
+        return [height, width, options.get("crop_h", 0), options.get("crop_w", 0), *target]
+
+
+def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
+    """Captions of all conditioning, of one length: a context that is repeated conditions as before."""
+    told = _told(conditioning, architecture_of(model))
+    length = math.lcm(*{len(caption.context) for caption in told})
+    return [caption._replace(context=tile(caption.context, length)) for caption in told]
+
+
+def _told(conditioning: list, architecture: Architecture) -> list[_Told]:
+    """Captions of all conditioning, if they are for a model."""
+    told = []
+    for embedding, options in (entry for one in conditioning for entry in one):
+        if embedding.shape[-1] != architecture.context_width:
+            raise ValueError(
+                f"the captions' conditioning is {embedding.shape[-1]} wide but the model reads {architecture.context_width}; "
+                "encode the captions with the model's own CLIP"
+            )
+        pooled = options.get("pooled_output") if architecture.label_width else None
+        if architecture.label_width and pooled is None:
+            raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
+        for i, context in enumerate(embedding.float().cpu()):
+            told.append(_Told(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
+    return told
+
+
+def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) -> list[Bucket]:
+    """Latents by size, with their captions, if they fit the model."""
+    wanted = architecture_of(model).channels("conv_in")[0]
+    for samples in (entry["samples"] for entry in latents):
+        if samples.ndim != 4 or samples.shape[1] != wanted:
+            raise ValueError(
+                f"the latents have {samples.shape[1]} channels but the model takes {wanted}; "
+                "encode the images with the model's own VAE, and do not use inpainting models"
+            )
+    num_latents = sum(len(entry["samples"]) for entry in latents)
+    if len(captions) not in (1, num_latents):
+        raise ValueError(
+            f"there are {num_latents} latents but {len(captions)} captions; give one caption for each, or one for all"
+        )
+    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, _Told]]] = {}
+    told = iter(captions if len(captions) > 1 else captions * num_latents)
+    for entry in latents:
+        samples = model.model.process_latent_in(entry["samples"].float().cpu())
+        states = entry.get(STATES, [None] * len(samples))
+        for example in zip(samples, states, told, strict=False):
+            by_size.setdefault(tuple(samples.shape[2:]), []).append(example)
+    return [
+        _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1) for (height, width), examples in by_size.items()
+    ]
+
+
+def _bucket(examples: list[tuple[Tensor, Tensor | None, _Told]], height: int, width: int, one_for_all: bool) -> Bucket:
+    latents, states, captions = zip(*examples, strict=True)
+    sizes = [caption.sizes(height, width) for caption in captions]
+    captions = captions[:1] if one_for_all else captions
+    labelled = captions[0].pooled is not None
+    return Bucket(
+        latents=torch.stack(latents),
+        contexts=torch.stack([caption.context for caption in captions]),
+        pooled=torch.stack([caption.pooled for caption in captions]) if labelled else None,
+        sizes=torch.tensor(sizes, dtype=torch.float32) if labelled else None,
+        states=None if states[0] is None else torch.stack(states),
+    )
+
+
+class ClipEncoders:
+    """The text encoders of a CLIP, with the LoRA and the clip skip that are on it."""
+
+    def __init__(self, clip: comfy.sd.CLIP, architecture: Architecture):
+        self._clip, self._architecture = clip, architecture
+        with torch.inference_mode():
+            patcher = clip.load_model()
+            weights = {name: weight.to("cpu").detach() for name, weight in patcher.model_state_dict_for_saving().items()}
+            self.fingerprint = f"{fingerprint(weights)} {clip.layer_idx}"
+
+    def captions(self, captions: list[str]) -> list[Caption]:
+        encoded = [self._clip.encode_from_tokens_scheduled(self._clip.tokenize(caption)) for caption in captions]
+        return [Caption(told.context, told.pooled) for told in _told(encoded, self._architecture)]
+
+
+def make_data(
+    teacher: ModelPatcher,
+    clip: comfy.sd.CLIP,
+    prompts: list[str],
+    making: Making,
+    folder: Path,
+    batch_size: int,
+    on_caption: Callable[[int, int], None],
+    on_item: Callable[[int, int], None],
+) -> tuple[list[dict], list, list]:
+    """Pictures a teacher draws: LATENTs and CONDITIONINGs of one each, in the order of the prompts, and that of the empty prompt.
+
+    What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
+    """
+    architecture, sampling = architecture_of(teacher), teacher.get_model_object("model_sampling")
+    encoders = ClipEncoders(clip, architecture)
+    height, width = (side // 8 for side in making.size)
+    data = make_dataset(
+        partial(denoiser, teacher, batch_shape=(2 * batch_size, architecture.channels("conv_in")[0], height, width)),
+        f"{model_fingerprint(teacher)} {prediction_of(teacher)} {fingerprint({'sigmas': sampling.sigmas})}",
+        encoders,
+        prompts,
+        making,
+        folder,
+        batch_size=batch_size,
+        dtype=STORED,
+        on_caption=on_caption,
+        on_item=on_item,
+    )
+    return *_in_order(data, prompts, encoders, teacher), _conditioning(data.null.context.float(), data.null.pooled)
+
+
+def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, teacher: ModelPatcher) -> tuple[list, list]:
+    """LATENT and CONDITIONING of each example, in the order of the prompts; those of one prompt share the latter."""
+    order = {text_key(prompt.strip(), encoders.fingerprint, STORED): number for number, prompt in enumerate(prompts)}
+    latents, captions, of_text = [], [], {}
+    for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):
+        example, text = data.read(0, torch.tensor([number])), data.entries[number].text
+        latent = {"samples": teacher.model.process_latent_out(example.latents.float())}
+        if example.states is not None:
+            latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
+        if text not in of_text:
+            of_text[text] = _conditioning(example.contexts[0].float(), example.label and example.label.pooled[0].float())
+        latents.append(latent)
+        captions.append(of_text[text])
+    return latents, captions
+
+
+def _conditioning(context: Tensor, pooled: Tensor | None) -> list:
+    return [[context[None], {} if pooled is None else {"pooled_output": pooled[None].float()}]]

@@ -1,0 +1,109 @@
+"""The demo's classes of MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import comfy.latent_formats
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ...distill_core.architecture import Architecture
+from ...distill_core.demo import digits
+from ...distill_core.demo.teacher import load_dataset
+
+
+class DigitsLatentFormat(comfy.latent_formats.LatentFormat):
+    """Latents of the demo have unit variance already; every channel is a quarter of the grey picture."""
+
+    latent_rgb_factors = [[0.16, 0.16, 0.16]] * 4
+    latent_rgb_factors_bias = [-0.39, -0.39, -0.39]
+
+
+class DigitsModelConfig(comfy.supported_models.SD15):
+    """SD1.x in small: heads of 32 channels instead of eight heads."""
+
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
+    latent_format = DigitsLatentFormat
+    supported_inference_dtypes = [torch.float32]
+
+
+def is_demo(architecture: Architecture) -> bool:
+    """Whether a UNet is the demo's, or a student of it: of its width, which no real model has."""
+    return architecture.context_width == digits.CONTEXT_WIDTH and architecture.channels("conv_in")[1] < 320
+
+
+def build_digits(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatcher:
+    config = DigitsModelConfig(comfy.model_detection.detect_unet_config(weights, ""))
+    device = comfy.model_management.get_torch_device()
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(weights, "")
+    patcher_class = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    model_patcher = patcher_class(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+    model.load_model_weights({n: w.float() for n, w in weights.items()}, "", assign=model_patcher.is_dynamic())
+    return model_patcher
+
+
+class DigitsTokenizer:
+    """Words, not CLIP tokens; weights such as ``(seven:1.2)`` are ignored."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        pass
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict:
+        return {"digits": [[(token, 1.0) for token in digits.tokenize(text)]]}
+
+
+class DigitsClipModel(nn.Module):
+    """The demo's text encoder behind the interface of ComfyUI's text encoders."""
+
+    dtypes = (torch.float32,)
+
+    def __init__(self, device="cpu", dtype=torch.float32, model_options=None):
+        super().__init__()
+        self.encoder = digits.DigitsTextEncoder.bundled().to(device)
+
+    def set_clip_options(self, options: dict) -> None:
+        pass
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def encode_token_weights(self, tokens: dict) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([[token for token, _ in row] for row in tokens["digits"]], device=self.encoder.positions.device)
+        context = self.encoder(ids).to(comfy.model_management.intermediate_device())
+        return context, context.mean(1)
+
+    def load_sd(self, state_dict: dict) -> tuple[list, list]:
+        return self.load_state_dict(state_dict, strict=False)
+
+
+class DigitsVAE(comfy.sd.VAE):
+    """The demo's change of shape as a VAE."""
+
+    def __init__(self):
+        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
+        self.first_stage_model = digits.DigitsAutoencoder().eval().to(self.vae_dtype)
+        self.downscale_ratio = self.upscale_ratio = 8
+        self.latent_channels = 4
+        offload = comfy.model_management.vae_offload_device()
+        self.patcher = comfy.model_patcher.CoreModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=offload
+        )
+
+
+def demo_clip() -> comfy.sd.CLIP:
+    return comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(DigitsTokenizer, DigitsClipModel))
+
+
+def demo_data() -> tuple[list[dict], list]:
+    """LATENT and CONDITIONING lists as "Make Training Dataset" gives them: one entry for each of the 1,797 digits."""
+    (bucket,) = load_dataset().buckets
+    latents = [{"samples": latent[None]} for latent in bucket.latents]
+    conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in bucket.contexts]
+    return latents, conditioning

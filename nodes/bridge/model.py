@@ -1,0 +1,141 @@
+"""What a MODEL is made of, where it comes from, and what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...distill_core import plan as plans
+from ...distill_core.architecture import Architecture
+from ...distill_core.files import UNetFile
+from ...distill_core.layouts import layout
+from ...distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map
+from ...distill_core.schedule import NoiseSchedule, from_noise_ratio
+from ...distill_core.storage import fingerprint
+from .demo import DigitsModelConfig
+from .router import ROUTE
+
+TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
+ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
+LDM = layout("ldm")
+PREDICTIONS = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: "x0", comfy.model_sampling.EPS: "eps"}
+
+
+def architecture_of(model: ModelPatcher) -> Architecture:
+    """What the UNet of a MODEL is made of; ``ValueError`` if it is routed, or no UNet of the Stable Diffusion family."""
+    if model.get_attachment(ROUTE) is not None:
+        raise ValueError("this MODEL is routed: it is several models in one; connect the one you mean")
+    network = model.model.diffusion_model
+    head_channels = model.model.model_config.unet_config.get("num_head_channels", -1)
+    try:
+        return Architecture.from_state_dict(network.state_dict(), head_channels if head_channels > 0 else None)
+    except ValueError as error:
+        raise ValueError(f"this MODEL ({type(model.model).__name__}) cannot be pruned or distilled here: {error}") from error
+
+
+def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
+    """Weights of a MODEL by canonical name, on the CPU, with the patches (LoRA) that are on it."""
+    with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
+        # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
+        comfy.model_management.load_models_gpu([model])
+        weights = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+        names = LDM.to_canonical(weights)
+        return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
+
+
+def model_fingerprint(model: ModelPatcher) -> str:
+    return fingerprint(state_dict_of(model))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a student comes from."""
+
+    plan: PruningPlan
+    """The plan it was pruned with."""
+    skips: KeptSkips
+    """Which skip connections of the teacher it has."""
+    metadata: Mapping[str, str]
+    """What its file tells of its teacher."""
+
+    @classmethod
+    def of_file(cls, file: UNetFile) -> Origin | None:
+        """From the metadata of a file that was pruned here."""
+        if file.plan is None or "distill.skips" not in file.metadata:
+            return None
+        metadata = {name: text for name, text in file.metadata.items() if name.startswith("distill.")}
+        return cls(file.plan, KeptSkips.from_text(metadata["distill.skips"]), metadata)
+
+
+def origin_of(model: ModelPatcher) -> Origin | None:
+    """Where a MODEL that was pruned here comes from."""
+    return model.get_attachment(ORIGIN)
+
+
+def plan_of(model: ModelPatcher) -> PruningPlan | None:
+    """The plan a MODEL was pruned with."""
+    return origin.plan if (origin := origin_of(model)) else None
+
+
+def plan_between(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | None:
+    """The plan that leads from teacher to student, None if they are of one shape; ``ValueError`` if they do not belong together."""
+    return plans.plan_between(architecture_of(teacher), architecture_of(student), plan_of(student))
+
+
+def mapping_between(student: ModelPatcher, teacher: ModelPatcher) -> NameMap:
+    """Name map from teacher to student; ``ValueError`` if they do not belong together."""
+    found, architecture = plan_between(student, teacher), architecture_of(teacher)
+    return NameMap.identity(architecture) if found is None else name_map(architecture, found)
+
+
+def prediction_of(model: ModelPatcher) -> str:
+    """What the network predicts; ``ValueError`` for families the training engine does not know."""
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and len(sampling.sigmas) != TRAINED_TIMESTEPS:
+        raise ValueError(
+            f"this MODEL samples on {len(sampling.sigmas)} timesteps instead of {TRAINED_TIMESTEPS}; take off the "
+            "patch that changed it (LCM)"
+        )
+    for base, name in PREDICTIONS.items():
+        if isinstance(sampling, base) and isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+            return name
+    raise ValueError(
+        f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be distilled here; "
+        "it takes eps, v or x0 prediction on discrete timesteps, as SD1.x has"
+    )
+
+
+def schedule_of(model: ModelPatcher) -> NoiseSchedule:
+    return from_noise_ratio(model.get_model_object("model_sampling").sigmas)
+
+
+def markers_of(model: ModelPatcher) -> dict[str, Tensor]:
+    """Tensors by which ComfyUI knows, when it loads the file again, how the model samples."""
+    return {"ztsnr": torch.zeros(0)} if getattr(model.get_model_object("model_sampling"), "zsnr", False) else {}
+
+
+def vae_and_text_encoders(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
+    """What goes beside the UNet in a full checkpoint, by LDM names, on the CPU."""
+    config = model.model.model_config
+    if isinstance(config, DigitsModelConfig):
+        raise ValueError("the demo's CLIP and VAE are no files other programs know; choose the ldm layout")
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([clip.load_model()])
+        text = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
+        pixels = config.process_vae_state_dict_for_saving(vae.get_sd())
+        return {name: weight.to("cpu").detach() for name, weight in {**text, **pixels}.items() if isinstance(weight, Tensor)}
+
+
+def with_lora(
+    model: ModelPatcher, clip: comfy.sd.CLIP | None, lora: dict[str, Tensor], strength_model: float, strength_clip: float
+) -> tuple[ModelPatcher, comfy.sd.CLIP | None]:
+    """MODEL and CLIP with a LoRA, by ComfyUI's own loader; both that come in stay as they are."""
+    patched_model, patched_clip = comfy.sd.load_lora_for_models(model, clip, dict(lora), strength_model, strength_clip)
+    return patched_model, patched_clip

@@ -1,0 +1,325 @@
+"""One MODEL of several, each in charge of a range of noise levels, for any sampler.
+
+The sampler guides and steps with the routed MODEL; what it asks of the network is answered by the model in charge of the noise
+level it asks at. So patches of guidance belong on the routed MODEL, and those of a network (LoRA, attention) on each model, or
+on the routed MODEL for all of them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP, merge_nested_dicts
+from torch import Tensor, nn
+
+from ...distill_core.plots import Evaluation
+from ...distill_core.ranges import Boundary
+
+ROUTE = "distill_route"  # attachment of a routed MODEL: its Route; and the key of all that a router adds
+TRACE = "distill_trace"  # attachment of a MODEL whose evaluations are noted: a list
+EVALUATION_OPTIONS = ("transformer_options", "model_function_wrapper")
+EVALUATION_WRAPPERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+SHAPE_SETTINGS = ("in_channels", "in_dim", "out_channels", "out_dim", "context_dim", "context_in_dim", "text_dim",
+                  "adm_in_channels", "vec_in_dim")  # fmt: skip
+SIGMA_TOLERANCE = 1e-6  # a step that begins at a boundary meets it but for rounding
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a routed MODEL was made of, besides the other models it carries."""
+
+    first: ModelPatcher
+    """The first model as it was given; the routed MODEL shares its weights."""
+    boundaries: tuple[Boundary, ...]
+    """Descending in noise; one fewer than there are models."""
+
+
+def route_models(models: Sequence[ModelPatcher], boundaries: Sequence[Boundary]) -> ModelPatcher:
+    """One MODEL of several: the first draws from pure noise to the first boundary, the second on to the next, and so on.
+
+    A boundary belongs to the model on its less noisy side. The given models stay as they are. ``ValueError`` for models that
+    cannot share one sampling, or boundaries that do not descend.
+    """
+    if len(models) != len(boundaries) + 1:
+        raise ValueError(f"boundaries: {len(models)} models need {len(models) - 1} between them, got {len(boundaries)}")
+    for number, model in enumerate(models[1:], 2):
+        _check_together(model, models[0], number)
+    _check_not_routed(models[0], 1)
+    sigmas = _sigmas(boundaries, models[0].get_model_object("model_sampling"))
+    if sigmas != sorted(sigmas, reverse=True):
+        raise ValueError(f"boundaries must go from noisy to clean, got noise levels {', '.join(f'{s:.4g}' for s in sigmas)}")
+    routed = models[0].clone()
+    # What the first model does to evaluations stays its own: the other models have their own.
+    routed.model_options = {name: value for name, value in routed.model_options.items() if name not in EVALUATION_OPTIONS}
+    routed.model_options["transformer_options"] = {}
+    for kind in EVALUATION_WRAPPERS:
+        routed.wrappers.pop(kind, None)
+    routed.set_attachments(ROUTE, Route(models[0].clone(), tuple(boundaries)))
+    routed.set_additional_models(ROUTE, [model.clone() for model in models[1:]])
+    routed.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, ROUTE, _prepare)
+    routed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, ROUTE, _sample)
+    routed.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, ROUTE, _evaluate)
+    return routed
+
+
+def share_boundaries(num_models: int, first_share: float) -> list[Boundary]:
+    """Boundaries where the first model does ``first_share`` (0 to 1) of the sampling, the others the rest in even parts."""
+    rest = (1 - first_share) / (num_models - 1)
+    return [Boundary(100 * (first_share + rest * i), "percent") for i in range(num_models - 1)]
+
+
+def sorted_boundaries(model: ModelPatcher, boundaries: Sequence[Boundary]) -> list[Boundary]:
+    """From noisy to clean, whatever their units."""
+    sampling = model.get_model_object("model_sampling")
+    return sorted(boundaries, key=lambda boundary: _sigma(boundary, sampling), reverse=True)
+
+
+def boundary_sigmas(model: ModelPatcher) -> list[float]:
+    """Noise levels at which a routed MODEL changes hands while it samples."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = _sigmas(model.get_attachment(ROUTE).boundaries, sampling)
+    return [sigma for sigma in sigmas if float(sampling.sigma_min) <= sigma < float(sampling.sigma_max)]
+
+
+def describe_route(model: ModelPatcher, names: Sequence[str]) -> str:
+    """A line a model, the noisiest first: its share of the sampling, noise levels, timesteps."""
+    sampling = model.get_model_object("model_sampling")
+    highest, lowest = float(sampling.sigma_max), float(sampling.sigma_min)
+    inner = [min(max(sigma, 0.0), highest) for sigma in _sigmas(model.get_attachment(ROUTE).boundaries, sampling)]
+    ends = [highest, *inner, min([lowest, *inner])]
+    lines = []
+    for name, first, last in zip(names, ends[:-1], ends[1:], strict=True):
+        if first == last:
+            lines.append(f"{name}: never")
+            continue
+        percents = f"{_percent(first, sampling):.0%} to {_percent(last, sampling):.0%} of the sampling"
+        timesteps = (sampling.timestep(torch.tensor(max(sigma, lowest))).item() for sigma in (first, last))
+        lines.append(
+            f"{name}: {percents}, sigma {first:.4g} to {last:.4g}, timesteps {' to '.join(f'{t:.4g}' for t in timesteps)}"
+        )
+    return "\n".join(lines)
+
+
+def sample_routed(model: ModelPatcher, latent: Mapping[str, Any], **settings) -> tuple[Mapping[str, Any], list[Evaluation]]:
+    """What KSampler does, and which model was asked at which noise level. settings: those of KSampler."""
+    import nodes
+
+    traced, evaluations = model.clone(), []
+    traced.set_attachments(TRACE, evaluations)
+    (drawn,) = nodes.common_ksampler(traced, latent=latent, **settings)
+    return drawn, evaluations
+
+
+# --- which models go together ---------------------------------------------------------------------------------------
+
+
+def _check_together(model: ModelPatcher, first: ModelPatcher, number: int) -> None:
+    """``ValueError`` if one sampling cannot pass from the first model to this one, with the reason."""
+    _check_not_routed(model, number)
+    theirs, others = _facts(model), _facts(first)
+    differing = [name for name in {**theirs, **others} if theirs.get(name) != others.get(name)]
+    if differing:
+        words = (", ".join(f"{name} {facts.get(name)}" for name in differing) for facts in (theirs, others))
+        raise ValueError(f"model_{number} does not go with model_1: {' against '.join(words)}")
+    sampling, others = (m.get_model_object("model_sampling") for m in (model, first))
+    is_flow, others_is_flow = (isinstance(s, comfy.model_sampling.CONST) for s in (sampling, others))
+    if is_flow != others_is_flow:
+        names = ("a flow model" if flow else "a diffusion model" for flow in (is_flow, others_is_flow))
+        raise ValueError(f"model_{number} does not go with model_1: {' and '.join(names)} mean different things by noise")
+    spans = [(float(s.sigma_min), float(s.sigma_max)) for s in (sampling, others)]
+    if not is_flow and not torch.allclose(*(torch.tensor(span) for span in spans), rtol=1e-3):
+        words = (f"{low:.4g} to {high:.4g}" for low, high in spans)
+        raise ValueError(f"model_{number} does not go with model_1: noise levels differ, {' and '.join(words)}")
+    own = {name: value for name, value in model.model_options.items() if name not in EVALUATION_OPTIONS}
+    patched = [name for name, value in own.items() if value != first.model_options.get(name)]
+    patched += [kind for kind, keyed in model.wrappers.items() if kind not in EVALUATION_WRAPPERS and any(keyed.values())]
+    if patched:
+        raise ValueError(
+            f"model_{number} carries a patch that acts on the whole sampling ({', '.join(patched)}) and would be passed over; "
+            "put it behind the router"
+        )
+
+
+def _check_not_routed(model: ModelPatcher, number: int) -> None:
+    if model.get_attachment(ROUTE) is not None:
+        raise ValueError(f"model_{number} is routed itself; connect the models it is made of")
+
+
+def _facts(model: ModelPatcher) -> dict[str, Any]:
+    """What two models must have in common to be asked the same things."""
+    settings = model.model.model_config.unet_config
+    shape = {name: settings[name] for name in SHAPE_SETTINGS if settings.get(name) is not None}
+    return {"kind of model": type(model.model).__name__, "latents": type(model.model.latent_format).__name__, **shape}
+
+
+# --- noise levels ---------------------------------------------------------------------------------------------------
+
+
+def _sigmas(boundaries: Sequence[Boundary], sampling: nn.Module) -> list[float]:
+    return [_sigma(boundary, sampling) for boundary in boundaries]
+
+
+def _sigma(boundary: Boundary, sampling: nn.Module) -> float:
+    """Noise level of a boundary, as ComfyUI tells noise levels; below all where the whole sampling lies before it."""
+    if boundary.unit == "sigma":
+        return boundary.value
+    if boundary.unit == "timestep":
+        return float(sampling.sigma(torch.tensor(boundary.value)))
+    return float(sampling.percent_to_sigma(boundary.value / 100)) if boundary.value < 100 else -1.0
+
+
+def _percent(sigma: float, sampling: nn.Module) -> float:
+    """Share of the sampling above a noise level: the inverse of ``percent_to_sigma``, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+    return high
+
+
+# --- while it samples -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Routing:
+    """One sampling with a routed MODEL."""
+
+    models: list[ModelPatcher]
+    """That which the sampler holds, then the others, with what was put on the routed MODEL behind the router."""
+    options: list[dict[str, Any]]
+    """What each does to evaluations of its own network."""
+    sigmas: list[float]
+    """Boundaries."""
+    beside: list[ModelPatcher]
+    """Models that are needed whoever is in charge, such as ControlNets."""
+    memory_bytes: Sequence[float]
+    """Room for one evaluation, at best and at least."""
+    trace: list[Evaluation] | None
+    current: int | None = field(default=None, init=False)
+
+    @classmethod
+    def open(cls, guider, noise: Tensor) -> Routing:
+        routed, conds = guider.model_patcher, guider.conds
+        route = routed.get_attachment(ROUTE)
+        others = [_with_late_patches(model, routed, route.first) for model in routed.get_additional_models_with_key(ROUTE)]
+        hooks = comfy.hooks.HookGroup()
+        for conditioning in conds.values():
+            comfy.sampler_helpers.get_hooks_from_cond(conditioning, hooks)
+        options = [_own_options(model) for model in (route.first.clone(), *others)]
+        for model, own in zip(others, options[1:], strict=True):
+            target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+            model.register_all_hook_patches(hooks, target, own)
+            model.model.latent_shapes = getattr(guider.inner_model, "latent_shapes", None)
+            model.pre_run()
+        return cls(
+            models=[routed, *others],
+            options=options,
+            sigmas=_sigmas(route.boundaries, guider.inner_model.model_sampling),
+            beside=[model for model in guider.loaded_models if isinstance(model, ModelPatcher)],
+            memory_bytes=comfy.sampler_helpers.estimate_memory(routed, noise.shape, conds),
+            trace=routed.get_attachment(TRACE),
+        )
+
+    def evaluate(self, executor, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
+        sigma = float(timestep.max())
+        number = sum(sigma <= boundary * (1 + SIGMA_TOLERANCE) for boundary in self.sigmas)
+        if number != self.current:
+            self._hand_over(number)
+        if self.trace is not None:
+            self.trace.append(Evaluation(sigma, number))
+        own = self.options[number]
+        options = {**own, **model_options}
+        options.pop("multigpu_clones", None)  # of the first model alone
+        options["transformer_options"] = merge_nested_dicts(own["transformer_options"], model_options["transformer_options"])
+        return executor(self.models[number].model, conds, x_in, timestep, options)
+
+    def _hand_over(self, number: int) -> None:
+        model, (room, least) = self.models[number], self.memory_bytes
+        # Two models may be patches on one network: loading puts those of this one on it.
+        comfy.model_management.load_models_gpu([model, *self.beside], memory_required=room, minimum_memory_required=least)
+        model.model.current_patcher = model
+        self.current = number
+
+    def cast(self, to: torch.device | str) -> None:
+        """Move what the models' patches hold to where they are used, or back."""
+        for model, own in zip(self.models, self.options, strict=True):
+            device, dtype = (model.load_device, model.model_dtype()) if to == "load" else (model.offload_device, None)
+            comfy.samplers.cast_to_load_options(own, device=device, dtype=dtype)
+
+    def close(self) -> None:
+        first, *others = self.models
+        for model in others:
+            model.cleanup()
+        first.model.current_patcher = first
+
+
+def _own_options(model: ModelPatcher) -> dict[str, Any]:
+    """What a model's patches do to its evaluations, in the form ``calc_cond_batch`` takes."""
+    options = create_model_options_clone(model.model_options)
+    options = {name: value for name, value in options.items() if name in EVALUATION_OPTIONS}
+    comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
+    return options
+
+
+def _with_late_patches(model: ModelPatcher, routed: ModelPatcher, first: ModelPatcher) -> ModelPatcher:
+    """A copy of a model with what was put on the routed MODEL behind the router; ``ValueError`` if that does not fit it."""
+    model = model.clone()
+    weights = {name: late for name, all_ in routed.patches.items() if (late := all_[len(first.patches.get(name, ())) :])}
+    objects = {name: value for name, value in routed.object_patches.items() if first.object_patches.get(name) is not value}
+    parts = weights or routed.injections.keys() - first.injections.keys() or any("diffusion_model" in name for name in objects)
+    if parts and _shapes(model) != _shapes(first):
+        raise ValueError(
+            "a patch of the network (such as a LoRA) was put on the routed MODEL, whose models are of different shapes; put one on "
+            "each model before the router, for a student after Remap LoRA to Student"
+        )
+    for name, late in weights.items():
+        model.patches[name] = [*model.patches.get(name, ()), *late]
+    if weights:
+        model.patches_uuid = uuid.uuid5(model.patches_uuid, str(routed.patches_uuid))
+    for name, value in objects.items():
+        model.add_object_patch(name, value)
+    model.injections |= {name: value for name, value in routed.injections.items() if name not in first.injections}
+    return model
+
+
+def _shapes(model: ModelPatcher) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+
+
+def _prepare(executor, model: ModelPatcher, *args, **kwargs):
+    """Around ``prepare_sampling``: the other models are loaded when their turn comes, not all at once."""
+    others = model.additional_models.pop(ROUTE)
+    try:
+        return executor(model, *args, **kwargs)
+    finally:
+        model.additional_models[ROUTE] = others
+
+
+def _sample(executor, guider, sigmas: Tensor, extra_args: dict[str, Any], callback, noise: Tensor, *args, **kwargs):
+    """Around a sampler."""
+    routing = Routing.open(guider, noise)
+    extra_args["model_options"]["transformer_options"][ROUTE] = routing
+    routing.cast("load")
+    try:
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    finally:
+        routing.cast("offload")
+        routing.close()
+
+
+def _evaluate(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
+    """Around ``calc_cond_batch``, beneath all guidance."""
+    routing = model_options["transformer_options"].get(ROUTE)
+    if routing is None:
+        raise RuntimeError("a routed MODEL was evaluated outside a sampler; connect one of its models instead")
+    return routing.evaluate(executor, conds, x_in, timestep, model_options)

@@ -1,0 +1,134 @@
+"""MODELs as the denoisers a training run calls, and the memory they need."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...distill_core.architecture import Architecture
+from ...distill_core.dataset import LatentDataset, largest_example
+from ...distill_core.denoiser import Label, LdmDenoiser
+from ...distill_core.memory import Forecast, MemorySettings, forecast
+from ...distill_core.plan import PruningPlan
+from ...distill_core.recipe import DTYPES, Recipe
+from .build import build_model
+from .model import architecture_of, prediction_of, schedule_of, state_dict_of
+
+
+class ComfyDenoiser(LdmDenoiser):
+    """The UNet inside a MODEL, on the device and in the precision ComfyUI runs it."""
+
+    patcher: ModelPatcher
+    room_bytes: int | None = None
+    """Memory to leave free where ComfyUI may unload the network at any time; None for one that is in our hands alone."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        # ComfyUI may have unloaded it since, or given it the patches of another MODEL that shares it.
+        if self.room_bytes is not None and self.patcher.model.current_weight_patches_uuid != self.patcher.patches_uuid:
+            self.load()
+        # Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another.
+        options = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
+        y = None if label is None else label.vector()
+        return self.running(x_t, timesteps=t.float(), context=context, y=y, transformer_options=options)
+
+    def load(self) -> None:
+        """Load the network to its device, with the MODEL's patches."""
+        with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=self.room_bytes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patcher.model.get_dtype_inference()
+
+
+def denoiser(
+    model: ModelPatcher, beside: Architecture | None = None, batch_shape: tuple[int, ...] | None = None
+) -> ComfyDenoiser:
+    """A MODEL as a denoiser, loaded to its device with its patches applied.
+
+    Room is left to train a student of an architecture ``beside`` it, or to draw batches of a shape (B, C, H, W).
+    """
+    wrapped = _wrap(model, model)
+    wrapped.room_bytes = _training_bytes(beside) if beside else model.memory_required(batch_shape) if batch_shape else 0
+    wrapped.load()
+    return wrapped
+
+
+def trainable(student: ModelPatcher) -> ComfyDenoiser:
+    """A float32 copy of a student's network to train. Call it outside inference mode, else its weights cannot learn."""
+    weights = {name: weight.float() for name, weight in state_dict_of(student).items()}
+    architecture = architecture_of(student)
+    copy = build_model(
+        weights,
+        architecture,
+        type(student.model.model_config),
+        dtype=torch.float32,
+        disable_dynamic=True,
+    )
+    device = student.load_device
+    if not comfy.model_management.is_device_cpu(device):
+        comfy.model_management.free_memory(_training_bytes(architecture), device)
+    copy.model.diffusion_model.to(device, torch.float32)
+    return _wrap(copy, student)
+
+
+def _wrap(model: ModelPatcher, sampling_of: ModelPatcher) -> ComfyDenoiser:
+    wrapped = ComfyDenoiser(
+        network=model.model.diffusion_model,
+        architecture=architecture_of(model),
+        schedule=schedule_of(sampling_of),
+        prediction=prediction_of(sampling_of),
+    )
+    wrapped.patcher = model
+    return wrapped
+
+
+def _training_bytes(architecture: Architecture) -> int:
+    """Memory of a student in training: float32 weight, gradient, and two moments of AdamW; activations come on top."""
+    return 16 * architecture.num_parameters
+
+
+def forecast_memory(
+    teachers: list[ModelPatcher], student: ModelPatcher, plan: PruningPlan | None, data: LatentDataset, recipe: Recipe
+) -> Forecast:
+    """The memory a run's step needs, as networks of diffusers of the same architecture would need it."""
+    example = largest_example(data)
+    stored = max((teacher.model.get_dtype() for teacher in teachers), key=lambda dtype: dtype.itemsize)
+    settings = MemorySettings(
+        recipe=recipe,
+        teacher_dtype=next(name for name, dtype in DTYPES.items() if dtype.itemsize == stored.itemsize),
+        num_teachers=len(teachers),
+        device=student.load_device.type,
+    )
+    return forecast(
+        teacher=architecture_of(teachers[0]),
+        student=architecture_of(student),
+        plan=plan,
+        latent_shape=tuple(example.latents.shape[1:]),
+        num_tokens=example.contexts.shape[1],
+        settings=settings,
+    )
+
+
+def free_bytes(model: ModelPatcher) -> int:
+    """Memory of a MODEL's device that is free, or that ComfyUI makes free by unloading MODELs."""
+    device, loaded = model.load_device, comfy.model_management.current_loaded_models
+    free = comfy.model_management.get_free_memory(device)
+    if comfy.model_management.is_device_cpu(device):  # where unloaded they stay
+        return free
+    return free + sum(entry.model_loaded_memory() for entry in loaded if entry.model is not None and entry.device == device)
+
+
+def release_memory() -> None:
+    """Hand memory that training held back to the device."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
