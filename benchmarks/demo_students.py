@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill_core.dataset import Dataset
+from distill_core.dataset import Dataset, LatentDataset, num_examples
+from distill_core.demo import digits
+from distill_core.demo.teacher import load_denoiser, teacher_file
 from distill_core.denoiser import DiffusersDenoiser
+from distill_core.encoders import DigitsEncoders
 from distill_core.plan import PruningPlan
 from distill_core.prune import prune
+from distill_core.quickstart import Settings
 from distill_core.recipe import Recipe
 from distill_core.run import Run
+from distill_core.storage import fingerprint
+from distill_core.teacher_data import Making, make_dataset
 from distill_core.train import distill
 from distill_core.unet import build_unet
 
@@ -50,3 +58,26 @@ def settings_of(steps: int, seed: int) -> dict[str, Any]:
     """The quickstart's settings of a recipe."""
     return dict(total_steps=steps, batch_size=BATCH_SIZE, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
                 weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip
+
+
+NUM_MADE = 1800
+"""Digits the teacher draws for a student, about as many as there are real ones."""
+
+
+@lru_cache(maxsize=1)
+def teacher_made(seed: int, guidance: float | None = None) -> Mapping[str, LatentDataset]:
+    """The teacher's digits, sampled as the judge samples: ``made`` to be noised anew, ``states`` with those on the way.
+
+    guidance: another scale than the judge's.
+    """
+    how, file, prompts = Settings(), teacher_file(), [digits.caption(n) for n in range(10)]
+    making = Making(size=(64, 64), guidance=how.guidance if guidance is None else guidance, num_steps=how.sample_steps,
+                    num_per_prompt=NUM_MADE // len(prompts), num_states=how.sample_steps, seed=seed)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), DigitsEncoders(), prompts, making,
+                            Path(folder) / "cache", batch_size=100)  # fmt: skip
+        examples = made.read(0, torch.arange(num_examples(made)))
+    plain = LatentDataset.of(examples.latents, examples.contexts, made.null.context)
+    (bucket,) = plain.buckets
+    states = LatentDataset([type(bucket)(**{**vars(bucket), "states": examples.states})], made.null, made.timesteps)
+    return {"made": plain, "states": states}

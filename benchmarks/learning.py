@@ -9,29 +9,18 @@ run goes on; the finished one deletes it.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from demo_students import BATCH_SIZE, pruned_student, random_student, train
-from report import RESULTS, device_words, mean_and_margin, publish, share_interval, table
+from demo_students import BATCH_SIZE, NUM_MADE, pruned_student, random_student, teacher_made, train
+from report import Kept, device_words, mean_and_margin, publish, share_interval, table
 from tqdm import tqdm
 
-from distill_core.dataset import Dataset, LatentDataset, num_examples
-from distill_core.demo import digits
+from distill_core.dataset import LatentDataset, num_examples
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
 from distill_core.denoiser import DiffusersDenoiser
-from distill_core.encoders import DigitsEncoders
 from distill_core.plan import PruningPlan, preset, preset_names
 from distill_core.quickstart import Settings, judge
-from distill_core.storage import fingerprint
-from distill_core.teacher_data import Making, make_dataset
 
-KEPT = RESULTS / "learning.jsonl"
 WORDS = {"pruned": "the teacher's weights", "random": "random weights", "bk-sdm": "data and teacher", "task": "data alone",
          "real": "real digits", "made": "teacher-made, noised", "states": "teacher-made, its trajectory"}  # fmt: skip
 
@@ -64,24 +53,24 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="digits judged of each student (default: %(default)s)")
     arguments = parser.parse_args()
     settings = vars(arguments) | {"batch_size": BATCH_SIZE, "device": device_words()}
-    found = _kept(settings)
+    kept = Kept("learning", settings)
     teacher, plan, real = load_denoiser(teacher_file()), preset(arguments.preset), load_dataset()
-    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ("teacher", *STUDENTS) if (name, seed) not in found]
+    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ("teacher", *STUDENTS) if (name, seed) not in kept.found]
     for name, seed in tqdm(to_do):
         student = teacher if name == "teacher" else _student(STUDENTS[name], teacher, plan, real, arguments.steps, seed)
         row, _ = judge(name, student, Settings(num_samples=arguments.samples, seed=seed))
-        found[name, seed] = row.accuracy, row.frechet_distance
-        _keep({"settings": settings, "student": name, "seed": seed, "accuracy": row.accuracy, "frechet": row.frechet_distance})
+        kept.add(name, seed, {"accuracy": row.accuracy, "frechet": row.frechet_distance})
+    found = {key: (figures["accuracy"], figures["frechet"]) for key, figures in kept.found.items()}
     architecture = pruned_student(teacher, plan).architecture
     publish("learning", [
         *_figures(found, arguments), "", *_differences(found, arguments), "",
         f"Students of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
         f"{teacher.architecture.num_parameters:,}; {arguments.steps} steps of batch {BATCH_SIZE} on {num_examples(real):,} real "
-        f"or {len(_prompts()) * _num_per_prompt(real):,} teacher-made digits, all by the same settings. Means over {arguments.seeds} seeds, "
+        f"or {NUM_MADE:,} teacher-made digits, all by the same settings. Means over {arguments.seeds} seeds, "
         f"± half the 95 % interval by Student's t; {arguments.samples} digits judged for each seed, and for all of them together "
         f"the 95 % interval of the accuracy by Wilson. {settings['device']}.",
     ])  # fmt: skip
-    KEPT.unlink(missing_ok=True)
+    kept.finish()
 
 
 # --- students
@@ -90,49 +79,12 @@ def main() -> None:
 def _student(how: Student, teacher, plan: PruningPlan, real: LatentDataset, steps: int, seed: int) -> DiffusersDenoiser:
     student = random_student(teacher, plan, seed) if how.begins == "random" else pruned_student(teacher, plan)
     if how.objective is not None:
-        data = real if how.data == "real" else _made(_num_per_prompt(real), seed)[how.data]
+        data = real if how.data == "real" else teacher_made(seed)[how.data]
         train(student, teacher, plan, data, steps, seed, objective=how.objective)
     return student
 
 
-@lru_cache(maxsize=1)
-def _made(num_per_prompt: int, seed: int) -> Mapping[str, Dataset]:
-    """The teacher's digits, sampled as the judge samples; once to be noised anew, once with the states on the way."""
-    how, file = Settings(), teacher_file()
-    making = Making(size=(64, 64), guidance=how.guidance, num_steps=how.sample_steps, num_per_prompt=num_per_prompt,
-                    num_states=how.sample_steps, seed=seed)  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), DigitsEncoders(), _prompts(), making,
-                            Path(folder) / "cache", batch_size=100)  # fmt: skip
-        examples = made.read(0, torch.arange(num_examples(made)))
-    plain = LatentDataset.of(examples.latents, examples.contexts, made.null.context)
-    (bucket,) = plain.buckets
-    states = LatentDataset([type(bucket)(**{**vars(bucket), "states": examples.states})], made.null, made.timesteps)
-    return {"made": plain, "states": states}
-
-
-def _prompts() -> list[str]:
-    return [digits.caption(n) for n in range(10)]
-
-
-def _num_per_prompt(real: Dataset) -> int:
-    """As many as there are real digits, as near as ten prompts allow."""
-    return round(num_examples(real) / len(_prompts()))
-
-
 # --- figures
-
-
-def _kept(settings: dict) -> dict[tuple[str, int], tuple[float, float]]:
-    """Figures of an interrupted run by the same settings, by student and seed."""
-    lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
-    return {(x["student"], x["seed"]): (x["accuracy"], x["frechet"]) for x in lines if x["settings"] == settings}
-
-
-def _keep(line: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with open(KEPT, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _figures(found, arguments) -> list[str]:

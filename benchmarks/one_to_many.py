@@ -10,14 +10,13 @@ every figure measured in that run. Figures are kept in ``results/one_to_many.jso
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from demo_students import BATCH_SIZE, pruned_student, settings_of
-from report import RESULTS, device_words, mean_and_margin, publish, table
+from report import RESULTS, Kept, device_words, mean_and_margin, publish, table
 from tqdm import tqdm
 
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
@@ -30,7 +29,7 @@ from distill_core.recipe import Recipe
 from distill_core.router import Routed
 from distill_core.storage import atomic
 
-KEPT, RUNS = RESULTS / "one_to_many.jsonl", RESULTS / "one_to_many.runs"
+RUNS = RESULTS / "one_to_many.runs"
 ERROR_SEED = 999  # of no training
 ERROR_BATCHES = 4
 NUM_BINS = 10
@@ -93,13 +92,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="digits judged of each row and seed (default: %(default)s)")
     arguments = parser.parse_args()
     settings = vars(arguments) | {"batch_size": BATCH_SIZE, "device": device_words()}
-    found, demo = _kept(settings), Demo(arguments)
-    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ROWS if (name, seed) not in found]
+    kept, demo = Kept("one_to_many", settings), Demo(arguments)
+    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ROWS if (name, seed) not in kept.found]
     for name, seed in tqdm(to_do):
-        found[name, seed] = demo.figures(name, seed)
-        _keep({"settings": settings, "row": name, "seed": seed, **found[name, seed]._asdict()})
+        kept.add(name, seed, demo.figures(name, seed)._asdict())
+    found = {key: Figures(**figures) for key, figures in kept.found.items()}
     publish("one_to_many", _report(found, arguments, settings["device"]))
-    KEPT.unlink(missing_ok=True)
+    kept.finish()
     shutil.rmtree(RUNS, ignore_errors=True)
 
 
@@ -158,18 +157,6 @@ class Demo:
 
 
 # --- figures
-
-
-def _kept(settings: dict) -> dict[tuple[str, int], Figures]:
-    """Figures of an interrupted run by the same settings, by row and seed."""
-    lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
-    return {(x["row"], x["seed"]): Figures(*(x[field] for field in Figures._fields)) for x in lines if x["settings"] == settings}
-
-
-def _keep(line: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with open(KEPT, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace, device: str) -> list[str]:

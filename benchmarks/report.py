@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +27,27 @@ def publish(name: str, lines: Sequence[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+class Kept:
+    """Figures of a benchmark as they come, in ``results/NAME.jsonl``, so that an interrupted one by the same settings goes on."""
+
+    def __init__(self, name: str, settings: Mapping[str, Any]):
+        self._path, self._settings = RESULTS / f"{name}.jsonl", settings
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        entries = [entry for entry in map(json.loads, lines) if entry.pop("settings") == settings]
+        self.found = {(entry.pop("row"), entry.pop("seed")): entry for entry in entries}
+        """Figures by row and seed."""
+
+    def add(self, row: str, seed: int, figures: Mapping[str, Any]) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": self._settings, "row": row, "seed": seed, **figures}) + "\n")
+        self.found[row, seed] = dict(figures)
+
+    def finish(self) -> None:
+        """The figures are published."""
+        self._path.unlink(missing_ok=True)
 
 
 def device_words() -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .dataset import generator
 from .denoiser import Denoiser
-from .lora import kohya_names
 from .storage import read_header, write_tensors
 
 ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
@@ -60,7 +59,7 @@ class Lora:
 
     def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a LoRA file as kohya's trainer does; stock ComfyUI and diffusers open it."""
-        names = kohya_names(self.denoiser.architecture)
+        names = self.denoiser.lora_names
         tensors = {}
         for name, weight in weights.items():
             layer, matrix = name.rsplit(".", 1)
@@ -78,7 +77,7 @@ class Lora:
 
     def read(self, path: Path) -> dict[str, Tensor]:
         """The matrices of a file `write` wrote, by their names here."""
-        names, stored = kohya_names(self.denoiser.architecture), read_header(path).tensors
+        names, stored = self.denoiser.lora_names, read_header(path).tensors
         keys = {name: "{}.{}.weight".format(names[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1]) for name in self.parameters()}
         return {name: stored[key].read() for name, key in keys.items()}
 
@@ -128,7 +127,7 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> list[str]:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    stored, names = read_header(path).tensors, kohya_names(denoiser.architecture)
+    stored, names = read_header(path).tensors, denoiser.lora_names
     layers = [layer for layer, key in names.items() if f"{key}.lora_down.weight" in stored]
     if not layers:
         raise ValueError(f"{path} is no LoRA for this network; give one that was trained on it")
@@ -148,7 +147,7 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> list[str]:
 
 def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:
     """Linear and convolution layers that patterns match, in the network's order."""
-    modules = {layer: denoiser.module(layer) for layer in kohya_names(denoiser.architecture)}
+    modules = {layer: denoiser.module(layer) for layer in denoiser.lora_names}
     layers = [layer for layer, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for pattern in targets:
         if not any(fnmatchcase(layer, pattern) for layer in layers):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .layouts import layout
+from .lora import kohya_names
 from .schedule import NoiseSchedule, scaled_linear
 
 
@@ -88,6 +89,11 @@ class Denoiser:
     def path(self, name: str) -> str:
         """Where in the network a module is, by its canonical name."""
         return layout(self.spelling).from_canonical([*self.architecture.shapes, name])[name]
+
+    @property
+    def lora_names(self) -> dict[str, str]:
+        """Layers a LoRA may sit on, by canonical name -> how a LoRA file calls them."""
+        return kohya_names(self.architecture)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by canonical name."""

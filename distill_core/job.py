@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from .adapter import answering_with
 from .architecture import Architecture
 from .cache import CachedDataset, encode
 from .dataset import Dataset, largest_example, num_examples
@@ -298,6 +299,7 @@ class Prepared:
             recipe=self.run.heaviest_recipe if isinstance(self.run, OneToMany) else self.job.training,
             teacher_dtype=max((teacher.dtype for teacher in teachers), key=lambda dtype: DTYPES[dtype].itemsize),
             teacher_offloaded=self.device.type != "cpu" and all(teacher.offload for teacher in teachers),
+            shares_base=self.shares_base,
             num_teachers=len(teachers),
             num_processes=self.processes.count,
             shards=self.processes.shards,
@@ -350,6 +352,8 @@ class Prepared:
 
     def student(self, plan: PruningPlan | None = None, name: str = "pruned") -> Denoiser:
         """The student as it begins, on the device; of a plan of its own under a name of its own."""
+        if self.shares_base:
+            return self.teacher(self.teacher_settings[0], self.teacher_files[0])
         file = self.student_file
         if file is None:
             pruned = self.run.folder / f"{name}.safetensors"
@@ -360,8 +364,16 @@ class Prepared:
         dtype = DTYPES[self.job.training.weight_dtype]
         return _denoiser(file, load_unet(file, dtype).to(self.device))
 
-    def teachers(self) -> Teachers:
-        return Teachers(self._teacher_loads, self.job.training)
+    @property
+    def shares_base(self) -> bool:
+        """Whether the one student is its one teacher with a LoRA on it, so that their weights are there once."""
+        same = self.student_file is self.teacher_files[0] and len(self.job.teachers) == 1
+        return same and bool(self.job.training.lora_rank) and self.job.students is None
+
+    def teachers(self, student: Denoiser) -> Teachers:
+        """Those of a student."""
+        loads = [lambda: answering_with(student, None)] if self.shares_base else self._teacher_loads
+        return Teachers(loads, self.job.training)
 
     @property
     def _teacher_loads(self) -> list[Load]:
@@ -486,10 +498,11 @@ class Prepared:
             return
         if only is not None:
             raise ValueError("there is one student of all timesteps; add [students] to train one for a range")
+        student = self.student()
         distill(
             self.run,
-            student=self.student(),
-            teacher=self.teachers(),
+            student=student,
+            teacher=self.teachers(student),
             plan=self.plan,
             dataset=self.dataset,
             previews=self.previews(),

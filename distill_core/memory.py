@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .architecture import Architecture
 from .denoiser import Denoiser, DiffusersDenoiser, Label, checkpointing, inner_blocks, tap
+from .guidance import combined
 from .objective import Outputs
 from .optim import OPTIMIZERS
 from .plan import NameMap, PruningPlan, name_map
@@ -119,6 +120,8 @@ class MemorySettings:
     """What teachers are kept and compute in, a key of `recipe.DTYPES`; kept in ``fp8``, they compute in 16 bits."""
     teacher_offloaded: bool = False
     """Whether a layer of a teacher is on the device only while it computes."""
+    shares_base: bool = False
+    """Whether the student is its teacher with a LoRA on it: weights are there once, kept and computing as the teacher's."""
     num_teachers: int = 1
     """A mixture has all of them on the device, a sequence one."""
     num_processes: int = 1
@@ -127,6 +130,11 @@ class MemorySettings:
     """Whether each of them holds a part of the student alone."""
     device: str = "cuda"
     """Type of device: ``cpu`` counts as its autocast does, any other as CUDA's."""
+
+    @property
+    def student_dtype(self) -> str:
+        """What the student's weights are kept in, a key of `recipe.DTYPES`; a LoRA on them is float32."""
+        return self.teacher_dtype if self.shares_base else self.recipe.weight_dtype
 
     @property
     def micro_batch(self) -> int:
@@ -170,13 +178,13 @@ def changes(now: MemorySettings, *, of_teacher: bool = True) -> Iterator[Change]
         for dtype, price in {"fp16": "", "fp8": "its answers are a little coarser"}.items():
             if DTYPES[dtype].itemsize < DTYPES[now.teacher_dtype].itemsize:
                 yield Change(f"teacher in {dtype}", price, replace(now, teacher_dtype=dtype))
-        if not now.teacher_offloaded and now.device != "cpu":
+        if not now.teacher_offloaded and not now.shares_base and now.device != "cpu":
             yield Change("teacher offloaded", "each step waits for it", replace(now, teacher_offloaded=True))
     for optimizer, price in {"adamw8bit": "", "adafactor": "it has no momentum"}.items():
         if _state_of_a_layer(optimizer) < _state_of_a_layer(recipe.optimizer) and not now.shards:
             yield Change(f"optimizer {optimizer}", price, with_recipe(optimizer=optimizer))
     may_round = OPTIMIZERS[recipe.optimizer].one_by_one or recipe.lora_rank
-    if recipe.weight_dtype == "fp32" and may_round and not now.shards:
+    if recipe.weight_dtype == "fp32" and may_round and not now.shards and not now.shares_base:
         price = "" if recipe.lora_rank else "updates are coarser"
         yield Change("weight_dtype bf16", price, with_recipe(weight_dtype="bf16", precision="bf16"))
     if recipe.ema_decay:
@@ -302,7 +310,8 @@ class _Step:
         if self.taught:
             mapping = name_map(teacher, plan) if plan else NameMap.identity(teacher)
             self.points = recipe.aim.feature_points(teacher, student, mapping)
-        network = self._unfilled_student(recipe).network
+        self.guided = recipe.guidance != 1
+        network = self._unfilled_student(recipe, recipe.weight_dtype).network
         self.trained_shapes = [weight.shape for weight in network.parameters() if weight.requires_grad]
         self.num_trained = sum(shape.numel() for shape in self.trained_shapes)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # one, so that the teacher's answer goes from pass to pass
@@ -327,7 +336,7 @@ class _Step:
         share = settings.num_processes if settings.shards else 1
         return Counter({
             "teacher weights": teachers,
-            "student weights": (DTYPES[recipe.weight_dtype].itemsize * self.student.num_parameters + of_lora) // share,
+            "student weights": (DTYPES[settings.student_dtype].itemsize * self.student.num_parameters + of_lora) // share,
             "gradients": self._gradients(settings) if settings.num_processes > share else 0,  # on their way between processes
             "optimizer": sum(map(STATE_BYTES[recipe.optimizer], self.trained_shapes)) // share,
             "moving average": 4 * self.num_trained // share if recipe.ema_decay else 0,
@@ -339,7 +348,7 @@ class _Step:
 
     def _teacher_weights(self, settings: MemorySettings) -> tuple[int, int]:
         """Those that stay, and those that come for the teacher's pass alone."""
-        if not self.taught:
+        if not self.taught or settings.shares_base:
             return 0, 0
         itemsize = DTYPES[settings.teacher_dtype].itemsize
         if settings.teacher_offloaded:
@@ -365,17 +374,19 @@ class _Step:
     def _in_students_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
         recipe = replace(settings.recipe, optimizer="adamw", ema_decay=0.0)
         walked = MemorySettings(recipe=recipe, teacher_dtype=_computes(settings.teacher_dtype), device=settings.device,
-                                num_processes=settings.num_processes)  # fmt: skip
+                                num_processes=settings.num_processes, shares_base=settings.shares_base)  # fmt: skip
         most = self._students_pass(walked, latent_shape).copy()
+        if settings.student_dtype == "fp8":  # backward keeps the widened weights of every layer
+            most["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
         if settings.shards:
             most["gradients"] //= settings.num_processes
-            most["working memory"] += 4 * _num_gathered(self._unfilled_student(recipe))
+            most["working memory"] += 4 * _num_gathered(self._unfilled_student(recipe, recipe.weight_dtype))
         return most
 
     # --- what is walked through
 
-    def _unfilled_student(self, recipe: Recipe) -> Denoiser:
-        network = _unfilled(self.student, recipe.weight_dtype)
+    def _unfilled_student(self, recipe: Recipe, dtype: str) -> Denoiser:
+        network = _unfilled(self.student, dtype)
         trained(network, recipe, self.plan)
         return network
 
@@ -383,12 +394,14 @@ class _Step:
         if not self.taught:
             return Counter(), None
         network = _unfilled(self.teacher, dtype)
+        examples = 2 * micro_batch if self.guided else micro_batch
         with without_contents(self.mode):
-            return teachers_pass(emptied(network), self.points, inputs_of(network, latent_shape, self.num_tokens, micro_batch))
+            inputs = inputs_of(network, latent_shape, self.num_tokens, examples)
+            return teachers_pass(emptied(network), self.points, inputs, guided=self.guided)
 
     def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
         _, answer = self._teachers_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
-        network = self._unfilled_student(settings.recipe)
+        network = self._unfilled_student(settings.recipe, settings.student_dtype)
         with without_contents(self.mode):
             inputs = inputs_of(network, latent_shape, self.num_tokens, settings.micro_batch)
             network = emptied(network)
@@ -512,10 +525,12 @@ def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, mi
     return x_t, torch.zeros(micro_batch, dtype=torch.long), context, label
 
 
-def taught(teacher: Denoiser, inputs: tuple, points: Mapping[str, str]) -> Outputs:
-    """What a teacher answers, its features by the student's names."""
+def taught(teacher: Denoiser, inputs: tuple, points: Mapping[str, str], *, guided: bool = False) -> Outputs:
+    """What a teacher answers, its features by the student's names. guided: to the first half of the inputs, by the second."""
     with tap(teacher, points) as features, torch.no_grad():
         prediction = teacher(*inputs).float()
+        if guided:
+            prediction = combined(*prediction.chunk(2), 1.0)
     return Outputs(prediction, {points[name]: feature for name, feature in features.items()})
 
 
@@ -527,10 +542,12 @@ def loss_of(student: Denoiser, inputs: tuple, recipe: Recipe, features: Mapping[
     return recipe.aim.total(terms).mean()
 
 
-def teachers_pass(teacher: Denoiser, points: Mapping[str, str], inputs: tuple) -> tuple[Counter, Outputs]:
-    """The most bytes at once of what a teacher makes, and what it answers."""
+def teachers_pass(
+    teacher: Denoiser, points: Mapping[str, str], inputs: tuple, *, guided: bool = False
+) -> tuple[Counter, Outputs]:
+    """The most bytes at once of what a teacher makes, and what it answers; guided as for `taught`."""
     with Ledger(teacher.network.parameters(), "teacher activations") as ledger:
-        answer = taught(teacher, inputs, points)
+        answer = taught(teacher, inputs, points, guided=guided)
         return ledger.most, answer
 
 

@@ -35,21 +35,27 @@ class Previews:
     """The picture that was drawn last."""
     _by_teacher: Tensor | None = field(default=None, repr=False)
 
-    def draw(self, folder: Path, step: int, student: Denoiser, teacher: Denoiser, *, write: bool = True) -> None:
+    def draw(
+        self, folder: Path, step: int, student: Denoiser, teacher: Denoiser, *, baked: float = 1.0, write: bool = True
+    ) -> None:
         """Write ``folder/00000500.png``: the teacher's pictures above, the student's below.
 
+        baked: scale of guidance that the student has in its answers; the teacher is guided by it, the student not at all.
         write: False for a process that only has to take part because the student is sharded.
         """
         if self._by_teacher is None:
-            self._by_teacher = self._pictures(teacher)
+            self._by_teacher = self._pictures(teacher, self.guidance if baked == 1 else baked)
         path = folder / f"{step:08d}.png"
-        rows = {"teacher": self._by_teacher, f"student, step {step}": self._pictures(student)}
+        rows = {
+            "teacher": self._by_teacher,
+            f"student, step {step}": self._pictures(student, self.guidance if baked == 1 else 1.0),
+        }
         if write:
             with atomic(path, overwrite=True) as made:
                 plots.picture_rows(rows).save(made)
             self.latest = path
 
-    def _pictures(self, denoiser: Denoiser) -> Tensor:
+    def _pictures(self, denoiser: Denoiser, guidance: float) -> Tensor:
         noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))
         height, width = (8 * side for side in self.latent_shape[1:])
         context, label, null = conditions(self.captions, self.null, (height, width))
@@ -60,6 +66,6 @@ class Previews:
             noise=noise,
             label=label,
             num_steps=self.num_steps,
-            guidance=self.guidance,
+            guidance=guidance,
         )
         return self.decode(latents.cpu()).float().cpu()

@@ -147,7 +147,7 @@ class Recipe:
             )
         if self.rounds and not OPTIMIZERS[self.optimizer].one_by_one:
             raise ValueError(f"{self.optimizer} looks at all weights at once, so it needs weight_dtype fp32; or take another")
-        if self.guidance != 1 and self.aim.feature_loss:
+        if self.aim.feature_loss and self.guidance != 1:  # weights that leave no loss are refused by the first
             raise ValueError(
                 f"guidance combines two answers of the teacher, objective {self.objective} compares features, of which there is a "
                 "pair of each; take objective guidance"

@@ -98,7 +98,8 @@ def distill(
                     training.save()
                 if previews and run.recipe.sample_every_steps and done % run.recipe.sample_every_steps == 0 and training.keeps:
                     with training.given_out():
-                        previews.draw(run.folder / "samples", done, student, teachers.at(step), write=processes.main)
+                        folder, taught_by = run.folder / "samples", teachers.at(step)
+                        previews.draw(folder, done, student, taught_by, baked=run.recipe.guidance, write=processes.main)
                 on_step(Progress(done, run.recipe.total_steps, row, (time.monotonic() - started) / (done - first)))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(_what_to_lower(run.recipe, processes)) from error

@@ -75,7 +75,7 @@ def learning_inputs() -> list[io.Input]:
             default="bk-sdm",
             tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
             "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
-            "laptop-diff: features of even weight. task: plain fine-tuning without the teacher.",
+            "laptop-diff: features of even weight. guidance: the teacher's output alone. task: plain fine-tuning without the teacher.",
         ),
         io.Int.Input(
             "seed",

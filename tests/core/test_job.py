@@ -141,6 +141,24 @@ def test_bad_jobs_end_in_one_sentence(changes, message, folder, capsys):
     assert re.search(message, error) and "Traceback" not in error
 
 
+def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
+    pytest.importorskip("peft")
+    training = 'objective = "guidance"\nguidance = 2.0\ncaption_dropout = 0.0\nlora_rank = 4'
+    path = write(folder, ("[student]\npreset = \"bk-sdm-base\"\n", ""), ("[training]", f"[training]\n{training}"),
+                 ('file = "demo"', 'file = "demo"\ndtype = "bf16"'))  # fmt: skip
+    prepared = Prepared(Job.read(path), ALONE)
+    student = prepared.student()
+    teacher = prepared.teachers(student).at(0)
+    assert prepared.shares_base and teacher.network is student.network and student.dtype == torch.bfloat16
+    parts = dict(prepared.forecast().parts)
+    assert parts["teacher weights"] == 0 and parts["student weights"] < 2.5 * prepared.architecture.num_parameters
+    prepared.train(lambda progress: None)
+    assert prepared.run.result_file.name == "lora.safetensors"
+    changes = ("[training]", f"[training]\n{training}"), ('run = "run"', 'run = "pruned"')
+    unshared = Job.read(write(folder, *changes))
+    assert not Prepared(unshared, ALONE).shares_base
+
+
 @pytest.mark.parametrize("dtype,stored", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.float8_e4m3fn)])
 def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
     prepared = Prepared(Job.read(write(folder)), ALONE)

@@ -68,7 +68,11 @@ class Pair:
 
     def forecast(self, base=None, shape=SIZES["latent_shape"], **changes):
         settings = settings_of(base, **changes)
-        steps = settings.recipe.objective, settings.recipe.lora_rank  # what a forecast cannot be told again with
+        steps = (
+            settings.recipe.objective,
+            settings.recipe.lora_rank,
+            settings.recipe.guidance,
+        )  # what a forecast cannot be told again with
         if steps not in self._told:
             networks = {"teacher": self.teacher.architecture, "student": self.student.architecture, "plan": self.plan}
             self._told[steps] = forecast(**networks, settings=settings, latent_shape=shape, num_tokens=SIZES["num_tokens"])
@@ -378,6 +382,28 @@ def test_a_student_of_the_teachers_shape_needs_no_plan(tiny):
 def test_a_weight_of_the_teacher_takes_as_many_bytes_as_its_dtype_says(tiny):
     counted = {dtype: tiny.parts(BASE, teacher_dtype=dtype)["teacher weights"] for dtype in DTYPES}
     assert counted["fp32"] == 2 * counted["bf16"] == 2 * counted["fp16"] == 4 * counted["fp8"] > 0
+
+
+def test_weights_that_teacher_and_student_share_are_there_once(tiny):
+    pytest.importorskip("peft")
+    networks = {"teacher": tiny.teacher.architecture, "student": tiny.teacher.architecture, "plan": None}
+    settings = settings_of(BASE, objective="guidance", guidance=3.0, lora_rank=4, teacher_dtype="fp16")
+    apart, shared = (
+        dict(forecast(**networks, settings=replace(settings, shares_base=shares), **SIZES).parts) for shares in (False, True)
+    )
+    count = tiny.teacher.architecture.num_parameters
+    assert shared["teacher weights"] == 0 and apart["teacher weights"] == 2 * count
+    assert shared["student weights"] == apart["student weights"] - 2 * count  # kept in float16, not float32
+    assert shared["optimizer"] == apart["optimizer"] > 0
+
+
+def test_a_guided_teacher_answers_twice_the_batch(tiny):
+    def activations(batch_size, **changes):
+        settings = settings_of(BASE, objective="guidance", batch_size=batch_size, **changes)
+        step = memory._Step(tiny.teacher.architecture, tiny.student.architecture, tiny.plan, 5, settings.recipe)
+        return step._in_teachers_pass(settings, SIZES["latent_shape"])["teacher activations"]
+
+    assert activations(4, guidance=3.0) == pytest.approx(activations(8), rel=0.05)
 
 
 def test_an_offloaded_teacher_is_there_for_its_own_pass_alone(tiny):
