@@ -104,13 +104,9 @@ def answering_with(denoiser: Denoiser, name: str | None) -> Denoiser:
 @contextlib.contextmanager
 def _only(network: nn.Module, name: str | None) -> Iterator[None]:
     """While open, one LoRA is on, or none."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer, list(layer.active_adapters)) for layer in layers]
+    before = [(layer, list(layer.active_adapters)) for layer in _lora_layers(network)]
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
-    for layer in layers:
-        layer.set_adapter([name] if name in layer.lora_A else [])
+    turn_on(network, name)
     try:
         yield
     finally:
@@ -120,8 +116,20 @@ def _only(network: nn.Module, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(id(parameter) in trained)  # peft makes what it turns on trainable
 
 
-def attach(denoiser: Denoiser, path: Path, name: str) -> list[str]:
-    """Put a LoRA from a file that `Lora.write` wrote on a network, under a name; returns the layers it is on.
+def turn_on(network: nn.Module, name: str | None) -> None:
+    """Have a network answer with one of its LoRAs, or with none."""
+    for layer in _lora_layers(network):
+        layer.set_adapter([name] if name in layer.lora_A else [])
+
+
+def _lora_layers(network: nn.Module) -> list[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def attach(denoiser: Denoiser, path: Path, name: str) -> None:
+    """Put a LoRA from a file that `Lora.write` wrote on a network, under a name.
 
     Whichever was put on first is on. ``ValueError`` if the file has no layer of this network.
     """
@@ -142,7 +150,6 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> list[str]:
             module.lora_A[name].weight.copy_(stored[f"{names[layer]}.lora_down.weight"].read())
             module.lora_B[name].weight.copy_(stored[f"{names[layer]}.lora_up.weight"].read())
     denoiser.network.requires_grad_(False)
-    return layers
 
 
 def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:

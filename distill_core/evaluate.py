@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .dataset import Batch, Dataset, Drawing, draw
+from .dataset import Batch, Caption, Dataset, Drawing, draw
 from .denoiser import Denoiser, Label
+from .guidance import guided
 from .objective import squared_error
 from .schedule import restate
 
@@ -43,31 +44,34 @@ def output_error(
     num_batches: int = 1,
     batch_size: int = 64,
     seed: int = 0,
+    guidance: float = 1.0,
 ) -> Tensor:
     """How far a student's answers are from the teacher's, over timesteps: (num_bins,), the least noisy first, float64.
 
     The mean of ``(student(x_t) - teacher(x_t))^2`` over all elements, both stated in the student's prediction type: what
     the output loss is, unweighted. Bins are of as many timesteps each. In each the same ``num_batches * batch_size``
     examples of the dataset are noised by the same noise, at timesteps drawn evenly within the bin; all that follows from
-    the seed, so that errors of several students by one seed are of the same inputs.
+    the seed, so that errors of several students by one seed are of the same inputs. guidance: scale the teacher answers by.
     """
     size, errors = student.schedule.num_timesteps, []
     for i in range(num_bins):
         drawing = Drawing(batch_size, seed, within=(size * i // num_bins, size * (i + 1) // num_bins))
         batches = (draw(dataset, number, student.schedule, drawing) for number in range(num_batches))
-        errors.append(torch.cat([_distance(student, teacher, batch) for batch in batches]).double().mean())
+        distances = (_distance(student, teacher, batch, dataset.null, guidance) for batch in batches)
+        errors.append(torch.cat(list(distances)).double().mean())
     return torch.stack(errors).cpu()
 
 
-def _distance(student: Denoiser | Routed, teacher: Denoiser, batch: Batch) -> Tensor:
-    """Squared distance of two answers to a batch, (B,)."""
+def _distance(student: Denoiser | Routed, teacher: Denoiser, batch: Batch, null: Caption | None, guidance: float) -> Tensor:
+    """Squared distance of a student's answers to a batch from a guided teacher's, (B,)."""
 
-    def answer(denoiser: Denoiser | Routed) -> Tensor:
+    def answer(denoiser: Denoiser | Routed, scale: float) -> Tensor:
         x_t, context = (tensor.to(denoiser.device, denoiser.dtype) for tensor in (batch.x_t, batch.context))
-        output = denoiser(x_t, batch.t.to(denoiser.device), context, batch.label and batch.label.to(context)).float().cpu()
+        t, label = batch.t.to(denoiser.device), batch.label and batch.label.to(context)
+        output = guided(denoiser, x_t, t, context, label, null, scale).cpu()
         return restate(output, batch.x_t, batch.t, student.schedule, denoiser.prediction, student.prediction)
 
-    return squared_error(answer(student), answer(teacher))
+    return squared_error(answer(student, 1.0), answer(teacher, guidance))
 
 
 def count_macs(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_tokens: int) -> int:

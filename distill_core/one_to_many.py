@@ -322,6 +322,7 @@ class OneToMany:
                 num_batches=math.ceil(NUM_ERROR_EXAMPLES / size),
                 batch_size=size,
                 seed=self.recipe.seed,
+                guidance=self.recipe.guidance,
             ).tolist()
             ranges = balanced(errors, self.schedule.num_timesteps, len(self))
             write_text(path, json.dumps({"joint": joint, "boundaries": ranges.boundaries, "errors": errors}, indent=2) + "\n")

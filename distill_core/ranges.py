@@ -47,10 +47,6 @@ class TimestepRanges:
         """Number of the range of timesteps of any shape, whole or not."""
         return torch.searchsorted(torch.tensor(self.boundaries, dtype=torch.float64), t.cpu().double()).to(t.device)
 
-    def of_sigma(self, sigma: float, schedule: NoiseSchedule) -> int:
-        """Number of the range of a noise level ``sigma / alpha``."""
-        return sum(sigma > boundary for boundary in self.sigmas(schedule))
-
     # --- in the units people use
 
     def sigmas(self, schedule: NoiseSchedule) -> list[float]:

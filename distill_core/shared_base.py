@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapter import attach
+from .adapter import attach, turn_on
 from .denoiser import Denoiser
 
 
@@ -17,26 +17,21 @@ class SharedBase:
 
     def __init__(self, base: Denoiser, files: Sequence[Path]):
         """files: as `adapter.Lora` writes them. The network is changed in place."""
-        self.base = base
-        self._layers = [attach(base, file, _name(number)) for number, file in enumerate(files)]
-        self._on: int | None = None
+        self.base, self._on = base, None
+        for number, file in enumerate(files):
+            attach(base, file, _name(number))
 
     def student(self, number: int) -> Denoiser:
         """The network with one LoRA on, as a denoiser of its own."""
 
         def forward(*inputs, **options) -> Tensor:
-            self._switch(number)
+            if self._on != number:  # stays on until another is asked
+                turn_on(self.base.network, _name(number))
+                self.base.network.requires_grad_(False)  # peft makes what it turns on trainable
+                self._on = number
             return self.base.network(*inputs, **options)
 
         return replace(self.base, forward=forward)
-
-    def _switch(self, number: int) -> None:
-        if self._on == number:
-            return
-        for layer in {layer for layers in self._layers for layer in layers}:
-            self.base.module(layer).set_adapter(_name(number) if layer in self._layers[number] else [])
-        self.base.network.requires_grad_(False)  # peft makes what it turns on trainable
-        self._on = number
 
 
 def _name(number: int) -> str:

@@ -67,8 +67,6 @@ class DistillationRecipe(io.ComfyNode):
                 _number("snr_gamma", 100.0, 0.5, "Where min-snr caps the signal-to-noise ratio.", 0.1, advanced=True),
                 _choice("timesteps", CHOICES["timesteps"], "How timesteps are drawn. logit-normal draws the middle more often.",
                         advanced=True),
-                _number("guidance", 100.0, 0.5, "Scale of guidance in the teacher's answers, which the student then gives in one pass, "
-                        "for cfg 1; 1 is none. Needs the null caption and the objective guidance.", 1.0, advanced=True),
                 _number("noise_offset", 1.0, 0.01, "Lets a model learn very dark and very bright pictures; 0.05 is usual, 0 is off.",
                         advanced=True),
                 _number("input_perturbation", 1.0, 0.01, "Extra noise in what the models see; 0.1 is usual, 0 is off.",
@@ -81,6 +79,9 @@ class DistillationRecipe(io.ComfyNode):
                         "is not 0.", 0.01, default=0.05, advanced=True),
                 _count("keep_checkpoints", 1000, "How many of the newest checkpoints stay on disk.", 1, advanced=True),
                 _count("keep_best", 1000, "How many of those with the lowest validation loss stay besides.", advanced=True),
+                # Later than the first release: last and optional, so that graphs saved without it still run.
+                _number("guidance", 100.0, 0.5, "Scale of guidance in the teacher's answers, which the student then gives in one pass, "
+                        "for cfg 1; 1 is none. Needs the null caption and the objective guidance.", 1.0, advanced=True, optional=True),
             ],
             outputs=[RecipeSettings.Output(display_name="recipe", tooltip="For Distill Train Step.")],
         )  # fmt: skip

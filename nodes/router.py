@@ -9,7 +9,6 @@ from ..distill_core import plots
 from ..distill_core.ranges import Boundary, read_boundaries
 from ..distill_core.students import MANIFEST, Students
 from . import bridge
-from .students import folder_of
 
 MAX_MODELS = 8
 FOLDER = "students folder"
@@ -71,7 +70,7 @@ def _route(models: dict, split: dict):
     if split["split"] == FOLDER:
         if models:
             raise ValueError("a students folder has models of its own: disconnect those of the node, or choose another split")
-        students = Students.read(folder_of(split["students"]))
+        students = Students.read(bridge.students_folder(split["students"]))
         return bridge.load_students(students), [Path(member.file).stem for member in reversed(students.members)]
     if len(models) < 2:
         raise ValueError(f"connect at least two models, got {len(models)}")

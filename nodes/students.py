@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from comfy_api.latest import io, ui
@@ -235,23 +234,15 @@ class LoadTimestepStudents(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str):
-        return (folder_of(name) / MANIFEST).stat().st_mtime_ns
+        return (bridge.students_folder(name) / MANIFEST).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        students = Students.read(folder_of(name))
+        students = Students.read(bridge.students_folder(name))
         model = bridge.load_students(students)
         ranges = students.describe(bridge.schedule_of(model))
         bridge.show_text(ranges, cls.hidden.unique_id)
         return io.NodeOutput(model, ranges)
-
-
-def folder_of(name: str) -> Path:
-    """A folder of students by its name in the list; ``ValueError`` for another."""
-    folders = bridge.students_folders()
-    if name not in folders:
-        raise ValueError(f"there is no folder of students {name!r}; press R to refresh the list")
-    return folders[name]
 
 
 NODES = [TrainTimestepStudents, LoadTimestepStudents]

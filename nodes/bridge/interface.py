@@ -58,6 +58,14 @@ def students_folders() -> dict[str, Path]:
     return found
 
 
+def students_folder(name: str) -> Path:
+    """A folder of students by its name in the list; ``ValueError`` for another."""
+    folders = students_folders()
+    if name not in folders:
+        raise ValueError(f"there is no folder of students {name!r}; press R to refresh the list")
+    return folders[name]
+
+
 def output_path(prefix: str, suffix: str) -> Path:
     """The next free numbered path under ComfyUI's output folder, as its own Save nodes count."""
     root = folder_paths.get_output_directory()

@@ -5,6 +5,7 @@ import torch
 
 from distill_core.dataset import LatentDataset
 from distill_core.evaluate import count_macs, frechet_distance, output_error
+from distill_core.guidance import guided
 from distill_core.plan import preset
 from distill_core.ranges import TimestepRanges
 from distill_core.router import Routed
@@ -46,7 +47,8 @@ def test_macs_are_the_same_on_the_meta_device(small_teacher):
 @pytest.fixture(scope="module")
 def data():
     random = torch.Generator().manual_seed(0)
-    return LatentDataset.of(torch.randn(6, 4, 8, 8, generator=random), torch.randn(6, 5, 16, generator=random))
+    latents, contexts = torch.randn(6, 4, 8, 8, generator=random), torch.randn(6, 5, 16, generator=random)
+    return LatentDataset.of(latents, contexts, torch.zeros(5, 16))
 
 
 class Shifted:
@@ -89,6 +91,18 @@ def test_output_error_is_in_the_students_terms(small_teacher, data):
     assert output_error(student, small_teacher, data, batch_size=2).max() < 1e-5
     mistaken = type(small_teacher)(network=small_teacher.network, architecture=small_teacher.architecture, prediction="v")
     assert output_error(mistaken, small_teacher, data, batch_size=2).max() > 1e-2
+
+
+def test_output_error_is_from_what_a_guided_teacher_answers(small_teacher, data):
+    class Guided(type(small_teacher)):
+        """Answers with what a guided teacher answers."""
+
+        def __call__(self, x_t, t, context, label=None):
+            return guided(small_teacher, x_t, t, context, label, data.null, 3.0)
+
+    student = Guided(network=small_teacher.network, architecture=small_teacher.architecture)
+    assert output_error(student, small_teacher, data, batch_size=2, guidance=3.0).max() < 1e-10
+    assert output_error(student, small_teacher, data, batch_size=2).min() > 1e-7
 
 
 def test_output_error_of_students_is_that_of_each_in_its_range(small_teacher, data):

@@ -35,7 +35,10 @@ def test_a_boundary_is_in_the_less_noisy_range_and_anything_above_is_not(boundar
         t = torch.tensor([boundary, math.nextafter(boundary, math.inf)], dtype=torch.float64)
         assert ranges.of(t).tolist() == [number, number + 1]
         sigma = ranges.sigmas(schedule)[number]
-        assert ranges.of_sigma(sigma, schedule) <= number and ranges.of_sigma(sigma * 1.0001, schedule) >= number + 1
+        below, above = (
+            ranges.of(torch.tensor(timestep_at(schedule, sigma * factor), dtype=torch.float64)) for factor in (0.9999, 1.0001)
+        )
+        assert below <= number and above >= number + (boundary < 999)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

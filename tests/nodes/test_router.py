@@ -54,7 +54,7 @@ def test_high_and_low_noise_experts_of_a_flow_family_hand_over(found):
     assert told["kinds"] == ["WAN21"] and told["not one alone"] > 0.1
     # Between two samplers a flow's latent is scaled and back, which rounds; the router does not.
     assert told["half"] < 1e-4 and told["shift behind the router"] < 1e-4
-    assert "sigma 1 to 0.8889, timesteps 1000 to 889" in told["ranges"]
+    assert "sigma 1 to 0.8889, timesteps 1000 to 888.9" in told["ranges"]
 
 
 WORDS = {
