@@ -20,7 +20,7 @@ from report import Kept, device_words, mean_and_margin, publish, table
 from torch import Tensor
 from tqdm import tqdm
 
-from distill_core.adapter import answering_with
+from distill_core.adapter import AnsweringWith
 from distill_core.dataset import Caption
 from distill_core.demo import digits
 from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
@@ -88,7 +88,7 @@ def _student(data: str, seed: int, arguments: argparse.Namespace) -> Denoiser:
                     weight_decay=0.0, seed=seed, save_every_steps=arguments.steps)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", recipe, {})
-        distill(run, student=student, teacher=answering_with(student, None), plan=None, dataset=dataset)
+        distill(run, student=student, teacher=AnsweringWith(student, None), plan=None, dataset=dataset)
     return student
 
 

@@ -56,18 +56,21 @@ class Row(NamedTuple):
 
 
 ONE, TWO, FOUR, LONG = "one student", "two students", "four students", "one student, as long as all four"
-APART, LOG_SNR, ERROR, LORA = "begun apart", "even log-SNR", "even error", "base and adapters"
+APART, TOGETHER = "begun apart", "longer together"
+LOG_SNR, ERROR, LORA = "even log-SNR", "even error", "base and adapters"
 ROWS = {
     ONE: Row(count=1, joint=1, each=0),
     FOUR: Row(),
     TWO: Row(count=2),
     LONG: Row(count=1, joint=2.5, each=0),
-    APART: Row(joint=0, each=1),
+    APART: Row(joint=0, each=0.625),
+    TOGETHER: Row(joint=1, each=0.375),
     ERROR: Row(split="error"),
     LOG_SNR: Row(split="log-snr"),
     LORA: Row(lora={"lora_rank": 8, "lora_targets": ("*",)}),
 }
-"""In every row but one a student has as many steps behind it, those it had as one with the others included."""
+"""One, two and four students have as many steps behind each, those it had as one with the others included; of four students
+all rows have as many in total, and so has the one that is trained as long."""
 
 
 class Figures(NamedTuple):
@@ -122,7 +125,7 @@ class Demo:
             student.load_state_dict(open_unet(file).state_dict)
             num_bytes, boundaries = file.stat().st_size, ()
         else:
-            if row.joint:
+            if row.joint == ROWS[FOUR].joint:
                 self.begin_with(self.training(FOUR, ROWS[FOUR], seed), training)
             training.train()
             student = Routed.open(training.students, self.teacher.device)
@@ -209,8 +212,8 @@ def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace
         *rows({name: name for name in main_rows}, ONE), "",
         "Output error over timesteps:", "",
         *table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))], map(bins, main_rows)), "",
-        "What four students begin as:", "",
-        *rows({FOUR: "one student distilled over all timesteps", APART: "the pruned teacher"}, APART), "",
+        "What four students begin as, by as many steps in total:", "",
+        *rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps", TOGETHER: "the same, for longer"}, APART), "",
         "What is even between their boundaries:", "",
         *rows({FOUR: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, FOUR), "",
         *table(["what is even", "boundaries, seed by seed where they differ"],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -47,6 +47,17 @@ class Lora:
             inject_adapter_in_model(config, denoiser.network, NAME)
         for name, parameter in self.parameters().items():
             parameter.data = _beginning(name, parameter.shape, seed).to(parameter.device)
+        self.strengths: Tensor | None = None
+        """How much of the LoRA each example has, (B,), as a strength in a loader; None for all of it."""
+        for layer in self.layers:
+            denoiser.module(layer).lora_B[NAME].register_forward_hook(self._at_strength)
+
+    def _at_strength(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.strengths is None:
+            return None
+        if len(output) != len(self.strengths):
+            raise ValueError("this model has layers that mix the examples of a batch; train it on one scale (guidance_min)")
+        return output * self.strengths.to(output).reshape(-1, *[1] * (output.ndim - 1))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Matrices by ``<canonical layer>.lora_down`` (A, rank x inputs) and ``.lora_up`` (B, outputs x rank)."""
@@ -88,17 +99,22 @@ class Lora:
                 parameter.copy_(weights[name])
 
 
-def answering_with(denoiser: Denoiser, name: str | None) -> Denoiser:
-    """The same network as a denoiser of its own that answers with one of its LoRAs, or with none, whatever else is on it.
+class AnsweringWith:
+    """A denoiser of the same network that answers with one of its LoRAs, or with none, whatever else is on it.
 
     It is for answers alone: a backward pass that computes a part again would do so with what is on then.
     """
 
-    def forward(*inputs, **options) -> Tensor:
-        with _only(denoiser.network, name):
-            return denoiser.network(*inputs, **options)
+    def __init__(self, denoiser: Denoiser, name: str | None):
+        self._denoiser, self._name = copy.copy(denoiser), name
+        self._denoiser.forward = None  # the network itself, not what a training compiles or wraps
 
-    return replace(denoiser, forward=forward)
+    def __call__(self, *inputs) -> Tensor:
+        with _only(self._denoiser.network, self._name):
+            return self._denoiser(*inputs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._denoiser, name)
 
 
 @contextlib.contextmanager
@@ -156,6 +172,8 @@ def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:
     """Linear and convolution layers that patterns match, in the network's order."""
     modules = {layer: denoiser.module(layer) for layer in denoiser.lora_names}
     layers = [layer for layer, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise ValueError("this model has no layer a LoRA could sit on; load it in fp32, bf16, fp16 or fp8, not quantised")
     for pattern in targets:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise ValueError(

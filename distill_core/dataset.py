@@ -156,6 +156,7 @@ class LatentDataset:
     @property
     def fingerprint(self) -> str:
         tensors = {f"{i}/{name}": tensor for i, bucket in enumerate(self.buckets) for name, tensor in vars(bucket).items()}
+        tensors |= {} if self.null is None else {f"null/{name}": tensor for name, tensor in self.null._asdict().items()}
         return fingerprint({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     def read(self, bucket: int, picked: Tensor) -> Examples:
@@ -179,11 +180,14 @@ class Batch(NamedTuple):
     context: Tensor
     """(B, L, D)."""
     label: Label | None
+    scale: Tensor | None = None
+    """Scale of guidance of each example, (B,), where a range of them is learnt."""
 
     def part(self, which: slice) -> Batch:
         """Some of the batch's examples."""
         label = None if self.label is None else Label(*(entry[which] for entry in self.label))
-        return Batch(self.x0[which], self.eps[which], self.x_t[which], self.t[which], self.context[which], label)
+        scale = None if self.scale is None else self.scale[which]
+        return Batch(self.x0[which], self.eps[which], self.x_t[which], self.t[which], self.context[which], label, scale)
 
 
 class Drawing(NamedTuple):
@@ -203,6 +207,8 @@ class Drawing(NamedTuple):
     """Noise added to ``x_t`` besides, as a share of its noise (Ning et al. 2023, arXiv 2301.11706, Alg. 1)."""
     held_out: float = 0.0
     """Share of each bucket that is never trained on."""
+    scales: tuple[float, float] | None = None
+    """Least and largest scale of guidance, of which each example has one between; None for none."""
 
 
 TIMESTEPS = {
@@ -272,7 +278,8 @@ def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, drawing: Drawing)
     picked = indices(earlier, drawing.batch_size, sizes[bucket], drawing.seed, f"order {bucket}" if bucket else "order")
     if drawing.held_out:
         picked = _order(dataset.bucket_sizes[bucket], drawing.seed, bucket, "held out")[picked]
-    return _noised(dataset, dataset.read(bucket, picked), schedule, drawing, generator(drawing.seed, step, "noise"))
+    batch = _noised(dataset, dataset.read(bucket, picked), schedule, drawing, generator(drawing.seed, step, "noise"))
+    return _scaled(batch, drawing, step, "scales")
 
 
 def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing, limit: int) -> list[Batch]:
@@ -281,10 +288,20 @@ def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing
     for bucket, size in enumerate(dataset.bucket_sizes):
         order = _order(size, drawing.seed, bucket, "held out")[size - num_held_out(size, drawing.held_out) :]
         batches += [dataset.read(bucket, picked) for picked in order.split(drawing.batch_size) if len(picked)]
-    return [
+    noised = (
         _noised(dataset, examples, schedule, plain, generator(drawing.seed, number, "validation"))
         for number, examples in enumerate(batches[:limit])
-    ]
+    )
+    return [_scaled(batch, drawing, number, "validation scales") for number, batch in enumerate(noised)]
+
+
+def _scaled(batch: Batch, drawing: Drawing, number: int, purpose: str) -> Batch:
+    """A batch with a scale of guidance for each example, evenly drawn, where there is a range of them."""
+    if drawing.scales is None:
+        return batch
+    least, largest = drawing.scales
+    share = torch.rand(len(batch.t), generator=generator(drawing.seed, number, purpose))
+    return batch._replace(scale=least + (largest - least) * share)
 
 
 def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, drawing: Drawing, random: torch.Generator) -> Batch:

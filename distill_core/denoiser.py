@@ -46,6 +46,7 @@ class Label(NamedTuple):
 
 
 SIZE_CHANNELS = 256
+_INNER_BLOCK = re.compile(r".*\.(resnet|block)\.\d+")
 
 
 @dataclass(kw_only=True)
@@ -94,6 +95,16 @@ class Denoiser:
     def lora_names(self) -> dict[str, str]:
         """Layers a LoRA may sit on, by canonical name -> how a LoRA file calls them."""
         return kohya_names(self.architecture)
+
+    @property
+    def inner_blocks(self) -> list[str]:
+        """Resnets and transformer blocks, by canonical name."""
+        return list(filter(_INNER_BLOCK.fullmatch, sorted(self.architecture.blocks)))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of what it is shown and of its answers."""
+        return self.architecture.channels("conv_in")[0]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by canonical name."""
@@ -152,14 +163,6 @@ def tap(denoiser: Denoiser, names: Iterable[str], *, of_input: bool = False) -> 
             handle.remove()
 
 
-_INNER_BLOCK = re.compile(r".*\.(resnet|block)\.\d+")
-
-
-def inner_blocks(denoiser: Denoiser) -> list[str]:
-    """Resnets and transformer blocks, by canonical name."""
-    return list(filter(_INNER_BLOCK.fullmatch, sorted(denoiser.architecture.blocks)))
-
-
 @contextlib.contextmanager
 def checkpointing(denoiser: Denoiser) -> Iterator[None]:
     """While open, resnets and transformer blocks keep their inputs alone for the backward pass, and compute the rest again.
@@ -169,7 +172,7 @@ def checkpointing(denoiser: Denoiser) -> Iterator[None]:
     from torch.utils.checkpoint import checkpoint
 
     with contextlib.ExitStack() as stack:
-        for name in inner_blocks(denoiser):
+        for name in denoiser.inner_blocks:
             module = denoiser.module(name)
             again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
             stack.enter_context(instead(module, again))

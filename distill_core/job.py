@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from .adapter import answering_with
+from .adapter import AnsweringWith
 from .architecture import Architecture
 from .cache import CachedDataset, encode
 from .dataset import Dataset, largest_example, num_examples
@@ -254,7 +254,7 @@ class Prepared:
             settings,
             self.job.training,
             starts=starts or [Start(self.plan, self.student)],
-            teachers=self._teacher_loads,
+            teachers=None if self.shares_base else self._teacher_loads,
             teacher=origin["teacher"],
             schedule=scaled_linear(),
             dataset=self.dataset,
@@ -366,13 +366,14 @@ class Prepared:
 
     @property
     def shares_base(self) -> bool:
-        """Whether the one student is its one teacher with a LoRA on it, so that their weights are there once."""
+        """Whether students are their one teacher with a LoRA on it, so that its weights are there once."""
         same = self.student_file is self.teacher_files[0] and len(self.job.teachers) == 1
-        return same and bool(self.job.training.lora_rank) and self.job.students is None
+        parted = self.job.students is None or self.job.students.joint_steps == 0
+        return same and parted and bool(self.job.training.lora_rank)
 
     def teachers(self, student: Denoiser) -> Teachers:
         """Those of a student."""
-        loads = [lambda: answering_with(student, None)] if self.shares_base else self._teacher_loads
+        loads = [lambda: AnsweringWith(student, None)] if self.shares_base else self._teacher_loads
         return Teachers(loads, self.job.training)
 
     @property

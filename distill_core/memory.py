@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .architecture import Architecture
-from .denoiser import Denoiser, DiffusersDenoiser, Label, checkpointing, inner_blocks, tap
+from .denoiser import Denoiser, DiffusersDenoiser, Label, checkpointing, tap
 from .guidance import combined
 from .objective import Outputs
 from .optim import OPTIMIZERS
@@ -373,8 +373,10 @@ class _Step:
 
     def _in_students_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
         recipe = replace(settings.recipe, optimizer="adamw", ema_decay=0.0)
-        walked = MemorySettings(recipe=recipe, teacher_dtype=_computes(settings.teacher_dtype), device=settings.device,
-                                num_processes=settings.num_processes, shares_base=settings.shares_base)  # fmt: skip
+        exact = settings.shares_base and settings.teacher_dtype == "fp16"  # autocast to fp16 copies no weight of that
+        walked = MemorySettings(recipe=recipe, teacher_dtype="fp16" if exact else _computes(settings.teacher_dtype),
+                                device=settings.device, num_processes=settings.num_processes,
+                                shares_base=settings.shares_base)  # fmt: skip
         most = self._students_pass(walked, latent_shape).copy()
         if settings.student_dtype == "fp8":  # backward keeps the widened weights of every layer
             most["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
@@ -425,7 +427,7 @@ def _unfilled(architecture: Architecture, dtype: str) -> Denoiser:
 
 def _num_gathered(student: Denoiser) -> int:
     """Most weights of a sharded student that are whole at once: two blocks, one computing and one coming, and what is in none."""
-    blocks = [sum(weight.numel() for weight in student.module(name).parameters()) for name in inner_blocks(student)]
+    blocks = [sum(weight.numel() for weight in student.module(name).parameters()) for name in student.inner_blocks]
     return 2 * max(blocks) + sum(weight.numel() for weight in student.network.parameters()) - sum(blocks)
 
 

@@ -98,7 +98,7 @@ class OneToMany:
         recipe: Recipe,
         *,
         starts: Sequence[Start],
-        teachers: Sequence[Load],
+        teachers: Sequence[Load] | None,
         teacher: str,
         schedule: NoiseSchedule,
         dataset: Dataset,
@@ -108,8 +108,9 @@ class OneToMany:
         """Open a training, or begin it if the folder does not exist.
 
         recipe: of each student in its range; with ``lora_rank`` they are LoRAs on one base, which is trained whole. starts:
-        one for all, or one for each student, those of one plan being the same. teacher: its fingerprint. origin: as for
-        `run.Run`; it tells these starts from others. Raises ``ValueError`` where settings do not go together, or the folder
+        one for all, or one for each student, those of one plan being the same. teachers: None where LoRAs learn from the
+        base they are on, as it is without them. teacher: its fingerprint. origin: as for `run.Run`; it tells these starts
+        from others. Raises ``ValueError`` where settings do not go together, or the folder
         holds a training with others.
         """
         joint_steps = recipe.total_steps if settings.joint_steps is None else settings.joint_steps
@@ -119,6 +120,10 @@ class OneToMany:
         count = settings.num_students(schedule)
         if len(starts) not in (1, count):
             raise ValueError(f"there are {count} students, but {len(starts)} plans; give one for all, or one for each")
+        if teachers is None and not (recipe.lora_rank and joint_steps == 0):
+            raise ValueError(
+                "students that learn from their own base are LoRAs on it: set lora_rank above 0 and joint_steps to 0"
+            )
         if recipe.timestep_range:
             raise ValueError("timestep_range is each student's own; leave it out where several are trained")
         if recipe.sample_every_steps:
@@ -265,7 +270,7 @@ class OneToMany:
         distill(
             run,
             student=student,
-            teacher=Teachers(self.teachers, run.recipe),
+            teacher=Teachers(self.teachers or [partial(_without_lora, student)], run.recipe),
             plan=plan,
             dataset=self.dataset,
             num_steps=num_steps,
@@ -351,6 +356,12 @@ class OneToMany:
             overwrite=True,
         )
         return path
+
+
+def _without_lora(student: Denoiser) -> Denoiser:
+    from .adapter import AnsweringWith
+
+    return AnsweringWith(student, None)
 
 
 def has_begun(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, inner_blocks
+from .denoiser import Denoiser
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,7 +79,7 @@ class Processes:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.count,))
-            for name in inner_blocks(student):
+            for name in student.inner_blocks:
                 fully_shard(student.module(name), mesh=mesh)
             fully_shard(student.network, mesh=mesh)
         elif self.accelerator:

@@ -55,6 +55,9 @@ class Recipe:
     """Share of captions replaced by the empty caption, so that guidance is distilled too."""
     guidance: float = 1.0
     """Scale of the classifier-free guidance in the teacher's answers, which the student then gives in one pass; 1 for none."""
+    guidance_min: float | None = None
+    """Least of a range of scales up to ``guidance``: each example has one of them, and the LoRA at a strength of
+    ``(scale - 1) / (guidance - 1)``, so that its strength sets the guidance while sampling. None for the one scale."""
 
     batch_size: int = 64
     """Examples per optimiser step, over all accumulation steps and all processes."""
@@ -152,6 +155,11 @@ class Recipe:
                 f"guidance combines two answers of the teacher, objective {self.objective} compares features, of which there is a "
                 "pair of each; take objective guidance"
             )
+        if self.guidance_min is not None and not (self.guidance_min < self.guidance and self.lora_rank):
+            raise ValueError(
+                "guidance_min is the lower end of a range of scales that the strength of a LoRA sets: it must be below guidance, "
+                f"with lora_rank above 0; got {self.guidance_min:g} to {self.guidance:g}, rank {self.lora_rank}"
+            )
 
     @property
     def aim(self) -> Objective:
@@ -180,6 +188,7 @@ class Recipe:
             noise_offset=self.noise_offset,
             input_perturbation=self.input_perturbation,
             held_out=self.validation_share,
+            scales=None if self.guidance_min is None else (self.guidance_min, self.guidance),
         )
 
     def lr_factor(self, step: int) -> float:
@@ -219,6 +228,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "input_perturbation": (0, 1),
     "caption_dropout": (0, 1),
     "guidance": (1, 100),
+    "guidance_min": (1, 100),
     "batch_size": (1, math.inf),
     "accumulation_steps": (1, math.inf),
     "warmup_steps": (0, math.inf),

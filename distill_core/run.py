@@ -117,11 +117,20 @@ class Run:
         """Write a checkpoint whole or not at all, then drop those that need not stay."""
         with atomic(self.folder / "checkpoints" / f"{state.step:08d}", overwrite=True) as folder:
             folder.mkdir()
-            trained.write(folder / trained.file_name, state.weights, {"distill.step": str(state.step)})
+            trained.write(folder / trained.file_name, state.weights, self._about(state.step))
             write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest)})
         keep = {*self.checkpoints[-self.recipe.keep_checkpoints :], *self._best(self.recipe.keep_best)}
         for old in set(self.checkpoints) - keep:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _about(self, step: int) -> dict[str, str]:
+        """What the file that comes out tells of its training."""
+        about = {"distill.step": str(step), "distill.origin": json.dumps(self.origin)}
+        if self.recipe.guidance != 1:
+            about["distill.guidance"] = str(float(self.recipe.guidance))
+        if self.recipe.guidance_min is not None:
+            about["distill.guidance_min"] = str(float(self.recipe.guidance_min))
+        return about
 
     def _best(self, count: int) -> list[Path]:
         """Checkpoints with the lowest validation losses, the lowest first."""

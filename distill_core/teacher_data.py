@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,26 +104,67 @@ def make_dataset(
             on_caption(start + len(part), len(missing))
     finally:
         writer.flush()
-    null = writer.caption(texts[""])
+    captions = [(prompt, texts[prompt]) for prompt in prompts]
+    return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, batch_size, on_item)
+
+
+def draw_dataset(
+    load_teacher: Load,
+    teacher_fingerprint: str,
+    captions: Sequence[Caption],
+    null: Caption,
+    making: Making,
+    folder: Path | str,
+    *,
+    batch_size: int = 8,
+    dtype: str = "fp16",
+    on_item: Callable[[int, int], None] = ignore,
+) -> CachedDataset:
+    """The same of captions that are encoded already, and an empty caption or negative prompt."""
+    writer, texts = CacheWriter(folder, dtype=dtype), []
+    for caption in [*captions, null]:
+        content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in caption if part is not None)
+        texts.append(key("caption", *content, writer.dtype))
+        if not writer.has(texts[-1]):
+            writer.add_text(texts[-1], caption)
+    writer.flush()
+    named = [(name, name) for name in texts[:-1]]
+    return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, batch_size, on_item)
+
+
+def _drawn(
+    writer: CacheWriter,
+    load_teacher: Load,
+    teacher_fingerprint: str,
+    captions: Sequence[tuple[str, str]],
+    null_text: str,
+    making: Making,
+    batch_size: int,
+    on_item: Callable[[int, int], None],
+) -> CachedDataset:
+    """A dataset of what a teacher draws for captions that are written.
+
+    captions: for each, what its noise follows from, and its key.
+    """
+    null = writer.caption(null_text)
     jobs, seen = [], {}
-    for prompt in prompts * making.num_per_prompt:
-        number = seen[prompt] = seen.get(prompt, -1) + 1
+    for caption in [*captions] * making.num_per_prompt:
+        number = seen[caption] = seen.get(caption, -1) + 1
         how = vars(making) | {"num_per_prompt": None}
-        jobs.append((prompt, number, key("made", texts[prompt], number, teacher_fingerprint, *how.values(), writer.dtype)))
-    to_do = [job for job in jobs if not writer.has(job[2])]
+        name = key("made", caption[1], number, teacher_fingerprint, *how.values(), writer.dtype)
+        jobs.append((*caption, number, name))
+    to_do = [job for job in jobs if not writer.has(job[-1])]
     teacher = load_teacher() if to_do or making.num_states else None
     height, width = making.size
     on_item(len(jobs) - len(to_do), len(jobs))
     for start in range(0, len(to_do), batch_size):
         part = to_do[start : start + batch_size]
-        shape = teacher.architecture.channels("conv_in")[0], height // 8, width // 8
-        noise = [torch.randn(shape, generator=generator(making.seed, number, prompt)) for prompt, number, _ in part]
-        captions = [writer.caption(texts[prompt]) for prompt, *_ in part]
-        latents, states = make_latents(teacher, captions, null, torch.stack(noise), making)
-        for i, (_, _, name) in enumerate(part):
+        shape = teacher.latent_channels, height // 8, width // 8
+        noise = [torch.randn(shape, generator=generator(making.seed, number, source)) for source, _, number, _ in part]
+        latents, states = make_latents(teacher, [writer.caption(text) for _, text, *_ in part], null, torch.stack(noise), making)
+        for i, (*_, name) in enumerate(part):
             writer.add_latent(name, latents[i], None if states is None else states[i])
         writer.flush()
         on_item(len(jobs) - len(to_do) + start + len(part), len(jobs))
     sizes = (height, width, 0, 0, height, width) if null.pooled is not None else None
-    entries = [Entry(name, texts[prompt], sizes) for prompt, _, name in jobs]
-    return writer.finish(entries, texts[""], making.kept(teacher))
+    return writer.finish([Entry(name, text, sizes) for _, text, _, name in jobs], null_text, making.kept(teacher))

@@ -172,9 +172,12 @@ class Training:
         """Pairs teacher's module -> student's module whose outputs are compared; ``ValueError`` if they do not fit."""
         if self.student.schedule != teacher.schedule:
             raise ValueError("teacher and student must be on the same noise schedule; give both the same sampling settings")
+        _check_belong_together(self.student, teacher)
+        if not self.aim.feature_loss:
+            return {}
         mapping = name_map(teacher.architecture, self.plan) if self.plan else NameMap.identity(teacher.architecture)
         points = self.aim.feature_points(teacher.architecture, self.student.architecture, mapping)
-        if self.aim.feature_loss and not points:
+        if not points:
             raise ValueError(
                 f"objective {self.recipe.objective} compares {self.aim.points}, of which this student has none; choose another"
             )
@@ -255,7 +258,10 @@ class Training:
         student, device = self.student, self.student.device
         x0, eps, x_t, t, context = (tensor.to(device, non_blocking=True) for tensor in batch[:5])
         kind, coefficients = prediction(student.prediction), student.schedule.at(batch.t, x0)
-        from_teacher = self._teach(step, x_t, t, context, batch.label) if self.aim.uses_teacher else None
+        scale = self.recipe.guidance
+        if batch.scale is not None:
+            self.trained.strengths, scale = (batch.scale - 1) / (scale - 1), batch.scale
+        from_teacher = self._teach(step, x_t, t, context, batch.label, scale) if self.aim.uses_teacher else None
         with self.autocast:
             context = context.to(student.dtype)
             answer = student(x_t.to(student.dtype), t, context, batch.label and batch.label.to(context))
@@ -270,7 +276,7 @@ class Training:
         return terms, weights * self.aim.total(terms)
 
     @torch.no_grad()
-    def _teach(self, step: int, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None) -> Outputs:
+    def _teach(self, step: int, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None, scale: float | Tensor) -> Outputs:
         """What the teacher of the step answers, in the student's terms."""
         teacher, number = self.teachers.at(step), self.teachers.number_at(step)
         if number not in self._theirs:
@@ -281,7 +287,7 @@ class Training:
             self._theirs[number] = self._stack.enter_context(tap(teacher, self.points))
         context = context.to(teacher.dtype)
         label, null = label and label.to(context), self.dataset.null
-        answer = guided(teacher, x_t.to(teacher.dtype), t, context, label, null, self.recipe.guidance)
+        answer = guided(teacher, x_t.to(teacher.dtype), t, context, label, null, scale)
         features = {self.points[name]: feature for name, feature in self._theirs[number].items()}
         self._theirs[number].clear()
         answer = restate(answer, x_t, t, self.student.schedule, teacher.prediction, self.student.prediction)
@@ -334,6 +340,8 @@ class Training:
     def given_out(self) -> Iterator[None]:
         """While open, the network has the weights the run gives out, and is as networks are for use."""
         network = self.student.network.eval()
+        if self.recipe.guidance_min is not None:
+            self.trained.strengths = None
         with self.optimizer.given_out():
             own = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
             self._put(self.average.weights if self.average else {})
@@ -385,6 +393,19 @@ class Training:
         self.optimizer.load(optimizer, state.rest["optimizer"])
         self.scaler.load_state_dict(state.rest["scaler"])
         self.done = state.step
+
+
+def _check_belong_together(student: Denoiser, teacher: Denoiser) -> None:
+    """``ValueError`` where one could not answer what the other is asked."""
+    theirs, ours = (
+        (denoiser.latent_channels, denoiser.architecture and denoiser.architecture.context_width)
+        for denoiser in (teacher, student)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"teacher and student must read the same latents and captions: {theirs[0]} and {ours[0]} channels, captions "
+            f"{theirs[1]} and {ours[1]} wide"
+        )
 
 
 @contextlib.contextmanager

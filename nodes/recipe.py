@@ -81,7 +81,7 @@ class DistillationRecipe(io.ComfyNode):
                 _count("keep_best", 1000, "How many of those with the lowest validation loss stay besides.", advanced=True),
                 # Later than the first release: last and optional, so that graphs saved without it still run.
                 _number("guidance", 100.0, 0.5, "Scale of guidance in the teacher's answers, which the student then gives in one pass, "
-                        "for cfg 1; 1 is none. Needs the null caption and the objective guidance.", 1.0, advanced=True, optional=True),
+                        "for cfg 1; 1 is none. Needs the null caption and the objective guidance. Shared-Base LoRA has its own.", 1.0, advanced=True, optional=True),
             ],
             outputs=[RecipeSettings.Output(display_name="recipe", tooltip="For Distill Train Step.")],
         )  # fmt: skip

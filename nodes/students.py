@@ -125,14 +125,15 @@ class TrainTimestepStudents(io.ComfyNode):
         if recipe.sample_every_steps:
             log.warning("sample_every_steps has no effect here: sample pictures are drawn by Distill Train Step alone")
         plan = bridge.plan_between(student, teacher)
+        shares_base = student is teacher and recipe.lora_rank > 0 and of_students["joint_steps"] == 0
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             training = OneToMany(
                 bridge.run_folder(run_name[0]),
                 StudentsSettings(**of_students),
                 recipe,
-                starts=[Start(plan, partial(bridge.trainable, student))],
-                teachers=[partial(bridge.denoiser, teacher, bridge.architecture_of(student))],
+                starts=[Start(plan, partial(bridge.shared_base if shares_base else bridge.trainable, student))],
+                teachers=None if shares_base else [partial(bridge.denoiser, teacher, bridge.architecture_of(student))],
                 teacher=bridge.model_fingerprint(teacher),
                 schedule=bridge.schedule_of(teacher),
                 dataset=data,
@@ -140,7 +141,7 @@ class TrainTimestepStudents(io.ComfyNode):
             )
             if not training.complete:
                 whole = replace(recipe, lora_rank=0) if training.step < of_students["joint_steps"] else recipe
-                told = bridge.forecast_memory([teacher], student, plan, data, whole)
+                told = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
                 tell_memory(told, bridge.free_bytes(student), node_id)
                 _train(training, run_name[0], steps_per_queue[0], node_id)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"

@@ -9,6 +9,22 @@ from ..distill_core.teacher_data import Making
 from . import bridge
 
 
+def size_inputs() -> list[io.Input]:
+    """Width and height of the pictures a teacher draws."""
+    return [
+        io.Int.Input(
+            "width",
+            default=512,
+            min=64,
+            max=4096,
+            step=8,
+            tooltip="Width in pixels: what the teacher was trained at. 512 for SD1.x, 768 or 512 for SD2, 1024 for SDXL, "
+            "64 for the demo.",
+        ),
+        io.Int.Input("height", default=512, min=64, max=4096, step=8, tooltip="Height in pixels, as width."),
+    ]
+
+
 class TeacherDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -43,16 +59,7 @@ class TeacherDataset(io.ComfyNode):
                     default="teacher_data",
                     tooltip="Folder under output/distill_data that keeps what was drawn. Pictures of all settings may share one.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=512,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Width in pixels: what the teacher was trained at. 512 for SD1.x, 768 or 512 for SD2, 1024 for SDXL, "
-                    "64 for the demo.",
-                ),
-                io.Int.Input("height", default=512, min=64, max=4096, step=8, tooltip="Height in pixels, as width."),
+                *size_inputs(),
                 io.Int.Input(
                     "images_per_prompt", default=1, min=1, max=10_000, tooltip="Pictures of each prompt, from different noise."
                 ),
@@ -118,7 +125,7 @@ class TeacherDataset(io.ComfyNode):
             num_states=trajectory_states[0],
             seed=seed[0],
         )
-        progress = _Progress(cls.hidden.unique_id)
+        progress = DrawingProgress(cls.hidden.unique_id)
         try:
             made = bridge.make_data(
                 teacher[0],
@@ -135,7 +142,7 @@ class TeacherDataset(io.ComfyNode):
         return io.NodeOutput(*made)
 
 
-class _Progress:
+class DrawingProgress:
     """Shows how far the work has come, and ends it where it is cancelled."""
 
     def __init__(self, node_id: str):

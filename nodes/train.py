@@ -43,8 +43,55 @@ def data_inputs() -> list[io.Input]:
     ]
 
 
+def run_inputs(name: str) -> list[io.Input]:
+    """Which run, and how long it is."""
+    return [
+        io.String.Input(
+            "run_name",
+            default=name,
+            tooltip="Folder of the run under output/distill_runs. The same name goes on with the run; a new name starts anew.",
+        ),
+        io.Int.Input("total_steps", default=1000, min=1, max=10_000_000, tooltip="Steps until the run is complete."),
+    ]
+
+
+def run_outputs() -> list[io.Output]:
+    """How a run went."""
+    return [
+        io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."),
+        io.Image.Output(display_name="loss_curve", tooltip="The loss curve as a picture."),
+        io.Int.Output(display_name="step", tooltip="Steps done so far."),
+    ]
+
+
 def learning_inputs() -> list[io.Input]:
     """How a student learns."""
+    return [
+        *pace_inputs("0.00005 for Stable Diffusion, 0.001 for the demo.", default=5e-5),
+        io.Combo.Input(
+            "objective",
+            options=list(OBJECTIVES),
+            default="bk-sdm",
+            tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
+            "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
+            "laptop-diff: features of even weight. guidance: the teacher's output alone. task: plain fine-tuning without the teacher.",
+        ),
+        seed_input(),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.1,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Share of captions replaced by the null caption, where one is connected.",
+        ),
+        *keeping_inputs(),
+    ]
+
+
+def pace_inputs(usual_rates: str, default: float) -> list[io.Input]:
+    """How many steps, of how much."""
     return [
         io.Int.Input(
             "steps_per_queue",
@@ -56,12 +103,12 @@ def learning_inputs() -> list[io.Input]:
         io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images a step. Lower it if memory runs out."),
         io.Float.Input(
             "learning_rate",
-            default=5e-5,
+            default=default,
             min=1e-8,
             max=1.0,
             step=1e-6,
             round=1e-8,
-            tooltip="Peak learning rate of AdamW. 0.00005 for Stable Diffusion, 0.001 for the demo.",
+            tooltip=f"Peak learning rate of AdamW. {usual_rates}",
         ),
         io.Combo.Input(
             "lr_schedule",
@@ -69,31 +116,23 @@ def learning_inputs() -> list[io.Input]:
             default="constant",
             tooltip="How the learning rate goes down over total_steps. With constant, total_steps may be raised later.",
         ),
-        io.Combo.Input(
-            "objective",
-            options=list(OBJECTIVES),
-            default="bk-sdm",
-            tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
-            "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
-            "laptop-diff: features of even weight. guidance: the teacher's output alone. task: plain fine-tuning without the teacher.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**63 - 1,
-            control_after_generate=False,
-            tooltip="Decides data order, noise and timesteps. The same seed gives the same student.",
-        ),
-        io.Float.Input(
-            "caption_dropout",
-            default=0.1,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            advanced=True,
-            tooltip="Share of captions replaced by the null caption, where one is connected.",
-        ),
+    ]
+
+
+def seed_input() -> io.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**63 - 1,
+        control_after_generate=False,
+        tooltip="Decides data order, noise and timesteps. The same seed gives the same student.",
+    )
+
+
+def keeping_inputs() -> list[io.Input]:
+    """Seldom changed: how a run begins, and how often it is kept."""
+    return [
         io.Int.Input(
             "warmup_steps",
             default=0,
@@ -137,27 +176,19 @@ class DistillTrainStep(io.ComfyNode):
                 io.Vae.Input(
                     "vae", optional=True, tooltip="For sample pictures while it trains, where the recipe asks for them."
                 ),
-                io.String.Input(
-                    "run_name",
-                    default="student",
-                    tooltip="Folder of the run under output/distill_runs. The same name goes on with the run; a new name starts anew.",
-                ),
-                io.Int.Input("total_steps", default=1000, min=1, max=10_000_000, tooltip="Steps until the run is complete."),
+                *run_inputs("student"),
                 *learning_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The student as trained so far: an ordinary MODEL."),
-                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."),
-                io.Image.Output(display_name="loss_curve", tooltip="The loss curve as a picture."),
-                io.Int.Output(display_name="step", tooltip="Steps done so far."),
+                *run_outputs(),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run_name, total_steps, steps_per_queue, **_):
-        """The step an execution ends at: a run that can go on is executed again, a complete one is not."""
-        return min(total_steps[0], bridge.newest_step(run_name[0]) + steps_per_queue[0])
+    def fingerprint_inputs(cls, **inputs):
+        return last_step(**inputs)
 
     @classmethod
     def execute(
@@ -193,19 +224,27 @@ class DistillTrainStep(io.ComfyNode):
                 _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
         architecture = bridge.architecture_of(student)
         trained = bridge.make_student(open_unet(run.result_file).state_dict, architecture, student, bridge.origin_of(student))
-        metrics = run.metrics()
-        curve = bridge.to_image(plots.loss_curve(metrics, _title(run)))
-        bridge.show_text(
-            f"step {run.step} of {recipe.total_steps}: " + ("complete" if run.complete else "queue again to go on"),
-            cls.hidden.unique_id,
-        )
-        losses = {"loss": [row["total"] for row in metrics]}
-        return io.NodeOutput(trained, losses, curve, run.step, ui=ui.PreviewImage(curve, cls=cls))
+        shown = show_run(run, cls.hidden.unique_id)
+        return io.NodeOutput(trained, *shown, run.step, ui=ui.PreviewImage(shown[1], cls=cls))
+
+
+def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
+    """How far a run is, on the node; its losses for Plot Loss Graph, and their curve as a picture."""
+    metrics = run.metrics()
+    curve = bridge.to_image(plots.loss_curve(metrics, title(run)))
+    state = "complete" if run.complete else "queue again to go on"
+    bridge.show_text(f"step {run.step} of {run.recipe.total_steps}: {state}", node_id)
+    return {"loss": [row["total"] for row in metrics]}, curve
+
+
+def last_step(run_name, total_steps, steps_per_queue, **_) -> int:
+    """The step an execution ends at: a run that can go on is executed again, a complete one is not."""
+    return min(total_steps[0], bridge.newest_step(run_name[0]) + steps_per_queue[0])
 
 
 def _train(run: Run, models, student, plan, data, previews, num_steps: int, node_id: str) -> None:
     last = min(run.recipe.total_steps, run.step + num_steps)
-    watch = Watch(run.metrics(), _title(run), run.step, last, node_id, previews)
+    watch = Watch(run.metrics(), title(run), run.step, last, node_id, previews)
     tell_memory(bridge.forecast_memory(models, student, plan, data, run.recipe), bridge.free_bytes(student), node_id)
     try:
         learning = bridge.trainable(student)
@@ -258,7 +297,7 @@ def tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
     bridge.show_text(shortage or f"a step needs about {gib(told.total_bytes)} of memory", node_id)
 
 
-def _title(run: Run) -> str:
+def title(run: Run) -> str:
     return f"{run.folder.name}, {run.recipe.objective}"
 
 

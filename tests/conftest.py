@@ -1,5 +1,9 @@
 """Small UNets of the real shape, shared by all tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait for a second thread; the servers' too
+
 import pytest
 import torch
 
@@ -7,7 +11,7 @@ from distill_core.architecture import Architecture
 from distill_core.dataset import LatentDataset
 from distill_core.denoiser import DiffusersDenoiser, Label
 
-torch.set_num_threads(1)  # networks this small only wait for a second thread
+torch.set_num_threads(1)
 
 SMALL = dict(
     sample_size=8,

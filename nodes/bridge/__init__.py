@@ -1,7 +1,7 @@
 """The one package that knows both ComfyUI (MODEL, CLIP, VAE, LATENT, CONDITIONING) and distill_core."""
 
 from .build import demo_teacher, load_student, make_student, prune_model
-from .data import calibration, dataset, make_data, previews
+from .data import calibration, dataset, make_data, previews, told_captions
 from .demo import DigitsVAE, demo_clip, demo_data
 from .interface import (
     data_folder,
@@ -33,6 +33,7 @@ from .model import (
     with_lora,
 )
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
+from .shared_base import draw_latents, forecast_shared_base, shared_base, with_gradients
 from .students import load_students, route_students, with_lora_file
 from .training import denoiser, forecast_memory, free_bytes, release_memory, trainable
 
@@ -49,9 +50,11 @@ __all__ = [
     "denoiser",
     "describe_progress",
     "describe_route",
+    "draw_latents",
     "duration",
     "file_in",
     "forecast_memory",
+    "forecast_shared_base",
     "free_bytes",
     "load_student",
     "load_students",
@@ -76,6 +79,7 @@ __all__ = [
     "sample_routed",
     "schedule_of",
     "share_boundaries",
+    "shared_base",
     "show_text",
     "sorted_boundaries",
     "state_dict_of",
@@ -83,8 +87,10 @@ __all__ = [
     "students_folders",
     "throw_if_cancelled",
     "to_image",
+    "told_captions",
     "trainable",
     "vae_and_text_encoders",
+    "with_gradients",
     "with_lora",
     "with_lora_file",
 ]

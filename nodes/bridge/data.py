@@ -13,7 +13,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...distill_core.architecture import Architecture
 from ...distill_core.cache import CachedDataset, text_key
 from ...distill_core.dataset import Bucket, Caption, LatentDataset, tile
 from ...distill_core.denoiser import Label
@@ -47,6 +46,12 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
     return LatentDataset(buckets, null and Caption(null.context.clone(), null.pooled), timesteps)
 
 
+def told_captions(positive: list, null_caption: list, model: ModelPatcher) -> tuple[list[Caption], Caption]:
+    """Captions, and the empty caption or negative prompt, as one length of tokens; ``ValueError`` if they are not for a model."""
+    *captions, null = (Caption(told.context, told.pooled) for told in _captions([*positive, *null_caption], model))
+    return captions, null
+
+
 def calibration(
     latents: list[dict], positive: list, model: ModelPatcher, num_examples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Label | None]:
@@ -73,7 +78,7 @@ def previews(data: LatentDataset, vae: comfy.sd.VAE | None, model: ModelPatcher)
         pictures = vae.decode(model.model.process_latent_out(latents))
         return pictures[..., :3].permute(0, 3, 1, 2) * 2 - 1
 
-    is_small = is_demo(architecture_of(model))
+    is_small = _reads(model).context_width is not None and is_demo(architecture_of(model))
     return Previews(
         captions=captions,
         null=data.null,
@@ -81,6 +86,23 @@ def previews(data: LatentDataset, vae: comfy.sd.VAE | None, model: ModelPatcher)
         decode=decode,
         guidance=2.0 if is_small else 7.0,
     )
+
+
+class _Reads(NamedTuple):
+    """What a MODEL reads; None where any will do."""
+
+    channels: int
+    context_width: int | None
+    labelled: bool | None
+    """Whether captions have a pooled output."""
+
+
+def _reads(model: ModelPatcher) -> _Reads:
+    try:
+        architecture = architecture_of(model)
+    except ValueError:  # another family, which a LoRA may be trained on
+        return _Reads(model.model.latent_format.latent_channels, None, None)
+    return _Reads(architecture.channels("conv_in")[0], architecture.context_width, bool(architecture.label_width))
 
 
 class _Told(NamedTuple):
@@ -100,22 +122,22 @@ class _Told(NamedTuple):
 
 def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
     """Captions of all conditioning, of one length: a context that is repeated conditions as before."""
-    told = _told(conditioning, architecture_of(model))
+    told = _told(conditioning, _reads(model))
     length = math.lcm(*{len(caption.context) for caption in told})
     return [caption._replace(context=tile(caption.context, length)) for caption in told]
 
 
-def _told(conditioning: list, architecture: Architecture) -> list[_Told]:
+def _told(conditioning: list, reads: _Reads) -> list[_Told]:
     """Captions of all conditioning, if they are for a model."""
     told = []
     for embedding, options in (entry for one in conditioning for entry in one):
-        if embedding.shape[-1] != architecture.context_width:
+        if reads.context_width not in (None, embedding.shape[-1]):
             raise ValueError(
-                f"the captions' conditioning is {embedding.shape[-1]} wide but the model reads {architecture.context_width}; "
+                f"the captions' conditioning is {embedding.shape[-1]} wide but the model reads {reads.context_width}; "
                 "encode the captions with the model's own CLIP"
             )
-        pooled = options.get("pooled_output") if architecture.label_width else None
-        if architecture.label_width and pooled is None:
+        pooled = None if reads.labelled is False else options.get("pooled_output")
+        if reads.labelled and pooled is None:
             raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
         for i, context in enumerate(embedding.float().cpu()):
             told.append(_Told(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
@@ -124,9 +146,13 @@ def _told(conditioning: list, architecture: Architecture) -> list[_Told]:
 
 def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) -> list[Bucket]:
     """Latents by size, with their captions, if they fit the model."""
-    wanted = architecture_of(model).channels("conv_in")[0]
+    wanted = _reads(model).channels
     for samples in (entry["samples"] for entry in latents):
-        if samples.ndim != 4 or samples.shape[1] != wanted:
+        if samples.ndim != 4:
+            raise ValueError(
+                f"latents of pictures are (B, C, H, W), got {tuple(samples.shape)}; models of video are not trained here"
+            )
+        if samples.shape[1] != wanted:
             raise ValueError(
                 f"the latents have {samples.shape[1]} channels but the model takes {wanted}; "
                 "encode the images with the model's own VAE, and do not use inpainting models"
@@ -165,8 +191,8 @@ def _bucket(examples: list[tuple[Tensor, Tensor | None, _Told]], height: int, wi
 class ClipEncoders:
     """The text encoders of a CLIP, with the LoRA and the clip skip that are on it."""
 
-    def __init__(self, clip: comfy.sd.CLIP, architecture: Architecture):
-        self._clip, self._architecture = clip, architecture
+    def __init__(self, clip: comfy.sd.CLIP, reads: _Reads):
+        self._clip, self._reads = clip, reads
         with torch.inference_mode():
             patcher = clip.load_model()
             weights = {name: weight.to("cpu").detach() for name, weight in patcher.model_state_dict_for_saving().items()}
@@ -174,7 +200,7 @@ class ClipEncoders:
 
     def captions(self, captions: list[str]) -> list[Caption]:
         encoded = [self._clip.encode_from_tokens_scheduled(self._clip.tokenize(caption)) for caption in captions]
-        return [Caption(told.context, told.pooled) for told in _told(encoded, self._architecture)]
+        return [Caption(told.context, told.pooled) for told in _told(encoded, self._reads)]
 
 
 def make_data(
@@ -192,7 +218,7 @@ def make_data(
     What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
     """
     architecture, sampling = architecture_of(teacher), teacher.get_model_object("model_sampling")
-    encoders = ClipEncoders(clip, architecture)
+    encoders = ClipEncoders(clip, _reads(teacher))
     height, width = (side // 8 for side in making.size)
     data = make_dataset(
         partial(denoiser, teacher, batch_shape=(2 * batch_size, architecture.channels("conv_in")[0], height, width)),

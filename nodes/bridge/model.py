@@ -41,17 +41,23 @@ def architecture_of(model: ModelPatcher) -> Architecture:
 
 
 def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
-    """Weights of a MODEL by canonical name, on the CPU, with the patches (LoRA) that are on it."""
+    """Weights of a UNet's MODEL by canonical name, on the CPU, with the patches (LoRA) that are on it."""
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
-        # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
-        comfy.model_management.load_models_gpu([model])
-        weights = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+        weights = _weights_of(model)
         names = LDM.to_canonical(weights)
         return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
 
 
+def _weights_of(model: ModelPatcher) -> dict[str, Tensor]:
+    """The same by ComfyUI's names, of any family, wherever they are."""
+    # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
+    comfy.model_management.load_models_gpu([model])
+    return model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+
+
 def model_fingerprint(model: ModelPatcher) -> str:
-    return fingerprint(state_dict_of(model))
+    with torch.inference_mode():
+        return fingerprint({name: weight.detach() for name, weight in _weights_of(model).items()})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...distill_core.architecture import Architecture
-from ...distill_core.dataset import LatentDataset, largest_example
+from ...distill_core.dataset import Dataset, largest_example
 from ...distill_core.denoiser import Label, LdmDenoiser
 from ...distill_core.memory import Forecast, MemorySettings, forecast
 from ...distill_core.plan import PruningPlan
@@ -98,14 +98,24 @@ def _training_bytes(architecture: Architecture) -> int:
 
 
 def forecast_memory(
-    teachers: list[ModelPatcher], student: ModelPatcher, plan: PruningPlan | None, data: LatentDataset, recipe: Recipe
+    teachers: list[ModelPatcher],
+    student: ModelPatcher,
+    plan: PruningPlan | None,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    shares_base: bool = False,
 ) -> Forecast:
-    """The memory a run's step needs, as networks of diffusers of the same architecture would need it."""
+    """The memory a run's step needs, as networks of diffusers of the same architecture would need it.
+
+    shares_base: whether the student is its one teacher with a LoRA on it.
+    """
     example = largest_example(data)
     stored = max((teacher.model.get_dtype() for teacher in teachers), key=lambda dtype: dtype.itemsize)
     settings = MemorySettings(
         recipe=recipe,
         teacher_dtype=next(name for name, dtype in DTYPES.items() if dtype.itemsize == stored.itemsize),
+        shares_base=shares_base,
         num_teachers=len(teachers),
         device=student.load_device.type,
     )

@@ -1,6 +1,7 @@
 """A student that learns the guided answer in one pass, on the weights of its teacher."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from distill_core.dataset import draw
 from distill_core.guidance import combined
 from distill_core.recipe import Recipe
 from distill_core.run import Run
+from distill_core.schedule import scaled_linear
+from distill_core.storage import read_header
 from distill_core.train import distill
 
-from .test_adapter import copied
+from .test_adapter import copied, filled
 
 pytest.importorskip("peft")
-from distill_core.adapter import answering_with  # noqa: E402
+from distill_core.adapter import AnsweringWith, Lora, attach  # noqa: E402
 
 RECIPE = Recipe(objective="guidance", guidance=3.0, caption_dropout=0.0, total_steps=6, batch_size=4, learning_rate=1e-2,
                 lora_rank=4, save_every_steps=100)  # fmt: skip
@@ -23,7 +26,7 @@ RECIPE = Recipe(objective="guidance", guidance=3.0, caption_dropout=0.0, total_s
 def train(folder, base, data, recipe=RECIPE, teacher=None):
     """Train a LoRA on a network that is its own teacher."""
     run = Run(folder, recipe, {})
-    distill(run, student=base, teacher=teacher or answering_with(base, None), plan=None, dataset=data)
+    distill(run, student=base, teacher=teacher or AnsweringWith(base, None), plan=None, dataset=data)
     return run
 
 
@@ -40,14 +43,14 @@ def test_the_student_learns_the_guided_answer(small_teacher, small_data, tmp_pat
 
 def test_the_teacher_is_the_base_before_while_and_after_it_trains(small_teacher, small_data, tmp_path, batch):
     base = copied(small_teacher)
-    teacher, answers = answering_with(base, None), []
+    teacher, answers = AnsweringWith(base, None), []
 
     class Listening(type(teacher)):
         def __call__(self, *inputs):
             answers.append(super().__call__(*inputs))
             return answers[-1]
 
-    listening = Listening(**{**vars(teacher)})
+    listening = Listening(base, None)
     weights = copy.deepcopy(base.network.state_dict())
     with torch.no_grad():
         before = small_teacher(*batch)
@@ -55,7 +58,7 @@ def test_the_teacher_is_the_base_before_while_and_after_it_trains(small_teacher,
     metrics = train(tmp_path / "run", base, small_data, teacher=listening).metrics()
     with torch.no_grad():
         drawn = [draw(small_data, step, base.schedule, RECIPE.drawing) for step in range(RECIPE.total_steps)]
-        for answer, (_, _, x_t, t, context, _) in zip(answers, drawn, strict=True):
+        for answer, (_, _, x_t, t, context, *_) in zip(answers, drawn, strict=True):
             null = small_data.null.context.expand_as(context)
             assert torch.equal(answer, small_teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([context, null])))
         assert torch.equal(teacher(*batch), before) and not torch.allclose(base(*batch), before, atol=1e-3)
@@ -67,7 +70,7 @@ def test_the_teacher_is_the_base_before_while_and_after_it_trains(small_teacher,
 def test_no_weight_is_there_twice(small_teacher, small_data, tmp_path):
     base = copied(small_teacher)
     count = sum(parameter.numel() for parameter in base.network.parameters())
-    teacher = answering_with(base, None)
+    teacher = AnsweringWith(base, None)
     train(tmp_path / "run", base, small_data, teacher=teacher)
     held = {id(p): p.numel() for denoiser in (base, teacher) for n, p in denoiser.network.named_parameters() if ".lora_" not in n}
     assert sum(held.values()) == count
@@ -82,3 +85,77 @@ def test_guidance_without_an_empty_caption_is_refused(small_teacher, small_data,
 def test_guidance_and_features_do_not_go_together():
     with pytest.raises(ValueError, match="take objective guidance"):
         Recipe(objective="bk-sdm", guidance=2.0)
+
+
+RANGE = replace(RECIPE, guidance_min=1.0)
+
+
+def test_each_example_has_a_scale_of_its_own(small_data):
+    drawings = [recipe.drawing for recipe in (RECIPE, RANGE)]
+    fixed, ranged = (draw(small_data, 3, scaled_linear(), drawing) for drawing in drawings)
+    assert fixed.scale is None and all(torch.equal(a, b) for a, b in zip(fixed[:5], ranged[:5], strict=True))
+    assert torch.equal(ranged.scale, draw(small_data, 3, scaled_linear(), drawings[1]).scale)
+    assert torch.equal(ranged.part(slice(1, 3)).scale, ranged.scale[1:3])
+    many = torch.cat([draw(small_data, step, scaled_linear(), drawings[1]).scale for step in range(300)])
+    assert 1 <= many.min() < 1.05 and 2.95 < many.max() <= 3 and many.mean() == pytest.approx(2, abs=0.1)
+
+
+def test_an_example_has_the_lora_at_its_strength(small_teacher, batch):
+    with_lora = copied(small_teacher)
+    lora = Lora(with_lora, rank=3, targets=["*"])
+    matrices = {name: matrix.clone() for name, matrix in filled(lora).items()}
+    strengths = torch.linspace(0, 1, len(batch[0]))
+    with torch.no_grad():
+        lora.strengths = strengths
+        each = with_lora(*batch)
+        lora.strengths = None
+        for i, strength in enumerate(strengths):
+            for name, parameter in lora.parameters().items():
+                parameter.copy_(matrices[name] * (strength if name.endswith("lora_up") else 1))
+            assert torch.allclose(with_lora(*batch)[i], each[i], atol=1e-5)
+    assert not torch.allclose(each[0], each[1])
+
+
+def test_a_range_of_scales_is_learnt_at_the_strength_of_each(small_teacher, small_data, tmp_path):
+    """At a strength of 0 the LoRA is not there, and nothing is to learn; the first step tells what is at each scale."""
+    first = train(tmp_path / "run", copied(small_teacher), small_data, RANGE).metrics()[0]
+    batch = draw(small_data, 0, small_teacher.schedule, RANGE.drawing)
+    with torch.no_grad():
+        conditional = small_teacher(batch.x_t, batch.t, batch.context)
+        unconditional = small_teacher(batch.x_t, batch.t, small_data.null.context.expand_as(batch.context))
+    target = combined(conditional, unconditional, batch.scale)
+    assert first["total"] == pytest.approx((conditional - target).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"accumulation_steps": 2}], ids=str)
+def test_a_range_of_scales_is_learnt_the_same_with_less_memory(changes, small_teacher, small_data, tmp_path):
+    runs = [train(tmp_path / name, copied(small_teacher), small_data, replace(RANGE, **more)) for name, more in
+            {"plain": {}, "less": changes}.items()]  # fmt: skip
+    plain, less = ([row["total"] for row in run.metrics()] for run in runs)
+    assert less == pytest.approx(plain, rel=1e-2) and plain[0] != plain[-1]
+
+
+def test_what_is_given_out_is_judged_at_full_strength(small_teacher, small_data, tmp_path):
+    base, seen = copied(small_teacher), []
+
+    class Previews:
+        latest = None
+
+        def draw(self, folder, step, student, teacher, **options):
+            with torch.no_grad():
+                seen.append(student(*asked))
+
+    recipe = replace(RANGE, sample_every_steps=RANGE.total_steps)
+    run = Run(tmp_path / "run", recipe, {})
+    batch = draw(small_data, 0, base.schedule, RANGE.drawing)
+    asked = batch.x_t[:3], batch.t[:3], batch.context[:3]
+    distill(run, student=base, teacher=AnsweringWith(base, None), plan=None, dataset=small_data, previews=Previews())
+    loaded = copied(small_teacher)
+    attach(loaded, run.result_file, "x")
+    with torch.no_grad():
+        assert torch.allclose(seen[0], loaded(*asked), atol=1e-6)
+
+
+def test_the_file_tells_what_it_was_made_for(small_teacher, small_data, tmp_path):
+    told = read_header(train(tmp_path / "run", copied(small_teacher), small_data, RANGE).result_file).metadata
+    assert {"distill.guidance": "3.0", "distill.guidance_min": "1.0", "distill.step": "6"}.items() <= told.items()

@@ -157,6 +157,15 @@ def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
     changes = ("[training]", f"[training]\n{training}"), ('run = "run"', 'run = "pruned"')
     unshared = Job.read(write(folder, *changes))
     assert not Prepared(unshared, ALONE).shares_base
+    for joint_steps, shares in ((0, True), (5, False)):
+        students = f"[students]\ncount = 2\njoint_steps = {joint_steps}\n\n[training]\n{training}"
+        several = write(
+            folder,
+            ('[student]\npreset = "bk-sdm-base"\n', ""),
+            ("[training]", students),
+            ('run = "run"', f'run = "{joint_steps}"'),
+        )
+        assert Prepared(Job.read(several), ALONE).shares_base == shares
 
 
 @pytest.mark.parametrize("dtype,stored", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.float8_e4m3fn)])

@@ -397,6 +397,19 @@ def test_weights_that_teacher_and_student_share_are_there_once(tiny):
     assert shared["optimizer"] == apart["optimizer"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_shared_base_that_computes_in_its_own_precision_is_not_copied(dtype, tiny):
+    pytest.importorskip("peft")
+    networks = {"teacher": tiny.teacher.architecture, "student": tiny.teacher.architecture, "plan": None}
+    lora = {"objective": "guidance", "guidance": 3.0, "lora_rank": 4, "device": "cuda"}
+    copies = {}
+    for precision in ("fp16", "bf16"):
+        settings = replace(settings_of(BASE, precision=precision, teacher_dtype=dtype, **lora), shares_base=True)
+        parts = dict(forecast(**networks, settings=settings, **SIZES).parts)
+        copies[precision == dtype] = parts["half-precision weights"]
+    assert copies[False] > copies[True] + tiny.teacher.architecture.num_parameters
+
+
 def test_a_guided_teacher_answers_twice_the_batch(tiny):
     def activations(batch_size, **changes):
         settings = settings_of(BASE, objective="guidance", batch_size=batch_size, **changes)

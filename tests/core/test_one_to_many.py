@@ -1,5 +1,6 @@
 """Students of ranges: each sees timesteps of its own alone, and a training left at any step goes on as if it had not been."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -256,6 +257,29 @@ def test_one_base_and_an_adapter_for_each_range(joint_steps, training, tmp_path,
     for _ in range(4):
         again.train(num_steps=2)
     assert [p.read_bytes() for p in again.students.files] == [p.read_bytes() for p in students.files]
+
+
+def test_adapters_of_ranges_learn_the_guidance_of_their_own_base(small_teacher, training, tmp_path):
+    """The base is the teacher, and stays it; each adapter is a run of its own on it."""
+    pytest.importorskip("peft")
+    recipe = replace(RECIPE, objective="guidance", guidance=3.0, caption_dropout=0.0, lora_rank=2, learning_rate=1e-2)
+    made, seen = [], []
+
+    def make(teacher, plan):
+        made.append(DiffusersDenoiser(network=copy.deepcopy(teacher.network), architecture=teacher.architecture))
+        return made[-1]
+
+    settings = replace(TWO, joint_steps=0)
+    options = {"plans": (None,), "make": make, "teachers": None}
+    shared = training(tmp_path / "x", settings, recipe, **options)
+    shared.train(on_step=lambda progress: seen.append(progress.losses["total"]))
+    assert len(seen) == 2 * RECIPE.total_steps and all(loss > 0 for loss in seen)
+    assert same(weights(shared.students.base), {n: p.detach() for n, p in small_teacher.named_parameters().items()})
+    apart = training(tmp_path / "y", settings, recipe, **options | {"teachers": [lambda: small_teacher]})
+    apart.train()
+    assert [p.read_bytes() for p in shared.students.files] == [p.read_bytes() for p in apart.students.files]
+    with pytest.raises(ValueError, match="set lora_rank above 0 and joint_steps to 0"):
+        training(tmp_path / "z", TWO, recipe, **options)
 
 
 def student_of_weights(students):

@@ -119,7 +119,7 @@ def _folder(tmp_path_factory, name):
     return folder
 
 
-LAW = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+LAW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @LAW

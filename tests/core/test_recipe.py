@@ -26,6 +26,8 @@ def test_a_bad_setting_is_named(field, value):
      ({"validate_every_steps": 5}, "both validate_every_steps and validation_share"),
      ({"keep_best": 1}, "keep_best needs a validation loss"),
      ({"objective": "task", "task_weight": 0.0}, "at least one loss"),
+     ({"objective": "guidance", "guidance": 3.0, "guidance_min": 3.0, "lora_rank": 4}, "it must be below guidance"),
+     ({"objective": "guidance", "guidance": 3.0, "guidance_min": 2.0}, "with lora_rank above 0"),
      ({"weight_dtype": "bf16", "precision": "fp16"}, "precision to bf16"),
      ({"weight_dtype": "bf16", "optimizer": "prodigy"}, "needs weight_dtype fp32")],
 )  # fmt: skip

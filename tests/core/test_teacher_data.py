@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from distill_core.cache import CachedDataset
 from distill_core.dataset import Caption, Drawing, draw
 from distill_core.schedule import scaled_linear
 from distill_core.storage import read_header
-from distill_core.teacher_data import Making, make_dataset, make_latents
+from distill_core.teacher_data import Making, draw_dataset, make_dataset, make_latents
 
 MAKING = Making(size=(64, 64), guidance=2.0, num_steps=4)
 
@@ -153,3 +155,17 @@ def test_settings_that_make_nothing_are_refused(change, message):
 def test_no_prompt_is_refused(tmp_path, small_teacher):
     with pytest.raises(ValueError, match="at least one prompt"):
         make(tmp_path / "c", small_teacher, prompts=["", "  "])
+
+
+def test_encoded_captions_are_drawn_as_prompts_are(tmp_path, small_teacher):
+    *captions, null = Words().captions(["one", "two", "two", "nothing of this"])
+    making, counts = replace(MAKING, num_states=2), []
+    options = {"batch_size": 2, "on_item": lambda done, total: counts.append((done, total))}
+    drawn = draw_dataset(lambda: small_teacher, "teacher", captions, null, making, tmp_path / "c", **options)
+    assert counts == [(0, 3), (2, 3), (3, 3)] and drawn.null.context.float().allclose(null.context, atol=1e-3)
+    examples = everything(drawn)
+    assert examples.states.shape == (3, 2, 4, 8, 8) and not torch.equal(examples.latents[1], examples.latents[2])
+    again = draw_dataset(lambda: small_teacher, "teacher", captions, null, making, tmp_path / "c", **options)
+    assert counts[3:] == [(3, 3)] and again.fingerprint == drawn.fingerprint
+    other = draw_dataset(lambda: small_teacher, "teacher", captions, captions[0], making, tmp_path / "d", batch_size=2)
+    assert other.fingerprint != drawn.fingerprint  # guidance leads away from something else

@@ -1,3 +1,4 @@
+import json
 import subprocess
 
 import pytest
@@ -30,5 +31,17 @@ def in_comfyui(comfyui_path):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=comfyui.quiet_environment())
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def found(in_comfyui, tmp_path_factory):
+    """What a function of a file beside this one, given as ``module.function``, found."""
+
+    def run(function):
+        out = tmp_path_factory.mktemp("found") / "found.json"
+        in_comfyui(function, out)
+        return json.loads(out.read_text())
 
     return run

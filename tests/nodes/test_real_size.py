@@ -1,6 +1,7 @@
 """Random-weight SD1.5, SD2 and SDXL: every preset at its real size, from the CLI to stock ComfyUI and to diffusers."""
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from distill_core.storage import write_tensors
 
 from .. import comfyui
 from ..core.test_plan import PUBLISHED
+from .test_shared_base import check
 
 CONTEXT_WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 BY_FAMILY = sorted(PUBLISHED, key=lambda name: preset(name).teacher)  # each teacher is made once
@@ -133,6 +135,15 @@ def test_v_prediction_survives_into_the_stock_loader(name, family, prediction, t
     with safe_open(folder / "output.safetensors", "pt") as file:
         assert file.metadata()["prediction"] == prediction
     (folder / "student.safetensors").unlink()
+
+
+@pytest.mark.parametrize("family,pooled_width", [("sd1", 0), ("sd2", 0), ("sdxl", 1280)])
+def test_a_whole_model_is_the_base_of_a_lora(family, pooled_width, teachers, in_comfyui, tmp_path):
+    file, out = teachers(family) / "teacher.safetensors", tmp_path / "found.json"
+    in_comfyui("sharing.of_file", file, CONTEXT_WIDTHS[family], pooled_width, out)
+    told = json.loads(out.read_text())
+    check(told | {"merged": 0}, 1e-5)
+    assert told["merged"] < 0.1 * told["change"]  # merged weights are rounded to 16 bits
 
 
 def _random_clip():

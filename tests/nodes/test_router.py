@@ -1,7 +1,5 @@
 """The router against stock nodes, in ComfyUI's own samplers."""
 
-import json
-
 import psutil
 import pytest
 import torch
@@ -15,27 +13,15 @@ from distill_core.students import write_students
 from .test_nodes import PROMPT, newest, sampled, save
 
 
-@pytest.fixture(scope="module")
-def found(in_comfyui, tmp_path_factory):
-    """What a function of routing.py found."""
-
-    def run(name):
-        out = tmp_path_factory.mktemp("routing") / "found.json"
-        in_comfyui(f"routing.{name}", out)
-        return json.loads(out.read_text())
-
-    return run
-
-
 def test_routed_sampling_equals_two_samplers_that_hand_over_at_the_boundary(found):
     """Exactly: whatever is done with the models, before the router or behind it."""
-    differences = found("equalities")
+    differences = found("routing.equalities")
     assert len(differences) > 20
     assert {name: difference for name, difference in differences.items() if difference != 0} == {}
 
 
 def test_the_model_is_chosen_by_noise_level_not_by_step(found):
-    for sampler, evaluations, boundaries in found("choices"):
+    for sampler, evaluations, boundaries in found("routing.choices"):
         for sigma, number in evaluations:
             assert number == sum(sigma <= boundary for boundary in boundaries), (sampler, sigma)
         assert {number for _, number in evaluations} == {0, 1}, sampler
@@ -44,13 +30,13 @@ def test_the_model_is_chosen_by_noise_level_not_by_step(found):
 
 
 def test_every_sampler_and_scheduler_runs_that_runs_without_the_router(found):
-    told = found("every_sampler")
+    told = found("routing.every_sampler")
     assert told["tried"] > 300
     assert told["routed"].keys() - told["plain"].keys() == set()
 
 
 def test_high_and_low_noise_experts_of_a_flow_family_hand_over(found):
-    told = found("experts")
+    told = found("routing.experts")
     assert told["kinds"] == ["WAN21"] and told["not one alone"] > 0.1
     # Between two samplers a flow's latent is scaled and back, which rounds; the router does not.
     assert told["half"] < 1e-4 and told["shift behind the router"] < 1e-4
@@ -72,14 +58,14 @@ WORDS = {
 
 
 def test_models_that_do_not_go_together_are_refused_with_the_reason(found):
-    said = found("refusals")
+    said = found("routing.refusals")
     assert said.keys() == WORDS.keys()
     for name, (kind, message) in said.items():
         assert kind == "ValueError" and WORDS[name] in message, (name, message)
 
 
 def test_the_models_stay_as_they_are_whatever_happens(found):
-    told = found("untouched")
+    told = found("routing.untouched")
     assert told["stopped"] and told["finite"]
     assert told["before"] == told["after"]
     assert told["same"], "something is drawn differently after routed samplings"

@@ -14,6 +14,7 @@ NAMES = {
     "DistillTrainStep": "Distill Train Step",
     "DistillTrainStudents": "Train Timestep Students",
     "DistillLoadStudents": "Load Timestep Students",
+    "DistillSharedBaseLoRA": "Shared-Base LoRA",
     "DistillTimestepRouter": "Timestep Router",
     "DistillTimestepRouterSampler": "Timestep Router Sampler",
     "DistillRecipe": "Distillation Recipe",

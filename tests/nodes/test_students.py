@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill_core.demo.teacher import teacher_file
 from distill_core.files import open_unet
 from distill_core.storage import read_header
 from distill_core.students import Students
@@ -162,6 +163,30 @@ def test_before_the_students_part_the_model_is_the_one_they_begin_as(server):
         "inputs": models | {"split": "boundaries", "split.boundaries": "499"},
     }
     assert torch.equal(drawn_by(server, nodes, ["route", 0], "parted by hand"), drawn(server, "students parted"))
+
+
+def test_adapters_of_ranges_learn_the_guidance_of_the_model_they_are_on(server):
+    changes = {
+        "student": ["teacher", 0],
+        "lora_rank": 2,
+        "count": 2,
+        "objective": "guidance",
+        "learning_rate": 0.02,
+        "caption_dropout": 0.0,
+    }
+    guided = {"recipe": recipe(guidance=3.0)}
+    prompt = {**PROMPT, **guided, "train": students("guided ranges", recipe=["recipe", 0], **changes),
+              **sampled(["train", 0], "guided ranges", steps=6, cfg=1.0), **sampled(["teacher", 0], "unguided", steps=6, cfg=1.0)}  # fmt: skip
+    result = server.run(prompt)
+    assert result.succeeded, result.error
+    folder = server.output / "distill_runs" / "guided ranges"
+    assert [path.name for path in Students.read(folder / "students").files] == [
+        "range_0.lora.safetensors",
+        "range_1.lora.safetensors",
+    ]
+    base = open_unet(folder / "students" / Students.read(folder / "students").base).state_dict
+    assert same(base, teacher_file().state_dict)
+    assert not torch.allclose(drawn(server, "guided ranges"), drawn(server, "unguided"), atol=1e-3)
 
 
 def test_loras_on_one_base(server):

@@ -1,0 +1,142 @@
+"""A MODEL's network as the base of a LoRA, in a process of ComfyUI; run by in_comfyui.py. Each function writes JSON."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+
+def small(out):
+    """How shared bases of small models of several families answer, and what becomes of their MODELs."""
+    import torch
+    from in_comfyui import pack
+
+    bridge = pack()
+    found = {
+        "demo": _told(bridge.demo_teacher, 4, 64, None, out),
+        "sd3": _told(_sd3, 16, 4096, 2048, out),
+        "fp8": _told(partial(_sd3, torch.float8_e4m3fn), 16, 4096, 2048, out),
+        "flux": _told(_flux, 16, 4096, 768, out),
+    }
+    Path(out).write_text(json.dumps(found))
+
+
+def of_file(file, width, pooled_width, out):
+    """The same of a file, opened with ComfyUI's own loader."""
+    import comfy.sd
+    import torch
+    from in_comfyui import pack
+
+    pack()
+    options = {"dtype": torch.float16}  # as it is in the file
+    found = _told(lambda: comfy.sd.load_diffusion_model(file, options), 4, int(width), int(pooled_width) or None, out)
+    Path(out).write_text(json.dumps(found))
+
+
+def _told(load, channels, width, pooled_width, out):
+    import pack.nodes.bridge as bridge
+    import torch
+    from pack.distill_core.adapter import AnsweringWith, Lora
+    from pack.distill_core.denoiser import Label
+    from pack.distill_core.storage import read_header
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = load()
+    with torch.inference_mode(False):
+        base = bridge.shared_base(model)
+        label = pooled_width and Label(torch.randn(2, pooled_width), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2))
+        asked = torch.randn(2, channels, 8, 8), torch.tensor([300, 900]), torch.randn(2, 6, width), label
+        with torch.no_grad():
+            before = base(*asked)
+            stock = _stock(model, base, *asked)
+        scale = before.abs().max()
+        told = {"kind": type(model.model).__name__, "prediction": base.prediction, "stock": (stock - before).abs().max() / scale}
+        lora, teacher = Lora(base, rank=2, targets=["*attn*"]), AnsweringWith(base, None)
+        parameters = lora.parameters()
+        for parameter in parameters.values():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        with bridge.with_gradients(base):
+            base(*asked).square().mean().backward()
+        told["without gradient"] = sorted(n for n, p in parameters.items() if p.grad is None or not p.grad.any())
+        told["slope"] = _slope(lambda: base(*asked).square().mean().item(), parameters)
+        own = {parameter.data_ptr() for parameter in model.model.diffusion_model.parameters()}
+        held = {n: p for n, p in base.network.named_parameters() if ".lora_" not in n}
+        told["copied"] = sum(parameter.data_ptr() not in own for parameter in held.values())
+        with torch.no_grad():
+            changed = base(*asked)
+            told["change"] = (changed - before).abs().max() / scale
+            told["teacher"] = (teacher(*asked) - before).abs().max()
+            told["model"] = (_stock(model, base, *asked) - stock).abs().max()
+            file = Path(out).with_name("lora.safetensors")
+            file.unlink(missing_ok=True)
+            lora.write(file, {n: p.detach() for n, p in parameters.items()}, {})
+            patched, _ = bridge.with_lora(model, None, {n: t.read() for n, t in read_header(file).tensors.items()}, 1.0, 0.0)
+            told["not loaded"] = len(lora.layers) - len(patched.patches)
+            told["merged"] = (_stock(patched, base, *asked) - changed).abs().max() / scale
+    return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in told.items()}
+
+
+def _slope(loss, parameters, step=1e-2):
+    """How a loss changes along its gradient, measured by steps that way and back, over what the gradient says."""
+    import torch
+
+    norm = sum(parameter.grad.square().sum() for parameter in parameters.values()).sqrt()
+    found = []
+    with torch.no_grad():
+        for way in (step, -2 * step, step):
+            for parameter in parameters.values():
+                parameter += way * parameter.grad / norm
+            found.append(loss())
+    return ((found[0] - found[1]) / (2 * step) / norm).item()
+
+
+def _stock(model, base, x_t, t, context, label):
+    """The MODEL's own answer, through ComfyUI: from the picture it stands for."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    shell, now = model.model, base.schedule.at(t, x_t)
+    flows = base.prediction == "flow"
+    sigma, shown = (now.sigma, x_t) if flows else (now.sigma / now.alpha, x_t / now.alpha)
+    told = {"cross_attn": context, "noise": x_t, "device": x_t.device}
+    if label is not None:
+        told |= {"pooled_output": label.pooled, "height": 64, "width": 64}
+    asked = {name: cond.process_cond(batch_size=2).cond for name, cond in shell.extra_conds(**told).items()}
+    x0 = shell.apply_model(shown, sigma.flatten(), **asked)
+    return (shown - x0) / sigma
+
+
+def _filled(network):
+    import torch
+
+    def fill(weight):
+        return torch.randn(weight.shape) / max(1, weight[0].numel()) ** 0.5 if weight.ndim else weight
+
+    return {name: fill(weight) for name, weight in network.state_dict().items()}
+
+
+def _sd3(dtype=None):
+    import comfy.ops
+    import comfy.sd
+    import torch
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    context = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}}
+    network = OpenAISignatureMMDITWrapper(
+        input_size=None, depth=2, num_patches=36864, pos_embed_max_size=192, adm_in_channels=2048, context_embedder_config=context,
+        in_channels=16, patch_size=2, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)  # fmt: skip
+    options = {} if dtype is None else {"dtype": dtype}
+    return comfy.sd.load_diffusion_model_state_dict(_filled(network), model_options=options)
+
+
+def _flux():
+    import comfy.ops
+    import comfy.sd
+    import torch
+    from comfy.ldm.flux.model import Flux
+
+    network = Flux(image_model="flux", in_channels=16, patch_size=2, out_channels=16, vec_in_dim=768, context_in_dim=4096,
+                   hidden_size=256, mlp_ratio=4.0, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000,
+                   qkv_bias=True, guidance_embed=False, txt_ids_dims=[], device="cpu", dtype=torch.float32,
+                   operations=comfy.ops.disable_weight_init)  # fmt: skip
+    return comfy.sd.load_diffusion_model_state_dict(_filled(network))

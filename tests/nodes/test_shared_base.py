@@ -1,0 +1,161 @@
+"""Shared-Base LoRA: one network that is teacher and student, of any family, in ComfyUI."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill_core.storage import read_header
+
+from .test_nodes import PROMPT, newest, sampled
+from .test_training import recipe, rows, until
+
+BAKE = {
+    "model": ["teacher", 0], "captions": ["teacher", 4], "null_caption": ["empty", 0], "latents": ["teacher", 3],
+    "total_steps": 6, "guidance": 3.0, "rank": 4, "steps_per_queue": 6, "batch_size": 4, "learning_rate": 1e-2,
+    "lr_schedule": "constant", "seed": 0, "width": 64, "height": 64, "images_per_caption": 1, "sampler_steps": 4,
+    "trajectory_states": 2, "guidance_min": 0.0, "alpha": 0.0, "layers": "*attn*", "warmup_steps": 0, "save_every_steps": 100,
+}  # fmt: skip
+
+
+def bake(run_name, without=(), **changes):
+    inputs = {name: value for name, value in (BAKE | {"run_name": run_name} | changes).items() if name not in without}
+    return {"class_type": "DistillSharedBaseLoRA", "inputs": inputs}
+
+
+def baked(server, run_name, nodes=(), **changes):
+    """Queue a run; returns its folder, and what came of it."""
+    keep = {"class_type": "SaveLoRA", "inputs": {"lora": ["bake", 0], "prefix": f"loras/{run_name}"}}
+    shown = sampled(["bake", 1], run_name, cfg=1.0)
+    result = server.run({**PROMPT, "bake": bake(run_name, **changes), "keep": keep, **shown, **dict(nodes)})
+    assert result.succeeded, result.error
+    return server.output / "distill_runs" / run_name, result
+
+
+def drawn(server, prefix):
+    return load_file(newest(server, f"{prefix}_*.latent"))["latent_tensor"]
+
+
+@pytest.fixture(scope="module")
+def plain(server):
+    """What the demo's teacher draws at cfg 1, before anything is trained."""
+    result = server.run({**PROMPT, **sampled(["teacher", 0], "plain", cfg=1.0)})
+    assert result.succeeded, result.error
+    return drawn(server, "plain")
+
+
+def check(told, tolerance):
+    assert told["stock"] < tolerance and told["merged"] < tolerance < told["change"]
+    assert told["teacher"] == told["model"] == 0 and told["copied"] == told["not loaded"] == 0
+    assert not told["without gradient"] and told["slope"] == pytest.approx(1, abs=0.02)
+
+
+def test_small_models_of_several_families_are_their_own_teachers(found):
+    families = found("sharing.small")
+    assert {name: (told["kind"], told["prediction"]) for name, told in families.items()} == {
+        "demo": ("BaseModel", "eps"), "sd3": ("SD3", "flow"), "fp8": ("SD3", "flow"), "flux": ("Flux", "flow")}  # fmt: skip
+    assert families["fp8"]["merged"] < 0.1  # merged weights are rounded to 8 bits
+    families["fp8"]["merged"] = 0
+    for told in families.values():
+        check(told, 1e-5)
+
+
+def test_the_model_with_the_lora_draws_otherwise_and_the_model_itself_stays(plain, server):
+    folder, _ = baked(server, "baked")
+    assert not torch.allclose(drawn(server, "baked"), plain, atol=1e-2)
+    result = server.run({**PROMPT, **sampled(["teacher", 0], "after", cfg=1.0)})
+    assert result.succeeded and torch.equal(drawn(server, "after"), plain)
+    told = read_header(folder / "checkpoints" / "00000006" / "lora.safetensors").metadata
+    assert (
+        told["distill.guidance"] == "3.0"
+        and told["distill.step"] == "6"
+        and json.loads(told["distill.origin"]).keys() == {"model", "data"}
+    )
+
+
+def test_stock_save_and_load_lora_give_the_same_pictures(server):
+    stock = {
+        "class_type": "LoraModelLoader",
+        "inputs": {"model": ["teacher", 0], "lora": ["bake", 0], "strength_model": 1.0, "bypass": False},
+    }
+    baked(server, "by stock nodes", nodes={"stock": stock, **sampled(["stock", 0], "put on by stock", cfg=1.0)})
+    assert torch.equal(drawn(server, "put on by stock"), drawn(server, "by stock nodes"))
+    saved = newest(server, "loras/by stock nodes*.safetensors")
+    target = server.base / "models" / "loras" / "baked.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(saved.read_bytes())
+    load = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["teacher", 0], "lora_name": "baked.safetensors", "strength_model": 1.0},
+    }
+    begun = len(server.log.read_text())
+    result = server.run({**PROMPT, "load": load, **sampled(["load", 0], "loaded", cfg=1.0)})
+    assert result.succeeded, result.error
+    assert torch.equal(drawn(server, "loaded"), drawn(server, "by stock nodes"))
+    assert "lora key not loaded" not in server.log.read_text()[begun:] and "NOT LOADED" not in server.log.read_text()[begun:]
+
+
+def test_without_latents_the_model_draws_its_own_data(server):
+    few = {"without": ["latents"], "captions": ["seven", 0], "images_per_caption": 6}
+    folder, _ = baked(server, "own data", **few)
+    data = server.output / "distill_data" / "own data"
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors")}
+    assert before and len(rows(folder)) == 6
+    baked(server, "own data", **few | {"total_steps": 8, "steps_per_queue": 2})
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors")} == before and len(rows(folder)) == 8
+
+
+def test_queued_in_parts_or_cancelled_it_comes_to_the_same(plain, server):
+    whole, _ = baked(server, "in one")
+    for _ in range(3):
+        parts, _ = baked(server, "in parts", steps_per_queue=2)
+    final = [load_file(folder / "checkpoints" / "00000006" / "lora.safetensors") for folder in (whole, parts)]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    stopped = server.output / "distill_runs" / "stopped"
+    prompt = {**PROMPT, "bake": bake("stopped", total_steps=2000, steps_per_queue=2000), **sampled(["bake", 1], "stopped")}
+    prompt_id = server.queue(prompt)
+    until(lambda: (stopped / "metrics.csv").exists() and len(rows(stopped)) > 5, "the run was not begun")
+    server.post("interrupt", {})
+    assert server.wait(prompt_id).interrupted
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == [f"{len(rows(stopped)):08d}"]
+    result = server.run({**PROMPT, **sampled(["teacher", 0], "after cancel", cfg=1.0)})
+    assert result.succeeded and torch.equal(drawn(server, "after cancel"), plain)
+
+
+def test_two_runs_from_one_model_do_not_disturb_each_other(server):
+    first, _ = baked(server, "the first")
+    also = {"also": bake("the second", guidance=1.5, seed=1), **sampled(["also", 1], "the second")}
+    second, _ = baked(server, "the first again", nodes=also)
+    final = [load_file(server.output / "distill_runs" / name / "checkpoints" / "00000006" / "lora.safetensors")
+             for name in ("the first", "the first again", "the second")]  # fmt: skip
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    assert not any(torch.equal(final[0][name], final[2][name]) for name in final[0] if name.endswith("lora_up.weight"))
+
+
+def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
+    folders = [baked(server, name, model=["prune", 0], **other)[0] for name, other in {
+        "student": {}, "of its teacher": {"teacher": ["teacher", 0]}}.items()]  # fmt: skip
+    own, of_teacher = (rows(folder) for folder in folders)
+    assert of_teacher[0]["total"] > 5 * own[0]["total"]  # its guidance is far less than what pruning took away
+    assert not (server.output / "distill_runs" / "student" / "checkpoints" / "00000006" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"layers": "*nowhere*"}, "'*nowhere*' matches no layer"),
+        ({"guidance_min": 5.0}, "it must be below guidance"),
+        ({"run_name": "../evil"}, "run_name '../evil' must be a plain name"),
+        ({"recipe": ["recipe", 0]}, "set weight_dtype to fp32"),
+        ({"recipe": ["compiled", 0]}, "compile is for Distill Train Step alone"),
+        ({"null_caption": ["seven", 0], "run_name": "baked"}, "was started with data"),
+        ({"latents": ["wide", 0]}, "the latents have 16 channels but the model takes 4"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_one_clear_sentence(changes, message, server):
+    few = {"latents": ["noise", 0], "captions": ["seven", 0], "run_name": "refused lora"}
+    wide = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    others = {"recipe": recipe(weight_dtype="bf16", precision="bf16"), "compiled": recipe(compile=True), "wide": wide}
+    result = server.run({**PROMPT, **others, "bake": bake(**few | changes), **sampled(["bake", 1], "x")})
+    assert message in result.error and "\n" not in result.error
