@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 ONE, TWO, FOUR, LONG = "one student", "two students", "four students", "one student, as long as all four"
-APART, TOGETHER = "begun apart", "longer together"
+APART, HALF = "begun apart", "half together"
 LOG_SNR, ERROR, LORA = "even log-SNR", "even error", "base and adapters"
 ROWS = {
     ONE: Row(count=1, joint=1, each=0),
@@ -64,10 +64,10 @@ ROWS = {
     TWO: Row(count=2),
     LONG: Row(count=1, joint=2.5, each=0),
     APART: Row(joint=0, each=0.625),
-    TOGETHER: Row(joint=1, each=0.375),
-    ERROR: Row(split="error"),
-    LOG_SNR: Row(split="log-snr"),
-    LORA: Row(lora={"lora_rank": 8, "lora_targets": ("*",)}),
+    HALF: Row(joint=1.25, each=0.3125),
+    ERROR: Row(joint=1.25, each=0.3125, split="error"),
+    LOG_SNR: Row(joint=1.25, each=0.3125, split="log-snr"),
+    LORA: Row(joint=1.25, each=0.3125, lora={"lora_rank": 8, "lora_targets": ("*",)}),
 }
 """One, two and four students have as many steps behind each, those it had as one with the others included; of four students
 all rows have as many in total, and so has the one that is trained as long."""
@@ -125,14 +125,14 @@ class Demo:
             student.load_state_dict(open_unet(file).state_dict)
             num_bytes, boundaries = file.stat().st_size, ()
         else:
-            if row.joint == ROWS[FOUR].joint:
-                self.begin_with(self.training(FOUR, ROWS[FOUR], seed), training)
+            if row.joint == ROWS[HALF].joint:
+                self.begin_with(self.training(HALF, ROWS[HALF], seed), training)
             training.train()
             student = Routed.open(training.students, self.teacher.device)
             num_bytes, boundaries = training.students.num_bytes, training.students.ranges.boundaries
         errors = output_error(student, self.teacher, self.dataset, num_bins=NUM_BINS, num_batches=ERROR_BATCHES, seed=ERROR_SEED)
         judged, _ = judge(name, student, Settings(num_samples=self.arguments.samples, seed=seed))
-        if name != FOUR:
+        if name != HALF:
             shutil.rmtree(training.folder)
         return Figures(errors.tolist(), num_bytes, boundaries, judged.accuracy, judged.frechet_distance)
 
@@ -149,14 +149,14 @@ class Demo:
             dataset=self.dataset,
         )
 
-    def begin_with(self, four: OneToMany, several: OneToMany) -> None:
+    def begin_with(self, half: OneToMany, several: OneToMany) -> None:
         """The student they begin as is the same in all rows, and trained once."""
-        if several.folder == four.folder:
+        if several.folder == half.folder:
             return
-        four.train(num_steps=four.stages["joint"] - four.steps_of("joint"))
+        half.train(num_steps=half.stages["joint"] - half.steps_of("joint"))
         if not (target := several.folder / "joint").exists():
             with atomic(target) as made:
-                shutil.copytree(four.folder / "joint", made)
+                shutil.copytree(half.folder / "joint", made)
 
 
 # --- figures
@@ -213,13 +213,14 @@ def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace
         "Output error over timesteps:", "",
         *table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))], map(bins, main_rows)), "",
         "What four students begin as, by as many steps in total:", "",
-        *rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps", TOGETHER: "the same, for longer"}, APART), "",
+        *rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps", HALF: "the same, for half of all steps"},
+              APART), "",
         "What is even between their boundaries:", "",
-        *rows({FOUR: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, FOUR), "",
+        *rows({HALF: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, HALF), "",
         *table(["what is even", "boundaries, seed by seed where they differ"],
-               [["timesteps", boundaries(FOUR)], ["log-SNR", boundaries(LOG_SNR)], ["error of the one student", boundaries(ERROR)]]), "",
+               [["timesteps", boundaries(HALF)], ["log-SNR", boundaries(LOG_SNR)], ["error of the one student", boundaries(ERROR)]]), "",
         "One base and an adapter for each range in place of whole students:", "",
-        *rows({FOUR: "four whole students", LORA: _adapter_words()}, FOUR), "",
+        *rows({HALF: "four whole students", LORA: _adapter_words()}, HALF), "",
         f"Students of {arguments.preset}, batch {BATCH_SIZE}, real digits, all by the same settings; steps are those of one student "
         "over all timesteps, then of each in its range, and in each part the learning rate falls to 0. Output error: mean squared "
         "distance to the teacher's answer, the noise being of no training step, "

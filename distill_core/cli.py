@@ -99,7 +99,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     from .job import Job, Prepared
     from .memory import free_bytes
-    from .one_to_many import OneToMany, has_begun
+    from .one_to_many import has_begun
     from .processes import Processes
     from .run import checkpoints_in
     from .train import Progress
@@ -122,7 +122,7 @@ def train(arguments: argparse.Namespace) -> None:
         print(prepared.describe())
         if not run.complete:
             print(prepared.describe_memory(free_bytes(prepared.device)))
-    with tqdm(total=prepared.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
+    with tqdm(total=run.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
 
         def on_step(progress: Progress) -> None:
             bar.set_postfix(loss=f"{progress.losses['total']:.4g}", refresh=False)
@@ -132,11 +132,8 @@ def train(arguments: argparse.Namespace) -> None:
             prepared.train(on_step, arguments.range, bar.set_description)
     if not processes.main:
         return
-    if isinstance(run, OneToMany):
-        facts, told = {"students": str(run.students.folder) if run.complete else None}, run.describe_state()
-    else:
-        facts, told = {"file": str(run.result_file), "best": str(run.best_result_file)}, f"step {run.step}: {run.result_file}"
-    print(json.dumps({"run": str(run.folder), "step": run.step, **facts}, indent=2) if arguments.json else told)
+    facts = {"run": str(run.folder), "step": run.step, **run.facts}
+    print(json.dumps(facts, indent=2) if arguments.json else run.describe_state())
 
 
 def remap_lora(arguments: argparse.Namespace) -> None:

@@ -156,7 +156,6 @@ class LatentDataset:
     @property
     def fingerprint(self) -> str:
         tensors = {f"{i}/{name}": tensor for i, bucket in enumerate(self.buckets) for name, tensor in vars(bucket).items()}
-        tensors |= {} if self.null is None else {f"null/{name}": tensor for name, tensor in self.null._asdict().items()}
         return fingerprint({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     def read(self, bucket: int, picked: Tensor) -> Examples:

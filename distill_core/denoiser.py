@@ -83,6 +83,11 @@ class Denoiser:
     def dtype(self) -> torch.dtype:
         return self.computes[1] if self.computes else next(self.network.parameters()).dtype
 
+    @property
+    def computes_in_fp16(self) -> bool:
+        """Whether gradients pass through float16 even without autocast, so that the loss has to be scaled."""
+        return self.dtype == torch.float16
+
     def module(self, name: str) -> nn.Module:
         """Module by canonical name, such as ``down.0.downsample`` or ``up.1.attn.0.proj_out``."""
         return self.network.get_submodule(self.path(name))

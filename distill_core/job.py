@@ -262,11 +262,6 @@ class Prepared:
             processes=self.processes,
         )
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the run, or of all students' together."""
-        return self.run.total_steps if isinstance(self.run, OneToMany) else self.job.training.total_steps
-
     def describe(self) -> str:
         """What is about to be trained, a line each."""
         examples = num_examples(self.dataset)
@@ -277,7 +272,7 @@ class Prepared:
             *([share] if self.processes.count > 1 else []),
             f"teacher   {teachers or 'none'}",
             f"student   {self.architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
-            *([self.run.describe()] if isinstance(self.run, OneToMany) else []),
+            *filter(None, [self.run.describe()]),
             f"data      {examples:,} examples, sizes of pictures: {len(self.dataset.bucket_sizes)}",
             f"training  {recipe.objective}{f', LoRA of rank {recipe.lora_rank}' * bool(recipe.lora_rank)}, {recipe.total_steps:,} steps of batch {recipe.batch_size}, {recipe.optimizer} at "
             f"{recipe.learning_rate:g}, from step {self.run.step}",
@@ -296,7 +291,7 @@ class Prepared:
         """The memory a step needs on the device."""
         example, teachers = largest_example(self.dataset), self.teacher_settings
         settings = MemorySettings(
-            recipe=self.run.heaviest_recipe if isinstance(self.run, OneToMany) else self.job.training,
+            recipe=self.run.heaviest_recipe,
             teacher_dtype=max((teacher.dtype for teacher in teachers), key=lambda dtype: DTYPES[dtype].itemsize),
             teacher_offloaded=self.device.type != "cpu" and all(teacher.offload for teacher in teachers),
             shares_base=self.shares_base,

@@ -52,8 +52,8 @@ class StudentsSettings:
     overlap: int = 0
     """Timesteps of each neighbour a student is trained on besides its own."""
     joint_steps: int | None = None
-    """Steps one student is trained over all timesteps, which all then begin as; None for as many as each has in its range, 0 to
-    begin as the pruned teacher."""
+    """Steps one student is trained over all timesteps, which all then begin as; None for as many as all of them have together in
+    their ranges, 0 to begin as the pruned teacher."""
     plans: tuple[str, ...] = ()
     """A preset or plan for each student, the least noisy first; empty for one plan for all."""
 
@@ -113,11 +113,11 @@ class OneToMany:
         from others. Raises ``ValueError`` where settings do not go together, or the folder
         holds a training with others.
         """
-        joint_steps = recipe.total_steps if settings.joint_steps is None else settings.joint_steps
+        count = settings.num_students(schedule)
+        joint_steps = count * recipe.total_steps if settings.joint_steps is None else settings.joint_steps
         self.folder, self.settings, self.recipe = Path(folder), replace(settings, joint_steps=joint_steps), recipe
         self.teachers, self.teacher, self.schedule, self.dataset = teachers, teacher, schedule, dataset
         self.origin, self.processes = dict(origin or {}), processes
-        count = settings.num_students(schedule)
         if len(starts) not in (1, count):
             raise ValueError(f"there are {count} students, but {len(starts)} plans; give one for all, or one for each")
         if teachers is None and not (recipe.lora_rank and joint_steps == 0):
@@ -220,6 +220,11 @@ class OneToMany:
             return f"step {self.step}: {self.folder / 'students'}"
         left = [stage for stage, steps in self.stages.items() if self.steps_of(stage) < steps]
         return f"step {self.step} of {self.total_steps}: still to train are {', '.join(left)}"
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What came out, for scripts."""
+        return {"students": str(self.students.folder) if self.complete else None}
 
     # --- training
 

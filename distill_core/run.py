@@ -93,8 +93,30 @@ class Run:
         return int(self.checkpoints[-1].name) if self.checkpoints else 0
 
     @property
+    def total_steps(self) -> int:
+        return self.recipe.total_steps
+
+    @property
     def complete(self) -> bool:
         return self.step >= self.recipe.total_steps
+
+    @property
+    def heaviest_recipe(self) -> Recipe:
+        """That which needs the most memory."""
+        return self.recipe
+
+    def describe(self) -> str:
+        """What is trained besides what the recipe tells, a line each."""
+        return ""
+
+    def describe_state(self) -> str:
+        """How far it is, and where what came out is."""
+        return f"step {self.step}: {self.result_file}"
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What came out, for scripts."""
+        return {"file": str(self.result_file), "best": str(self.best_result_file)}
 
     @property
     def result_file(self) -> Path:

@@ -120,7 +120,8 @@ class Training:
         self.aim = recipe.aim
         if recipe.guidance != 1 and dataset.null is None:
             raise ValueError("guidance leads away from the empty caption, which these data lack; connect null_caption")
-        self.scaler = torch.amp.GradScaler(student.device.type, enabled=recipe.precision == "fp16")
+        in_fp16 = recipe.precision == "fp16" or student.computes_in_fp16
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=in_fp16)
         compute = recipe.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
         self.done, self.sound = 0, True  # sound: no update was cut in half, no weight spoilt

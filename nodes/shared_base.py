@@ -1,5 +1,6 @@
 """Guidance learnt by a LoRA on the model's own weights."""
 
+import contextlib
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from ..distill_core.adapter import AnsweringWith
 from ..distill_core.dataset import Dataset
 from ..distill_core.recipe import Recipe
 from ..distill_core.run import Run
-from ..distill_core.storage import read_header
+from ..distill_core.storage import fingerprint, read_header
 from ..distill_core.teacher_data import Making
 from ..distill_core.teachers import Teachers
 from ..distill_core.train import distill
@@ -56,7 +57,7 @@ class SharedBaseLoRA(io.ComfyNode):
             ],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model that learns its own guidance: any family of pictures, pruned or not. "
+                io.Model.Input("model", tooltip="The model that learns its own guidance: SD1.x, SD2, SDXL, SD3, Flux; pruned or not. "
                                "It is only read."),
                 io.Conditioning.Input("captions", tooltip="What pictures are of, encoded by the model's own CLIP: the caption of each "
                                       "latent, or prompts to draw training data of. The more, the better."),
@@ -128,6 +129,10 @@ class SharedBaseLoRA(io.ComfyNode):
             raise ValueError(
                 "the model's weights stay as they are and the LoRA is float32: set weight_dtype to fp32 in the recipe"
             )
+        if teacher is None and recipe.guidance == 1:
+            raise ValueError(
+                "with guidance 1 a model has nothing to learn from itself; set guidance to your cfg, or connect a teacher"
+            )
         if recipe.compile:
             raise ValueError("compile is for Distill Train Step alone; set it to false in the recipe")
         folder = bridge.run_folder(run_name[0])
@@ -136,8 +141,12 @@ class SharedBaseLoRA(io.ComfyNode):
                 data = _drawn(teacher or model, captions, null_caption, recipe, of_data, folder, node_id)
             else:
                 data = bridge.dataset(latents, captions, null_caption, model)
-            origin = {"model": bridge.model_fingerprint(model), "data": data.fingerprint}
-            origin |= {"teacher": bridge.model_fingerprint(teacher)} if teacher else {}
+            origin = {
+                **{name: bridge.model_fingerprint(m) for name, m in {"model": model, "teacher": teacher}.items() if m},
+                "sampling": bridge.sampling_words(teacher or model),
+                "data": data.fingerprint,
+                "null_caption": fingerprint({"context": data.null.context}),
+            }
             run = Run(folder, recipe, origin)
             if not run.complete:
                 _train(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
@@ -152,6 +161,7 @@ def _of_lora(settings: dict) -> dict:
     rank, alpha, layers = (settings.pop(name) for name in LORA_SETTINGS)
     return settings | {
         "objective": "guidance",
+        **dict.fromkeys(("task_weight", "output_weight", "feature_weight")),  # the objective's own
         "caption_dropout": 0.0,
         "guidance_min": settings["guidance_min"] or None,
         "lora_rank": rank,
@@ -185,23 +195,21 @@ def _train(run: Run, model, teacher, data: Dataset, vae, num_steps: int, node_id
     watch = Watch(run.metrics(), title(run), run.step, last, node_id, previews)
     if told := bridge.forecast_shared_base(model, teacher, data, run.recipe):
         tell_memory(told, bridge.free_bytes(model), node_id)
-    try:
-        base = bridge.shared_base(model)
-        load = partial(bridge.shared_base, teacher) if teacher else partial(AnsweringWith, base, None)
-        with bridge.with_gradients(base):
-            distill(
-                run,
-                student=base,
-                teacher=Teachers([load], run.recipe),
-                plan=None,
-                dataset=data,
-                num_steps=num_steps,
-                previews=previews,
-                on_step=watch,
-            )
-    finally:
-        base = load = None
-        bridge.release_memory()
+    with contextlib.ExitStack() as stack:
+        stack.callback(bridge.release_memory)
+        base = stack.enter_context(bridge.opened_base(model))
+        load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else partial(AnsweringWith, base, None)
+        stack.enter_context(bridge.with_gradients(base))
+        distill(
+            run,
+            student=base,
+            teacher=Teachers([load], run.recipe),
+            plan=None,
+            dataset=data,
+            num_steps=num_steps,
+            previews=previews,
+            on_step=watch,
+        )
 
 
 NODES = [SharedBaseLoRA]

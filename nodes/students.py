@@ -64,7 +64,7 @@ class TrainTimestepStudents(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "joint_steps",
-                    default=1000,
+                    default=_default.count * 1000,
                     min=0,
                     max=10_000_000,
                     tooltip="Steps one student is trained over all timesteps first, which all then begin as. 0: they begin as the "

@@ -33,7 +33,7 @@ from .model import (
     with_lora,
 )
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
-from .shared_base import draw_latents, forecast_shared_base, shared_base, with_gradients
+from .shared_base import draw_latents, forecast_shared_base, opened_base, sampling_words, shared_base, with_gradients
 from .students import load_students, route_students, with_lora_file
 from .training import denoiser, forecast_memory, free_bytes, release_memory, trainable
 
@@ -65,6 +65,7 @@ __all__ = [
     "model_fingerprint",
     "newest_step",
     "open_image",
+    "opened_base",
     "origin_of",
     "output_path",
     "plan_between",
@@ -77,6 +78,7 @@ __all__ = [
     "route_students",
     "run_folder",
     "sample_routed",
+    "sampling_words",
     "schedule_of",
     "share_boundaries",
     "shared_base",

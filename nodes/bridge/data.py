@@ -20,7 +20,7 @@ from ...distill_core.previews import Previews
 from ...distill_core.storage import fingerprint
 from ...distill_core.teacher_data import Making, make_dataset
 from .demo import is_demo
-from .model import architecture_of, model_fingerprint, prediction_of
+from .model import architecture_of, model_fingerprint, prediction_of, unet_of
 from .training import denoiser
 
 STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
@@ -98,9 +98,8 @@ class _Reads(NamedTuple):
 
 
 def _reads(model: ModelPatcher) -> _Reads:
-    try:
-        architecture = architecture_of(model)
-    except ValueError:  # another family, which a LoRA may be trained on
+    architecture = unet_of(model)
+    if architecture is None:  # which a LoRA may be trained on all the same
         return _Reads(model.model.latent_format.latent_channels, None, None)
     return _Reads(architecture.channels("conv_in")[0], architecture.context_width, bool(architecture.label_width))
 
@@ -122,7 +121,13 @@ class _Told(NamedTuple):
 
 def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
     """Captions of all conditioning, of one length: a context that is repeated conditions as before."""
-    told = _told(conditioning, _reads(model))
+    reads = _reads(model)
+    told = _told(conditioning, reads)
+    if reads.context_width is None and len({caption.context.shape for caption in told}) > 1:
+        raise ValueError(
+            "the captions are encoded to different lengths, which this family of models cannot take in one batch; shorten the "
+            "longest, or give captions that take as many tokens"
+        )
     length = math.lcm(*{len(caption.context) for caption in told})
     return [caption._replace(context=tile(caption.context, length)) for caption in told]
 
@@ -141,6 +146,8 @@ def _told(conditioning: list, reads: _Reads) -> list[_Told]:
             raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
         for i, context in enumerate(embedding.float().cpu()):
             told.append(_Told(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
+    if len({caption.pooled is None for caption in told}) > 1:
+        raise ValueError("some captions have a pooled output and some not; encode all of them with the model's own CLIP")
     return told
 
 

@@ -30,8 +30,7 @@ PREDICTIONS = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: 
 
 def architecture_of(model: ModelPatcher) -> Architecture:
     """What the UNet of a MODEL is made of; ``ValueError`` if it is routed, or no UNet of the Stable Diffusion family."""
-    if model.get_attachment(ROUTE) is not None:
-        raise ValueError("this MODEL is routed: it is several models in one; connect the one you mean")
+    _check_not_routed(model)
     network = model.model.diffusion_model
     head_channels = model.model.model_config.unet_config.get("num_head_channels", -1)
     try:
@@ -40,24 +39,32 @@ def architecture_of(model: ModelPatcher) -> Architecture:
         raise ValueError(f"this MODEL ({type(model.model).__name__}) cannot be pruned or distilled here: {error}") from error
 
 
+def _check_not_routed(model: ModelPatcher) -> None:
+    if model.get_attachment(ROUTE) is not None:
+        raise ValueError("this MODEL is routed: it is several models in one; connect the one you mean")
+
+
+def unet_of(model: ModelPatcher) -> Architecture | None:
+    """The same, None for another family; ``ValueError`` if it is routed."""
+    _check_not_routed(model)
+    try:
+        return architecture_of(model)
+    except ValueError:
+        return None
+
+
 def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
-    """Weights of a UNet's MODEL by canonical name, on the CPU, with the patches (LoRA) that are on it."""
+    """Weights of a MODEL on the CPU, with the patches (LoRA) that are on it: a UNet's by canonical name, others' by ComfyUI's."""
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
-        weights = _weights_of(model)
-        names = LDM.to_canonical(weights)
+        # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
+        comfy.model_management.load_models_gpu([model])
+        weights = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+        names = LDM.to_canonical(weights) if unet_of(model) else dict(zip(weights, weights, strict=True))
         return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
 
 
-def _weights_of(model: ModelPatcher) -> dict[str, Tensor]:
-    """The same by ComfyUI's names, of any family, wherever they are."""
-    # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
-    comfy.model_management.load_models_gpu([model])
-    return model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
-
-
 def model_fingerprint(model: ModelPatcher) -> str:
-    with torch.inference_mode():
-        return fingerprint({name: weight.detach() for name, weight in _weights_of(model).items()})
+    return fingerprint(state_dict_of(model))
 
 
 @dataclass(frozen=True)

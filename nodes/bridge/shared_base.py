@@ -17,6 +17,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...distill_core.architecture import Architecture
 from ...distill_core.cache import CachedDataset
 from ...distill_core.dataset import Caption, Dataset
 from ...distill_core.denoiser import Denoiser, Label
@@ -24,11 +25,13 @@ from ...distill_core.memory import Forecast
 from ...distill_core.recipe import Recipe
 from ...distill_core.schedule import NoiseSchedule
 from ...distill_core.teacher_data import Making, draw_dataset
-from .model import PREDICTIONS, architecture_of, model_fingerprint, schedule_of
+from .model import PREDICTIONS, model_fingerprint, schedule_of, unet_of
 from .training import forecast_memory
 
-LAST_SIGNAL = 1e-4  # a flow ends in pure noise, where the ratio of noise to data would have no number
 FLOW = "flow"
+EVERYTHING = 1e20  # bytes: more than there are, so that ComfyUI unloads all else
+OTHERS = (comfy.model_sampling.EDM, comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
+"""Ways to predict that are built on those known here and differ from them."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +41,8 @@ class ModelDenoiser(Denoiser):
     shell: BaseModel
     """What ComfyUI calls, with the network in it; it gives the network's own answer, not the picture that stands for."""
     patcher: ModelPatcher
+    delegate_of: ModelPatcher | None = None
+    """The MODEL that stands for this one where ComfyUI loads weights layer by layer, which training cannot do."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         now = self.schedule.at(t, x_t.float())
@@ -55,7 +60,11 @@ class ModelDenoiser(Denoiser):
             told["pooled_output"] = label.pooled
         if self.architecture is not None and label is not None:  # SDXL, each example with sizes of its own
             return {"c_crossattn": context, "y": label.vector()}
-        return {name: cond.process_cond(batch_size=len(x_t)).cond for name, cond in self.shell.extra_conds(**told).items()}
+        try:
+            conditions = self.shell.extra_conds(**told)
+        except KeyError as error:
+            raise ValueError(f"the captions lack {error}, which this model reads; encode them with its own CLIP") from None
+        return {name: cond.process_cond(batch_size=len(x_t)).cond for name, cond in conditions.items()}
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +73,10 @@ class ModelDenoiser(Denoiser):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32  # the shell casts
+
+    @property
+    def computes_in_fp16(self) -> bool:
+        return self.shell.get_dtype_inference() == torch.float16
 
     @property
     def lora_names(self) -> dict[str, str]:
@@ -94,33 +107,63 @@ class UNetDenoiser(ModelDenoiser):
 def shared_base(model: ModelPatcher) -> ModelDenoiser:
     """A MODEL's own network, with its patches, to put a LoRA on; the MODEL itself stays as it is.
 
-    Call it outside inference mode. ``ValueError`` for a MODEL whose sampling has no table of noise levels.
+    All else is unloaded to make room. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained so.
     """
+    architecture = unet_of(model)
+    kind, delegate_of = _trainable_prediction(model, architecture), None
     if model.is_dynamic():
-        model = model.get_non_dynamic_delegate()
+        model, delegate_of = model.get_non_dynamic_delegate(), model
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
-        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        comfy.model_management.load_models_gpu([model], memory_required=EVERYTHING, force_full_load=True)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in model.model.diffusion_model.parameters()):
         raise ValueError("the weights of this MODEL are quantised; load it in fp32, bf16, fp16 or plain fp8")
     shell = twin(model.model)
     sampling = shell.model_sampling = twin(model.get_model_object("model_sampling"))
     sampling.calculate_denoised = lambda sigma, output, x: output
-    kinds = PREDICTIONS | {comfy.model_sampling.CONST: FLOW}
-    kind = next((name for base, name in kinds.items() if isinstance(sampling, base)), None)
-    if kind is None or not hasattr(sampling, "sigmas"):
-        raise ValueError(f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be trained here")
-    try:
-        architecture, of_family = architecture_of(model), UNetDenoiser
-    except ValueError:
-        architecture, of_family = None, ModelDenoiser
-    return of_family(
+    return (UNetDenoiser if architecture else ModelDenoiser)(
         network=shell.diffusion_model,
         architecture=architecture,
         schedule=_flow_of(sampling) if kind == FLOW else schedule_of(model),
         prediction=kind,
         shell=shell,
         patcher=model,
+        delegate_of=delegate_of,
     )
+
+
+def _trainable_prediction(model: ModelPatcher, architecture: Architecture | None) -> str:
+    """What a MODEL's network predicts; ``ValueError`` where it could not be trained."""
+    sampling, form = model.get_model_object("model_sampling"), model.model.latent_format
+    kinds = PREDICTIONS | {comfy.model_sampling.CONST: FLOW}
+    kind = next((name for base, name in kinds.items() if isinstance(sampling, base)), None)
+    scaled = kind != FLOW and getattr(sampling, "sigma_data", 1.0) != 1.0
+    if kind is None or isinstance(sampling, OTHERS) or scaled or not hasattr(sampling, "sigmas"):
+        raise ValueError(f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be trained here")
+    if form.latent_dimensions != 2:
+        raise ValueError(f"this MODEL ({type(model.model).__name__}) is none of pictures, which alone are trained here")
+    if architecture and architecture.channels("conv_in")[0] != form.latent_channels:
+        raise ValueError("this MODEL reads more than a latent: inpainting and editing models are not trained here")
+    if model.injections:
+        raise ValueError("a LoRA is on this MODEL in bypass mode, which training cannot see; load it without bypass")
+    return kind
+
+
+@contextlib.contextmanager
+def opened_base(model: ModelPatcher) -> Iterator[ModelDenoiser]:
+    """A MODEL's `shared_base` while it is open; a network that was loaded for that alone is let go of afterwards."""
+    base = shared_base(model)
+    try:
+        yield base
+    finally:
+        if base.delegate_of is not None:
+            base.patcher.detach()
+            base.delegate_of.non_dynamic_delegate_model = None
+
+
+def sampling_words(model: ModelPatcher) -> str:
+    """Tells how a MODEL samples from how others do."""
+    sampling = model.get_model_object("model_sampling")
+    return f"{type(sampling).__bases__[-1].__name__} {sampling.sigmas.double().sum().item()!r}"
 
 
 @contextlib.contextmanager
@@ -150,24 +193,24 @@ def draw_latents(
 
     making: its size is in pixels as the MODEL's latents count them.
     """
-    sampling = model.get_model_object("model_sampling")
     ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
     making = replace(making, size=tuple(side // ratio * 8 for side in making.size))  # the core's latents are an eighth
-    told = f"{model_fingerprint(model)} {type(sampling).__bases__[-1].__name__} {sampling.sigmas.double().sum().item()!r}"
-    return draw_dataset(partial(shared_base, model), told, captions, null, making, folder, batch_size=batch_size, on_item=on_item)
+    told = f"{model_fingerprint(model)} {sampling_words(model)}"
+    with contextlib.ExitStack() as stack:
+        load = partial(stack.enter_context, opened_base(model))
+        return draw_dataset(load, told, captions, null, making, folder, batch_size=batch_size, on_item=on_item)
 
 
 def forecast_shared_base(model: ModelPatcher, teacher: ModelPatcher | None, data: Dataset, recipe: Recipe) -> Forecast | None:
-    """The memory a step needs where a MODEL learns from itself, or from another; None for families that are not known so well."""
-    try:
-        architecture_of(model)
-    except ValueError:
+    """The memory a step needs where a UNet's MODEL learns from itself; None for others."""
+    if teacher is not None or unet_of(model) is None:
         return None
-    return forecast_memory([teacher or model], model, None, data, recipe, shares_base=teacher is None)
+    return forecast_memory([model], model, None, data, recipe, shares_base=True)
 
 
 def _flow_of(sampling: nn.Module) -> NoiseSchedule:
-    sigmas = sampling.sigmas.detach().cpu().double().clamp(max=1 - LAST_SIGNAL)
+    sigmas = sampling.sigmas.detach().cpu().double().clone()
+    sigmas[-1] = (sigmas[-2] + 1) / 2  # pure noise has no ratio of noise to data
     return NoiseSchedule(1 - sigmas, sigmas)
 
 
@@ -182,6 +225,7 @@ def twin(module: nn.Module, seen: dict[int, nn.Module] | None = None) -> nn.Modu
         return seen[id(module)]
     own = seen[id(module)] = module.__new__(type(module))
     own.__dict__ = {name: copy.copy(value) if isinstance(value, (dict, list)) else value for name, value in vars(module).items()}
+    own.__dict__.pop("forward", None)  # what a LoRA in bypass mode left behind computes with the given module's weights
     own._parameters = {
         name: p if p is None else nn.Parameter(_alias(p), requires_grad=False) for name, p in module._parameters.items()
     }

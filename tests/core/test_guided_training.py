@@ -8,11 +8,13 @@ import torch
 
 from distill_core.dataset import draw
 from distill_core.guidance import combined
+from distill_core.processes import ALONE
 from distill_core.recipe import Recipe
 from distill_core.run import Run
 from distill_core.schedule import scaled_linear
 from distill_core.storage import read_header
-from distill_core.train import distill
+from distill_core.teachers import Teachers
+from distill_core.train import Training, distill
 
 from .test_adapter import copied, filled
 
@@ -159,3 +161,15 @@ def test_what_is_given_out_is_judged_at_full_strength(small_teacher, small_data,
 def test_the_file_tells_what_it_was_made_for(small_teacher, small_data, tmp_path):
     told = read_header(train(tmp_path / "run", copied(small_teacher), small_data, RANGE).result_file).metadata
     assert {"distill.guidance": "3.0", "distill.guidance_min": "1.0", "distill.step": "6"}.items() <= told.items()
+
+
+def test_gradients_that_pass_through_float16_are_scaled(small_teacher, small_data, tmp_path):
+    """They would vanish: at SD1.5's size more than half of them."""
+    for dtype, precision in ((torch.float32, "fp32"), (torch.float16, "fp32"), (torch.bfloat16, "fp32"), (torch.float32, "fp16")):
+        base = copied(small_teacher)
+        base.network.to(dtype)
+        recipe = replace(RECIPE, precision=precision)
+        training = Training(
+            Run(tmp_path / f"{dtype} {precision}", recipe, {}), base, Teachers.single(base, recipe), None, small_data, ALONE
+        )
+        assert training.scaler.is_enabled() == (torch.float16 in (dtype, {"fp16": torch.float16}.get(precision)))

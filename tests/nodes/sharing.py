@@ -137,6 +137,6 @@ def _flux():
 
     network = Flux(image_model="flux", in_channels=16, patch_size=2, out_channels=16, vec_in_dim=768, context_in_dim=4096,
                    hidden_size=256, mlp_ratio=4.0, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000,
-                   qkv_bias=True, guidance_embed=False, txt_ids_dims=[], device="cpu", dtype=torch.float32,
+                   qkv_bias=True, guidance_embed=True, txt_ids_dims=[], device="cpu", dtype=torch.float32,
                    operations=comfy.ops.disable_weight_init)  # fmt: skip
     return comfy.sd.load_diffusion_model_state_dict(_filled(network))

@@ -37,12 +37,20 @@ def drawn(server, prefix):
     return load_file(newest(server, f"{prefix}_*.latent"))["latent_tensor"]
 
 
+def by_the_model(server, number):
+    """What the demo's teacher draws at cfg 1; another number is drawn anew, of the same empty latent."""
+    empty = {"class_type": "LatentMultiply", "inputs": {"samples": ["noise", 0], "multiplier": number}}
+    result = server.run(
+        {**PROMPT, "empty latent": empty, **sampled(["teacher", 0], "plain", cfg=1.0, latent_image=["empty latent", 0])}
+    )
+    assert result.succeeded and "sample plain" not in result.cached, result.error
+    return drawn(server, "plain")
+
+
 @pytest.fixture(scope="module")
 def plain(server):
-    """What the demo's teacher draws at cfg 1, before anything is trained."""
-    result = server.run({**PROMPT, **sampled(["teacher", 0], "plain", cfg=1.0)})
-    assert result.succeeded, result.error
-    return drawn(server, "plain")
+    """What it draws before anything is trained."""
+    return by_the_model(server, 1.0)
 
 
 def check(told, tolerance):
@@ -64,13 +72,12 @@ def test_small_models_of_several_families_are_their_own_teachers(found):
 def test_the_model_with_the_lora_draws_otherwise_and_the_model_itself_stays(plain, server):
     folder, _ = baked(server, "baked")
     assert not torch.allclose(drawn(server, "baked"), plain, atol=1e-2)
-    result = server.run({**PROMPT, **sampled(["teacher", 0], "after", cfg=1.0)})
-    assert result.succeeded and torch.equal(drawn(server, "after"), plain)
+    assert torch.equal(by_the_model(server, 2.0), plain)
     told = read_header(folder / "checkpoints" / "00000006" / "lora.safetensors").metadata
     assert (
         told["distill.guidance"] == "3.0"
         and told["distill.step"] == "6"
-        and json.loads(told["distill.origin"]).keys() == {"model", "data"}
+        and json.loads(told["distill.origin"]).keys() == {"model", "sampling", "data", "null_caption"}
     )
 
 
@@ -119,8 +126,9 @@ def test_queued_in_parts_or_cancelled_it_comes_to_the_same(plain, server):
     server.post("interrupt", {})
     assert server.wait(prompt_id).interrupted
     assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == [f"{len(rows(stopped)):08d}"]
-    result = server.run({**PROMPT, **sampled(["teacher", 0], "after cancel", cfg=1.0)})
-    assert result.succeeded and torch.equal(drawn(server, "after cancel"), plain)
+    failed = server.run({**PROMPT, "bake": bake("failed", layers="*nowhere*"), **sampled(["bake", 1], "failed")})
+    assert not failed.succeeded
+    assert torch.equal(by_the_model(server, 3.0), plain)
 
 
 def test_two_runs_from_one_model_do_not_disturb_each_other(server):
@@ -144,12 +152,14 @@ def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
 @pytest.mark.parametrize(
     "changes,message",
     [
+        ({"guidance": 1.0}, "nothing to learn from itself"),
+        ({"model": ["edm", 0]}, "EDM sampling cannot be trained here"),
         ({"layers": "*nowhere*"}, "'*nowhere*' matches no layer"),
         ({"guidance_min": 5.0}, "it must be below guidance"),
         ({"run_name": "../evil"}, "run_name '../evil' must be a plain name"),
         ({"recipe": ["recipe", 0]}, "set weight_dtype to fp32"),
         ({"recipe": ["compiled", 0]}, "compile is for Distill Train Step alone"),
-        ({"null_caption": ["seven", 0], "run_name": "baked"}, "was started with data"),
+        ({"null_caption": ["seven", 0], "run_name": "baked", "latents": ["teacher", 3], "captions": ["teacher", 4]}, "was started with null_caption"),
         ({"latents": ["wide", 0]}, "the latents have 16 channels but the model takes 4"),
     ],
 )  # fmt: skip
@@ -157,5 +167,9 @@ def test_what_does_not_go_together_is_one_clear_sentence(changes, message, serve
     few = {"latents": ["noise", 0], "captions": ["seven", 0], "run_name": "refused lora"}
     wide = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
     others = {"recipe": recipe(weight_dtype="bf16", precision="bf16"), "compiled": recipe(compile=True), "wide": wide}
+    others["edm"] = {
+        "class_type": "ModelSamplingContinuousEDM",
+        "inputs": {"model": ["teacher", 0], "sampling": "edm_playground_v2.5", "sigma_max": 120.0, "sigma_min": 0.002},
+    }
     result = server.run({**PROMPT, **others, "bake": bake(**few | changes), **sampled(["bake", 1], "x")})
     assert message in result.error and "\n" not in result.error

@@ -49,12 +49,17 @@ def run(name, server):  # noqa: F811
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def share_of_sevens(server, name):  # noqa: F811
-    """Of the pictures a workflow saved under a name, how many show what was asked for."""
+def pictures(server, name):  # noqa: F811
+    """The pictures a workflow saved under a name, (N, 1, 16, 16)."""
     files = sorted((server.output / "distill").glob(f"{name}_*.png"))
     pixels = np.stack([np.asarray(Image.open(f).convert("L")) for f in files])
-    pictures = torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[:, None] / 127.5 - 1, 4)
-    return digits.accuracy(digits.DigitsClassifier.bundled(), pictures, torch.full((len(files),), 7))
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[:, None] / 127.5 - 1, 4)
+
+
+def share_of_sevens(server, name):  # noqa: F811
+    """Of the pictures a workflow saved under a name, how many show what was asked for."""
+    drawn = pictures(server, name)
+    return digits.accuracy(digits.DigitsClassifier.bundled(), drawn, torch.full((len(drawn),), 7))
 
 
 def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
@@ -81,3 +86,10 @@ def test_three_students_draw_digits_as_one_model(server):  # noqa: F811
     students = Students.read(server.output / "distill_runs" / "o2mkd-digits" / "students")
     assert len(students.files) == 3 and len({member.fingerprint for member in students.members}) == 3
     assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_students") >= 0.85
+
+
+def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):  # noqa: F811
+    run("bake_guidance_digits", server)
+    guided, baked, plain = (pictures(server, f"digits_{name}") for name in ("guided", "baked", "plain"))
+    assert (baked - guided).norm() < 0.5 * (plain - guided).norm()
+    assert list((server.output / "loras").glob("digits_guided_400_steps_*.safetensors"))
