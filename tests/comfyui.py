@@ -58,7 +58,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [python, "main.py", "--cpu", "--disable-api-nodes", "--listen", "127.0.0.1", "--port", str(self.port),
-                   "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]  # fmt: skip
+                   "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
+                   "--cache-ram", "0.1"]  # fmt: skip  # GB: what tests beside it need is no reason to forget
         self.log = base / "server.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=log, env=quiet_environment())

@@ -357,9 +357,9 @@ def test_a_folder_that_is_something_else_is_left_alone(training, tmp_path, small
         training(tmp_path / "run")
 
 
-def test_by_default_half_of_a_students_steps_are_together(training, tmp_path):
+def test_by_default_half_of_all_steps_are_together(training, tmp_path):
     stages = training(tmp_path / "x", StudentsSettings(count=3)).stages
-    assert stages == {"joint": 3, "range_0": 3, "range_1": 3, "range_2": 3}
+    assert stages == {"joint": 9, "range_0": 3, "range_1": 3, "range_2": 3}
 
 
 def test_there_is_no_student_beyond_the_last(training, tmp_path):

@@ -197,9 +197,16 @@ def test_killed_in_the_middle_a_run_comes_to_the_same(uninterrupted, server, com
 
 
 def empty_memory(server):
-    time.sleep(3)  # ComfyUI overlooks the request while it tidies up after a prompt
-    server.post("free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
+    """Until nothing is remembered: ComfyUI overlooks the request while it tidies up after a prompt."""
+    keep = {"class_type": "SaveLatent", "inputs": {"samples": ["noise", 0], "filename_prefix": "forgotten"}}
+    probe = {"noise": {"class_type": "EmptyLatentImage", "inputs": {"width": 72, "height": 64, "batch_size": 1}}, "keep": keep}
+    server.run(probe)
+    for _ in range(20):
+        server.post("free", {"unload_models": True, "free_memory": True})
+        time.sleep(1)
+        if "noise" not in server.run(probe).cached:
+            return
+    raise AssertionError("ComfyUI forgot nothing")
 
 
 def test_a_run_goes_on_after_comfyui_emptied_its_memory(uninterrupted, server):
