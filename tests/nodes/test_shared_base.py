@@ -41,10 +41,10 @@ def by_the_model(server, number):
     """What the demo's teacher draws at cfg 1; another number is drawn anew, of the same empty latent."""
     empty = {"class_type": "LatentMultiply", "inputs": {"samples": ["noise", 0], "multiplier": number}}
     result = server.run(
-        {**PROMPT, "empty latent": empty, **sampled(["teacher", 0], "plain", cfg=1.0, latent_image=["empty latent", 0])}
+        {**PROMPT, "empty latent": empty, **sampled(["teacher", 0], "lora plain", cfg=1.0, latent_image=["empty latent", 0])}
     )
-    assert result.succeeded and "sample plain" not in result.cached, result.error
-    return drawn(server, "plain")
+    assert result.succeeded and "sample lora plain" not in result.cached, result.error
+    return drawn(server, "lora plain")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_small_models_of_several_families_are_their_own_teachers(found):
 
 
 def test_the_model_with_the_lora_draws_otherwise_and_the_model_itself_stays(plain, server):
-    folder, _ = baked(server, "baked")
-    assert not torch.allclose(drawn(server, "baked"), plain, atol=1e-2)
+    folder, _ = baked(server, "lora baked")
+    assert not torch.allclose(drawn(server, "lora baked"), plain, atol=1e-2)
     assert torch.equal(by_the_model(server, 2.0), plain)
     told = read_header(folder / "checkpoints" / "00000006" / "lora.safetensors").metadata
     assert (
@@ -97,56 +97,60 @@ def test_stock_save_and_load_lora_give_the_same_pictures(server):
         "inputs": {"model": ["teacher", 0], "lora_name": "baked.safetensors", "strength_model": 1.0},
     }
     begun = len(server.log.read_text())
-    result = server.run({**PROMPT, "load": load, **sampled(["load", 0], "loaded", cfg=1.0)})
+    result = server.run({**PROMPT, "load": load, **sampled(["load", 0], "lora loaded", cfg=1.0)})
     assert result.succeeded, result.error
-    assert torch.equal(drawn(server, "loaded"), drawn(server, "by stock nodes"))
+    assert torch.equal(drawn(server, "lora loaded"), drawn(server, "by stock nodes"))
     assert "lora key not loaded" not in server.log.read_text()[begun:] and "NOT LOADED" not in server.log.read_text()[begun:]
 
 
 def test_without_latents_the_model_draws_its_own_data(server):
     few = {"without": ["latents"], "captions": ["seven", 0], "images_per_caption": 6}
-    folder, _ = baked(server, "own data", **few)
-    data = server.output / "distill_data" / "own data"
+    folder, _ = baked(server, "lora own data", **few)
+    data = server.output / "distill_data" / "lora own data"
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors")}
     assert before and len(rows(folder)) == 6
-    baked(server, "own data", **few | {"total_steps": 8, "steps_per_queue": 2})
+    baked(server, "lora own data", **few | {"total_steps": 8, "steps_per_queue": 2})
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors")} == before and len(rows(folder)) == 8
 
 
 def test_queued_in_parts_or_cancelled_it_comes_to_the_same(plain, server):
-    whole, _ = baked(server, "in one")
+    whole, _ = baked(server, "lora in one")
     for _ in range(3):
-        parts, _ = baked(server, "in parts", steps_per_queue=2)
+        parts, _ = baked(server, "lora in parts", steps_per_queue=2)
     final = [load_file(folder / "checkpoints" / "00000006" / "lora.safetensors") for folder in (whole, parts)]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
-    stopped = server.output / "distill_runs" / "stopped"
-    prompt = {**PROMPT, "bake": bake("stopped", total_steps=2000, steps_per_queue=2000), **sampled(["bake", 1], "stopped")}
+    stopped = server.output / "distill_runs" / "lora stopped"
+    prompt = {
+        **PROMPT,
+        "bake": bake("lora stopped", total_steps=2000, steps_per_queue=2000),
+        **sampled(["bake", 1], "lora stopped"),
+    }
     prompt_id = server.queue(prompt)
     until(lambda: (stopped / "metrics.csv").exists() and len(rows(stopped)) > 5, "the run was not begun")
     server.post("interrupt", {})
     assert server.wait(prompt_id).interrupted
     assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == [f"{len(rows(stopped)):08d}"]
-    failed = server.run({**PROMPT, "bake": bake("failed", layers="*nowhere*"), **sampled(["bake", 1], "failed")})
+    failed = server.run({**PROMPT, "bake": bake("lora failed", layers="*nowhere*"), **sampled(["bake", 1], "lora failed")})
     assert not failed.succeeded
     assert torch.equal(by_the_model(server, 3.0), plain)
 
 
 def test_two_runs_from_one_model_do_not_disturb_each_other(server):
-    first, _ = baked(server, "the first")
-    also = {"also": bake("the second", guidance=1.5, seed=1), **sampled(["also", 1], "the second")}
-    second, _ = baked(server, "the first again", nodes=also)
+    first, _ = baked(server, "lora the first")
+    also = {"also": bake("lora the second", guidance=1.5, seed=1), **sampled(["also", 1], "lora the second")}
+    second, _ = baked(server, "lora the first again", nodes=also)
     final = [load_file(server.output / "distill_runs" / name / "checkpoints" / "00000006" / "lora.safetensors")
-             for name in ("the first", "the first again", "the second")]  # fmt: skip
+             for name in ("lora the first", "lora the first again", "lora the second")]  # fmt: skip
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
     assert not any(torch.equal(final[0][name], final[2][name]) for name in final[0] if name.endswith("lora_up.weight"))
 
 
 def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
     folders = [baked(server, name, model=["prune", 0], **other)[0] for name, other in {
-        "student": {}, "of its teacher": {"teacher": ["teacher", 0]}}.items()]  # fmt: skip
+        "lora student": {}, "lora of its teacher": {"teacher": ["teacher", 0]}}.items()]  # fmt: skip
     own, of_teacher = (rows(folder) for folder in folders)
     assert of_teacher[0]["total"] > 5 * own[0]["total"]  # its guidance is far less than what pruning took away
-    assert not (server.output / "distill_runs" / "student" / "checkpoints" / "00000006" / "student.safetensors").exists()
+    assert not (server.output / "distill_runs" / "lora student" / "checkpoints" / "00000006" / "student.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
         ({"run_name": "../evil"}, "run_name '../evil' must be a plain name"),
         ({"recipe": ["recipe", 0]}, "set weight_dtype to fp32"),
         ({"recipe": ["compiled", 0]}, "compile is for Distill Train Step alone"),
-        ({"null_caption": ["seven", 0], "run_name": "baked", "latents": ["teacher", 3], "captions": ["teacher", 4]}, "was started with null_caption"),
+        ({"null_caption": ["seven", 0], "run_name": "lora baked", "latents": ["teacher", 3], "captions": ["teacher", 4]}, "was started with null_caption"),
         ({"latents": ["wide", 0]}, "the latents have 16 channels but the model takes 4"),
     ],
 )  # fmt: skip
