@@ -81,7 +81,8 @@ def _kept(told: Forecast) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer, counted on networks without contents."""
     recipe, shares_base = told.settings.recipe, told.settings.shares_base
     with torch.device("meta"):
-        network = build_unet(published_teacher(FAMILY)).to(torch.float16 if shares_base else torch.float32)
+        network = build_unet(published_teacher(FAMILY))
+    torch.nn.Module.to(network, torch.float16 if shares_base else torch.float32)  # that of diffusers warns
     size = sum(weight.numel() for weight in network.parameters())
     learning = (
         trained(DiffusersDenoiser(network=network, architecture=published_teacher(FAMILY)), recipe, None).parameters().values()
