@@ -20,6 +20,7 @@ from distill_core.prune import prune
 from distill_core.quickstart import Settings
 from distill_core.recipe import Recipe
 from distill_core.run import Run
+from distill_core.schedule import scaled_linear
 from distill_core.storage import fingerprint
 from distill_core.teacher_data import Making, make_dataset
 from distill_core.train import distill
@@ -75,7 +76,7 @@ def teacher_made(seed: int, guidance: float | None = None) -> Mapping[str, Laten
                     num_per_prompt=NUM_MADE // len(prompts), num_states=how.sample_steps, seed=seed)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), DigitsEncoders(), prompts, making,
-                            Path(folder) / "cache", batch_size=100)  # fmt: skip
+                            Path(folder) / "cache", schedule=scaled_linear(), batch_size=100)  # fmt: skip
         examples = made.read(0, torch.arange(num_examples(made)))
     plain = LatentDataset.of(examples.latents, examples.contexts, made.null.context)
     (bucket,) = plain.buckets

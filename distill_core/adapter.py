@@ -1,4 +1,9 @@
-"""A LoRA on a network: low-rank matrices beside layers that stay as they are (Hu et al. 2021, arXiv 2106.09685), by peft."""
+"""A LoRA on a network: low-rank matrices beside layers that stay as they are (Hu et al. 2021, arXiv 2106.09685), by peft.
+
+As a DoRA (Liu et al. 2024, arXiv 2402.09353) it also learns the length of each column of a layer's weight, one for each of
+the layer's inputs, as the paper has it and every UI reads it. peft's own DoRA has lengths of rows, which ComfyUI's loader
+takes for something else (comfy/weight_adapter/base.py of 0.33: it divides by the norm of W where that of W + B A is meant).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,20 +32,29 @@ NAME = "distill"
 class Lora:
     """A LoRA put on a denoiser's network: ``W x`` becomes ``W x + alpha / rank * B A x``, and A and B alone are trained.
 
-    targets: patterns of canonical layers, such as ``mid.*`` or ``*.attn2.to_*``. The matrices are float32, whatever the
-    network is; B begins as zero, so that nothing changes before the first step, and A follows from the seed.
-    ``ValueError`` for a pattern that matches no layer.
+    dora: train the length of the weight's columns as well; see `_decompose`. targets: patterns of canonical layers, such as
+    ``mid.*`` or ``*.attn2.to_*``. The matrices are float32, whatever the network is; B begins as zero, so that nothing changes
+    before the first step, and A follows from the seed. ``ValueError`` for a pattern that matches no layer.
     """
 
     file_name = "lora.safetensors"
 
     def __init__(
-        self, denoiser: Denoiser, *, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION, seed: int = 0
+        self,
+        denoiser: Denoiser,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dora: bool = False,
+        targets: Sequence[str] = ATTENTION,
+        seed: int = 0,
     ):
         from peft import LoraConfig, inject_adapter_in_model
 
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        self.denoiser, self.layers = denoiser, _matching(denoiser, targets)
+        self.denoiser, self.layers, self.dora = denoiser, _matching(denoiser, targets), dora
+        for layer in self.layers if dora else []:
+            _check_columns(denoiser.module(layer))
         denoiser.network.requires_grad_(False)
         paths = [denoiser.path(layer) for layer in self.layers]
         config = LoraConfig(r=rank, lora_alpha=self.alpha, target_modules=paths)
@@ -47,6 +62,8 @@ class Lora:
             inject_adapter_in_model(config, denoiser.network, NAME)
         for name, parameter in self.parameters().items():
             parameter.data = _beginning(name, parameter.shape, seed).to(parameter.device)
+        for layer in self.layers if dora else []:
+            _decompose(denoiser.module(layer), NAME)
         self.strengths: Tensor | None = None
         """How much of the LoRA each example has, (B,), as a strength in a loader; None for all of it."""
         for layer in self.layers:
@@ -60,24 +77,39 @@ class Lora:
         return output * self.strengths.to(output).reshape(-1, *[1] * (output.ndim - 1))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Matrices by ``<canonical layer>.lora_down`` (A, rank x inputs) and ``.lora_up`` (B, outputs x rank)."""
+        """Matrices by ``<canonical layer>.lora_down`` (A, rank x inputs) and ``.lora_up`` (B, outputs x rank).
+
+        Of a DoRA also the lengths of columns, ``.dora_scale`` (1 x inputs).
+        """
         found = {}
         for layer in self.layers:
             module = self.denoiser.module(layer)
             found[f"{layer}.lora_down"] = module.lora_A[NAME].weight
             found[f"{layer}.lora_up"] = module.lora_B[NAME].weight
+            if NAME in getattr(module, "dora_scale", ()):
+                found[f"{layer}.dora_scale"] = module.dora_scale[NAME]
         return found
+
+    def _keys(self) -> dict[str, str]:
+        """Name of each parameter -> its key in a file."""
+        names, keys = self.denoiser.lora_names, {}
+        for name in self.parameters():
+            layer, matrix = name.rsplit(".", 1)
+            keys[name] = f"{names[layer]}.{matrix}" + (".weight" if matrix != "dora_scale" else "")
+        return keys
 
     def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a LoRA file as kohya's trainer does; stock ComfyUI and diffusers open it."""
-        names = self.denoiser.lora_names
-        tensors = {}
-        for name, weight in weights.items():
-            layer, matrix = name.rsplit(".", 1)
-            tensors[f"{names[layer]}.{matrix}.weight"] = weight
-            tensors[f"{names[layer]}.alpha"] = torch.tensor(self.alpha)
+        keys, names = self._keys(), self.denoiser.lora_names
+        tensors = {keys[name]: weight for name, weight in weights.items()}
+        tensors |= {f"{names[layer]}.alpha": torch.tensor(self.alpha) for layer in self.layers}
+        kind = (
+            {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "locon", "dora_wd": "True"})}
+            if self.dora
+            else {"ss_network_module": "networks.lora"}
+        )
         about = {
-            "ss_network_module": "networks.lora",
+            **kind,
             "ss_network_dim": str(self.rank),
             "ss_network_alpha": str(self.alpha),
             "modelspec.sai_model_spec": "1.0.0",
@@ -88,9 +120,8 @@ class Lora:
 
     def read(self, path: Path) -> dict[str, Tensor]:
         """The matrices of a file `write` wrote, by their names here."""
-        names, stored = self.denoiser.lora_names, read_header(path).tensors
-        keys = {name: "{}.{}.weight".format(names[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1]) for name in self.parameters()}
-        return {name: stored[key].read() for name, key in keys.items()}
+        stored = read_header(path).tensors
+        return {name: stored[key].read() for name, key in self._keys().items()}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take the matrices of a checkpoint."""
@@ -99,18 +130,18 @@ class Lora:
                 parameter.copy_(weights[name])
 
 
-class AnsweringWith:
-    """A denoiser of the same network that answers with one of its LoRAs, or with none, whatever else is on it.
+class WithoutLora:
+    """A denoiser of the same network that answers as if no LoRA were on it.
 
     It is for answers alone: a backward pass that computes a part again would do so with what is on then.
     """
 
-    def __init__(self, denoiser: Denoiser, name: str | None):
-        self._denoiser, self._name = copy.copy(denoiser), name
+    def __init__(self, denoiser: Denoiser):
+        self._denoiser = copy.copy(denoiser)
         self._denoiser.forward = None  # the network itself, not what a training compiles or wraps
 
     def __call__(self, *inputs) -> Tensor:
-        with _only(self._denoiser.network, self._name):
+        with _all_off(self._denoiser.network):
             return self._denoiser(*inputs)
 
     def __getattr__(self, name: str):
@@ -118,11 +149,12 @@ class AnsweringWith:
 
 
 @contextlib.contextmanager
-def _only(network: nn.Module, name: str | None) -> Iterator[None]:
-    """While open, one LoRA is on, or none."""
+def _all_off(network: nn.Module) -> Iterator[None]:
+    """While open, no LoRA is on."""
     before = [(layer, list(layer.active_adapters)) for layer in _lora_layers(network)]
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
-    turn_on(network, name)
+    for layer, _ in before:
+        layer.set_adapter([])
     try:
         yield
     finally:
@@ -132,8 +164,8 @@ def _only(network: nn.Module, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(id(parameter) in trained)  # peft makes what it turns on trainable
 
 
-def turn_on(network: nn.Module, name: str | None) -> None:
-    """Have a network answer with one of its LoRAs, or with none."""
+def turn_on(network: nn.Module, name: str) -> None:
+    """Have a network answer with one of its LoRAs alone."""
     for layer in _lora_layers(network):
         layer.set_adapter([name] if name in layer.lora_A else [])
 
@@ -147,7 +179,7 @@ def _lora_layers(network: nn.Module) -> list[nn.Module]:
 def attach(denoiser: Denoiser, path: Path, name: str) -> None:
     """Put a LoRA from a file that `Lora.write` wrote on a network, under a name.
 
-    Whichever was put on first is on. ``ValueError`` if the file has no layer of this network.
+    Where several are put on, `turn_on` says which of them is on. ``ValueError`` if the file has no layer of this network.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -165,7 +197,57 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> None:
             module = denoiser.module(layer)
             module.lora_A[name].weight.copy_(stored[f"{names[layer]}.lora_down.weight"].read())
             module.lora_B[name].weight.copy_(stored[f"{names[layer]}.lora_up.weight"].read())
+            if f"{names[layer]}.dora_scale" in stored:
+                _decompose(module, name)
+                module.dora_scale[name].copy_(stored[f"{names[layer]}.dora_scale"].read())
     denoiser.network.requires_grad_(False)
+
+
+# --- DoRA
+
+
+def _decompose(layer: nn.Module, name: str) -> None:
+    """Make a DoRA of a layer's LoRA: ``W' = W + alpha / rank * B A`` becomes ``m W' / |W'|`` (arXiv 2402.09353, Eq. 5).
+
+    m begins as ``|W|``, so that nothing changes while B is 0. A weight whose columns are scaled answers as it does itself
+    to inputs that are scaled so, which is how it is computed.
+    """
+    if not hasattr(layer, "dora_scale"):
+        layer.dora_scale = nn.ParameterDict()
+    layer.dora_scale[name] = nn.Parameter(_lengths(layer.base_layer.weight))
+    layer.register_forward_pre_hook(partial(_with_scaled_columns, name))
+
+
+def _check_columns(layer: nn.Module) -> None:
+    """``ValueError`` for a layer whose columns cannot be measured: of a convolution in groups they are no inputs."""
+    if not layer.weight.is_floating_point():
+        raise ValueError("weights in int8 or nf4 take no DoRA; set lora_dora to false, or keep the model in fp16 or fp8")
+    if getattr(layer, "groups", 1) > 1:
+        raise ValueError("a convolution in groups takes no DoRA; leave it out of lora_targets, or set lora_dora to false")
+
+
+def _with_scaled_columns(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The inputs of a layer times ``m / |W'|`` where its DoRA is on. The norm counts as a constant (Sec. 4.3)."""
+    if layer.disable_adapters or name not in layer.active_adapters:
+        return None
+    x, *rest = inputs
+    return (x * (layer.dora_scale[name] / _lengths(_merged(layer, name)))).to(x.dtype), *rest
+
+
+@torch.no_grad()
+def _merged(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a layer with its LoRA, in float32."""
+    weight, down, up = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    with torch.autocast(weight.device.type, enabled=False):
+        change = layer.scaling[name] * (up.flatten(1) @ down.flatten(1))
+    return weight.float() + change.reshape(weight.shape)
+
+
+@torch.no_grad()
+def _lengths(weight: Tensor) -> Tensor:
+    """Length of each column of a weight, never 0, in float32: (1, inputs), of a convolution (1, inputs, 1, 1)."""
+    norms = torch.linalg.vector_norm(weight.float(), dim=[0, *range(2, weight.ndim)], keepdim=True)
+    return norms + torch.finfo(torch.float32).eps  # as ComfyUI's loader in float32; in float16 it adds 0.001
 
 
 def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:

@@ -153,6 +153,72 @@ def remap_lora(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {remapped.describe()}")
 
 
+def convert_lora(arguments: argparse.Namespace) -> None:
+    from .files import open_unet
+    from .lora import convert_lora_file
+
+    model = open_unet(arguments.model).architecture
+    num_layers = convert_lora_file(arguments.lora, arguments.out, model, overwrite=arguments.overwrite)
+    if arguments.json:
+        print(json.dumps({"file": str(arguments.out), "num_layers": num_layers}, indent=2))
+    else:
+        print(f"{arguments.out}: {num_layers} layer{'s' * (num_layers != 1)}, in diffusers' own form")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from .compare import COLUMNS, Settings, save_chart, table_text, work
+    from .compare import compare as measure
+    from .files import open_unet
+
+    names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
+    if not len({*names} - {""}) == len(names) == len(arguments.files):
+        raise ValueError(f"--names: {len(arguments.files)} models need as many names that differ, got {', '.join(names)}")
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.out} exists already; choose another --out, or --overwrite")
+    settings = Settings(
+        size_px=(arguments.size, arguments.size),
+        batch_size=arguments.batch,
+        num_rounds=arguments.rounds,
+        num_examples=arguments.examples,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+    files = {name: open_unet(file) for name, file in zip(names, arguments.files, strict=True)}
+    with tqdm(total=work(len(files), settings), desc="comparing", file=sys.stderr, delay=1, leave=False) as progress:
+        try:
+            comparison = measure(files, settings, progress.update)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                "the device is out of memory, which all models share; lower --size or --batch, or compare fewer"
+            ) from error
+    save_chart(arguments.out, comparison, overwrite=arguments.overwrite)
+    if arguments.json:
+        print(json.dumps(comparison.facts() | {"picture": str(arguments.out)}, indent=2))
+        return
+    print(table_text(COLUMNS, comparison.rows()))
+    bins = [[model.name, *(f"{distance:.3g}" for distance in model.distances)] for model in comparison.models[1:]]
+    width = 1000 // len(bins[0][1:])
+    print("\nDistance by timestep, 0 being a clean picture:")
+    print(table_text(["model", *(f"{start}-{start + width - 1}" for start in range(0, 1000, width))], bins))
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in comparison.settings.items()))
+    print(f"picture: {arguments.out}")
+
+
+def _distinct_names(files: Sequence[Path]) -> list[str]:
+    """Names of files, as much of their paths as tells them apart."""
+    paths = [file.resolve() for file in files]
+    without = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in paths]
+    for parts in ([path.parts for path in without], [path.parts for path in paths]):
+        for count in range(1, max(map(len, parts))):
+            names = ["/".join(part[-count:]) for part in parts]
+            if len({*names}) == len(names):
+                return names
+    raise ValueError("one file is given twice; compare it with another, or give --names")
+
+
 def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
     """The plan of --preset, or of --plan: a file, or the text itself; with the blocks of --keep."""
     from .plan import preset
@@ -216,9 +282,12 @@ def _read(path: Path) -> str:
 
 
 def _how_to_go_on(argv: Sequence[str] | None) -> str:
-    if (sys.argv[1:] if argv is None else argv)[:1] == ["train"]:
-        return "every finished step is kept; go on with the same command and --resume"
-    return "a quickstart goes on from there with the same command"
+    command = next(iter(sys.argv[1:] if argv is None else argv), "")
+    kept = {
+        "train": "every finished step is kept; go on with the same command and --resume",
+        "quickstart": "a quickstart goes on from there with the same command",
+    }
+    return kept.get(command, "nothing was written")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -230,6 +299,13 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _size_px(text: str) -> int:
+    """A side of a picture, for argparse."""
+    if int(text) < 64 or int(text) % 64:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 64, got {text}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -311,6 +387,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    command = commands.add_parser("convert-lora", help="write a plain LoRA of a UNet as diffusers does, for diffusers and peft")
+    command.set_defaults(function=convert_lora)
+    command.add_argument("lora", type=Path, help="LoRA in any format, such as the lora.safetensors of a run")
+    command.add_argument("out", type=Path, help="file to write")
+    command.add_argument("--model", type=Path, required=True, help=".safetensors file or diffusers folder of what it is for")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    command = commands.add_parser(
+        "compare",
+        help="parameters, GMACs, latency, memory of models, and how far their answers are from the first one's",
+        description="Measures UNets side by side and draws a picture. Distances are from the answers of the first model, to random "
+        "latents and random captions that follow from the seed: they tell models apart, not how good pictures are.",
+    )
+    command.set_defaults(function=compare)
+    command.add_argument(
+        "files", type=Path, nargs="+", metavar="MODEL", help=".safetensors file or diffusers folder, the teacher first"
+    )
+    command.add_argument("--names", metavar="A,B", help="what to call them (default: by their files)")
+    command.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture to write (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--size", type=_size_px, default=512, help="side of the pictures in pixels (default: %(default)s)")
+    command.add_argument("--batch", type=_at_least(1), default=1, help="pictures in a step (default: %(default)s)")
+    command.add_argument("--rounds", type=_at_least(1), default=10, help="timed steps of each model (default: %(default)s)")
+    command.add_argument("--examples", type=_at_least(1), default=4, help="to measure distances on (default: %(default)s)")
+    command.add_argument("--dtype", choices=DTYPES, help="precision to compute in (default: fp16 on a GPU, else fp32)")
+    command.add_argument("--seed", type=int, default=0, help="for latents and captions (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +37,41 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, distance.item())
 
 
+def feature_distances(real: Tensor, drawn: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """Fréchet and kernel distance of feature rows (N, D) and (M, D), by torchmetrics.
+
+    The Fréchet distance is that of `frechet_distance`. The kernel distance is the unbiased squared maximum mean discrepancy by
+    a cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401, Sec. 4), the mean over 100 subsets of at most 1,000 rows, which
+    follow from the seed. ``ValueError`` for fewer than 2 rows, and without torchmetrics.
+    """
+    if min(len(real), len(drawn)) < 2:
+        raise ValueError(f"distances need at least 2 pictures on each side, got {len(real)} and {len(drawn)}")
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise ValueError("distances between pictures need a package: python -m pip install torchmetrics") from error
+    given = torch.nn.Identity()  # in place of Inception: what comes are features
+    given.num_features = real.shape[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
+        metrics = FrechetInceptionDistance(given), KernelInceptionDistance(given, subset_size=min(len(real), len(drawn), 1000))
+    for metric in metrics:
+        metric.update(real.cpu().float(), real=True)
+        metric.update(drawn.cpu().float(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        frechet, (kernel, _) = (metric.compute() for metric in metrics)
+    return frechet.item(), kernel.item()
+
+
+def clip_score(pictures: Tensor, text: Tensor) -> float:
+    """100 times the mean of ``max(cos, 0)`` of picture embeddings (N, D) and a text embedding (D,) (Hessel et al. 2021,
+    arXiv 2104.08718, Eq. 1, which weighs it by 2.5 instead)."""
+    cosines = torch.nn.functional.cosine_similarity(pictures.float(), text.float()[None], dim=1)
+    return 100 * cosines.clamp(min=0).mean().item()
+
+
 @torch.no_grad()
 def output_error(
     student: Denoiser | Routed,
@@ -45,6 +83,7 @@ def output_error(
     batch_size: int = 64,
     seed: int = 0,
     guidance: float = 1.0,
+    on_batch: Callable[[], Any] = lambda: None,
 ) -> Tensor:
     """How far a student's answers are from the teacher's, over timesteps: (num_bins,), the least noisy first, float64.
 
@@ -52,13 +91,17 @@ def output_error(
     the output loss is, unweighted. Bins are of as many timesteps each. In each the same ``num_batches * batch_size``
     examples of the dataset are noised by the same noise, at timesteps drawn evenly within the bin; all that follows from
     the seed, so that errors of several students by one seed are of the same inputs. guidance: scale the teacher answers by.
+    ``on_batch`` is called after each batch.
     """
     size, errors = student.schedule.num_timesteps, []
     for i in range(num_bins):
         drawing = Drawing(batch_size, seed, within=(size * i // num_bins, size * (i + 1) // num_bins))
         batches = (draw(dataset, number, student.schedule, drawing) for number in range(num_batches))
-        distances = (_distance(student, teacher, batch, dataset.null, guidance) for batch in batches)
-        errors.append(torch.cat(list(distances)).double().mean())
+        distances = []
+        for batch in batches:
+            distances.append(_distance(student, teacher, batch, dataset.null, guidance))
+            on_batch()
+        errors.append(torch.cat(distances).double().mean())
     return torch.stack(errors).cpu()
 
 
@@ -90,16 +133,29 @@ def macs_by_module(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_t
     return {block: counted.get(path, 0) for block, path in paths.items()}
 
 
-@torch.no_grad()
-def _count(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_tokens: int) -> FlopCounterMode:
+@contextlib.contextmanager
+def counted_macs() -> Iterator[Callable[[], int]]:
+    """While open, multiply-accumulates are counted; what it gives tells how many there were, attention included."""
+    with _counter() as counter:
+        yield lambda: counter.get_total_flops() // 2
+
+
+@contextlib.contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    # Plain matrix products: some versions of torch do not count the fused attention of some devices.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+@torch.no_grad()
+def _count(denoiser: Denoiser, latent_shape: tuple[int, int, int], num_tokens: int) -> FlopCounterMode:
     x = torch.zeros(1, *latent_shape, device=denoiser.device, dtype=denoiser.dtype)
     context = x.new_zeros(1, num_tokens, denoiser.architecture.context_width)
     width = denoiser.architecture.label_width
     label = Label.neutral(width, 1, (8 * x.shape[2], 8 * x.shape[3]), x) if width else None
-    # Plain matrix products: some versions of torch do not count the fused attention of some devices.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with _counter() as counter:
         denoiser(x, torch.zeros(1, dtype=torch.long, device=x.device), context, label)
     return counter

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from .adapter import AnsweringWith
+from .adapter import WithoutLora
 from .architecture import Architecture
 from .cache import CachedDataset, encode
 from .dataset import Dataset, largest_example, num_examples
@@ -47,6 +47,7 @@ from .plan_text import read_plan
 from .previews import Previews
 from .processes import Processes
 from .prune import prune_file
+from .quantised import QUANTISED, computes, kept_bytes, quantise
 from .recipe import DTYPES, Recipe, from_mapping, read_toml
 from .run import Run
 from .schedule import scaled_linear
@@ -81,13 +82,15 @@ class TeacherSettings:
     file: str
     """Checkpoint or diffusers folder, or ``demo``."""
     dtype: str = "fp32"
-    """``fp32``, ``bf16``, ``fp16``; or ``fp8``: kept in eight bits, computed in bf16."""
+    """``fp32``, ``bf16``, ``fp16``; or computed in bf16 and kept in fewer bits: ``fp8``, ``int8``, or four, ``nf4``."""
     offload: bool = False
     """Keep it in the computer's memory, each layer on the GPU only while it computes."""
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(DTYPES)}")
+        if self.dtype not in (choices := (*DTYPES, *QUANTISED)):
+            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(choices)}")
+        if self.offload and self.dtype in QUANTISED:
+            raise ValueError(f"a teacher in {self.dtype} stays on the GPU; set offload to false, or take fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +237,10 @@ class Prepared:
                 raise ValueError(f"teacher {settings.file} is of another architecture than {job.teachers[0].file}")
         self.plans = [self._plan(text, first) for text in job.students.plans] if job.students else []
         self.plan, self.student_file = (self._largest(first), None) if self.plans else self._student(first)
+        if job.students and self.shares_base and self.teacher_settings[0].dtype in QUANTISED:
+            raise ValueError(
+                f"students of ranges keep their base in a file, which {self.teacher_settings[0].dtype} has none of; take fp8"
+            )
         self._encoders: Encoders | None = None
         with processes.main_first():
             self.dataset = self._dataset(on_item)
@@ -292,7 +299,9 @@ class Prepared:
         example, teachers = largest_example(self.dataset), self.teacher_settings
         settings = MemorySettings(
             recipe=self.run.heaviest_recipe,
-            teacher_dtype=max((teacher.dtype for teacher in teachers), key=lambda dtype: DTYPES[dtype].itemsize),
+            teacher_dtype=max(
+                (teacher.dtype for teacher in teachers), key=partial(kept_bytes, self.teacher_files[0].architecture.shapes)
+            ),
             teacher_offloaded=self.device.type != "cpu" and all(teacher.offload for teacher in teachers),
             shares_base=self.shares_base,
             num_teachers=len(teachers),
@@ -368,7 +377,7 @@ class Prepared:
 
     def teachers(self, student: Denoiser) -> Teachers:
         """Those of a student."""
-        loads = [lambda: AnsweringWith(student, None)] if self.shares_base else self._teacher_loads
+        loads = [lambda: WithoutLora(student)] if self.shares_base else self._teacher_loads
         return Teachers(loads, self.job.training)
 
     @property
@@ -378,8 +387,10 @@ class Prepared:
 
     def teacher(self, settings: TeacherSettings, file: UNetFile) -> Denoiser:
         """A teacher as its settings have it."""
-        compute = torch.bfloat16 if settings.dtype == "fp8" else DTYPES[settings.dtype]
+        compute = DTYPES[computes(settings.dtype)]
         network = load_unet(file, compute)
+        if settings.dtype in QUANTISED:
+            quantise(network, settings.dtype)
         if settings.dtype == "fp8":
             from diffusers.hooks import apply_layerwise_casting
 
@@ -458,6 +469,7 @@ class Prepared:
             _text(self.job.path(data.prompts)).splitlines(),
             making,
             cache,
+            schedule=scaled_linear(),
             batch_size=data.encode_batch_size,
             on_item=partial(on_item, "drawing"),
         )

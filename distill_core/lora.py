@@ -321,3 +321,61 @@ def remap_lora_file(
     done = {"kept": remapped.num_kept, "dropped": remapped.num_dropped, "from": Path(path).name}
     write_tensors(out, remapped.tensors, {**metadata, "distill.remapped": json.dumps(done)}, overwrite=overwrite)
     return remapped
+
+
+# --- as diffusers writes it -----------------------------------------------------------------------------------------
+
+_MATRICES = {
+    "lora_A": re.compile(r"[._](?:lora_down|lora_A|lora\.down|lora_linear_layer\.down)(?:\.default)?\.weight"),
+    "lora_B": re.compile(r"[._](?:lora_up|lora_B|lora\.up|lora_linear_layer\.up)(?:\.default)?\.weight"),
+    "alpha": re.compile(r"\.alpha"),
+}
+"""What diffusers calls a tensor of a plain LoRA -> what stands behind the layer, in any format."""
+
+
+def diffusers_lora(tensors: Mapping[str, StoredTensor], model: Architecture) -> dict[str, Tensor]:
+    """A plain LoRA as diffusers itself writes it: ``unet.<layer>.lora_A.weight`` (A) and ``.lora_B.weight`` (B).
+
+    Diffusers reads no alpha in this form and computes ``W + B A``, so ``alpha / rank`` is multiplied into B.
+
+    Raises ``ValueError`` if the LoRA was not made for the model, is of another kind, or is for text encoders as well.
+    """
+    places = _places(tensors, model)
+    _check_widths(tensors, places, model)
+    if outside := tensors.keys() - places.keys():
+        raise ValueError(f"{min(outside)} is of a text encoder; only LoRAs of the UNet alone are written in diffusers' form")
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, place in places.items():
+        name = next((name for name, spelling in _MATRICES.items() if spelling.fullmatch(place.rest)), None)
+        if name is None:
+            raise ValueError(f"{key}: this LoRA is of a kind (DoRA, LoHa, LoKr …) that has no place in diffusers' form of it")
+        if name in layers[place.layer]:
+            raise ValueError(f"{key}: this LoRA has two tensors for one place")
+        layers[place.layer][name] = tensors[key].read()
+    paths, written = _paths(model, _DIALECTS["diffusers with dots"]), {}
+    for layer, found in layers.items():
+        if not {"lora_A", "lora_B"} <= found.keys():
+            raise ValueError(f"{layer}: one of the two matrices of this LoRA is missing")
+        outputs, inputs, *kernel = model.shapes[f"{layer}.weight"]
+        down, up, rank = found["lora_A"], found["lora_B"], found["lora_A"].shape[0]
+        scale = found["alpha"].item() / rank if "alpha" in found else 1.0
+        written[f"unet.{paths[layer]}.lora_A.weight"] = down.reshape(rank, inputs, *kernel)
+        written[f"unet.{paths[layer]}.lora_B.weight"] = (up.float() * scale).to(up).reshape(outputs, rank, *(1 for _ in kernel))
+    return written
+
+
+def convert_lora_file(path: Path | str, out: Path | str, model: Architecture, *, overwrite: bool = False) -> int:
+    """Write a LoRA file as diffusers does, see `diffusers_lora`; returns the number of layers.
+
+    The metadata stays, but for hashes of the tensors and what says how kohya's trainer scales them.
+    """
+    header = read_header(path)
+    try:
+        tensors = diffusers_lora(header.tensors, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    kept = {
+        key: text for key, text in header.metadata.items() if key not in _STALE_METADATA and not key.startswith("ss_network_")
+    }
+    write_tensors(out, tensors, kept, overwrite=overwrite)
+    return len(tensors) // 2

@@ -43,6 +43,7 @@ from .guidance import combined
 from .objective import Outputs
 from .optim import OPTIMIZERS
 from .plan import NameMap, PruningPlan, name_map
+from .quantised import QUANTISED, computes, is_linear, kept_bytes
 from .recipe import DTYPES, Recipe
 from .trained import trained
 from .unet import build_unet
@@ -117,7 +118,8 @@ class MemorySettings:
 
     recipe: Recipe
     teacher_dtype: str = "fp32"
-    """What teachers are kept and compute in, a key of `recipe.DTYPES`; kept in ``fp8``, they compute in 16 bits."""
+    """What teachers are kept and compute in, a key of `recipe.DTYPES` or one of `quantised.QUANTISED`; kept in 8 bits or 4, they
+    compute in 16."""
     teacher_offloaded: bool = False
     """Whether a layer of a teacher is on the device only while it computes."""
     shares_base: bool = False
@@ -133,7 +135,7 @@ class MemorySettings:
 
     @property
     def student_dtype(self) -> str:
-        """What the student's weights are kept in, a key of `recipe.DTYPES`; a LoRA on them is float32."""
+        """What the student's weights are kept in, as ``teacher_dtype``; a LoRA on them is float32."""
         return self.teacher_dtype if self.shares_base else self.recipe.weight_dtype
 
     @property
@@ -176,7 +178,7 @@ def changes(now: MemorySettings, *, of_teacher: bool = True) -> Iterator[Change]
         yield Change("precision bf16", "", with_recipe(precision="bf16"))
     if of_teacher and recipe.aim.uses_teacher:
         for dtype, price in {"fp16": "", "fp8": "its answers are a little coarser"}.items():
-            if DTYPES[dtype].itemsize < DTYPES[now.teacher_dtype].itemsize:
+            if now.teacher_dtype not in QUANTISED and DTYPES[dtype].itemsize < DTYPES[now.teacher_dtype].itemsize:
                 yield Change(f"teacher in {dtype}", price, replace(now, teacher_dtype=dtype))
         if not now.teacher_offloaded and not now.shares_base and now.device != "cpu":
             yield Change("teacher offloaded", "each step waits for it", replace(now, teacher_offloaded=True))
@@ -336,7 +338,7 @@ class _Step:
         share = settings.num_processes if settings.shards else 1
         return Counter({
             "teacher weights": teachers,
-            "student weights": (DTYPES[settings.student_dtype].itemsize * self.student.num_parameters + of_lora) // share,
+            "student weights": (kept_bytes(self.student.shapes, settings.student_dtype) + of_lora) // share,
             "gradients": self._gradients(settings) if settings.num_processes > share else 0,  # on their way between processes
             "optimizer": sum(map(STATE_BYTES[recipe.optimizer], self.trained_shapes)) // share,
             "moving average": 4 * self.num_trained // share if recipe.ema_decay else 0,
@@ -350,15 +352,20 @@ class _Step:
         """Those that stay, and those that come for the teacher's pass alone."""
         if not self.taught or settings.shares_base:
             return 0, 0
-        itemsize = DTYPES[settings.teacher_dtype].itemsize
-        if settings.teacher_offloaded:
-            return 0, 2 * itemsize * self._largest_layer  # one computes, the next is on its way
+        if settings.teacher_offloaded:  # one layer computes, the next is on its way
+            return 0, 2 * DTYPES[settings.teacher_dtype].itemsize * self._largest_layer
         copies = settings.num_teachers if settings.recipe.teacher_mode == "mixture" else 1
-        return copies * itemsize * self.teacher.num_parameters, 0
+        return copies * kept_bytes(self.teacher.shapes, settings.teacher_dtype), 0
 
     @property
     def _largest_layer(self) -> int:
         return max(map(math.prod, self.teacher.shapes.values()))
+
+    def _widened(self, dtype: str) -> int:
+        """A layer's weights in 16 bits, which there are of one at a time while it computes, where they are kept in fewer."""
+        if dtype in QUANTISED:
+            return 2 * max(math.prod(shape) for name, shape in self.teacher.shapes.items() if is_linear(name, shape))
+        return 2 * self._largest_layer if dtype == "fp8" else 0
 
     def _in_update(self, settings: MemorySettings) -> Counter:
         works = update_bytes(self.trained_shapes, settings.recipe) // (settings.num_processes if settings.shards else 1)
@@ -367,17 +374,17 @@ class _Step:
     def _in_teachers_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
         _, comes = self._teacher_weights(settings)
         adding_up = self._gradients(settings) if settings.recipe.accumulation_steps > 1 else 0
-        widened = 2 * self._largest_layer if settings.teacher_dtype == "fp8" else 0  # one layer's weights at a time
-        activations, _ = self._teachers_pass(settings.micro_batch, _computes(settings.teacher_dtype), latent_shape)
+        widened = self._widened(settings.teacher_dtype)
+        activations, _ = self._teachers_pass(settings.micro_batch, computes(settings.teacher_dtype), latent_shape)
         return activations + Counter({"teacher weights": comes, "gradients": adding_up, "teacher activations": widened})
 
     def _in_students_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
         recipe = replace(settings.recipe, optimizer="adamw", ema_decay=0.0)
-        exact = settings.shares_base and settings.teacher_dtype == "fp16"  # autocast to fp16 copies no weight of that
-        walked = MemorySettings(recipe=recipe, teacher_dtype="fp16" if exact else _computes(settings.teacher_dtype),
-                                device=settings.device, num_processes=settings.num_processes,
-                                shares_base=settings.shares_base)  # fmt: skip
+        walked = MemorySettings(recipe=recipe, teacher_dtype=computes(settings.teacher_dtype), device=settings.device,
+                                num_processes=settings.num_processes, shares_base=settings.shares_base)  # fmt: skip
         most = self._students_pass(walked, latent_shape).copy()
+        if settings.student_dtype in QUANTISED:  # widened again for the backward pass
+            most["working memory"] += self._widened(settings.student_dtype)
         if settings.student_dtype == "fp8":  # backward keeps the widened weights of every layer
             most["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
         if settings.shards:
@@ -410,11 +417,6 @@ class _Step:
             if settings.device != "cpu":
                 norms_as_on_cuda(network.network)
             return students_pass(network, self.points, inputs, answer, settings.recipe)
-
-
-def _computes(teacher_dtype: str) -> str:
-    """What a teacher computes in, or what is as wide; kept in 8 bits, it computes in 16."""
-    return "fp32" if teacher_dtype == "fp32" else "bf16"
 
 
 def _unfilled(architecture: Architecture, dtype: str) -> Denoiser:

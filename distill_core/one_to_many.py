@@ -110,8 +110,7 @@ class OneToMany:
         recipe: of each student in its range; with ``lora_rank`` they are LoRAs on one base, which is trained whole. starts:
         one for all, or one for each student, those of one plan being the same. teachers: None where LoRAs learn from the
         base they are on, as it is without them. teacher: its fingerprint. origin: as for `run.Run`; it tells these starts
-        from others. Raises ``ValueError`` where settings do not go together, or the folder
-        holds a training with others.
+        from others. Raises ``ValueError`` where settings do not go together, or the folder holds a training with others.
         """
         count = settings.num_students(schedule)
         joint_steps = count * recipe.total_steps if settings.joint_steps is None else settings.joint_steps
@@ -272,10 +271,15 @@ class OneToMany:
         with self.processes.main_first():
             run = self.run(stage, main=self.processes.main)
             (self.folder / "students" / MANIFEST).unlink(missing_ok=True)  # what it tells of is no more
+        teachers = self.teachers
+        if teachers is None:
+            from .adapter import WithoutLora  # which needs peft
+
+            teachers = [partial(WithoutLora, student)]
         distill(
             run,
             student=student,
-            teacher=Teachers(self.teachers or [partial(_without_lora, student)], run.recipe),
+            teacher=Teachers(teachers, run.recipe),
             plan=plan,
             dataset=self.dataset,
             num_steps=num_steps,
@@ -297,7 +301,7 @@ class OneToMany:
     @property
     def _joint_recipe(self) -> Recipe:
         """Over all timesteps, and all weights."""
-        weights = {"lora_rank": 0, "lora_alpha": None, "lora_targets": Recipe.lora_targets}
+        weights = {"lora_rank": 0, "lora_alpha": None, "lora_targets": Recipe.lora_targets, "lora_dora": False}
         return replace(self.recipe, total_steps=max(1, self.settings.joint_steps), **weights)
 
     def _number(self, stage: str) -> int:
@@ -361,12 +365,6 @@ class OneToMany:
             overwrite=True,
         )
         return path
-
-
-def _without_lora(student: Denoiser) -> Denoiser:
-    from .adapter import AnsweringWith
-
-    return AnsweringWith(student, None)
 
 
 def has_begun(folder: Path) -> bool:

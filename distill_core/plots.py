@@ -1,10 +1,12 @@
-"""Loss curves and sample grids, drawn by matplotlib without any global state, so that a server thread may draw too."""
+"""Loss curves, tables and sample grids, drawn by matplotlib without any global state, so that a server thread may draw too."""
 
 from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -17,8 +19,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .analyse import Analysis
+    from .compare import Comparison
     from .plan import PruningPlan
 
+SMALL_PICTURE_PX = 192
+"""Pictures whose longer side is at most half of this are enlarged."""
+CHART_WIDTH_IN = 9.5
+TIMESTEPS, LEAST_DISTANCE = 1000, 1e-12
 REMOVED_COLOR, KEPT_COLOR = "#e45756", "#9ecae9"
 TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "total": "#333333"}
 
@@ -118,17 +125,92 @@ def draw_grid(axes: Axes, pictures: Tensor, columns: int, title: str) -> None:
     axes.set_axis_off()
 
 
-def picture_rows(rows: Mapping[str, Tensor]) -> Image:
-    """Rows of RGB pictures (B, 3, H, W) in [-1, 1], each with its name above it, small ones enlarged."""
-    count = max(map(len, rows.values()))
-    drawing = figure(min(2.2 * count, 16), 2.5 * len(rows))
-    for axes_of_row, (title, pictures) in zip(drawing.subplots(len(rows), count, squeeze=False), rows.items(), strict=True):
-        for axes in axes_of_row:
-            axes.set_axis_off()
-        for axes, picture in zip(axes_of_row, pictures, strict=False):
-            axes.imshow((picture.permute(1, 2, 0).clamp(-1, 1) + 1).numpy() / 2, interpolation="nearest")
-        axes_of_row[0].set_title(title, fontsize=11, loc="left")
+def picture_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image:
+    """Rows of RGB pictures (B, 3, H, W) in [-1, 1], each with its name above it, and the names of columns on top.
+
+    Pictures are of one size, and shown pixel by pixel; small ones are enlarged by a whole factor.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = next(iter(rows.values())).shape[-2:]
+    factor = max(1, SMALL_PICTURE_PX // max(height, width))
+    height, width, count = height * factor, width * factor, max(map(len, rows.values()))
+    gap, text_px = max(4, width // 40), max(15, count * width // 64)
+    line = 2 * text_px
+    sheet = Image.new("RGB", (gap + count * (width + gap), bool(columns) * line + len(rows) * (line + height) + gap), "white")
+    drawing, font = ImageDraw.Draw(sheet), _font(text_px)
+    for number, name in enumerate(columns[:count]):
+        drawing.text((gap + number * (width + gap) + width // 2, line // 2), name, "#555555", font, anchor="mm")
+    top = bool(columns) * line
+    for name, pictures in rows.items():
+        drawing.text((gap, top + line // 2), name, "black", font, anchor="lm")
+        top += line
+        for number, picture in enumerate(pictures):
+            pixels = (picture.detach().cpu().float().permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().byte().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((width, height), 0), (gap + number * (width + gap), top))
+        top += height
+    return sheet
+
+
+def _font(size_px: int):
+    """The font that comes with matplotlib."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size_px)
+
+
+def draw_table(axes: Axes, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A table; long texts go over several lines, and so do shares in brackets."""
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=11)
+    texts = [[textwrap.fill(_plain(cell).replace(" (", "\n("), 24, replace_whitespace=False) for cell in row] for row in rows]
+    grid = axes.table(texts, colLabels=[name.replace(" ", "\n", 1) for name in columns], loc="center", cellLoc="center")
+    grid.auto_set_font_size(False)
+    grid.set_fontsize(9.5)
+    grid.scale(1, 2.4)
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib shows as it is, and does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
+def table_picture(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Image:
+    drawing = figure(CHART_WIDTH_IN, 1.2 + 0.45 * len(rows))
+    draw_table(drawing.subplots(), columns, rows, title)
     return to_image(drawing)
+
+
+def distance_chart(comparison: Comparison) -> Image:
+    """How far the answers of each model are from the first one's, over timesteps, on a log scale."""
+    drawing = figure(CHART_WIDTH_IN, 4.0)
+    axes = drawing.subplots()
+    first, *others = comparison.models
+    for number, model in enumerate(others, 1):
+        if model.distances:
+            size = TIMESTEPS / len(model.distances)
+            middles = [size * (place + 0.5) for place in range(len(model.distances))]
+            values = [max(value, LEAST_DISTANCE) for value in model.distances]
+            axes.plot(middles, values, marker="o", color=f"C{number}", label=_plain(model.name))
+    axes.set(xlabel="timestep: 0 is a clean picture, 1000 noise alone", ylabel="squared distance", yscale="log", xlim=(0, 1000))
+    axes.set_title(f"Distance of the answers from those of {_plain(first.name)}", fontsize=11)
+    axes.grid(alpha=0.25)
+    if axes.get_lines():
+        axes.legend(loc="best", framealpha=0.9)
+    return to_image(drawing)
+
+
+def stacked(pictures: Sequence[Image]) -> Image:
+    """Pictures one above the other, in the middle of a white sheet."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, ((sheet.width - picture.width) // 2, top))
+        top += picture.height
+    return sheet
 
 
 class Evaluation(NamedTuple):

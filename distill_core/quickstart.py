@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import plots
+from . import plots, report
 from .dataset import Caption
 from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
@@ -188,6 +186,17 @@ COLUMNS = {
     "frechet_distance": "Fréchet distance",
     "ms_per_image": "ms per image",
 }
+MEANINGS = {
+    "accuracy": "share of samples that a digit classifier takes for the digit that was asked for.",
+    "Fréchet distance": "how far samples lie from the 1,797 real digits in the classifier's features; lower is closer.",
+    "GMACs": "billions of multiply-accumulates in one evaluation of the network.",
+}
+FILES = {
+    "student.safetensors": "the distilled student, fp16. distill inspect student.safetensors shows what is in it.",
+    "pruned.safetensors": "the same network before distillation.",
+    "run/": "recipe, loss of every step (metrics.csv), checkpoints.",
+    "report.json": "the figures above.",
+}
 
 
 def cells(row: Row) -> list[str]:
@@ -212,34 +221,30 @@ def draw_report(rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, se
     curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.25))
     plots.draw_losses(curve, metrics)
     curve.set_title("distillation loss", fontsize=11)
-    table.set_axis_off()
-    table.set_title("same prompts, same seeds", fontsize=11)
-    grid = table.table(
-        [cells(row) for row in rows],
-        colLabels=[name.replace(" ", "\n", 1) for name in COLUMNS.values()],
-        loc="center",
-        cellLoc="center",
-    )
-    grid.auto_set_font_size(False)
-    grid.set_fontsize(9.5)
-    grid.scale(1, 2.4)
+    plots.draw_table(table, list(COLUMNS.values()), [cells(row) for row in rows], "same prompts, same seeds")
     return drawing
 
 
 def write_report(out: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, settings: Settings) -> None:
     """Write ``report.png``, ``report.json`` and, last, ``report.html``."""
+    drawn = plots.to_image(draw_report(rows, pictures, metrics, settings))
     with atomic(out / "report.png", overwrite=True) as made:
-        draw_report(rows, pictures, metrics, settings).savefig(made, format="png")
+        drawn.save(made, format="png")
     facts = {"settings": asdict(settings), "models": [asdict(row) for row in rows]}
     write_text(out / "report.json", json.dumps(facts, indent=2))
-    picture = base64.b64encode((out / "report.png").read_bytes()).decode()
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values())
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>\n" for row in rows)
-    options = "".join(f"<li><code>{name}</code> = {value}</li>" for name, value in asdict(settings).items())
-    write_text(
-        out / "report.html",
-        _PAGE.format(head=head, body=body, picture=picture, options=options, summary=html.escape(summary(rows))),
+    page = report.page(
+        "Distill quickstart",
+        report.paragraph(summary(rows)),
+        report.picture(drawn, "Digits of teacher, pruned and distilled model, loss curves and table"),
+        report.heading("Figures"),
+        report.table(list(COLUMNS.values()), map(cells, rows)),
+        report.listing(MEANINGS),
+        report.heading("Files beside this page"),
+        report.listing(FILES),
+        report.heading("Settings"),
+        report.listing(asdict(settings)),
     )
+    write_text(out / "report.html", page)
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -250,37 +255,3 @@ def summary(rows: Sequence[Row]) -> str:
         f"{1 - after.gmacs / teacher.gmacs:.0%} less arithmetic; {after.accuracy:.1%} of its digits are read right "
         f"(teacher {teacher.accuracy:.1%}, straight after pruning {before.accuracy:.1%})."
     )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Distill quickstart</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
-img {{ max-width: 100% }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .4rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-code {{ background: #f4f4f4; padding: .1rem .3rem }}
-</style>
-<h1>Distill quickstart</h1>
-<p>{summary}</p>
-<img src="data:image/png;base64,{picture}" alt="Digits of teacher, pruned and distilled model, loss curves and table">
-<h2>Figures</h2>
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}</tbody></table>
-<ul>
-<li><b>accuracy</b>: share of samples that a digit classifier takes for the digit that was asked for.</li>
-<li><b>Fréchet distance</b>: how far samples lie from the 1,797 real digits in the classifier's features; lower is closer.</li>
-<li><b>GMACs</b>: billions of multiply-accumulates in one evaluation of the network.</li>
-</ul>
-<h2>Files beside this page</h2>
-<ul>
-<li><code>student.safetensors</code>: the distilled student, fp16. <code>distill inspect student.safetensors</code> shows what is in it.</li>
-<li><code>pruned.safetensors</code>: the same network before distillation.</li>
-<li><code>run/</code>: recipe, loss of every step (<code>metrics.csv</code>), checkpoints.</li>
-<li><code>report.json</code>: the figures above.</li>
-</ul>
-<h2>Settings</h2>
-<ul>{options}</ul>
-</html>
-"""

@@ -74,6 +74,8 @@ class Recipe:
     """What the LoRA counts, over its rank; None for the rank itself, which counts it once."""
     lora_targets: tuple[str, ...] = ("*.attn1.to_*", "*.attn2.to_*")
     """Patterns of the layers it sits on, in block names such as ``mid.*``."""
+    lora_dora: bool = False
+    """Make it a DoRA, which learns the lengths of the weights' columns apart from their directions (arXiv 2402.09353)."""
 
     optimizer: str = "adamw"
     """A key of `optim.OPTIMIZERS`."""
@@ -159,6 +161,14 @@ class Recipe:
             raise ValueError(
                 "guidance_min is the lower end of a range of scales that the strength of a LoRA sets: it must be below guidance, "
                 f"with lora_rank above 0; got {self.guidance_min:g} to {self.guidance:g}, rank {self.lora_rank}"
+            )
+
+        if self.lora_dora and not self.lora_rank:
+            raise ValueError("lora_dora makes a DoRA of a LoRA: set lora_rank above 0, or lora_dora to false")
+        if self.lora_dora and self.guidance_min is not None:
+            raise ValueError(
+                "guidance_min learns a LoRA at many strengths, and what a DoRA does at a strength is not in proportion to it: "
+                "set lora_dora to false, or learn one scale"
             )
 
     @property

@@ -24,6 +24,7 @@ from .storage import atomic, read_header, write_tensors, write_text
 from .trained import Trained
 
 TRAINING = "training.safetensors"
+METRICS, RECIPE = "metrics.csv", "recipe.toml"
 
 
 class State(NamedTuple):
@@ -43,6 +44,21 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
 
 
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """What a run's folder holds of each step: ``step``, ``lr``, ``total``, ``task``, ``output``, ``feature``, each feature point.
+
+    Also ``norm`` of the gradient, the mean total by timestep as in ``timesteps/0-99``, and ``validation``; what was not
+    measured in a step is left out of it. Empty where nothing was written.
+    """
+    if not (folder / METRICS).exists():
+        return []
+    with open(folder / METRICS, newline="") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1]  # a row that is being written is left out
+    rows = csv.DictReader(io.StringIO(whole, newline=""))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows if None not in row.values()]
+
+
 class Run:
     """The folder of one run: its recipe, its metrics, its checkpoints."""
 
@@ -54,7 +70,7 @@ class Run:
         folder holds a run with other settings.
         """
         self.folder, self.recipe, self.origin = Path(folder), recipe, dict(origin)
-        path = self.folder / "recipe.toml"
+        path = self.folder / RECIPE
         if path.exists():
             if self.checkpoints:  # nothing is lost by changing a run that never finished a step
                 self._check_same(read_toml(path))
@@ -171,19 +187,11 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        return self.folder / "metrics.csv"
+        return self.folder / METRICS
 
     def metrics(self) -> list[dict[str, float]]:
-        """One dictionary a step: ``step``, ``lr``, ``total``, ``task``, ``output``, ``feature``, each feature point.
-
-        Also ``norm`` of the gradient, the mean total by timestep as in ``timesteps/0-99``, and ``validation``; what was
-        not measured in a step is left out of it.
-        """
-        if not self.metrics_file.exists():
-            return []
-        with open(self.metrics_file, newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [{name: float(value) for name, value in row.items() if value} for row in rows if None not in row.values()]
+        """See `read_metrics`."""
+        return read_metrics(self.folder)
 
     def open_metrics(self, step: int, names: list[str]) -> Metrics:
         """Open for appending, rows beyond ``step`` (of steps that were lost) cut off."""

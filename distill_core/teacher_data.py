@@ -16,6 +16,7 @@ from .denoiser import Denoiser
 from .encoders import TextEncoders
 from .images import Size
 from .sampling import sample, timesteps
+from .schedule import NoiseSchedule
 from .storage import ignore
 from .teachers import Load
 
@@ -43,11 +44,11 @@ class Making:
         if min(self.num_steps, self.num_per_prompt) < 1:
             raise ValueError("a teacher needs at least one sampler step and one picture for each prompt")
 
-    def kept(self, denoiser: Denoiser | None) -> Tensor | None:
+    def kept(self, schedule: NoiseSchedule) -> Tensor | None:
         """Timesteps of the states that are kept, evenly from the sampler's, (K,)."""
         if not self.num_states:
             return None
-        steps = timesteps(denoiser.schedule, self.num_steps)
+        steps = timesteps(schedule, self.num_steps)
         return steps[torch.arange(self.num_states) * self.num_steps // self.num_states]
 
 
@@ -55,7 +56,7 @@ def make_latents(
     teacher: Denoiser, captions: Sequence[Caption], null: Caption, noise: Tensor, making: Making
 ) -> tuple[Tensor, Tensor | None]:
     """Latents (B, C, H, W) the teacher draws for captions from noise, and states (B, K, C, H, W) on the way."""
-    kept, states = making.kept(teacher), []
+    kept, states = making.kept(teacher.schedule), []
     context, label, null = conditions(captions, null, making.size)
     latents = sample(
         teacher,
@@ -78,6 +79,7 @@ def make_dataset(
     making: Making,
     folder: Path | str,
     *,
+    schedule: NoiseSchedule,
     batch_size: int = 8,
     dtype: str = "fp16",
     on_caption: Callable[[int, int], None] = ignore,
@@ -85,9 +87,10 @@ def make_dataset(
 ) -> CachedDataset:
     """Teacher-made pictures of prompts as a dataset on disk; only what is not in the folder yet is made.
 
-    Each picture depends on its prompt, its number and the seed alone, not on the others. dtype: as in `CacheWriter`. The teacher is loaded once all
-    prompts are encoded, so that it need not share memory with the encoders. ``on_caption(done, total)`` is called after each
-    batch of prompts, ``on_item(done, total)`` before the first batch of pictures and after each. If it is interrupted or
+    Each picture depends on its prompt, its number and the seed alone, not on the others. schedule: the teacher's. dtype: as in
+    `CacheWriter`. The teacher is loaded once all prompts are encoded, so that it need not share memory with the encoders, and
+    only if there is something to draw. ``on_caption(done, total)`` is called after each batch of prompts,
+    ``on_item(done, total)`` before the first batch of pictures and after each. If it is interrupted or
     killed, every batch before stays. ``ValueError`` without prompts.
     """
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
@@ -105,7 +108,7 @@ def make_dataset(
     finally:
         writer.flush()
     captions = [(prompt, texts[prompt]) for prompt in prompts]
-    return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, batch_size, on_item)
+    return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item)
 
 
 def draw_dataset(
@@ -116,6 +119,7 @@ def draw_dataset(
     making: Making,
     folder: Path | str,
     *,
+    schedule: NoiseSchedule,
     batch_size: int = 8,
     dtype: str = "fp16",
     on_item: Callable[[int, int], None] = ignore,
@@ -129,7 +133,7 @@ def draw_dataset(
             writer.add_text(texts[-1], caption)
     writer.flush()
     named = [(name, name) for name in texts[:-1]]
-    return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, batch_size, on_item)
+    return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item)
 
 
 def _drawn(
@@ -139,6 +143,7 @@ def _drawn(
     captions: Sequence[tuple[str, str]],
     null_text: str,
     making: Making,
+    schedule: NoiseSchedule,
     batch_size: int,
     on_item: Callable[[int, int], None],
 ) -> CachedDataset:
@@ -154,7 +159,7 @@ def _drawn(
         name = key("made", caption[1], number, teacher_fingerprint, *how.values(), writer.dtype)
         jobs.append((*caption, number, name))
     to_do = [job for job in jobs if not writer.has(job[-1])]
-    teacher = load_teacher() if to_do or making.num_states else None
+    teacher = load_teacher() if to_do else None
     height, width = making.size
     on_item(len(jobs) - len(to_do), len(jobs))
     for start in range(0, len(to_do), batch_size):
@@ -167,4 +172,4 @@ def _drawn(
         writer.flush()
         on_item(len(jobs) - len(to_do) + start + len(part), len(jobs))
     sizes = (height, width, 0, 0, height, width) if null.pooled is not None else None
-    return writer.finish([Entry(name, text, sizes) for _, text, _, name in jobs], null_text, making.kept(teacher))
+    return writer.finish([Entry(name, text, sizes) for _, text, _, name in jobs], null_text, making.kept(schedule))

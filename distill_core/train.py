@@ -167,6 +167,7 @@ class Training:
             finally:
                 self.optimizer.zero_grad()
                 self._theirs.clear()
+                self._put_on(None)
                 network.eval().requires_grad_(False)
 
     def _points(self, teacher: Denoiser) -> dict[str, str]:
@@ -259,9 +260,8 @@ class Training:
         student, device = self.student, self.student.device
         x0, eps, x_t, t, context = (tensor.to(device, non_blocking=True) for tensor in batch[:5])
         kind, coefficients = prediction(student.prediction), student.schedule.at(batch.t, x0)
-        scale = self.recipe.guidance
-        if batch.scale is not None:
-            self.trained.strengths, scale = (batch.scale - 1) / (scale - 1), batch.scale
+        scale = self.recipe.guidance if batch.scale is None else batch.scale
+        self._put_on(None if batch.scale is None else (batch.scale - 1) / (self.recipe.guidance - 1))
         from_teacher = self._teach(step, x_t, t, context, batch.label, scale) if self.aim.uses_teacher else None
         with self.autocast:
             context = context.to(student.dtype)
@@ -341,8 +341,7 @@ class Training:
     def given_out(self) -> Iterator[None]:
         """While open, the network has the weights the run gives out, and is as networks are for use."""
         network = self.student.network.eval()
-        if self.recipe.guidance_min is not None:
-            self.trained.strengths = None
+        self._put_on(None)
         with self.optimizer.given_out():
             own = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
             self._put(self.average.weights if self.average else {})
@@ -351,6 +350,11 @@ class Training:
             finally:
                 self._put(own)
                 network.train()
+
+    def _put_on(self, strengths: Tensor | None) -> None:
+        """How much of the LoRA each example of a batch has, where a range of scales is learnt; None for all of it."""
+        if self.recipe.guidance_min is not None:
+            self.trained.strengths = strengths
 
     @torch.no_grad()
     def _put(self, weights: Mapping[str, Tensor]) -> None:

@@ -55,4 +55,5 @@ def trained(student: Denoiser, recipe: Recipe, plan: PruningPlan | None) -> Trai
         return WholeUNet(student, plan)
     from .adapter import Lora
 
-    return Lora(student, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets, seed=recipe.seed)
+    options = {"alpha": recipe.lora_alpha, "dora": recipe.lora_dora, "targets": recipe.lora_targets, "seed": recipe.seed}
+    return Lora(student, rank=recipe.lora_rank, **options)

@@ -52,7 +52,7 @@ class RemapLoRAToStudent(io.ComfyNode):
                 io.Clip.Output(
                     display_name="clip", tooltip="The text encoder with its part of the LoRA; as it came if it has none."
                 ),
-                io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The remapped LoRA, for Save LoRA."),
+                io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The remapped LoRA, for Save LoRA Weights."),
                 io.String.Output(display_name="summary", tooltip="How many layers fit, and how many were left out."),
             ],
             hidden=[io.Hidden.unique_id],

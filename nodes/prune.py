@@ -9,6 +9,7 @@ from ..distill_core.analyse import CRITERIA, MEASURES, Planner, examples, output
 from ..distill_core.plan import preset, preset_names
 from ..distill_core.plan_text import EXAMPLE, read_plan, write_plan
 from . import bridge
+from .inputs import seed_input
 
 
 class PruneUNetBlocks(io.ComfyNode):
@@ -119,15 +120,7 @@ class AnalyseUNetBlocks(io.ComfyNode):
                     advanced=True,
                     tooltip="Pictures the error is averaged over. More takes longer, and more memory.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    advanced=True,
-                    tooltip="Decides which pictures are taken, and the noise.",
-                ),
+                seed_input("Decides which pictures are taken, and the noise.", advanced=True),
             ],
             outputs=[
                 io.String.Output(display_name="plan", tooltip="The plan as one line of text, for Prune UNet Blocks."),

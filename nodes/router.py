@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..distill_core import plots
 from ..distill_core.ranges import Boundary, read_boundaries
 from ..distill_core.students import MANIFEST, Students
 from . import bridge
+from .inputs import sampler_inputs
 
 MAX_MODELS = 8
 FOLDER = "students folder"
@@ -141,18 +141,7 @@ class TimestepRouterSampler(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="What is denoised: an empty latent, or a picture for image to image."),
                 _split(_students_folder()),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Decides the noise."),
-                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Steps of the sampler."),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Strength of the guidance by the prompt.",
-                ),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="How the noise is taken off."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the steps are spread."),
+                *sampler_inputs(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,

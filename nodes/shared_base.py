@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from comfy_api.latest import io, ui
 
-from ..distill_core.adapter import AnsweringWith
+from ..distill_core.adapter import WithoutLora
 from ..distill_core.dataset import Dataset
 from ..distill_core.recipe import Recipe
 from ..distill_core.run import Run
@@ -15,20 +15,10 @@ from ..distill_core.teacher_data import Making
 from ..distill_core.teachers import Teachers
 from ..distill_core.train import distill
 from . import bridge
+from .inputs import SEED_OF_TRAINING, keeping_inputs, pace_inputs, run_inputs, run_outputs, seed_input, size_inputs
 from .recipe import RecipeSettings
-from .teacher_data import DrawingProgress, size_inputs
-from .train import (
-    Watch,
-    keeping_inputs,
-    last_step,
-    pace_inputs,
-    run_inputs,
-    run_outputs,
-    seed_input,
-    show_run,
-    tell_memory,
-    title,
-)
+from .teacher_data import DrawingProgress
+from .train import Watch, last_step, show_run, tell_memory
 
 LORA_SETTINGS = ("rank", "alpha", "layers")
 DATA_SETTINGS = ("width", "height", "images_per_caption", "sampler_steps", "trajectory_states")
@@ -76,7 +66,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. 16 to 64 is usual; higher learns more and "
                              "makes a larger file."),
                 *pace_inputs("0.0001 for Stable Diffusion, 0.002 for the demo.", default=1e-4),
-                seed_input(),
+                seed_input(SEED_OF_TRAINING),
                 *size_inputs(),
                 # seldom changed
                 io.Int.Input("images_per_caption", default=1, min=1, max=10_000, advanced=True, tooltip="Pictures drawn of each "
@@ -93,9 +83,12 @@ class SharedBaseLoRA(io.ComfyNode):
                 io.String.Input("layers", default="*attn*", advanced=True, tooltip="Patterns of the layers the LoRA sits on, with "
                                 "commas between: *attn* for attention, * for all, mid.* for the mid block."),
                 *keeping_inputs(),
+                # Later than the first release: last and optional, so that graphs saved without it still run.
+                io.Boolean.Input("dora", default=False, optional=True, advanced=True, tooltip="Train a DoRA: a LoRA that also learns "
+                                 "how much each input of a layer counts. Slower, and takes more memory. Not with guidance_min."),
             ],
             outputs=[
-                io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The LoRA as trained so far, for Save LoRA and "
+                io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The LoRA as trained so far, for Save LoRA Weights and "
                                                "Load LoRA Model."),
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA: sample at cfg 1. Save Checkpoint merges it."),
                 *run_outputs(),
@@ -159,6 +152,7 @@ class SharedBaseLoRA(io.ComfyNode):
 def _of_lora(settings: dict) -> dict:
     """This node's settings as a recipe's."""
     rank, alpha, layers = (settings.pop(name) for name in LORA_SETTINGS)
+    dora = settings.pop("dora", False)
     return settings | {
         "objective": "guidance",
         **dict.fromkeys(("task_weight", "output_weight", "feature_weight")),  # the objective's own
@@ -166,6 +160,7 @@ def _of_lora(settings: dict) -> dict:
         "guidance_min": settings["guidance_min"] or None,
         "lora_rank": rank,
         "lora_alpha": alpha or None,
+        "lora_dora": dora,
         "lora_targets": tuple(pattern.strip() for pattern in layers.split(",") if pattern.strip()) or ("*",),
     }
 
@@ -192,13 +187,13 @@ def _drawn(model, captions, null_caption, recipe: Recipe, settings: dict, folder
 def _train(run: Run, model, teacher, data: Dataset, vae, num_steps: int, node_id: str) -> None:
     last = min(run.recipe.total_steps, run.step + num_steps)
     previews = bridge.previews(data, vae, model) if run.recipe.sample_every_steps else None
-    watch = Watch(run.metrics(), title(run), run.step, last, node_id, previews)
+    watch = Watch(run.folder.name, run.step, last, node_id, previews)
     if told := bridge.forecast_shared_base(model, teacher, data, run.recipe):
         tell_memory(told, bridge.free_bytes(model), node_id)
     with contextlib.ExitStack() as stack:
         stack.callback(bridge.release_memory)
         base = stack.enter_context(bridge.opened_base(model))
-        load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else partial(AnsweringWith, base, None)
+        load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else partial(WithoutLora, base)
         stack.enter_context(bridge.with_gradients(base))
         distill(
             run,

@@ -8,12 +8,14 @@ from comfy_api.latest import io, ui
 
 from ..distill_core import plots
 from ..distill_core.files import open_unet
+from ..distill_core.live import metrics_of
 from ..distill_core.one_to_many import MEASURED, OneToMany, Start, StudentsSettings
 from ..distill_core.ranges import SPLITS, read_boundaries
 from ..distill_core.recipe import Recipe
 from ..distill_core.students import MANIFEST, Students
 from . import bridge
-from .train import Watch, data_inputs, learning_inputs, log, tell_memory
+from .inputs import data_inputs, learning_inputs
+from .train import Watch, log, tell_memory
 
 _default = StudentsSettings()
 MAX_STUDENTS = 8
@@ -145,20 +147,20 @@ class TrainTimestepStudents(io.ComfyNode):
                 tell_memory(told, bridge.free_bytes(student), node_id)
                 _train(training, run_name[0], steps_per_queue[0], node_id)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
-        curve = bridge.to_image(plots.loss_curve(_metrics(training), run_name[0]))
+        curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
         folder = str(training.folder / "students") if training.complete else ""
         state = "complete" if training.complete else "queue again to go on"
         bridge.show_text(f"step {training.step} of {training.total_steps}: {state}\n{ranges}", node_id)
         return io.NodeOutput(_routed(training, student), folder, ranges, curve, training.step, ui=ui.PreviewImage(curve, cls=cls))
 
 
-def _train(training: OneToMany, title: str, num_steps: int, node_id: str) -> None:
+def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str) -> None:
     last = min(training.total_steps, training.step + num_steps)
-    watch = Watch(_metrics(training), title, training.step, last, node_id)
+    watch = Watch(run_name, training.step, last, node_id)
 
     def on_stage(stage: str) -> None:
         bridge.release_memory()  # of the stage before
-        watch.stage = f"{_words(training, stage)}: "
+        watch.stage = _words(training, stage)
 
     try:
         training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage)
@@ -173,16 +175,6 @@ def _words(training: OneToMany, stage: str) -> str:
     number = int(stage.removeprefix("range_"))
     held = training.ranges.timesteps(number)
     return f"range {number}, timesteps {held[0]} to {held[-1]}"
-
-
-def _metrics(training: OneToMany) -> list[dict[str, float]]:
-    """What was measured in all stages, one after another."""
-    rows = []
-    for stage in training.stages:
-        done = int(rows[-1]["step"]) if rows else 0
-        if training.steps_of(stage):
-            rows += [{**row, "step": done + row["step"]} for row in training.run(stage).metrics()]
-    return rows
 
 
 def _routed(training: OneToMany, student):

@@ -7,22 +7,7 @@ from comfy_api.latest import io
 
 from ..distill_core.teacher_data import Making
 from . import bridge
-
-
-def size_inputs() -> list[io.Input]:
-    """Width and height of the pictures a teacher draws."""
-    return [
-        io.Int.Input(
-            "width",
-            default=512,
-            min=64,
-            max=4096,
-            step=8,
-            tooltip="Width in pixels: what the teacher was trained at. 512 for SD1.x, 768 or 512 for SD2, 1024 for SDXL, "
-            "64 for the demo.",
-        ),
-        io.Int.Input("height", default=512, min=64, max=4096, step=8, tooltip="Height in pixels, as width."),
-    ]
+from .inputs import seed_input, size_inputs
 
 
 class TeacherDataset(io.ComfyNode):
@@ -73,14 +58,7 @@ class TeacherDataset(io.ComfyNode):
                     round=0.01,
                     tooltip="cfg the teacher draws with: 7.5 for Stable Diffusion, 2 for the demo. 1 is off, and twice as fast.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    tooltip="Decides the noise. The same seed gives the same pictures.",
-                ),
+                seed_input("Decides the noise. The same seed gives the same pictures."),
                 io.Int.Input(
                     "trajectory_states",
                     default=0,

@@ -50,7 +50,7 @@ def quiet_environment() -> dict[str, str]:
 class Server:
     """A ComfyUI server on a base folder of its own; use as a context manager."""
 
-    def __init__(self, comfyui: Path, python: str, base: Path):
+    def __init__(self, comfyui: Path, python: str, base: Path, *options: str):
         self.base, self.output = base, base / "output"
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / "distill-nodes").symlink_to(ROOT, target_is_directory=True)
@@ -59,7 +59,7 @@ class Server:
             self.port = free.getsockname()[1]
         command = [python, "main.py", "--cpu", "--disable-api-nodes", "--listen", "127.0.0.1", "--port", str(self.port),
                    "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
-                   "--cache-ram", "0.1"]  # fmt: skip  # GB: what tests beside it need is no reason to forget
+                   "--cache-ram", "0.1", *options]  # fmt: skip  # GB: what tests beside it need is no reason to forget
         self.log = base / "server.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=log, env=quiet_environment())

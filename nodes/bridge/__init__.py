@@ -1,20 +1,24 @@
 """The one package that knows both ComfyUI (MODEL, CLIP, VAE, LATENT, CONDITIONING) and distill_core."""
 
 from .build import demo_teacher, load_student, make_student, prune_model
+from .compare import Drawing, compare_models, picture_features, text_features
 from .data import calibration, dataset, make_data, previews, told_captions
 from .demo import DigitsVAE, demo_clip, demo_data
 from .interface import (
     data_folder,
-    describe_progress,
     duration,
     file_in,
+    losses_of,
+    losses_written,
     newest_step,
-    open_image,
     output_path,
+    pictures_of,
     run_folder,
+    serve_runs,
     show_text,
     students_folder,
     students_folders,
+    tell_chart,
     throw_if_cancelled,
     to_image,
 )
@@ -27,28 +31,30 @@ from .model import (
     plan_between,
     plan_of,
     prediction_of,
+    sampling_words,
     schedule_of,
     state_dict_of,
     vae_and_text_encoders,
     with_lora,
 )
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
-from .shared_base import draw_latents, forecast_shared_base, opened_base, sampling_words, shared_base, with_gradients
+from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
 from .students import load_students, route_students, with_lora_file
-from .training import denoiser, forecast_memory, free_bytes, release_memory, trainable
+from .training import denoiser, forecast_memory, free_bytes, memory_in_use, release_memory, trainable
 
 __all__ = [
     "DigitsVAE",
+    "Drawing",
     "architecture_of",
     "boundary_sigmas",
     "calibration",
+    "compare_models",
     "data_folder",
     "dataset",
     "demo_clip",
     "demo_data",
     "demo_teacher",
     "denoiser",
-    "describe_progress",
     "describe_route",
     "draw_latents",
     "duration",
@@ -58,16 +64,20 @@ __all__ = [
     "free_bytes",
     "load_student",
     "load_students",
+    "losses_of",
+    "losses_written",
     "make_data",
     "make_student",
     "mapping_between",
     "markers_of",
+    "memory_in_use",
     "model_fingerprint",
     "newest_step",
-    "open_image",
     "opened_base",
     "origin_of",
     "output_path",
+    "picture_features",
+    "pictures_of",
     "plan_between",
     "plan_of",
     "prediction_of",
@@ -80,6 +90,7 @@ __all__ = [
     "sample_routed",
     "sampling_words",
     "schedule_of",
+    "serve_runs",
     "share_boundaries",
     "shared_base",
     "show_text",
@@ -87,6 +98,8 @@ __all__ = [
     "state_dict_of",
     "students_folder",
     "students_folders",
+    "tell_chart",
+    "text_features",
     "throw_if_cancelled",
     "to_image",
     "told_captions",

@@ -20,7 +20,8 @@ from ...distill_core.previews import Previews
 from ...distill_core.storage import fingerprint
 from ...distill_core.teacher_data import Making, make_dataset
 from .demo import is_demo
-from .model import architecture_of, model_fingerprint, prediction_of, unet_of
+from .interface import pictures_of
+from .model import model_fingerprint, sampling_words, schedule_of, unet_of
 from .training import denoiser
 
 STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
@@ -75,10 +76,10 @@ def previews(data: LatentDataset, vae: comfy.sd.VAE | None, model: ModelPatcher)
     captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
 
     def decode(latents: Tensor) -> Tensor:
-        pictures = vae.decode(model.model.process_latent_out(latents))
-        return pictures[..., :3].permute(0, 3, 1, 2) * 2 - 1
+        return pictures_of(vae.decode(model.model.process_latent_out(latents)))
 
-    is_small = _reads(model).context_width is not None and is_demo(architecture_of(model))
+    unet = unet_of(model)
+    is_small = unet is not None and is_demo(unet)
     return Previews(
         captions=captions,
         null=data.null,
@@ -199,7 +200,7 @@ class ClipEncoders:
     """The text encoders of a CLIP, with the LoRA and the clip skip that are on it."""
 
     def __init__(self, clip: comfy.sd.CLIP, reads: _Reads):
-        self._clip, self._reads = clip, reads
+        self._clip, self.reads = clip, reads
         with torch.inference_mode():
             patcher = clip.load_model()
             weights = {name: weight.to("cpu").detach() for name, weight in patcher.model_state_dict_for_saving().items()}
@@ -207,7 +208,7 @@ class ClipEncoders:
 
     def captions(self, captions: list[str]) -> list[Caption]:
         encoded = [self._clip.encode_from_tokens_scheduled(self._clip.tokenize(caption)) for caption in captions]
-        return [Caption(told.context, told.pooled) for told in _told(encoded, self._reads)]
+        return [Caption(told.context, told.pooled) for told in _told(encoded, self.reads)]
 
 
 def make_data(
@@ -224,16 +225,16 @@ def make_data(
 
     What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
     """
-    architecture, sampling = architecture_of(teacher), teacher.get_model_object("model_sampling")
     encoders = ClipEncoders(clip, _reads(teacher))
     height, width = (side // 8 for side in making.size)
     data = make_dataset(
-        partial(denoiser, teacher, batch_shape=(2 * batch_size, architecture.channels("conv_in")[0], height, width)),
-        f"{model_fingerprint(teacher)} {prediction_of(teacher)} {fingerprint({'sigmas': sampling.sigmas})}",
+        partial(denoiser, teacher, batch_shape=(2 * batch_size, encoders.reads.channels, height, width)),
+        f"{model_fingerprint(teacher)} {sampling_words(teacher)}",
         encoders,
         prompts,
         making,
         folder,
+        schedule=schedule_of(teacher),
         batch_size=batch_size,
         dtype=STORED,
         on_caption=on_caption,

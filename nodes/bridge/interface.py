@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import folder_paths
 import torch
 from torch import Tensor
 
-from ...distill_core.run import checkpoints_in
+from ...distill_core import live
+from ...distill_core.run import METRICS, checkpoints_in
 from ...distill_core.storage import WriteError
 from ...distill_core.students import MANIFEST
-from ...distill_core.train import Progress
+
+RUNS_ROUTE = "/distill/runs/{name}"
 
 
 def run_folder(name: str) -> Path:
@@ -34,6 +38,23 @@ def _output_folder(inside: str, name: str, setting: str) -> Path:
     if reserved or not re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", name) or not folder_paths.is_within_directory(root, folder):
         raise ValueError(f"{setting} {name!r} must be a plain name of letters, digits, spaces, dots, dashes and underscores")
     return Path(folder)
+
+
+def losses_of(run_name: str) -> dict[str, list[dict[str, float]]]:
+    """What a run wrote down of every step, by its stages where it has several; ``ValueError`` for a run that wrote nothing."""
+    found = live.metrics_by_stage(run_folder(run_name))
+    if not found:
+        raise ValueError(f"run_name {run_name!r}: there is no run of that name with losses; leave it empty, or name another")
+    return found
+
+
+def losses_written(run_name: str) -> list[int]:
+    """When a run wrote its losses; nothing for a run that has none, or a name that is none."""
+    try:
+        folder = run_folder(run_name)
+    except ValueError:  # execute will say what is wrong with the name
+        return []
+    return [path.stat().st_mtime_ns for path in sorted(folder.rglob(METRICS))]
 
 
 def newest_step(run_name: str) -> int:
@@ -98,16 +119,49 @@ def show_text(text: str, node_id: str) -> None:
     PromptServer.instance.send_progress_text(text, node_id)
 
 
+def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> None:
+    """How far a training is, for the charts of every page that is open; sample: the picture it has drawn last."""
+    from server import PromptServer
+
+    message = message | {"node": node_id, "sample": _picture(sample)}
+    PromptServer.instance.send_sync("distill.progress", message)
+
+
+def serve_runs() -> None:
+    """Answer ``GET /distill/runs/NAME`` with what a chart shows of a run: 204 where there is none yet, 404 for what is no name."""
+    from aiohttp import web
+    from server import PromptServer
+
+    routes = getattr(PromptServer, "instance", None) and PromptServer.instance.routes
+    if routes is None or any(getattr(route, "path", None) == RUNS_ROUTE for route in routes):
+        return
+
+    @routes.get(RUNS_ROUTE)
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            folder = run_folder(request.match_info["name"])
+        except ValueError:
+            raise web.HTTPNotFound from None
+        history = await asyncio.to_thread(live.history, folder)
+        if history is None:
+            return web.Response(status=204)
+        message = history | {"sample": _picture(live.newest_sample(folder))}
+        return web.json_response(message, headers={"Cache-Control": "no-store"})
+
+
+def _picture(path: Path | None) -> dict[str, Any] | None:
+    """What ComfyUI's ``/view`` has to be asked for a picture in the output folder; ``version`` changes with what is in it."""
+    if path is None:
+        return None
+    place = path.relative_to(folder_paths.get_output_directory())
+    picture = {"filename": place.name, "subfolder": place.parent.as_posix(), "type": "output"}
+    return picture | {"version": path.stat().st_mtime_ns // 1_000_000}
+
+
 def duration(seconds: float) -> str:
     """``2 min 10 s``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def describe_progress(progress: Progress, last_step: int) -> str:
-    """``step 120 of 500, loss 0.031, 2 min 10 s left``."""
-    left = duration((last_step - progress.step) * progress.seconds_per_step)
-    return f"step {progress.step} of {progress.total_steps}, loss {progress.losses['total']:.4f}, {left} left"
 
 
 def to_image(picture) -> Tensor:
@@ -117,7 +171,11 @@ def to_image(picture) -> Tensor:
     return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
 
 
-def open_image(path: Path):
-    from PIL import Image
+def to_images(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as an IMAGE."""
+    return (pictures.float().movedim(1, -1) + 1).clamp(0, 2) / 2
 
-    return Image.open(path).convert("RGB")
+
+def pictures_of(image: Tensor) -> Tensor:
+    """An IMAGE as pictures (B, 3, H, W) in [-1, 1]."""
+    return image[..., :3].movedim(-1, 1) * 2 - 1

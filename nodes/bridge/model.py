@@ -26,6 +26,9 @@ TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
 ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
 LDM = layout("ldm")
 PREDICTIONS = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: "x0", comfy.model_sampling.EPS: "eps"}
+UNKNOWN = (comfy.model_sampling.EDM, comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
+"""Ways to predict that are built on those known here, and differ from them."""
+FLOW = "flow"
 
 
 def architecture_of(model: ModelPatcher) -> Architecture:
@@ -59,7 +62,7 @@ def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
         # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
         comfy.model_management.load_models_gpu([model])
         weights = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
-        names = LDM.to_canonical(weights) if unet_of(model) else dict(zip(weights, weights, strict=True))
+        names = LDM.to_canonical(weights) if unet_of(model) else {name: name for name in weights}
         return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
 
 
@@ -117,7 +120,8 @@ def prediction_of(model: ModelPatcher) -> str:
             "patch that changed it (LCM)"
         )
     for base, name in PREDICTIONS.items():
-        if isinstance(sampling, base) and isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+        if isinstance(sampling, base) and discrete and not isinstance(sampling, UNKNOWN):
             return name
     raise ValueError(
         f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be distilled here; "
@@ -125,8 +129,25 @@ def prediction_of(model: ModelPatcher) -> str:
     )
 
 
+def prediction_or_flow(model: ModelPatcher) -> str:
+    """The same, and flows."""
+    sampling = model.get_model_object("model_sampling")
+    flows = isinstance(sampling, comfy.model_sampling.CONST) and hasattr(sampling, "sigmas")
+    return FLOW if flows and not isinstance(sampling, UNKNOWN) else prediction_of(model)
+
+
 def schedule_of(model: ModelPatcher) -> NoiseSchedule:
-    return from_noise_ratio(model.get_model_object("model_sampling").sigmas)
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.CONST):
+        return from_noise_ratio(sampling.sigmas)
+    sigmas = sampling.sigmas.detach().cpu().double().clone()
+    sigmas[-1] = (sigmas[-2] + 1) / 2  # pure noise has no ratio of noise to data
+    return NoiseSchedule(1 - sigmas, sigmas)
+
+
+def sampling_words(model: ModelPatcher) -> str:
+    """Tells how a MODEL samples from how others do."""
+    return f"{prediction_or_flow(model)} {fingerprint({'sigmas': model.get_model_object('model_sampling').sigmas})}"
 
 
 def markers_of(model: ModelPatcher) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_sampling
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
@@ -23,15 +23,11 @@ from ...distill_core.dataset import Caption, Dataset
 from ...distill_core.denoiser import Denoiser, Label
 from ...distill_core.memory import Forecast
 from ...distill_core.recipe import Recipe
-from ...distill_core.schedule import NoiseSchedule
 from ...distill_core.teacher_data import Making, draw_dataset
-from .model import PREDICTIONS, model_fingerprint, schedule_of, unet_of
-from .training import forecast_memory
+from .model import FLOW, model_fingerprint, prediction_or_flow, sampling_words, schedule_of, unet_of
+from .training import PLAIN_ATTENTION, forecast_memory
 
-FLOW = "flow"
 EVERYTHING = 1e20  # bytes: more than there are, so that ComfyUI unloads all else
-OTHERS = (comfy.model_sampling.EDM, comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
-"""Ways to predict that are built on those known here and differ from them."""
 
 
 @dataclass(kw_only=True)
@@ -49,17 +45,16 @@ class ModelDenoiser(Denoiser):
         flows = self.prediction == FLOW
         sigma = now.sigma if flows else now.sigma / now.alpha
         shown = x_t.float() if flows else x_t.float() / now.alpha
-        # Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another.
-        options = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
-        return self.shell.apply_model(shown, sigma.flatten(), transformer_options=options, **self._asked(x_t, context, label))
+        asked = self._asked(x_t, context, label)
+        return self.shell.apply_model(shown, sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked)
 
     def _asked(self, x_t: Tensor, context: Tensor, label: Label | None) -> dict[str, Tensor]:
         """What the family makes of captions."""
+        if self.architecture is not None and label is not None:  # SDXL, each example with sizes of its own
+            return {"c_crossattn": context, "y": label.vector()}
         told = {"cross_attn": context, "noise": x_t, "device": x_t.device}
         if label is not None:
             told["pooled_output"] = label.pooled
-        if self.architecture is not None and label is not None:  # SDXL, each example with sizes of its own
-            return {"c_crossattn": context, "y": label.vector()}
         try:
             conditions = self.shell.extra_conds(**told)
         except KeyError as error:
@@ -87,7 +82,9 @@ class ModelDenoiser(Denoiser):
     @property
     def inner_blocks(self) -> list[str]:
         # Blocks of Flux and others write over what they are given: computed again they would answer otherwise.
-        raise ValueError("gradient_checkpointing is for UNets alone; set it to false in the recipe")
+        if not isinstance(self.network, MMDiT):
+            raise ValueError("gradient_checkpointing is for UNets and SD3 alone; set it to false in the recipe")
+        return [f"joint_blocks.{number}" for number in range(len(self.network.joint_blocks))]
 
     @property
     def latent_channels(self) -> int:
@@ -110,7 +107,7 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
     All else is unloaded to make room. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained so.
     """
     architecture = unet_of(model)
-    kind, delegate_of = _trainable_prediction(model, architecture), None
+    prediction, delegate_of = _trainable_prediction(model, architecture), None
     if model.is_dynamic():
         model, delegate_of = model.get_non_dynamic_delegate(), model
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
@@ -123,8 +120,8 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
     return (UNetDenoiser if architecture else ModelDenoiser)(
         network=shell.diffusion_model,
         architecture=architecture,
-        schedule=_flow_of(sampling) if kind == FLOW else schedule_of(model),
-        prediction=kind,
+        schedule=schedule_of(model),
+        prediction=prediction,
         shell=shell,
         patcher=model,
         delegate_of=delegate_of,
@@ -133,19 +130,14 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
 
 def _trainable_prediction(model: ModelPatcher, architecture: Architecture | None) -> str:
     """What a MODEL's network predicts; ``ValueError`` where it could not be trained."""
-    sampling, form = model.get_model_object("model_sampling"), model.model.latent_format
-    kinds = PREDICTIONS | {comfy.model_sampling.CONST: FLOW}
-    kind = next((name for base, name in kinds.items() if isinstance(sampling, base)), None)
-    scaled = kind != FLOW and getattr(sampling, "sigma_data", 1.0) != 1.0
-    if kind is None or isinstance(sampling, OTHERS) or scaled or not hasattr(sampling, "sigmas"):
-        raise ValueError(f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be trained here")
+    prediction, form = prediction_or_flow(model), model.model.latent_format
     if form.latent_dimensions != 2:
         raise ValueError(f"this MODEL ({type(model.model).__name__}) is none of pictures, which alone are trained here")
     if architecture and architecture.channels("conv_in")[0] != form.latent_channels:
         raise ValueError("this MODEL reads more than a latent: inpainting and editing models are not trained here")
     if model.injections:
         raise ValueError("a LoRA is on this MODEL in bypass mode, which training cannot see; load it without bypass")
-    return kind
+    return prediction
 
 
 @contextlib.contextmanager
@@ -158,12 +150,6 @@ def opened_base(model: ModelPatcher) -> Iterator[ModelDenoiser]:
         if base.delegate_of is not None:
             base.patcher.detach()
             base.delegate_of.non_dynamic_delegate_model = None
-
-
-def sampling_words(model: ModelPatcher) -> str:
-    """Tells how a MODEL samples from how others do."""
-    sampling = model.get_model_object("model_sampling")
-    return f"{type(sampling).__bases__[-1].__name__} {sampling.sigmas.double().sum().item()!r}"
 
 
 @contextlib.contextmanager
@@ -198,7 +184,8 @@ def draw_latents(
     told = f"{model_fingerprint(model)} {sampling_words(model)}"
     with contextlib.ExitStack() as stack:
         load = partial(stack.enter_context, opened_base(model))
-        return draw_dataset(load, told, captions, null, making, folder, batch_size=batch_size, on_item=on_item)
+        options = {"schedule": schedule_of(model), "batch_size": batch_size, "on_item": on_item}
+        return draw_dataset(load, told, captions, null, making, folder, **options)
 
 
 def forecast_shared_base(model: ModelPatcher, teacher: ModelPatcher | None, data: Dataset, recipe: Recipe) -> Forecast | None:
@@ -206,12 +193,6 @@ def forecast_shared_base(model: ModelPatcher, teacher: ModelPatcher | None, data
     if teacher is not None or unet_of(model) is None:
         return None
     return forecast_memory([model], model, None, data, recipe, shares_base=True)
-
-
-def _flow_of(sampling: nn.Module) -> NoiseSchedule:
-    sigmas = sampling.sigmas.detach().cpu().double().clone()
-    sigmas[-1] = (sigmas[-2] + 1) / 2  # pure noise has no ratio of noise to data
-    return NoiseSchedule(1 - sigmas, sigmas)
 
 
 def twin(module: nn.Module, seen: dict[int, nn.Module] | None = None) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import comfy.model_management
+import psutil
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
@@ -19,6 +20,9 @@ from ...distill_core.recipe import DTYPES, Recipe
 from .build import build_model
 from .model import architecture_of, prediction_of, schedule_of, state_dict_of
 
+PLAIN_ATTENTION = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
+"""Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another."""
+
 
 class ComfyDenoiser(LdmDenoiser):
     """The UNet inside a MODEL, on the device and in the precision ComfyUI runs it."""
@@ -31,10 +35,8 @@ class ComfyDenoiser(LdmDenoiser):
         # ComfyUI may have unloaded it since, or given it the patches of another MODEL that shares it.
         if self.room_bytes is not None and self.patcher.model.current_weight_patches_uuid != self.patcher.patches_uuid:
             self.load()
-        # Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another.
-        options = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
         y = None if label is None else label.vector()
-        return self.running(x_t, timesteps=t.float(), context=context, y=y, transformer_options=options)
+        return self.running(x_t, timesteps=t.float(), context=context, y=y, transformer_options=dict(PLAIN_ATTENTION))
 
     def load(self) -> None:
         """Load the network to its device, with the MODEL's patches."""
@@ -47,6 +49,8 @@ class ComfyDenoiser(LdmDenoiser):
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.room_bytes is None:  # training may have changed what its weights are kept in
+            return next(self.network.parameters()).dtype
         return self.patcher.model.get_dtype_inference()
 
 
@@ -136,6 +140,15 @@ def free_bytes(model: ModelPatcher) -> int:
     if comfy.model_management.is_device_cpu(device):  # where unloaded they stay
         return free
     return free + sum(entry.model_loaded_memory() for entry in loaded if entry.model is not None and entry.device == device)
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Bytes in use of the device that trains, and all it has; on a CPU those of this process."""
+    device = comfy.model_management.get_torch_device()
+    if comfy.model_management.is_device_cpu(device):
+        return psutil.Process().memory_info().rss, psutil.virtual_memory().total
+    total = comfy.model_management.get_total_memory(device)
+    return total - comfy.model_management.get_free_memory(device), total
 
 
 def release_memory() -> None:

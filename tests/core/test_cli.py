@@ -86,7 +86,21 @@ def test_remap_lora_tells_what_fits(as_json, teacher, tmp_path, capsys):
     assert list(load_file(tmp_path / "out.safetensors")) == ["lora_unet_up_blocks_1_attentions_1_proj_in.lora_up.weight"]
 
 
-@pytest.mark.parametrize("command", ["", "quickstart", "presets", "inspect", "prune", "remap-lora"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_convert_lora_tells_what_it_wrote(as_json, teacher, tmp_path, capsys):
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{layer}.lora_up.weight": torch.ones(64, 2), f"{layer}.lora_down.weight": torch.ones(2, 64)}
+    save_file({**tensors, f"{layer}.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+    arguments = ["convert-lora", str(tmp_path / "lora.safetensors"), str(tmp_path / "out.safetensors"), "--model", str(teacher)]
+    assert main([*arguments, *(["--json"] if as_json else [])]) == 0
+    told = capsys.readouterr().out
+    assert json.loads(told)["num_layers"] == 1 if as_json else "1 layer, " in told
+    written = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(written["unet.mid_block.attentions.0.proj_in.lora_B.weight"], torch.full((64, 2, 1, 1), 0.5))
+    assert main(arguments) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "quickstart", "presets", "inspect", "prune", "remap-lora", "convert-lora", "compare"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])

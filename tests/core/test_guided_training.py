@@ -19,7 +19,7 @@ from distill_core.train import Training, distill
 from .test_adapter import copied, filled
 
 pytest.importorskip("peft")
-from distill_core.adapter import AnsweringWith, Lora, attach  # noqa: E402
+from distill_core.adapter import Lora, WithoutLora, attach  # noqa: E402
 
 RECIPE = Recipe(objective="guidance", guidance=3.0, caption_dropout=0.0, total_steps=6, batch_size=4, learning_rate=1e-2,
                 lora_rank=4, save_every_steps=100)  # fmt: skip
@@ -28,7 +28,7 @@ RECIPE = Recipe(objective="guidance", guidance=3.0, caption_dropout=0.0, total_s
 def train(folder, base, data, recipe=RECIPE, teacher=None):
     """Train a LoRA on a network that is its own teacher."""
     run = Run(folder, recipe, {})
-    distill(run, student=base, teacher=teacher or AnsweringWith(base, None), plan=None, dataset=data)
+    distill(run, student=base, teacher=teacher or WithoutLora(base), plan=None, dataset=data)
     return run
 
 
@@ -43,21 +43,22 @@ def test_the_student_learns_the_guided_answer(small_teacher, small_data, tmp_pat
     assert first["total"] == first["output"] == pytest.approx((conditional - target).square().mean().item(), rel=1e-4)
 
 
-def test_the_teacher_is_the_base_before_while_and_after_it_trains(small_teacher, small_data, tmp_path, batch):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_the_teacher_is_the_base_before_while_and_after_it_trains(dora, small_teacher, small_data, tmp_path, batch):
     base = copied(small_teacher)
-    teacher, answers = AnsweringWith(base, None), []
+    teacher, answers = WithoutLora(base), []
 
     class Listening(type(teacher)):
         def __call__(self, *inputs):
             answers.append(super().__call__(*inputs))
             return answers[-1]
 
-    listening = Listening(base, None)
+    listening = Listening(base)
     weights = copy.deepcopy(base.network.state_dict())
     with torch.no_grad():
         before = small_teacher(*batch)
         assert torch.equal(teacher(*batch), before)
-    metrics = train(tmp_path / "run", base, small_data, teacher=listening).metrics()
+    metrics = train(tmp_path / "run", base, small_data, replace(RECIPE, lora_dora=dora), listening).metrics()
     with torch.no_grad():
         drawn = [draw(small_data, step, base.schedule, RECIPE.drawing) for step in range(RECIPE.total_steps)]
         for answer, (_, _, x_t, t, context, *_) in zip(answers, drawn, strict=True):
@@ -65,14 +66,19 @@ def test_the_teacher_is_the_base_before_while_and_after_it_trains(small_teacher,
             assert torch.equal(answer, small_teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([context, null])))
         assert torch.equal(teacher(*batch), before) and not torch.allclose(base(*batch), before, atol=1e-3)
     assert metrics[-1]["total"] < metrics[0]["total"]
-    now = {name.replace(".base_layer", ""): weight for name, weight in base.network.state_dict().items() if ".lora_" not in name}
+    own = {
+        name: weight
+        for name, weight in base.network.state_dict().items()
+        if not {"lora_A", "lora_B", "dora_scale"} & {*name.split(".")}
+    }
+    now = {name.replace(".base_layer", ""): weight for name, weight in own.items()}
     assert now.keys() == weights.keys() and all(torch.equal(now[name], weights[name]) for name in weights)
 
 
 def test_no_weight_is_there_twice(small_teacher, small_data, tmp_path):
     base = copied(small_teacher)
     count = sum(parameter.numel() for parameter in base.network.parameters())
-    teacher = AnsweringWith(base, None)
+    teacher = WithoutLora(base)
     train(tmp_path / "run", base, small_data, teacher=teacher)
     held = {id(p): p.numel() for denoiser in (base, teacher) for n, p in denoiser.network.named_parameters() if ".lora_" not in n}
     assert sum(held.values()) == count
@@ -87,6 +93,33 @@ def test_guidance_without_an_empty_caption_is_refused(small_teacher, small_data,
 def test_guidance_and_features_do_not_go_together():
     with pytest.raises(ValueError, match="take objective guidance"):
         Recipe(objective="bk-sdm", guidance=2.0)
+
+
+def test_a_dora_goes_on_as_if_it_had_not_been_left(small_teacher, small_data, tmp_path):
+    recipe, files = replace(RECIPE, lora_dora=True), []
+    for name, parts in {"whole": [6], "parts": [2, 4]}.items():
+        for num_steps in parts:
+            base = copied(small_teacher)
+            run = Run(tmp_path / name, recipe, {})
+            distill(run, student=base, teacher=WithoutLora(base), plan=None, dataset=small_data, num_steps=num_steps)
+        files.append({key: tensor.read() for key, tensor in read_header(run.result_file).tensors.items()})
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    begun = Lora(copied(small_teacher), rank=4, dora=True).parameters()
+    names = small_teacher.lora_names
+    moved = [
+        name
+        for name, m in begun.items()
+        if name.endswith("dora_scale") and not torch.equal(m, files[0][f"{names[name.removesuffix('.dora_scale')]}.dora_scale"])
+    ]
+    assert len(moved) == len(begun) // 3  # it has learnt lengths
+
+
+@pytest.mark.parametrize(
+    "changes,message", [({"lora_rank": 0}, "set lora_rank above 0"), ({"guidance_min": 1.0}, "not in proportion")]
+)
+def test_what_does_not_go_with_a_dora_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, lora_dora=True, **changes)
 
 
 RANGE = replace(RECIPE, guidance_min=1.0)
@@ -151,11 +184,12 @@ def test_what_is_given_out_is_judged_at_full_strength(small_teacher, small_data,
     run = Run(tmp_path / "run", recipe, {})
     batch = draw(small_data, 0, base.schedule, RANGE.drawing)
     asked = batch.x_t[:3], batch.t[:3], batch.context[:3]
-    distill(run, student=base, teacher=AnsweringWith(base, None), plan=None, dataset=small_data, previews=Previews())
+    distill(run, student=base, teacher=WithoutLora(base), plan=None, dataset=small_data, previews=Previews())
     loaded = copied(small_teacher)
     attach(loaded, run.result_file, "x")
     with torch.no_grad():
         assert torch.allclose(seen[0], loaded(*asked), atol=1e-6)
+        assert torch.equal(base(*asked), seen[0])  # and so it is left behind
 
 
 def test_the_file_tells_what_it_was_made_for(small_teacher, small_data, tmp_path):

@@ -227,6 +227,7 @@ def test_what_is_kept_without_contents_is_what_a_real_run_keeps(which, precision
         {"precision": "bf16", "objective": "laptop-diff"},
         {"precision": "bf16", "weight_dtype": "bf16"},
         {"precision": "bf16", "lora_rank": 4},
+        {"precision": "bf16", "lora_rank": 4, "lora_dora": True},
         {"objective": "task", "accumulation_steps": 2, "batch_size": 16},
     ],
 )

@@ -237,10 +237,10 @@ def test_students_of_different_plans(training, tmp_path):
         assert Routed.open(several.students)(*x).isfinite().all()
 
 
-@pytest.mark.parametrize("joint_steps", [0, 2])
-def test_one_base_and_an_adapter_for_each_range(joint_steps, training, tmp_path, uninterrupted):
+@pytest.mark.parametrize("joint_steps,dora", [(0, False), (2, False), (2, True)], ids=str)
+def test_one_base_and_an_adapter_for_each_range(joint_steps, dora, training, tmp_path, uninterrupted):
     pytest.importorskip("peft")
-    recipe = replace(RECIPE, lora_rank=2, learning_rate=1e-2)
+    recipe = replace(RECIPE, lora_rank=2, lora_dora=dora, learning_rate=1e-2)
     shared = training(tmp_path / "x", replace(TWO, joint_steps=joint_steps), recipe)
     shared.train()
     students = shared.students

@@ -26,7 +26,9 @@ class Words:
 
 
 def make(folder, teacher, prompts=("one", "two", "three"), making=MAKING, **options):
-    return make_dataset(lambda: teacher, "teacher", Words(), prompts, making, folder, batch_size=2, **options)
+    return make_dataset(
+        lambda: teacher, "teacher", Words(), prompts, making, folder, batch_size=2, schedule=scaled_linear(), **options
+    )
 
 
 def everything(dataset):
@@ -92,7 +94,9 @@ def test_the_teacher_is_loaded_once_all_prompts_are_encoded_and_only_if_needed(t
         return small_teacher
 
     for _ in range(2):
-        make_dataset(load, "teacher", words, ["one", "two", "three"], MAKING, tmp_path / "c", batch_size=2)
+        make_dataset(
+            load, "teacher", words, ["one", "two", "three"], MAKING, tmp_path / "c", batch_size=2, schedule=scaled_linear()
+        )
     assert order == ["teacher after 4 prompts"] and sorted(words.asked) == ["", "one", "three", "two"]
 
 
@@ -105,7 +109,9 @@ def test_prompts_of_different_lengths_are_drawn_together(tmp_path, small_teacher
             ]
 
     def drawn(folder, *prompts):
-        dataset = make_dataset(lambda: small_teacher, "teacher", OfLengths(), prompts, MAKING, folder, batch_size=2)
+        dataset = make_dataset(
+            lambda: small_teacher, "teacher", OfLengths(), prompts, MAKING, folder, batch_size=2, schedule=scaled_linear()
+        )
         return dict(zip((entry.latent for entry in dataset.entries), everything(dataset).latents.float(), strict=True))
 
     alone, together = drawn(tmp_path / "alone", "one"), drawn(tmp_path / "together", "one", "a longer one")
@@ -160,12 +166,15 @@ def test_no_prompt_is_refused(tmp_path, small_teacher):
 def test_encoded_captions_are_drawn_as_prompts_are(tmp_path, small_teacher):
     *captions, null = Words().captions(["one", "two", "two", "nothing of this"])
     making, counts = replace(MAKING, num_states=2), []
-    options = {"batch_size": 2, "on_item": lambda done, total: counts.append((done, total))}
+    options = {"batch_size": 2, "schedule": scaled_linear(), "on_item": lambda done, total: counts.append((done, total))}
     drawn = draw_dataset(lambda: small_teacher, "teacher", captions, null, making, tmp_path / "c", **options)
     assert counts == [(0, 3), (2, 3), (3, 3)] and drawn.null.context.float().allclose(null.context, atol=1e-3)
     examples = everything(drawn)
     assert examples.states.shape == (3, 2, 4, 8, 8) and not torch.equal(examples.latents[1], examples.latents[2])
-    again = draw_dataset(lambda: small_teacher, "teacher", captions, null, making, tmp_path / "c", **options)
-    assert counts[3:] == [(3, 3)] and again.fingerprint == drawn.fingerprint
-    other = draw_dataset(lambda: small_teacher, "teacher", captions, captions[0], making, tmp_path / "d", batch_size=2)
+    loaded = []
+    again = draw_dataset(lambda: loaded.append(1), "teacher", captions, null, making, tmp_path / "c", **options)
+    assert counts[3:] == [(3, 3)] and not loaded and again.fingerprint == drawn.fingerprint
+    other = draw_dataset(
+        lambda: small_teacher, "teacher", captions, captions[0], making, tmp_path / "d", batch_size=2, schedule=scaled_linear()
+    )
     assert other.fingerprint != drawn.fingerprint  # guidance leads away from something else

@@ -1,5 +1,6 @@
 """A MODEL's network as the base of a LoRA, in a process of ComfyUI; run by in_comfyui.py. Each function writes JSON."""
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -16,27 +17,30 @@ def small(out):
         "sd3": _told(_sd3, 16, 4096, 2048, out),
         "fp8": _told(partial(_sd3, torch.float8_e4m3fn), 16, 4096, 2048, out),
         "flux": _told(_flux, 16, 4096, 768, out),
+        "demo as dora": _told(bridge.demo_teacher, 4, 64, None, out, dora=True, targets=["*"]),
+        "sd3 as dora": _told(_sd3, 16, 4096, 2048, out, dora=True),
     }
     Path(out).write_text(json.dumps(found))
 
 
 def of_file(file, width, pooled_width, out):
-    """The same of a file, opened with ComfyUI's own loader."""
+    """The same of a file, opened with ComfyUI's own loader; activations, and weights that were widened, are not kept for the gradient."""
     import comfy.sd
     import torch
     from in_comfyui import pack
 
     pack()
     options = {"dtype": torch.float16}  # as it is in the file
-    found = _told(lambda: comfy.sd.load_diffusion_model(file, options), 4, int(width), int(pooled_width) or None, out)
+    load = partial(comfy.sd.load_diffusion_model, file, options)
+    found = _told(load, 4, int(width), int(pooled_width) or None, out, keeps_activations=False)
     Path(out).write_text(json.dumps(found))
 
 
-def _told(load, channels, width, pooled_width, out):
+def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, **of_lora):
     import pack.nodes.bridge as bridge
     import torch
-    from pack.distill_core.adapter import AnsweringWith, Lora
-    from pack.distill_core.denoiser import Label
+    from pack.distill_core.adapter import Lora, WithoutLora
+    from pack.distill_core.denoiser import Label, checkpointing
     from pack.distill_core.storage import read_header
 
     torch.manual_seed(0)
@@ -51,16 +55,19 @@ def _told(load, channels, width, pooled_width, out):
             stock = _stock(model, base, *asked)
         scale = before.abs().max()
         told = {"kind": type(model.model).__name__, "prediction": base.prediction, "stock": (stock - before).abs().max() / scale}
-        lora, teacher = Lora(base, rank=2, targets=["*attn*"]), AnsweringWith(base, None)
+        lora, teacher = Lora(base, rank=2, **{"targets": ["*attn*"]} | of_lora), WithoutLora(base)
         parameters = lora.parameters()
         for parameter in parameters.values():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        with bridge.with_gradients(base):
+        with bridge.with_gradients(base), contextlib.nullcontext() if keeps_activations else checkpointing(base):
             base(*asked).square().mean().backward()
         told["without gradient"] = sorted(n for n, p in parameters.items() if p.grad is None or not p.grad.any())
-        told["slope"] = _slope(lambda: base(*asked).square().mean().item(), parameters)
+        if keeps_activations:
+            told |= _computed_again(bridge, base, asked, parameters)
+        if not lora.dora:  # whose gradient takes norms for constants
+            told["slope"] = _slope(lambda: base(*asked).square().mean().item(), parameters)
         own = {parameter.data_ptr() for parameter in model.model.diffusion_model.parameters()}
-        held = {n: p for n, p in base.network.named_parameters() if ".lora_" not in n}
+        held = {n: p for n, p in base.network.named_parameters() if not {"lora_A", "lora_B", "dora_scale"} & {*n.split(".")}}
         told["copied"] = sum(parameter.data_ptr() not in own for parameter in held.values())
         with torch.no_grad():
             changed = base(*asked)
@@ -74,6 +81,26 @@ def _told(load, channels, width, pooled_width, out):
             told["not loaded"] = len(lora.layers) - len(patched.patches)
             told["merged"] = (_stock(patched, base, *asked) - changed).abs().max() / scale
     return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in told.items()}
+
+
+def _computed_again(bridge, base, asked, parameters):
+    """How far gradients are from those of kept activations, over the largest, and how often a block's layer then computes."""
+    from pack.distill_core.denoiser import checkpointing
+
+    try:
+        path = base.path(base.inner_blocks[0])
+    except ValueError as error:
+        return {"checkpointing": str(error)}
+    kept, calls = {name: parameter.grad.clone() for name, parameter in parameters.items()}, []
+    for parameter in parameters.values():
+        parameter.grad = None
+    layer = next(child for child in base.network.get_submodule(path).modules() if not [*child.children()])
+    counting = layer.register_forward_hook(lambda *call: calls.append(1))
+    with bridge.with_gradients(base), checkpointing(base):
+        base(*asked).square().mean().backward()
+    counting.remove()
+    worst = max((parameter.grad - kept[name]).abs().max() for name, parameter in parameters.items())
+    return {"checkpointing": (worst / max(gradient.abs().max() for gradient in kept.values())).item(), "computes": len(calls)}
 
 
 def _slope(loss, parameters, step=1e-2):

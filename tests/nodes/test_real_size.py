@@ -12,11 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distill_core.files import open_unet
-from distill_core.layouts import LAYOUTS
 from distill_core.plan import name_map, preset
 from distill_core.storage import write_tensors
 
-from .. import comfyui
+from .. import comfyui, standins
 from ..core.test_plan import PUBLISHED
 from .test_shared_base import check
 
@@ -40,25 +39,12 @@ def teachers(tmp_path_factory, published):
             made.clear()
             made[family] = folder / family
             made[family].mkdir()
-            _write_teacher(made[family] / "teacher.safetensors", published[family])
+            write_tensors(made[family] / "teacher.safetensors", standins.unet(published[family]))
             _write_inputs(made[family] / "inputs.safetensors", family)
         return made[family]
 
     yield teacher
     shutil.rmtree(folder)
-
-
-def _write_teacher(path, architecture):
-    random = torch.Generator().manual_seed(0)
-    noise = torch.randn(32_000_000, generator=random)
-    names, weights = LAYOUTS["ldm"].from_canonical(architecture.shapes), {}
-    for name, shape in architecture.shapes.items():
-        count, fan_in = torch.Size(shape).numel(), max(1, torch.Size(shape[1:]).numel())
-        start = int(torch.randint(len(noise) - count, (1,), generator=random))
-        weight = noise[start : start + count].reshape(shape) * (fan_in**-0.5 if len(shape) > 1 else 0.02)
-        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        weights[f"model.diffusion_model.{names[name]}"] = (weight + centre).half()
-    write_tensors(path, weights)
 
 
 def _write_inputs(path, family):
@@ -146,22 +132,6 @@ def test_a_whole_model_is_the_base_of_a_lora(family, pooled_width, teachers, in_
     assert told["merged"] < 0.1 * told["change"]  # merged weights are rounded to 16 bits
 
 
-def _random_clip():
-    transformers = pytest.importorskip("transformers", reason="ComfyUI's own requirement, installed elsewhere")
-    config = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    weights = transformers.CLIPTextModel(config).state_dict()
-    names = {n: n if n.startswith("text_model.") else f"text_model.{n}" for n in weights}
-    return {f"cond_stage_model.transformer.{names[n]}": weight.half() for n, weight in weights.items()}
-
-
-def _random_vae():
-    from diffusers import AutoencoderKL
-
-    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    vae = AutoencoderKL(**blocks, block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4)
-    return {name: weight.half().contiguous() for name, weight in vae.state_dict().items()}
-
-
 def _drawn(prefix, loader):
     """A picture from a stock checkpoint loader, its VAE replaced where the file has none."""
     sampler = {"model": [loader, 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["noise", 0], "seed": 0,
@@ -179,11 +149,11 @@ def test_full_checkpoints_open_in_load_checkpoint(teachers, server):
     folder, models = teachers("sd1"), server.base / "models"
     file = open_unet(folder / "teacher.safetensors")
     write_tensors(
-        folder / "full.safetensors", {**{file.names[n]: tensor for n, tensor in file.tensors.items()}, **_random_clip()}
+        folder / "full.safetensors", {**{file.names[n]: tensor for n, tensor in file.tensors.items()}, **standins.clip()}
     )
     (models / "checkpoints").mkdir(parents=True, exist_ok=True)
     (models / "vae").mkdir(parents=True, exist_ok=True)
-    save_file(_random_vae(), models / "vae" / "vae.safetensors")
+    save_file(standins.vae(), models / "vae" / "vae.safetensors")
     student = models / "checkpoints" / "student.safetensors"
     distill("prune", folder / "full.safetensors", student, "--preset", "bk-sdm-tiny", "--layout", "checkpoint")
     (folder / "full.safetensors").unlink()

@@ -1,5 +1,7 @@
 """What every node owes its user."""
 
+import re
+
 import pytest
 
 from ..comfyui import ROOT
@@ -17,6 +19,8 @@ NAMES = {
     "DistillSharedBaseLoRA": "Shared-Base LoRA",
     "DistillTimestepRouter": "Timestep Router",
     "DistillTimestepRouterSampler": "Timestep Router Sampler",
+    "DistillCompareModels": "Compare Models",
+    "DistillReport": "Distillation Report",
     "DistillRecipe": "Distillation Recipe",
     "DistillSaveDistilledModel": "Save Distilled Model",
 }
@@ -61,10 +65,15 @@ def test_few_widgets_are_visible(name, nodes):
 def test_help_pages_are_served(server):
     import urllib.request
 
+    docs = f"http://127.0.0.1:{server.port}/extensions/distill-nodes/docs"
     for name in NAMES:
-        url = f"http://127.0.0.1:{server.port}/extensions/distill-nodes/docs/{name}.md"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            assert answer.read().startswith(b"# ")
+        with urllib.request.urlopen(f"{docs}/{name}.md", timeout=10) as answer:
+            page = answer.read().decode()
+        pictures = re.findall(r"!\[.+?\]\((.+?)\)", page)
+        assert page.startswith("# ") and "## Example" in page and pictures
+        for picture in pictures:
+            with urllib.request.urlopen(f"{docs}/{picture}", timeout=10) as answer:
+                assert answer.read(4) == b"\x89PNG"
 
 
 def test_the_pack_loads_without_complaint(server):

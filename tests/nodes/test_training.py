@@ -115,6 +115,15 @@ def test_settings_that_do_not_go_together_are_one_clear_sentence(settings, messa
     assert message in result.error and "\n" not in result.error
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_trained_in_half_precision(precision, server):
+    nodes = {"recipe": recipe(precision=precision, weight_dtype="bf16", optimizer="adafactor")}
+    folder, _ = trained(server, f"bf16 weights {precision}", nodes, recipe=["recipe", 0], total_steps=12, steps_per_queue=12)
+    assert {weight.dtype for weight in final(folder, 12).values()} == {torch.bfloat16}
+    losses = [row["total"] for row in rows(folder)]
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+
+
 def test_sample_pictures_are_drawn_while_it_trains(server):
     import numpy as np
     from PIL import Image

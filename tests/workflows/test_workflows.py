@@ -1,6 +1,7 @@
 """The shipped workflows, run unchanged by comfy-cli on a real server."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,11 +40,11 @@ def test_the_workflows_are_in_the_template_browser(server):  # noqa: F811
     assert sorted(listed) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
-def run(name, server):  # noqa: F811
+def run(path, server):  # noqa: F811
     comfy = shutil.which("comfy", path=str(Path(sys.executable).parent)) or shutil.which("comfy")
     if comfy is None:
         pytest.skip("comfy-cli is not installed: pip install comfy-cli")
-    command = [comfy, "--skip-prompt", "run", "--workflow", f"workflows/{name}.json", "--wait",
+    command = [comfy, "--skip-prompt", "run", "--workflow", str(path), "--wait",
                "--host", "127.0.0.1", "--port", str(server.port), "--timeout", "900"]  # fmt: skip
     done = subprocess.run(command, cwd=comfyui.ROOT, capture_output=True, text=True, env=comfyui.quiet_environment())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +64,7 @@ def share_of_sevens(server, name):  # noqa: F811
 
 
 def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
-    run("quickstart_digits", server)
+    run(WORKFLOWS / "quickstart_digits.json", server)
 
     # The saved file is the student the graph produced.
     (saved,) = (server.output / "diffusion_models").glob("digits_student_*.safetensors")
@@ -77,19 +78,28 @@ def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
 
 
 def test_a_small_model_begins_and_a_big_one_finishes(server):  # noqa: F811
-    run("route_big_and_small", server)
+    run(WORKFLOWS / "route_big_and_small.json", server)
     assert all(share_of_sevens(server, name) >= 0.85 for name in ("big", "small_then_big"))
 
 
 def test_three_students_draw_digits_as_one_model(server):  # noqa: F811
-    run("o2mkd_digits", server)
+    run(WORKFLOWS / "o2mkd_digits.json", server)
     students = Students.read(server.output / "distill_runs" / "o2mkd-digits" / "students")
     assert len(students.files) == 3 and len({member.fingerprint for member in students.members}) == 3
     assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_students") >= 0.85
 
 
 def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):  # noqa: F811
-    run("bake_guidance_digits", server)
+    run(WORKFLOWS / "bake_guidance_digits.json", server)
     guided, baked, plain = (pictures(server, f"digits_{name}") for name in ("guided", "baked", "plain"))
     assert (baked - guided).norm() < 0.5 * (plain - guided).norm()
     assert list((server.output / "loras").glob("digits_guided_400_steps_*.safetensors"))
+
+
+def test_three_models_are_compared_on_one_page(server):  # noqa: F811
+    run(WORKFLOWS / "compare_digits.json", server)
+    (page,) = (server.output / "distill").glob("compare_digits_*.html")
+    text = page.read_text("utf-8")
+    teacher, pruned, distilled = re.findall(r"<tr><td>(\w+)</td>.*<td>([^<]*)</td></tr>", text)
+    assert (teacher[1], pruned[0], distilled[0]) == ("reference", "pruned", "distilled")
+    assert float(distilled[1]) < 0.25 * float(pruned[1]) and "Loss of every step" in text

@@ -1,0 +1,123 @@
+"""What someone who watches a run is shown: its losses in few points, how fast it goes, its newest samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .recipe import read_toml
+from .run import RECIPE, read_metrics
+
+if TYPE_CHECKING:
+    from .train import Progress
+
+MAX_POINTS = 1000
+TERMS = ("total", "task", "output", "feature", "validation")
+SECONDS_BETWEEN = 1.0
+
+
+def points(rows: Sequence[Mapping[str, float]], max_points: int = MAX_POINTS) -> dict[str, Any]:
+    """Rows of metrics as at most ``max_points`` points, each for as many rows one after another.
+
+    ``step``: last of each point; ``mean``, ``min``, ``max``: lists by the name of what was measured, None where it was not.
+    Extremes are told of the losses; of the loss by timestep the mean alone.
+    """
+    size = max(1, math.ceil(len(rows) / max_points))
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    bins = dict.fromkeys(name for row in rows for name in row if name.startswith("timesteps/"))
+    terms = [name for name in TERMS if any(name in row for row in rows)]
+
+    def column(name: str, of: Callable[[list[float]], float]) -> list[float | None]:
+        measured = ([row[name] for row in group if math.isfinite(row.get(name, math.nan))] for group in groups)
+        return [float(f"{of(values):.6g}") if values else None for values in measured]
+
+    return {
+        "step": [int(group[-1]["step"]) for group in groups],
+        "mean": {name: column(name, _mean) for name in (*terms, *sorted(bins, key=_first_timestep))},
+        "min": {name: column(name, min) for name in terms},
+        "max": {name: column(name, max) for name in terms},
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _first_timestep(name: str) -> int:
+    return int(name.removeprefix("timesteps/").split("-")[0])
+
+
+# --- while it trains
+
+
+class Live:
+    """Gathers what is told after each step into messages, one a second at most, and one at the end."""
+
+    def __init__(self, name: str, last_step: int):
+        self.name, self.last_step = name, last_step
+        self._rows: list[dict[str, float]] = []
+        self._told: int | None = None
+        self._next = -math.inf
+
+    def tell(self, progress: Progress, now_s: float) -> dict[str, Any] | None:
+        """A message of all since the one before, or None if it is too soon.
+
+        ``after``: the step the one before ended at, None for the first; who has seen less asks for `history`.
+        """
+        self._rows.append({**progress.losses, "step": progress.step})
+        if now_s < self._next and progress.step < self.last_step:
+            return None
+        message = {
+            "run": self.name,
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "seconds_per_step": progress.seconds_per_step,
+            "seconds_left": (self.last_step - progress.step) * progress.seconds_per_step,
+            "after": self._told,
+            "points": points(self._rows),
+        }
+        self._rows, self._told, self._next = [], progress.step, now_s + SECONDS_BETWEEN
+        return message
+
+
+# --- afterwards
+
+
+def history(folder: Path) -> dict[str, Any] | None:
+    """What a folder tells of its run, or of its training of several students; None if no step was done in it.
+
+    ``run``, ``step``, ``total_steps`` (None where it is not known), ``points``.
+    """
+    rows = metrics_of(folder)
+    if not rows:
+        return None
+    recipe = folder / RECIPE
+    total_steps = read_toml(recipe).get("total_steps") if recipe.exists() else None
+    return {"run": folder.name, "step": int(rows[-1]["step"]), "total_steps": total_steps, "points": points(rows)}
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """Metrics of a run; of a training of several students those of its stages, one after another."""
+    rows: list[dict[str, float]] = []
+    for stage in metrics_by_stage(folder).values():
+        done = rows[-1]["step"] if rows else 0
+        rows += [{**row, "step": done + row["step"]} for row in stage]
+    return rows
+
+
+def metrics_by_stage(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Metrics of a run by its folder's name; of a training of several students those of its stages, in their order."""
+    trained_apart = (path for stage in ("joint*", "range_*") for path in sorted(folder.glob(stage), key=_number))
+    return {path.name: rows for path in (folder, *trained_apart) if (rows := read_metrics(path))}
+
+
+def _number(stage: Path) -> int:
+    number = stage.name.rpartition("_")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def newest_sample(folder: Path) -> Path | None:
+    """The sample picture a run has drawn last."""
+    return max((path for path in (folder / "samples").glob("*.png") if path.stem.isdigit()), default=None)

@@ -1,0 +1,382 @@
+"""Any MODELs side by side, each drawing as KSampler would, and their pictures judged by the user's own CLIP models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import comfy.text_encoders.sd2_clip
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...distill_core.compare import NUM_BINS, NUM_WARM_UPS, Comparison, Measured, in_rounds, synchronize, watched_memory
+from ...distill_core.evaluate import counted_macs
+from .interface import pictures_of, show_text, throw_if_cancelled, to_images
+from .training import PLAIN_ATTENTION
+
+KEY = "distill_compare"  # of the wrappers that measure
+NUM_EXAMPLES = 8  # pictures the distances are measured on
+CLIP_BATCH = 16
+PROJECTING = (comfy.sdxl_clip.SDXLClipG, comfy.text_encoders.sd2_clip.SD2ClipHModel)
+"""Text encoders whose files have CLIP's projection. Where a file lacks it, ComfyUI leaves the matrix as memory was, or makes it 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What every model draws, and how: the settings of KSampler."""
+
+    positive: list
+    negative: list
+    latent: Mapping[str, Any]
+    """LATENT of one seed."""
+    vae: comfy.sd.VAE
+    seed: int
+    num_seeds: int
+    steps: int
+    cfgs: Sequence[float]
+    """One for each model."""
+    sampler_name: str
+    scheduler: str
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
+
+    @property
+    def places(self) -> list[str]:
+        """What tells the pictures of a model apart."""
+        count = len(self.latent["samples"])
+        return [f"seed {seed}" + f" #{n + 1}" * (count > 1) for seed in self.seeds for n in range(count)]
+
+
+def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id: str) -> Comparison:
+    """Draw with every model from the same noise, and measure what that costs; the given MODELs stay as they are.
+
+    Distances are of what the sampler is told, guidance included: of the noise, or of the velocity of a flow. ``ValueError`` for
+    models that do not share latents.
+    """
+    _check(models)
+    progress = Progress(len(models) * (1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS), node_id)
+    artists = [
+        Artist(name=name, model=model, cfg=cfg, drawing=drawing, progress=progress)
+        for (name, model), cfg in zip(models.items(), drawing.cfgs, strict=True)
+    ]
+    for artist in artists:
+        artist.prepare()
+    seconds = in_rounds([artist.draw for artist in artists], drawing.num_seeds)
+    first, *_ = artists
+    examples = torch.cat(first.latents)[:NUM_EXAMPLES]
+    reference, measured = first.answers(examples, first.model), []
+    for artist, of_a_step in zip(artists, seconds, strict=True):
+        answers = reference if artist is first else artist.answers(examples, first.model)
+        measured.append(
+            Measured(
+                name=artist.name,
+                parameters=artist.num_parameters,
+                weight_bytes=artist.weight_bytes,
+                gmacs=artist.macs / 1e9,
+                ms_per_step=1000 * of_a_step,
+                peak_bytes=artist.peak_bytes,
+                distances=answers and tuple((answers[i] - reference[i]).square().mean().item() for i in range(NUM_BINS)),
+            )
+        )
+    pictures = {artist.name: artist.pictures() for artist in artists}
+    return Comparison(
+        models=tuple(measured), settings=_settings(artists, pictures[first.name]), pictures=pictures, seeds=drawing.places
+    )
+
+
+def _check(models: Mapping[str, ModelPatcher]) -> None:
+    (first, model), *others = models.items()
+    form = model.model.latent_format
+    if form.latent_dimensions != 2:
+        raise ValueError(f"{first} ({type(model.model).__name__}) is no model of pictures, which alone are compared here")
+    for name, other in others:
+        theirs = other.model.latent_format
+        if type(theirs) is not type(form):
+            names = " and ".join(type(one).__name__ for one in (theirs, form))
+            raise ValueError(f"{name} does not go with {first}: their latents differ ({names}); compare models of one family")
+
+
+def _settings(artists: Sequence[Artist], pictures: Tensor) -> dict[str, str]:
+    drawing, device = artists[0].drawing, artists[0].device
+    guidance = {artist.name: f"{artist.cfg:g}" for artist in artists}
+    precisions = {artist.name: str(artist.model.model_dtype()).removeprefix("torch.") for artist in artists}
+    return {
+        "device": comfy.model_management.get_torch_device_name(device),
+        "precision": _each(precisions),
+        "pictures": f"{pictures.shape[3]} x {pictures.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
+        "seeds": f"{drawing.seed}" if drawing.num_seeds == 1 else f"{drawing.seeds[0]} to {drawing.seeds[-1]}",
+        "sampling": f"{drawing.sampler_name}, {drawing.scheduler}, {drawing.steps} steps",
+        "cfg": _each(guidance),
+        "distance": f"{min(NUM_EXAMPLES, len(pictures))} pictures by {artists[0].name}, noised, in {NUM_BINS} bins of timesteps",
+    }
+
+
+def _each(words: Mapping[str, str]) -> str:
+    """One word where all are the same."""
+    same = len({*words.values()}) == 1
+    return next(iter(words.values())) if same else ", ".join(f"{name}: {word}" for name, word in words.items())
+
+
+class Progress:
+    """A bar over the whole comparison, with a preview of what is drawn."""
+
+    def __init__(self, total: int, node_id: str):
+        self._bar, self._node_id, self.done = comfy.utils.ProgressBar(total, node_id=node_id), node_id, 0
+
+    def tell(self, text: str) -> None:
+        show_text(text, self._node_id)
+
+    def add(self, count: int = 1, preview=None) -> None:
+        self.done += count
+        self._bar.update_absolute(self.done, preview=preview)
+        throw_if_cancelled()
+
+
+@dataclass(kw_only=True)
+class Artist:
+    """One model, what it drew, and what that took."""
+
+    name: str
+    model: ModelPatcher
+    cfg: float
+    drawing: Drawing
+    progress: Progress
+    latents: list[Tensor] = field(default_factory=list)
+    """Of one seed each."""
+    macs: float = 0.0
+    """Of an evaluation for one picture; the mean of all evaluations where several networks take turns."""
+    num_parameters: int = 0
+    """Of all networks that were asked."""
+    weight_bytes: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.load_device
+
+    def prepare(self) -> None:
+        """Count what an evaluation computes, warm up, and see how much memory a step needs."""
+        self.progress.tell(f"measuring {self.name}")
+        networks = _Networks()
+        counted = _wrapped(self.model, WrappersMP.APPLY_MODEL, networks)
+        options = counted.model_options.get("transformer_options", {})
+        counted.model_options["transformer_options"] = options | PLAIN_ATTENTION
+        self._sample(counted, self.drawing.latent["samples"][:1], self.drawing.seed, "euler", cfg=1.0)
+        weights = networks.weights  # not kept: ComfyUI takes some off the network again, those a LoRA patches
+        self.macs, self.num_parameters = networks.mean_macs, sum(weight.numel() for weight in weights)
+        self.weight_bytes = sum(weight.nbytes for weight in weights)
+        self.progress.add()
+
+        def watch(executor, *args, **kwargs):
+            with_it = (model for models in self.model.additional_models.values() for model in models)
+            loaded = {id(model.model): model.loaded_size() for model in (self.model, *with_it)}
+            on_device = sum(loaded.values()) if self.device.type == "cuda" else self.weight_bytes
+            with watched_memory(self.device, weights) as peak:
+                result = executor(*args, **kwargs)
+            self.peak_bytes = on_device + peak.num_bytes
+            return result
+
+        watched = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, watch)
+        self._sample(watched, self.drawing.latent["samples"], self.drawing.seed, self.drawing.sampler_name, steps=NUM_WARM_UPS)
+        self.progress.add(NUM_WARM_UPS)
+
+    def draw(self) -> float:
+        """Draw the pictures of the next seed; returns the seconds of a step."""
+        drawing, begun, aside, spent = self.drawing, self.progress.done, 0.0, 0.0
+        seed = drawing.seeds[len(self.latents)]
+        self.progress.tell(f"{self.name}, seed {seed}")
+        previewer = latent_preview.get_previewer(self.device, self.model.model.latent_format)
+
+        def show(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+            nonlocal aside
+            synchronize(self.device)
+            started = time.perf_counter()
+            self.progress.add(preview=previewer and previewer.decode_latent_to_preview_image("JPEG", x0))
+            aside += time.perf_counter() - started
+
+        def clock(executor, *args, **kwargs):
+            nonlocal spent
+            synchronize(self.device)
+            started = time.perf_counter()
+            result = executor(*args, **kwargs)
+            synchronize(self.device)
+            spent = time.perf_counter() - started
+            return result
+
+        timed = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, clock)
+        self.latents.append(self._sample(timed, drawing.latent["samples"], seed, drawing.sampler_name, callback=show))
+        self.progress.add(begun + drawing.steps - self.progress.done)  # some samplers tell other numbers of steps
+        return (spent - aside) / drawing.steps
+
+    def pictures(self) -> Tensor:
+        """What was drawn, (N, 3, H, W) in [-1, 1], float16."""
+        made = []
+        for latents in self.latents:
+            throw_if_cancelled()
+            made.append(pictures_of(self.drawing.vae.decode(latents)).half())
+        return torch.cat(made)
+
+    def _sample(
+        self,
+        model: ModelPatcher,
+        latents: Tensor,
+        seed: int,
+        sampler_name: str,
+        *,
+        steps: int | None = None,
+        cfg: float | None = None,
+        callback: Callable | None = None,
+    ) -> Tensor:
+        """What KSampler does."""
+        drawing = self.drawing
+        ratios = (drawing.latent.get(f"downscale_ratio_{of}") for of in ("spacial", "temporal"))
+        latents = comfy.sample.fix_empty_latent_channels(model, latents, *ratios)
+        return comfy.sample.sample(
+            model,
+            comfy.sample.prepare_noise(latents, seed, drawing.latent.get("batch_index")),
+            drawing.steps if steps is None else steps,
+            self.cfg if cfg is None else cfg,
+            sampler_name,
+            drawing.scheduler,
+            drawing.positive,
+            drawing.negative,
+            latents,
+            noise_mask=drawing.latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=True,
+            seed=seed,
+        )
+
+    def answers(self, latents: Tensor, first: ModelPatcher) -> list[Tensor] | None:
+        """What the sampler takes for the noise, or a flow's velocity, in the middle of each bin of timesteps, the least noisy first.
+
+        None if by noise levels this model means something else than the first one.
+        """
+        sampling, firsts = (model.get_model_object("model_sampling") for model in (self.model, first))
+        if isinstance(sampling, comfy.model_sampling.CONST) != isinstance(firsts, comfy.model_sampling.CONST):
+            self.progress.add(NUM_BINS)
+            return None
+        self.progress.tell(f"{self.name}, distance")
+        sigmas = [float(firsts.percent_to_sigma(1 - (i + 0.5) / NUM_BINS)) for i in range(NUM_BINS)]
+        clean, found = self.model.model.process_latent_in(latents), []
+        random = torch.Generator().manual_seed(self.drawing.seed)
+        noise = torch.randn(clean.shape, generator=random)
+
+        def ask(model_k, x: Tensor, _, extra_args: dict, callback, disable) -> Tensor:
+            for sigma in sigmas:
+                level = x.new_full((len(x),), sigma)
+                x_t = sampling.noise_scaling(level, noise.to(x), clean.to(x))
+                found.append(((x_t - model_k(x_t, level, **extra_args)) / sigma).cpu())
+                self.progress.add()
+            return x
+
+        levels = torch.tensor([*reversed(sigmas), 0.0])
+        comfy.sample.sample_custom(
+            self.model,
+            noise,
+            self.cfg,
+            comfy.samplers.KSAMPLER(ask),
+            levels,
+            self.drawing.positive,
+            self.drawing.negative,
+            latents,
+            disable_pbar=True,
+            seed=self.drawing.seed,
+        )
+        return found
+
+
+def _wrapped(model: ModelPatcher, kind: str, wrapper: Callable) -> ModelPatcher:
+    copy = model.clone()
+    copy.add_wrapper_with_key(kind, KEY, wrapper)
+    return copy
+
+
+class _Networks:
+    """Around ``apply_model``: counts what each network computes the first time it is asked, and how often each is asked.
+
+    What has been counted is not computed again, so a sampling with this draws nothing.
+    """
+
+    def __init__(self):
+        self._models: dict[int, BaseModel] = {}
+        self._macs: dict[int, float] = {}
+        self._asked: list[int] = []
+
+    def __call__(self, executor, x: Tensor, *args, **kwargs) -> Tensor:
+        model = executor.class_obj
+        key = id(model.diffusion_model)
+        self._asked.append(key)
+        if key in self._macs:
+            return torch.zeros_like(x)
+        with counted_macs() as count:
+            result = executor(x, *args, **kwargs)
+        self._models[key], self._macs[key] = model, count() / len(x)
+        return result
+
+    @property
+    def mean_macs(self) -> float:
+        return sum(self._macs[key] for key in self._asked) / len(self._asked)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [weight for model in self._models.values() for weight in model.diffusion_model.parameters()]
+
+
+# --- pictures judged ------------------------------------------------------------------------------------------------
+
+
+def picture_features(
+    clip_vision: comfy.clip_vision.ClipVisionModel, pictures: Tensor, on_batch: Callable[[int], Any] = lambda count: None
+) -> Tensor:
+    """Embeddings of pictures (N, 3, H, W), (N, D). ``on_batch`` is told how many were embedded."""
+    found = []
+    for part in pictures.split(CLIP_BATCH):
+        throw_if_cancelled()
+        found.append(clip_vision.encode_image(to_images(part))["image_embeds"].float().cpu())
+        on_batch(len(part))
+    return torch.cat(found)
+
+
+def text_features(clip: comfy.sd.CLIP, prompt: str, width: int) -> Tensor:
+    """Embedding of a prompt in the space of CLIP's picture embeddings, (width,); ``ValueError`` for a CLIP that has none."""
+    pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)[1]
+    encoders = [module for module in clip.cond_stage_model.modules() if isinstance(module, PROJECTING)]
+    projected = [encoder for encoder in encoders if encoder.return_projected_pooled and _is_projection(encoder, pooled.shape[-1])]
+    if not projected:
+        raise ValueError(
+            "clip: this text encoder came without CLIP's projection, as those of SD1.x and Flux do, so its texts cannot be held "
+            "against pictures; connect SDXL's CLIP with CLIP ViT-bigG as clip_vision, or SD2's with CLIP ViT-H"
+        )
+    if pooled.shape[-1] != width:
+        raise ValueError(
+            f"clip gives texts {pooled.shape[-1]} numbers and clip_vision gives pictures {width}: they are no pair; connect the "
+            "two halves of one CLIP, such as SDXL's CLIP and CLIP ViT-bigG"
+        )
+    return pooled[0].float().cpu()
+
+
+def _is_projection(encoder: comfy.sd1_clip.SDClipModel, width: int) -> bool:
+    """Whether an encoder projects to a width, by a matrix that is not the one made where a file has none."""
+    layer = getattr(encoder.transformer, "text_projection", None)
+    if layer is None or layer.weight.shape[0] != width:
+        return False
+    weight = layer.weight.detach().float().cpu()
+    return bool(weight.isfinite().all() and weight.any()) and not torch.equal(weight, torch.eye(*weight.shape))

@@ -1,0 +1,349 @@
+"""The live view of a training: what a page is told of it, and the chart in a browser where one is installed."""
+
+import json
+import re
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+
+from .. import comfyui
+from .test_locales import OTHERS
+from .test_nodes import PROMPT, save, train
+from .test_shared_base import bake
+from .test_students import students
+from .test_training import recipe, rows, trained, until
+
+
+def asked(server, name, quote=urllib.parse.quote):
+    """Status and answer of the route for a run's name."""
+    address = f"http://127.0.0.1:{server.port}/distill/runs/{quote(name)}"
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return answer.status, json.loads(answer.read() or "null")
+    except urllib.error.HTTPError as error:
+        return error.code, None
+
+
+@pytest.fixture(scope="module")
+def drawn(server):
+    """A short run with sample pictures: its folder."""
+    nodes = {"recipe": recipe(sample_every_steps=2, validate_every_steps=3)}
+    return trained(server, "live view", nodes, recipe=["recipe", 0], vae=["teacher", 2], total_steps=7, steps_per_queue=5)[0]
+
+
+# --- the route
+
+
+def test_a_run_is_told_as_its_metrics_have_it(drawn, server):
+    status, told = asked(server, "live view")
+    measured = rows(drawn)
+    assert status == 200 and (told["run"], told["step"], told["total_steps"]) == ("live view", 5, 7)
+    assert told["points"]["step"] == [row["step"] for row in measured] == [1, 2, 3, 4, 5]
+    terms = {"total", "task", "output", "feature", "validation"}
+    assert told["points"]["mean"].keys() == terms | {name for row in measured for name in row if name.startswith("timesteps/")}
+    for name, values in told["points"]["mean"].items():
+        assert values == [pytest.approx(row[name], rel=1e-5) if name in row else None for row in measured], name
+
+
+def test_the_newest_sample_is_where_view_finds_it(drawn, server):
+    sample = asked(server, "live view")[1]["sample"]
+    assert sample["filename"] == "00000004.png"
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/view?{urllib.parse.urlencode(sample)}", timeout=10) as answer:
+        assert answer.read() == (drawn / "samples" / "00000004.png").read_bytes()
+
+
+def test_several_students_are_told_as_one_training(server):
+    prompt = {**PROMPT, "train": students("live students"), "x": {"class_type": "PreviewAny", "inputs": {"source": ["train", 4]}}}
+    assert server.run(prompt).succeeded
+    told = asked(server, "live students")[1]
+    folder = server.output / "distill_runs" / "live students"
+    totals = [row["total"] for number in range(3) for row in rows(folder / f"range_{number}")]
+    assert told["points"]["step"] == [1, 2, 3, 4, 5, 6] and told["points"]["mean"]["total"] == pytest.approx(totals, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "../distill_runs/live view",
+        "..\\live view",
+        "live view/checkpoints",
+        "/etc",
+        "C:\\",
+        "nul",
+        "a\x00b",
+        ".hidden",
+        "live view ",
+        "x" * 200,
+    ],
+)
+@pytest.mark.parametrize("quote", [lambda name: urllib.parse.quote(name, safe=""), urllib.parse.quote], ids=["all", "slashes"])
+def test_any_other_name_is_not_found(name, quote, drawn, server):
+    assert asked(server, name, quote)[0] == 404
+
+
+def test_nothing_else_can_be_asked_for(drawn, server):
+    (server.output / "secret").mkdir()
+    (server.output / "secret" / "metrics.csv").write_text("step,total\n1,1.0\n")
+    (server.output / "distill_runs" / "link").symlink_to(server.output / "secret", target_is_directory=True)
+    assert asked(server, "link")[0] == 404
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/distill/runs/live%20view", b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="405"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def test_a_run_that_has_not_begun_is_no_error(server):
+    assert asked(server, "no such run") == (204, None)
+
+
+# --- events
+
+
+class Listener:
+    """Hears the events of a server in the background."""
+
+    def __init__(self, server):
+        aiohttp = pytest.importorskip("aiohttp", reason="the events come by websocket: pip install aiohttp")
+        import asyncio
+
+        async def listen():
+            address = f"http://127.0.0.1:{server.port}/ws?clientId=listener"
+            async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+                self.ready.set()
+                async for message in socket:
+                    if message.type == aiohttp.WSMsgType.TEXT:
+                        self.heard.append(json.loads(message.data))
+
+        self.heard, self.ready = [], threading.Event()
+        threading.Thread(target=lambda: asyncio.run(listen()), daemon=True).start()
+        assert self.ready.wait(10)
+
+    def of(self, event):
+        return [message["data"] for message in list(self.heard) if message["type"] == event]
+
+
+@pytest.mark.parametrize("make,last", [(train, 3), (students, 6), (bake, 6)], ids=["train", "students", "bake"])
+def test_every_step_is_told_while_it_trains(make, last, server):
+    listener, name = Listener(server), f"told by {make.__name__}"
+    result = server.run({**PROMPT, "7": make(name), "x": {"class_type": "PreviewAny", "inputs": {"source": ["7", 3]}}})
+    assert result.succeeded, result.error
+    until(lambda: any(told["step"] == last for told in listener.of("distill.progress")), "the last step was not told", 10)
+    told = listener.of("distill.progress")
+    assert all(message["run"] == name and message["node"] == "7" for message in told)
+    assert [message["after"] for message in told] == [None, *(message["step"] for message in told[:-1])]
+    assert [step for message in told for step in message["points"]["step"]] == list(range(1, last + 1))
+    used, total = told[-1]["memory"]
+    assert 1 << 20 < used < total
+    assert told[-1]["seconds_left"] == 0 and told[-1]["seconds_per_step"] > 0
+    assert told[-1]["stage"] == ("range 2, timesteps 666 to 999" if make is students else "")
+    history = asked(server, name)[1]
+    told_totals = [value for message in told for value in message["points"]["mean"]["total"]]
+    assert history["points"]["mean"]["total"] == told_totals and history["step"] == last
+
+
+def test_the_curve_is_still_a_picture_for_who_uses_the_api(server):
+    result = server.run({**PROMPT, "train": train("by api"), "save": save(["train", 0], "by api")})
+    ((picture,),) = (result.outputs["train"]["images"],)
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/view?{urllib.parse.urlencode(picture)}", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "image/png"
+
+
+# --- the chart
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WIDGETS = ["run_name", "total_steps", "steps_per_queue", "batch_size"]  # the first of Distill Train Step, in order
+CHART = ".distill-chart:not([hidden])"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the chart is looked at by playwright: pip install playwright")
+    with playwright.sync_playwright() as running:
+        found = next(filter(None, map(shutil.which, BROWSERS)), None)
+        try:
+            opened = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        except playwright.Error as error:
+            pytest.skip(f"the chart is looked at in Chromium: playwright install chromium ({error.message.splitlines()[0]})")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    server.post("settings/Comfy.TutorialCompleted", True)
+    context = browser.new_context(viewport={"width": 1500, "height": 1300})
+    page = context.new_page()
+    opened(page, server)
+    yield page
+    context.close()
+
+
+def opened(page, server):
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.wait_for_function("!!window.LiteGraph?.registered_node_types.DistillTrainStep", timeout=60_000)
+    page.wait_for_function("!!window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded", timeout=60_000)
+
+
+def workflow(**settings):
+    """The graph of the shipped workflow quickstart_digits without what samples, as people load it."""
+    graph = json.loads((comfyui.ROOT / "workflows" / "quickstart_digits.json").read_text("utf-8"))
+    kept = {"DistillLoadDemoTeacher", "CLIPTextEncode", "DistillPruneUNetBlocks", "DistillTrainStep", "DistillSaveDistilledModel"}
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"] in kept]
+    ids = {node["id"] for node in graph["nodes"]}
+    graph["links"] = [link for link in graph["links"] if link[1] in ids and link[3] in ids]
+    links = {link[0] for link in graph["links"]}
+    for node in graph["nodes"]:
+        for output in node["outputs"]:
+            output["links"] = [link for link in output["links"] or [] if link in links]
+    (trains,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainStep")
+    for name, value in settings.items():
+        trains["widgets_values"][WIDGETS.index(name)] = value
+    return graph
+
+
+def load(page, graph):
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+
+
+def points(page, kind="raw", term="total"):
+    """Where the points of a line are, in its own pixels, (N, 2)."""
+    path = page.locator(f"{CHART} path.{kind}.series-{term}").get_attribute("d")
+    return np.array([[float(number) for number in point.split()] for point in re.split("[ML]", path)[1:]])
+
+
+def follows(places, measured):
+    """Whether points are where values are, but for the scale."""
+    line = np.polyfit(measured, places, 1)
+    return np.abs(np.polyval(line, measured) - places).max() < 0.15  # they are written to a tenth
+
+
+def status(page):
+    return page.locator(f"{CHART} .status").inner_text()
+
+
+def test_the_chart_moves_survives_a_reload_and_is_what_was_measured(page, server):
+    load(page, workflow(run_name="chart", total_steps=150, steps_per_queue=150, batch_size=4))
+    assert page.locator(CHART).count() == 0
+    page.evaluate("app.queuePrompt(0)")
+    page.locator(f"{CHART} path.smooth.series-total").wait_for(timeout=120_000)
+    seen = len(points(page))
+    page.wait_for_function(
+        f"seen => document.querySelector('{CHART} path.raw').getAttribute('d').split('L').length > seen", arg=seen
+    )
+    assert re.fullmatch(r"step \d+ of 150 · [\d.]+ (steps/s|s/step) · .+ left · [\d.]+ of [\d.]+ GiB", status(page))
+
+    before = len(points(page))
+    opened(page, server)
+    page.locator(f"{CHART} path.smooth.series-total").wait_for(timeout=30_000)
+    assert len(points(page)) >= before
+    page.wait_for_function(f"document.querySelector('{CHART} .status').textContent === 'step 150 of 150'", timeout=300_000)
+
+    measured = rows(server.output / "distill_runs" / "chart")
+    for term in ("total", "task", "output", "feature"):
+        places, values = points(page, term=term), np.array([row[term] for row in measured])
+        assert len(places) == 150 and follows(places[:, 0], np.arange(1, 151))
+        assert follows(places[:, 1], np.log(values)), term
+        shown = page.get_by_role("button", name=term, exact=True).inner_text().split()[-1]
+        assert float(shown) == pytest.approx(values[-1], rel=1e-2)
+    page.get_by_role("button", name="Log scale").click()
+    assert follows(points(page)[:, 1], np.array([row["total"] for row in measured]))
+
+
+def test_a_graph_is_saved_as_it_was_loaded(page, drawn):
+    def trains(graph):
+        (node,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainStep")
+        return node["widgets_values"], node["size"]
+
+    graph = workflow(run_name="live view")
+    for _ in range(2):
+        load(page, graph)
+        page.locator(CHART).wait_for(timeout=30_000)
+        saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+        assert trains(saved) == trains(graph)
+        graph = saved
+    prompts = page.evaluate("app.graphToPrompt().then(({ output }) => Object.values(output))")
+    (inputs,) = (prompt["inputs"] for prompt in prompts if prompt["class_type"] == "DistillTrainStep")
+    assert "distill_chart" not in inputs and inputs["run_name"] == "live view"
+
+
+def test_the_chart_is_of_the_run_that_is_named_and_of_none_where_there_is_none(page, drawn):
+    load(page, workflow(run_name="live view"))
+    page.locator(CHART).wait_for(timeout=30_000)
+    assert status(page) == "step 5 of 7" and len(points(page)) == 5
+    rename = """name => {
+        const node = app.graph.nodes.find((node) => node.type === "DistillTrainStep");
+        const widget = node.widgets.find((widget) => widget.name === "run_name");
+        widget.value = name;
+        widget.callback(name);
+    }"""
+    page.evaluate(rename, "a new run")
+    page.locator(CHART).wait_for(state="hidden")
+    page.evaluate(rename, "live view")
+    page.locator(CHART).wait_for()
+    # Removed with its node, and the other's events with it.
+    page.evaluate("app.graph.clear()")
+    page.locator(CHART).wait_for(state="detached")
+
+
+def test_everything_is_reached_by_the_keyboard(page, drawn):
+    load(page, workflow(run_name="live view"))
+    page.locator(CHART).wait_for(timeout=30_000)
+    page.locator(f"{CHART} button").first.focus()
+    reached = []
+    for _ in range(9):
+        reached.append(page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent"))
+        page.keyboard.press("Tab")
+    terms = ["total", "task", "output", "feature", "validation"]
+    assert reached == ["Loss", "By timestep", "Samples", "Log scale", *terms]
+
+    task = page.get_by_role("button", name="task", exact=True)
+    task.focus()
+    assert task.evaluate("button => getComputedStyle(button).outlineStyle") == "solid"
+    page.keyboard.press("Space")
+    assert task.get_attribute("aria-pressed") == "false" and page.locator(f"{CHART} path.series-task").count() == 0
+
+    page.get_by_role("button", name="By timestep").press("Enter")
+    expected = {name.removeprefix("timesteps/") for row in rows(drawn) for name in row if name.startswith("timesteps/")}
+    titles = page.locator(f"{CHART} .bar title").all_text_contents()
+    assert {title.split(":")[0] for title in titles} == expected
+
+    page.get_by_role("button", name="Samples").press("Enter")
+    picture = page.locator(f"{CHART} img")
+    assert "Teacher above, student below, step 4" in picture.get_attribute("alt")
+    until(lambda: picture.evaluate("picture => picture.naturalWidth") > 100, "the picture was not loaded", 10)
+
+
+def test_the_colours_are_those_of_the_theme(page, drawn, server):
+    load(page, workflow(run_name="live view"))
+    page.locator(CHART).wait_for(timeout=30_000)
+    line = page.locator(f"{CHART} path.smooth.series-total")
+    colours = []
+    for theme in ("dark", "light"):
+        page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+        time.sleep(0.5)
+        colours.append(line.evaluate("line => getComputedStyle(line).stroke"))
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    assert colours[0] != colours[1]
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_every_text_of_the_chart_is_said_in_every_language(language):
+    source = (comfyui.ROOT / "web" / "js" / "distill_chart.js").read_text("utf-8")
+    start = source.index("const TRANSLATED = {")
+    end = source.index("\n};", start)
+    (table,) = re.findall(rf"\n  {language}: {{\n(.*?)\n  }},", source[start:end], re.DOTALL)
+    table = dict(re.findall(r'"(.+?)":\s*"(.+?)",(?:\n|$)', table))
+    code = source[:start] + source[end:]
+    (terms,) = re.findall(r"const TERMS = \[(.+)\]", source)
+    said = {*re.findall(r'say\(\s*"(.+?)"', code), *re.findall(r'"(\w+)"', terms)}
+    assert said <= table.keys() and "validation" in said
+    for english, other in table.items():
+        assert f'"{english}"' in code or english == "all timesteps", f"{english} is not said"
+        assert english != other and sorted(re.findall(r"{\d}", english)) == sorted(re.findall(r"{\d}", other)), english

@@ -1,0 +1,107 @@
+"""The shipped workflows for a user's own checkpoint, run by comfy-cli on random weights of the real size: small pictures, one step."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import save_file
+
+from distill_core.files import open_unet
+from distill_core.storage import read_header, write_tensors
+
+from .. import comfyui, standins
+from ..nodes.conftest import comfyui_path  # noqa: F401
+from .test_workflows import WORKFLOWS, run
+
+FREE_GIB = 16
+SHORT = {
+    "DistillTeacherDataset": {"prompts": "a red fox", "width": 64, "height": 64, "images_per_prompt": 1, "steps": 2,
+                              "trajectory_states": 0},
+    "DistillTrainStep": {"total_steps": 1, "steps_per_queue": 1, "batch_size": 1},
+    "DistillSharedBaseLoRA": {"total_steps": 1, "steps_per_queue": 1, "batch_size": 1},
+    "DistillRecipe": {"weight_dtype": "bf16", "optimizer": "adafactor", "accumulation_steps": 1, "sample_every_steps": 0},
+    "EmptyLatentImage": {"width": 64, "height": 64},
+    "KSampler": {"steps": 1},
+}  # fmt: skip
+"""What is changed in the workflows, so that two CPU cores and 16 GiB do."""
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_path, tmp_path_factory):  # noqa: F811
+    """One that keeps models in half precision, so that other tests have room beside it."""
+    where = tmp_path_factory.mktemp("comfyui")
+    with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), where, "--bf16-unet", "--bf16-text-enc") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def files(server, sd15):  # noqa: F811
+    """What the workflows name: an SD1.5 checkpoint, a student of it, a LoRA and a ControlNet for it."""
+    if shutil.disk_usage(server.base).free < FREE_GIB << 30:
+        pytest.skip(f"needs {FREE_GIB} GiB of disk")
+    models = server.base / "models"
+    for folder in ("checkpoints", "diffusion_models", "loras", "controlnet"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+    paths = {
+        "checkpoint": models / "checkpoints" / "v1-5-pruned-emaonly.safetensors",
+        "student": models / "diffusion_models" / "sd15_small.safetensors",
+        "lora": models / "loras" / "my_style.safetensors",
+        "controlnet": models / "controlnet" / "control_v11p_sd15_canny_fp16.safetensors",
+        "picture": server.base / "input" / "example.png",
+    }
+    vae = {f"first_stage_model.{name}": weight for name, weight in standins.vae().items()}
+    write_tensors(paths["checkpoint"], {**standins.unet(sd15), **standins.clip(), **vae})
+    command = [sys.executable, "-m", "distill_core", "prune", paths["checkpoint"], paths["student"], "--preset", "bk-sdm-small"]
+    subprocess.run(command, cwd=comfyui.ROOT, check=True, capture_output=True)
+    save_file(standins.lora(sd15), paths["lora"])
+    save_file(standins.controlnet(), paths["controlnet"])
+    paths["picture"].parent.mkdir(exist_ok=True)
+    shutil.copy(WORKFLOWS / "quickstart_digits.jpg", paths["picture"])
+    yield paths
+    for path in paths.values():
+        path.unlink()
+
+
+@pytest.fixture
+def run_short(server, files, tmp_path):  # noqa: F811
+    known = server.get("object_info")
+
+    def values_of(node):
+        """Places of a node's values in the graph, by name."""
+        inputs = {**known[node["type"]]["input"].get("required", {}), **known[node["type"]]["input"].get("optional", {})}
+        names = []
+        for name, (kind, *options) in inputs.items():
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                names += [name] + ["after"] * bool(options and options[0].get("control_after_generate"))
+        return names
+
+    def run_it(name):
+        graph = json.loads((WORKFLOWS / f"{name}.json").read_text())
+        for node in graph["nodes"]:
+            for changed, value in SHORT.get(node["type"], {}).items():
+                node["widgets_values"][values_of(node).index(changed)] = value
+        (tmp_path / f"{name}.json").write_text(json.dumps(graph))
+        run(tmp_path / f"{name}.json", server)
+        return {path.stem.rpartition("_")[0].rstrip("_0123456789") for path in (server.output / "distill").glob("sd15_*.png")}
+
+    return run_it
+
+
+def test_half_an_sd15(run_short, server, sd15):  # noqa: F811
+    assert {"sd15_teacher", "sd15_pruned", "sd15_distilled"} <= run_short("prune_distil_sd15")
+    (saved,) = (server.output / "checkpoints").glob("sd15_small_*.safetensors")
+    student = open_unet(saved)
+    assert student.architecture.num_parameters < 0.6 * sd15.num_parameters
+    assert any(name.startswith("cond_stage_model.") for name in read_header(saved).tensors)
+    saved.unlink()
+
+
+def test_a_lora_and_a_controlnet_on_a_student(run_short):
+    assert {"sd15_remap_teacher", "sd15_remap_student"} <= run_short("remap_lora_controlnet_sd15")
+
+
+def test_guidance_baked_into_a_lora(run_short, server):  # noqa: F811
+    assert {"sd15_guided", "sd15_baked", "sd15_plain"} <= run_short("bake_guidance_sd15")
+    assert list((server.output / "loras").glob("sd15_guided_*.safetensors"))

@@ -1,0 +1,487 @@
+// The live view on the nodes that train: losses, loss by timestep, sample pictures, how fast it goes.
+//
+// The server tells of each training in `distill.progress` events, and of all that was before at /distill/runs/NAME; the
+// chart of a node shows the run its widget run_name names. Nothing of it is saved with a graph.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { bars, element, lines, short } from "./plot.js";
+
+const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainStudents: false };
+const TERMS = ["total", "task", "output", "feature", "validation"];
+const MAX_POINTS = 1500; // from then on the server is asked for fewer
+const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
+const HEIGHT = 240;
+
+// English text -> that of the language, by the name of its folder under locales.
+const TRANSLATED = {
+  zh: {
+    "Loss": "损失",
+    "By timestep": "按时间步",
+    "Samples": "样图",
+    "Log scale": "对数刻度",
+    "What is shown": "显示内容",
+    "Losses that are drawn": "绘制的损失项",
+    "total": "总损失",
+    "task": "任务",
+    "output": "输出",
+    "feature": "特征",
+    "validation": "验证",
+    "step {0}": "第 {0} 步",
+    "step {0} of {1}": "第 {0} 步，共 {1} 步",
+    "{0} steps/s": "{0} 步/秒",
+    "{0} s/step": "{0} 秒/步",
+    "{0} left": "剩余 {0}",
+    "{0} of {1} GiB": "已用 {0} / {1} GiB",
+    "{0} s": "{0} 秒",
+    "{0} min": "{0} 分",
+    "{0} h": "{0} 小时",
+    "{0} d": "{0} 天",
+    "all timesteps": "全部时间步",
+    "range {0}, timesteps {1} to {2}": "区间 {0}，时间步 {1} 至 {2}",
+    "Run {0}: {1}": "运行 {0}：{1}",
+    "Teacher above, student below, step {0}": "上为教师模型，下为学生模型，第 {0} 步",
+    "No samples yet. They are drawn where the recipe has sample_every_steps and a VAE is connected.":
+      "还没有样图。在蒸馏配方中设置样图间隔步数并连接 VAE 后才会绘制。",
+    "Nothing measured yet.": "还没有测量值。",
+  },
+};
+
+const STYLE = `
+.distill-chart { box-sizing: border-box; display: flex; flex-direction: column; gap: 3px; min-height: ${HEIGHT - 20}px; height: 100%;
+  padding: 5px; overflow: hidden; border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-input-bg);
+  color: var(--input-text); font: 11px/1.35 Inter, Arial, sans-serif; user-select: none; }
+.distill-chart[hidden], .distill-chart [hidden] { display: none !important; }
+.distill-chart .row { display: flex; flex-wrap: wrap; gap: 2px; flex: none; }
+.distill-chart .row .space { flex: 1; }
+.distill-chart button { all: unset; box-sizing: border-box; padding: 1px 6px; border: 1px solid transparent; border-radius: 4px;
+  color: var(--input-text); opacity: 0.75; cursor: pointer; white-space: nowrap; font: inherit; }
+.distill-chart button:hover { opacity: 1; }
+.distill-chart button[aria-pressed="true"] { opacity: 1; border-color: var(--border-color); background: var(--comfy-menu-bg); }
+.distill-chart .legend button { border-color: transparent; background: none; }
+.distill-chart .legend button[aria-pressed="false"] { opacity: 0.55; text-decoration: line-through; }
+.distill-chart button:focus-visible { outline: 2px solid var(--input-text); outline-offset: -1px; opacity: 1; }
+.distill-chart .swatch { display: inline-block; width: 10px; height: 3px; margin-right: 4px; vertical-align: middle;
+  border-radius: 2px; background: var(--series); }
+.distill-chart .panel { position: relative; flex: 1; min-height: 90px; }
+.distill-chart .panel > * { position: absolute; inset: 0; width: 100%; height: 100%; }
+.distill-chart .panel > img { object-fit: contain; background: none; }
+.distill-chart .panel > p { display: flex; align-items: center; justify-content: center; margin: 0; padding: 0 12px;
+  box-sizing: border-box; text-align: center; white-space: normal; }
+.distill-chart .status { flex: none; min-height: 1.35em; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+  font-variant-numeric: tabular-nums; }
+.distill-chart svg text { fill: var(--input-text); opacity: 0.75; font-size: 10px; }
+.distill-chart svg .grid { stroke: var(--border-color); stroke-width: 1; }
+.distill-chart svg path { fill: none; stroke: var(--series); stroke-linejoin: round; }
+.distill-chart svg path.raw { opacity: 0.35; stroke-width: 0.8; }
+.distill-chart svg path.band { opacity: 0.15; stroke: none; fill: var(--series); }
+.distill-chart svg path.smooth { stroke-width: 1.8; }
+.distill-chart svg path.smooth.series-total { stroke-width: 2.4; }
+.distill-chart svg circle { fill: var(--series); }
+.distill-chart svg .bar { fill: color-mix(in srgb, #3f7fe8 75%, var(--input-text)); }
+.distill-chart svg .cursor { stroke: var(--input-text); opacity: 0.5; }
+.distill-chart .series-total { --series: var(--input-text); }
+.distill-chart .series-task { --series: color-mix(in srgb, #3f7fe8 75%, var(--input-text)); }
+.distill-chart .series-output { --series: color-mix(in srgb, #e0651a 75%, var(--input-text)); }
+.distill-chart .series-feature { --series: color-mix(in srgb, #1f9d55 75%, var(--input-text)); }
+.distill-chart .series-validation { --series: color-mix(in srgb, #9560e8 75%, var(--input-text)); }
+`;
+
+/** A text in the language of the front end, with `{0}`, `{1}` filled in. */
+function say(text, ...values) {
+  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? navigator.language;
+  const said = TRANSLATED[locale.split("-")[0]]?.[text] ?? text;
+  return said.replace(/\{(\d)\}/g, (_, index) => values[index]);
+}
+
+/** What is trained, of a training of several students, as the server words it. */
+function sayStage(stage) {
+  const range = /^range (\d+), timesteps (\d+) to (\d+)$/.exec(stage);
+  return range ? say("range {0}, timesteps {1} to {2}", ...range.slice(1)) : say(stage);
+}
+
+function sayDuration(seconds) {
+  const units = [["{0} d", 86400], ["{0} h", 3600], ["{0} min", 60], ["{0} s", 1]];
+  const rounded = Math.round(seconds);
+  const first = Math.max(0, units.findIndex(([, size]) => rounded >= size));
+  if (rounded < 1) return say("{0} s", 0);
+  const parts = units.slice(first, first + 2).map(([text, size], place) => {
+    const of = place ? rounded % units[first][1] : rounded;
+    return [text, Math.floor(of / size)];
+  });
+  return parts.filter(([, count], place) => !place || count).map(([text, count]) => say(text, count)).join(" ");
+}
+
+function html(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+/** A button that is on or off. */
+function toggle(text, on, press, attributes = {}, ...before) {
+  const button = html("button", { type: "button", "aria-pressed": on, ...attributes }, ...before, text);
+  button.addEventListener("click", press);
+  return button;
+}
+
+class Chart {
+  constructor(node, drawsSamples) {
+    this.node = node;
+    this.drawsSamples = drawsSamples;
+    this.view = "Loss";
+    this.log = true;
+    this.leftOut = new Set();
+    this.loading = false;
+    this._build();
+    this.clear();
+  }
+
+  _build() {
+    this.tabs = html("div", { class: "row", role: "group", "aria-label": say("What is shown") });
+    this.legend = html("div", { class: "row legend", role: "group", "aria-label": say("Losses that are drawn") });
+    this.svg = element("svg", { role: "img" });
+    this.picture = html("img", { draggable: "false" });
+    this.hint = html("p");
+    this.panel = html("div", { class: "panel" }, this.svg, this.picture, this.hint);
+    this.status = html("div", { class: "status" });
+    this.element = html("div", { class: "distill-chart" }, this.tabs, this.panel, this.legend, this.status);
+    this.resized = new ResizeObserver(() => this.draw());
+    const views = ["Loss", "By timestep", ...(this.drawsSamples ? ["Samples"] : [])];
+    this.viewButtons = views.map((view) => toggle(say(view), false, () => this._set({ view })));
+    this.logButton = toggle(say("Log scale"), true, () => this._set({ log: !this.log }));
+    this.tabs.append(...this.viewButtons, html("span", { class: "space" }), this.logButton);
+    this.termButtons = new Map(
+      TERMS.map((term) => {
+        const swatch = html("span", { class: `swatch series-${term}` });
+        const value = html("span");
+        const button = toggle(` ${say(term)} `, true, () => this._toggleTerm(term), { "aria-label": say(term) }, swatch);
+        button.append(value);
+        this.legend.append(button);
+        return [term, { button, value }];
+      }),
+    );
+    this.svg.addEventListener("pointermove", (event) => this._point(event));
+    this.svg.addEventListener("pointerleave", () => this._point(null));
+    this.element.addEventListener("keydown", (event) => {
+      if (event.key === " " || event.key === "Enter") event.stopPropagation(); // the canvas has uses of its own for them
+    });
+    this.element.addEventListener("wheel", (event) => this._passToCanvas(event, "processMouseWheel"), { passive: false });
+    for (const [type, method] of [["pointerdown", "processMouseDown"], ["pointermove", "processMouseMove"], ["pointerup", "processMouseUp"]]) {
+      this.element.addEventListener(type, (event) => {
+        if (event.button === 1 || event.buttons & 4) this._passToCanvas(event, method);
+      });
+    }
+  }
+
+  /** Zooming and moving the graph works over the chart as it does beside it. */
+  _passToCanvas(event, method) {
+    if (window.LiteGraph?.vueNodesMode) return; // there it comes through by itself
+    event.preventDefault();
+    app.canvas[method](event);
+  }
+
+  _set(changes) {
+    Object.assign(this, changes);
+    this.draw();
+  }
+
+  _toggleTerm(term) {
+    if (!this.leftOut.delete(term)) this.leftOut.add(term);
+    this.draw();
+  }
+
+  // --- what is known
+
+  /** Forget all, and take no room on the node. */
+  clear() {
+    this.steps = [];
+    this.columns = { mean: {}, min: {}, max: {} };
+    this.missed = [];
+    this.progress = null;
+    this.running = false;
+    this.totalSteps = null;
+    this.setPicture(null);
+    this._show(false);
+  }
+
+  get step() {
+    return this.steps.at(-1) ?? 0;
+  }
+
+  get _runWidget() {
+    return this.node.widgets?.find((widget) => widget.name === "run_name");
+  }
+
+  /** Whether another node gives the name, so that it is known when the training tells of itself. */
+  get _isNamedElsewhere() {
+    return this.node.inputs?.some((input) => input.widget?.name === "run_name" && input.link != null);
+  }
+
+  get runName() {
+    return this._isNamedElsewhere ? this.toldName : this._runWidget?.value;
+  }
+
+  isOf(message) {
+    if (!this._isNamedElsewhere) return message.run === this.runName;
+    return String(message.node).split(":").at(-1) === String(this.node.id);
+  }
+
+  _follow(name) {
+    if (name === this.loadedName) return;
+    this.clear();
+    this.loadedName = name;
+  }
+
+  /** Ask for the run soon: what the node is set to may change several times at once. */
+  loadSoon() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.load(), 50);
+  }
+
+  async load() {
+    this._follow(this.runName);
+    this.wanted = true;
+    if (this.loading) return;
+    this.loading = true;
+    try {
+      while (this.wanted && this.isOpen) {
+        this.wanted = false;
+        await this._load(this.loadedName);
+      }
+    } catch (error) {
+      console.warn("the chart of a training could not be loaded:", error); // what it shows is still true
+    } finally {
+      this.loading = false;
+    }
+  }
+
+  async _load(name) {
+    this.missed = [];
+    if (!name) return;
+    const response = await api.fetchApi(`/distill/runs/${encodeURIComponent(name)}`, { cache: "no-store" });
+    if (!response.ok && response.status !== 404) throw new Error(`${response.status} ${response.statusText}`);
+    const history = response.status === 200 ? await response.json() : null; // 204: no such run yet, 404: no name of one
+    if (name !== this.loadedName || !this.isOpen) return;
+    if (!history) {
+      if (!this.running) this.clear();
+      return;
+    }
+    this.steps = history.points.step;
+    this.columns = history.points;
+    for (const points of this.missed) this._append(points);
+    this.totalSteps = this.progress?.total_steps ?? history.total_steps;
+    this.setPicture(history.sample);
+    this._show(true);
+  }
+
+  /** Take in an event of the training. */
+  tell(message) {
+    this.toldName = message.run;
+    this._follow(this.runName);
+    this.progress = message;
+    this.running = true;
+    this.totalSteps = message.total_steps;
+    if (message.after === null) this.load(); // it may have gone back to an earlier step
+    else if (this.loading) this.missed.push(message.points);
+    else if (message.after > this.step || this.steps.length > MAX_POINTS) this.load();
+    else this._append(message.points);
+    if (message.sample) this.setPicture(message.sample);
+    this._show(true);
+  }
+
+  _append(points) {
+    const start = points.step.findIndex((step) => step > this.step);
+    if (start < 0) return;
+    const before = this.steps.length;
+    this.steps.push(...points.step.slice(start));
+    for (const [kind, columns] of Object.entries(this.columns).filter(([kind]) => kind !== "step")) {
+      for (const name of new Set([...Object.keys(columns), ...Object.keys(points[kind])])) {
+        columns[name] ??= Array(before).fill(null);
+        columns[name].push(...(points[kind][name] ?? Array(points.step.length).fill(null)).slice(start));
+      }
+    }
+  }
+
+  /** The training has ended, whichever way. */
+  stop() {
+    if (!this.running) return;
+    this.running = false;
+    this.load();
+  }
+
+  setPicture(sample) {
+    const url = sample ? api.apiURL(`/view?${new URLSearchParams(sample)}`) : "";
+    if (url === this.pictureUrl) return;
+    this.pictureUrl = url;
+    if (!url) this.picture.removeAttribute("src");
+    else {
+      this.picture.src = url;
+      this.picture.alt = say("Teacher above, student below, step {0}", Number.parseInt(sample.filename, 10));
+    }
+  }
+
+  // --- what is drawn
+
+  _show(shown) {
+    const changed = this.element.hidden === shown;
+    this.element.hidden = !shown;
+    if (this.widget) this.widget.hidden = !shown;
+    if (changed) this.node.setDirtyCanvas?.(true, true);
+    this.draw();
+  }
+
+  draw() {
+    if (this.element.hidden || !this.isOpen) return;
+    for (const [place, button] of this.viewButtons.entries()) {
+      button.setAttribute("aria-pressed", this.view === ["Loss", "By timestep", "Samples"][place]);
+    }
+    this.logButton.setAttribute("aria-pressed", this.log);
+    this.logButton.hidden = this.view === "Samples";
+    this.legend.hidden = this.view !== "Loss";
+    const samples = this.view === "Samples";
+    this.picture.hidden = !samples || !this.pictureUrl;
+    this.svg.toggleAttribute("hidden", samples);
+    this.nearest = null;
+    let empty = samples && !this.pictureUrl;
+    if (!samples) {
+      const size = { width: this.panel.clientWidth || 300, height: this.panel.clientHeight || 110, log: this.log };
+      const plot = this.view === "Loss" ? lines(this.steps, this._series(), size) : bars(this._bins(), size);
+      this.svg.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
+      this.svg.replaceChildren(...plot.elements);
+      this.nearest = plot.nearest;
+      empty = !plot.elements.length;
+    }
+    this.hint.hidden = !empty;
+    this.hint.textContent = say(
+      samples
+        ? "No samples yet. They are drawn where the recipe has sample_every_steps and a VAE is connected."
+        : "Nothing measured yet.",
+    );
+    this._drawLegend(this.steps.length - 1);
+    this._drawStatus();
+    const newest = this.columns.mean.total?.at(-1);
+    const about = `${say(this.view)}${newest == null ? "" : ` ${short(newest)}`}`;
+    this.svg.setAttribute("aria-label", say("Run {0}: {1}", this.loadedName, about));
+  }
+
+  _series() {
+    const { mean, min, max } = this.columns;
+    return TERMS.toReversed()
+      .filter((name) => mean[name] && !this.leftOut.has(name))
+      .map((name) => ({ name, mean: mean[name], min: min[name], max: max[name] }));
+  }
+
+  /** The newest loss of each range of timesteps. */
+  _bins() {
+    const names = Object.keys(this.columns.mean).filter((name) => name.startsWith("timesteps/"));
+    const start = (name) => Number.parseInt(name.slice("timesteps/".length), 10);
+    return names
+      .sort((one, other) => start(one) - start(other))
+      .map((name) => {
+        const newest = this.columns.mean[name].filter((value) => value != null).slice(-NEWEST_POINTS);
+        const value = newest.length ? newest.reduce((sum, each) => sum + each, 0) / newest.length : null;
+        return { label: name.slice("timesteps/".length), value };
+      });
+  }
+
+  _drawLegend(index) {
+    for (const [term, { button, value }] of this.termButtons) {
+      const values = this.columns.mean[term];
+      button.hidden = !values;
+      button.setAttribute("aria-pressed", !this.leftOut.has(term));
+      let place = index;
+      while (place > 0 && values?.[place] == null) place--;
+      value.textContent = values?.[place] == null ? "" : short(values[place]);
+    }
+  }
+
+  _drawStatus(step = null) {
+    const parts = [];
+    if (step !== null) parts.push(say("step {0}", step));
+    else {
+      const done = Math.max(this.step, this.running ? this.progress.step : 0);
+      parts.push(this.totalSteps ? say("step {0} of {1}", done, this.totalSteps) : say("step {0}", done));
+      if (this.running) {
+        const seconds = this.progress.seconds_per_step;
+        parts.push(seconds < 1 ? say("{0} steps/s", short(1 / seconds)) : say("{0} s/step", short(seconds)));
+        parts.push(say("{0} left", sayDuration(this.progress.seconds_left)));
+        const [used, total] = this.progress.memory.map((bytes) => (bytes / 2 ** 30).toFixed(1));
+        parts.push(say("{0} of {1} GiB", used, total));
+        if (this.progress.stage) parts.push(sayStage(this.progress.stage));
+      }
+    }
+    this.status.textContent = parts.join(" · ");
+    this.status.title = this.status.textContent;
+  }
+
+  /** What the pointer is at: the values of that step in the legend. */
+  _point(event) {
+    this.svg.querySelector(".cursor")?.remove();
+    const box = this.svg.getBoundingClientRect();
+    const at = event && this.nearest?.((event.clientX - box.left) / box.width);
+    this._drawLegend(at ? at.index : this.steps.length - 1);
+    this._drawStatus(at ? this.steps[at.index] : null);
+    if (at) this.svg.append(element("line", { class: "cursor", x1: at.x, x2: at.x, y1: at.top, y2: at.bottom }));
+  }
+
+  // --- on the node
+
+  open() {
+    this.isOpen = true;
+    charts.add(this);
+    this.resized.observe(this.panel);
+    this.loadSoon();
+  }
+
+  close() {
+    this.isOpen = false;
+    charts.delete(this);
+    clearTimeout(this.timer);
+    this.resized.disconnect();
+  }
+}
+
+const charts = new Set();
+
+/** Call `then` after a method of an object, whatever that was. */
+function after(object, method, then) {
+  const before = object[method];
+  object[method] = function (...values) {
+    const result = before?.apply(this, values);
+    then();
+    return result;
+  };
+}
+
+api.addEventListener("distill.progress", ({ detail }) => {
+  for (const chart of charts) if (chart.isOf(detail)) chart.tell(detail);
+});
+for (const end of ["execution_success", "execution_error", "execution_interrupted", "reconnected"]) {
+  api.addEventListener(end, () => charts.forEach((chart) => chart.stop()));
+}
+
+app.registerExtension({
+  name: "distill.chart",
+
+  init() {
+    document.head.append(html("style", {}, STYLE));
+  },
+
+  nodeCreated(node) {
+    const drawsSamples = DRAWS_SAMPLES[node.comfyClass];
+    if (drawsSamples === undefined) return;
+    const chart = new Chart(node, drawsSamples);
+    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT };
+    chart.widget = node.addDOMWidget("distill_chart", "distill_chart", chart.element, options);
+    chart.widget.serialize = false; // of the graph; that of the options is of the prompt
+    chart.widget.hidden = true;
+    node.hideOutputImages = true; // the curve as a picture, which is there for who uses the API
+    node.onDrawBackground = () => {};
+    after(node, "onAdded", () => chart.open());
+    after(node, "onRemoved", () => chart.close());
+    after(node, "onConfigure", () => chart.loadSoon());
+    after(chart._runWidget, "callback", () => chart.loadSoon());
+  },
+});
