@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .layouts import layout
+from .layouts import heads, layout, split
 from .lora import kohya_names
 from .schedule import NoiseSchedule, scaled_linear
 
@@ -94,7 +94,7 @@ class Denoiser:
 
     def path(self, name: str) -> str:
         """Where in the network a module is, by its canonical name."""
-        return layout(self.spelling).from_canonical([*self.architecture.shapes, name])[name]
+        return self._paths[name]
 
     @property
     def lora_names(self) -> dict[str, str]:
@@ -114,15 +114,17 @@ class Denoiser:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by canonical name."""
         theirs = dict(self.network.named_parameters())
-        return {name: theirs[path] for name, path in self._paths().items()}
+        return {name: theirs[self._paths[name]] for name in self.architecture.shapes}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy weights by canonical name into the network."""
-        paths = self._paths()
-        self.network.load_state_dict({paths[name]: weight for name, weight in state_dict.items()})
+        self.network.load_state_dict({self._paths[name]: weight for name, weight in state_dict.items()})
 
+    @functools.cached_property
     def _paths(self) -> dict[str, str]:
-        return layout(self.spelling).from_canonical(self.architecture.shapes)
+        """Where parameters, layers and blocks are, by canonical name: made once, for SDXL has thousands."""
+        names = {head for name in self.architecture.shapes for head in heads(name) if head.startswith(split(name)[0])}
+        return layout(self.spelling).from_canonical(names)
 
 
 class DiffusersDenoiser(Denoiser):

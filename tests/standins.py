@@ -21,6 +21,34 @@ def unet(architecture: Architecture) -> dict[str, torch.Tensor]:
     return weights
 
 
+def narrow_sdxl() -> Architecture:
+    """SDXL with each level as wide as the first: ComfyUI knows it by the first and by the depths."""
+    from diffusers import UNet2DConditionModel
+
+    from distill_core.catalog import TEACHER_CONFIGS
+
+    changes = {"block_out_channels": (320,) * 3, "attention_head_dim": [5] * 3}
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**TEACHER_CONFIGS["sdxl"] | changes)
+    return Architecture.from_state_dict(network.state_dict(), head_channels=64)
+
+
+def sdxl_clips() -> dict[str, torch.Tensor]:
+    """The two text encoders of SDXL, as in a checkpoint: the second as OpenCLIP has it."""
+    weights = {name.replace("cond_stage_model", "conditioner.embedders.0"): weight for name, weight in clip().items()}
+    width, shapes = 1280, {"token_embedding.weight": (49408, 1280), "positional_embedding": (77, 1280),
+                           "text_projection": (1280, 1280), "logit_scale": ()}  # fmt: skip
+    layer = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,), "attn.out_proj.weight": (width, width),
+             "attn.out_proj.bias": (width,), "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+             "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}  # fmt: skip
+    shapes |= {f"transformer.resblocks.{n}.{name}": shape for n in range(32) for name, shape in layer.items()}
+    random = torch.Generator().manual_seed(2)
+    second = {name: (0.02 * torch.randn(shape, generator=random)).half() for name, shape in shapes.items()}
+    for norm in ("ln_final", *(f"transformer.resblocks.{n}.ln_{i}" for n in range(32) for i in (1, 2))):
+        second |= {f"{norm}.weight": torch.ones(width).half(), f"{norm}.bias": torch.zeros(width).half()}
+    return weights | {f"conditioner.embedders.1.model.{name}": weight for name, weight in second.items()}
+
+
 def clip() -> dict[str, torch.Tensor]:
     """The text encoder of SD1.x, as in a checkpoint."""
     transformers = pytest.importorskip("transformers", reason="ComfyUI's own requirement, installed elsewhere")

@@ -118,7 +118,7 @@ def test_a_dora_learns_by_the_gradient_of_the_paper(student, batch):
     answer = torch.func.functional_call(student.network, merged, (x_t, t, context)).sample
     expected = dict(zip(own, torch.autograd.grad(answer.square().mean(), own.values()), strict=True))
     for name in expected:
-        assert torch.allclose(got[name], expected[name], atol=1e-4 * expected[name].abs().max(), rtol=1e-3), name
+        assert torch.allclose(got[name], expected[name], atol=1e-3 * expected[name].abs().max(), rtol=1e-3), name
 
 
 def test_a_dora_on_half_precision_is_finite_float32_even_where_a_column_is_empty(student, batch):

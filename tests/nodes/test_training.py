@@ -12,12 +12,11 @@ from distill_core.dataset import Bucket, Caption, Drawing, LatentDataset, draw
 from distill_core.demo import digits
 from distill_core.demo.teacher import load_dataset
 from distill_core.files import open_unet
-from distill_core.layouts import LAYOUTS
 from distill_core.plan import preset
 from distill_core.prune import prune_file
 from distill_core.storage import read_header
 
-from .. import comfyui
+from .. import comfyui, standins
 from .test_adapters import lora, remapped
 from .test_nodes import PROMPT, newest, save, train
 
@@ -265,7 +264,8 @@ def test_latents_of_several_sizes_are_trained_in_buckets(server):
 def test_sdxl_is_trained_with_its_labels(server):
     """SDXL with narrow lower levels, which ComfyUI knows all the same: losses are those of the network in diffusers."""
     teacher = server.base / "models" / "diffusion_models" / "narrow_sdxl.safetensors"
-    write_narrow_sdxl(teacher)
+    teacher.parent.mkdir(parents=True, exist_ok=True)
+    save_file(standins.unet(standins.narrow_sdxl()), teacher)
     random = torch.Generator().manual_seed(1)
     latents, contexts, pooled = (torch.randn(2, *shape, generator=random) for shape in ((4, 8, 8), (7, 2048), (1280,)))
     told = {"height": 1024, "width": 768, "crop_h": 16, "crop_w": 8, "target_height": 512, "target_width": 640}
@@ -294,27 +294,6 @@ def test_sdxl_is_trained_with_its_labels(server):
             answers[who] = denoiser(batch.x_t, batch.t, batch.context, batch.label)
     assert row["task"] == pytest.approx((answers["student"] - batch.eps).square().mean().item(), rel=1e-3)
     assert row["output"] == pytest.approx((answers["student"] - answers["teacher"]).square().mean().item(), rel=1e-3)
-
-
-def write_narrow_sdxl(path):
-    """Random weights in the shape of SDXL, each level as wide as the first: ComfyUI goes by the first and by the depths."""
-    from diffusers import UNet2DConditionModel
-
-    from distill_core.architecture import Architecture
-    from distill_core.catalog import TEACHER_CONFIGS
-
-    with torch.device("meta"):
-        changes = {"block_out_channels": (320,) * 3, "attention_head_dim": [5] * 3}
-        network = UNet2DConditionModel(**TEACHER_CONFIGS["sdxl"] | changes)
-    architecture = Architecture.from_state_dict(network.state_dict(), head_channels=64)
-    names, weights = LAYOUTS["ldm"].from_canonical(architecture.shapes), {}
-    random = torch.Generator().manual_seed(0)
-    for name, shape in architecture.shapes.items():
-        fan_in = max(1, torch.Size(shape[1:]).numel())
-        weight = torch.randn(shape, generator=random) * (fan_in**-0.5 if len(shape) > 1 else 0.02)
-        weights[names[name]] = (weight + ("norm" in name and name.endswith("weight"))).half()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path)
 
 
 def in_diffusers(path):

@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from distill_core.files import open_unet
+from distill_core.plan import preset
+from distill_core.prune import prune
 from distill_core.storage import read_header, write_tensors
 
 from .. import comfyui, standins
@@ -36,23 +38,30 @@ def server(comfyui_path, tmp_path_factory):  # noqa: F811
         yield running
 
 
+def checkpoint(server, name, *parts):  # noqa: F811
+    """A checkpoint of these weights where the server finds it."""
+    if shutil.disk_usage(server.base).free < FREE_GIB << 30:
+        pytest.skip(f"needs {FREE_GIB} GiB of disk")
+    path = server.base / "models" / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vae = {f"first_stage_model.{name}": weight for name, weight in standins.vae().items()}
+    write_tensors(path, {**vae, **{name: weight for part in parts for name, weight in part.items()}})
+    return path
+
+
 @pytest.fixture(scope="module")
 def files(server, sd15):  # noqa: F811
     """What the workflows name: an SD1.5 checkpoint, a student of it, a LoRA and a ControlNet for it."""
-    if shutil.disk_usage(server.base).free < FREE_GIB << 30:
-        pytest.skip(f"needs {FREE_GIB} GiB of disk")
     models = server.base / "models"
-    for folder in ("checkpoints", "diffusion_models", "loras", "controlnet"):
+    for folder in ("diffusion_models", "loras", "controlnet"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     paths = {
-        "checkpoint": models / "checkpoints" / "v1-5-pruned-emaonly.safetensors",
+        "checkpoint": checkpoint(server, "v1-5-pruned-emaonly.safetensors", standins.unet(sd15), standins.clip()),
         "student": models / "diffusion_models" / "sd15_small.safetensors",
         "lora": models / "loras" / "my_style.safetensors",
         "controlnet": models / "controlnet" / "control_v11p_sd15_canny_fp16.safetensors",
         "picture": server.base / "input" / "example.png",
     }
-    vae = {f"first_stage_model.{name}": weight for name, weight in standins.vae().items()}
-    write_tensors(paths["checkpoint"], {**standins.unet(sd15), **standins.clip(), **vae})
     command = [sys.executable, "-m", "distill_core", "prune", paths["checkpoint"], paths["student"], "--preset", "bk-sdm-small"]
     subprocess.run(command, cwd=comfyui.ROOT, check=True, capture_output=True)
     save_file(standins.lora(sd15), paths["lora"])
@@ -65,7 +74,7 @@ def files(server, sd15):  # noqa: F811
 
 
 @pytest.fixture
-def run_short(server, files, tmp_path):  # noqa: F811
+def run_short(server, tmp_path):  # noqa: F811
     known = server.get("object_info")
 
     def values_of(node):
@@ -84,12 +93,12 @@ def run_short(server, files, tmp_path):  # noqa: F811
                 node["widgets_values"][values_of(node).index(changed)] = value
         (tmp_path / f"{name}.json").write_text(json.dumps(graph))
         run(tmp_path / f"{name}.json", server)
-        return {path.stem.rpartition("_")[0].rstrip("_0123456789") for path in (server.output / "distill").glob("sd15_*.png")}
+        return {path.stem.rpartition("_")[0].rstrip("_0123456789") for path in (server.output / "distill").glob("*.png")}
 
     return run_it
 
 
-def test_half_an_sd15(run_short, server, sd15):  # noqa: F811
+def test_half_an_sd15(run_short, server, sd15, files):  # noqa: F811
     assert {"sd15_teacher", "sd15_pruned", "sd15_distilled"} <= run_short("prune_distil_sd15")
     (saved,) = (server.output / "checkpoints").glob("sd15_small_*.safetensors")
     student = open_unet(saved)
@@ -98,10 +107,24 @@ def test_half_an_sd15(run_short, server, sd15):  # noqa: F811
     saved.unlink()
 
 
-def test_a_lora_and_a_controlnet_on_a_student(run_short):
+def test_a_lora_and_a_controlnet_on_a_student(run_short, files):
     assert {"sd15_remap_teacher", "sd15_remap_student"} <= run_short("remap_lora_controlnet_sd15")
 
 
-def test_guidance_baked_into_a_lora(run_short, server):  # noqa: F811
+def test_guidance_baked_into_a_lora(run_short, server, files):  # noqa: F811
     assert {"sd15_guided", "sd15_baked", "sd15_plain"} <= run_short("bake_guidance_sd15")
     assert list((server.output / "loras").glob("sd15_guided_*.safetensors"))
+
+
+def test_half_an_sdxl(run_short, server):  # noqa: F811
+    """Narrow, for memory; its text encoders are of the real size."""
+    teacher = standins.narrow_sdxl()
+    path = checkpoint(server, "sd_xl_base_1.0.safetensors", standins.unet(teacher), standins.sdxl_clips())
+    assert {"sdxl_teacher", "sdxl_pruned", "sdxl_distilled"} <= run_short("prune_distil_sdxl")
+    path.unlink()
+    (saved,) = (server.output / "checkpoints").glob("my_ssd_1b_*.safetensors")
+    student = open_unet(saved)
+    kept = student.architecture.num_parameters / teacher.num_parameters
+    assert student.architecture.modules == prune(teacher, preset("ssd-1b")).student.modules and kept < 0.8
+    assert any(name.startswith("conditioner.embedders.1.") for name in read_header(saved).tensors)
+    saved.unlink()
