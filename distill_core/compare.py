@@ -262,7 +262,7 @@ def random_data(file: UNetFile, settings: Settings) -> LatentDataset:
 
 def _load(file: UNetFile, device: torch.device, dtype: torch.dtype) -> Denoiser:
     network = load_unet(file, dtype).requires_grad_(False).to(device)
-    return DiffusersDenoiser(network=network, architecture=file.architecture, prediction=file.prediction)
+    return DiffusersDenoiser.of_file(file, network)
 
 
 def macs(file: UNetFile, dataset: LatentDataset) -> int:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from .architecture import Architecture
 from .layouts import heads, layout, split
 from .lora import kohya_names
 from .schedule import NoiseSchedule, scaled_linear
+
+if TYPE_CHECKING:
+    from .files import UNetFile
 
 
 class Label(NamedTuple):
@@ -62,6 +65,8 @@ class Denoiser:
     """What is called in place of the network: it compiled, or wrapped to run on several devices."""
     computes: tuple[torch.device, torch.dtype] | None = None
     """Where and in what it computes, if its weights are kept elsewhere or otherwise."""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """What it was pruned from, as its file tells it: see `files.UNetFile.origin`."""
 
     spelling: ClassVar[str]
     """Layout of the network's parameter names: a key of `layouts.LAYOUTS`."""
@@ -131,6 +136,11 @@ class DiffusersDenoiser(Denoiser):
     """A ``UNet2DConditionModel``."""
 
     spelling = "diffusers"
+
+    @classmethod
+    def of_file(cls, file: UNetFile, network: nn.Module) -> DiffusersDenoiser:
+        """With what a file tells besides the weights."""
+        return cls(network=network, architecture=file.architecture, prediction=file.prediction, origin=file.origin)
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         added = None if label is None else {"text_embeds": label.pooled, "time_ids": label.sizes}

@@ -26,6 +26,8 @@ FORMS = {
     "diffusers": "a folder for UNet2DConditionModel.from_pretrained",
 }
 """What a student can be written as."""
+ORIGIN = ("distill.plan", "distill.teacher", "distill.skips", "distill.padding")
+"""Metadata that tell what a student was pruned from; files that are made of it tell the same."""
 _FULL_PREFIX = "model.diffusion_model."
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MODELSPEC_PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
@@ -68,6 +70,11 @@ class UNetFile:
     def plan(self) -> PruningPlan | None:
         """Plan the file was pruned with, if it was pruned here."""
         return PruningPlan.from_json(text) if (text := self.metadata.get("distill.plan")) else None
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What it tells of the teacher it was pruned from: metadata by the keys of `ORIGIN`."""
+        return {key: text for key, text in self.metadata.items() if key in ORIGIN}
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:

@@ -366,7 +366,7 @@ class Prepared:
                     prune_file(self.teacher_files[0], pruned, plan or self.plan)
             file = open_unet(pruned)
         dtype = DTYPES[self.job.training.weight_dtype]
-        return _denoiser(file, load_unet(file, dtype).to(self.device))
+        return DiffusersDenoiser.of_file(file, load_unet(file, dtype).to(self.device))
 
     @property
     def shares_base(self) -> bool:
@@ -407,7 +407,7 @@ class Prepared:
             )
         else:
             network.to(self.device)
-        return replace(_denoiser(file, network), computes=(self.device, compute))
+        return replace(DiffusersDenoiser.of_file(file, network), computes=(self.device, compute))
 
     # --- data
 
@@ -525,10 +525,6 @@ def _open(job: Job, name: str) -> UNetFile:
 
         return teacher_file()
     return open_unet(job.path(name))
-
-
-def _denoiser(file: UNetFile, network: torch.nn.Module) -> DiffusersDenoiser:
-    return DiffusersDenoiser(network=network, architecture=file.architecture, prediction=file.prediction)
 
 
 def _text(path: Path) -> str:

@@ -362,6 +362,7 @@ class OneToMany:
             student.architecture,
             prediction=student.prediction,
             plan=self.starts[0].plan,
+            metadata=student.origin,
             overwrite=True,
         )
         return path

@@ -19,7 +19,8 @@ from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_fil
 from .denoiser import Denoiser
 from .evaluate import count_macs, frechet_distance
 from .files import open_unet, save_unet
-from .plan import name_map, preset, pruned
+from .plan import preset
+from .prune import prune_file
 from .recipe import Recipe
 from .run import Run
 from .sampling import sample
@@ -79,7 +80,6 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         raise ValueError(f"{out} exists and is not an unfinished quickstart; choose another --out")
     file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
     teacher = load_denoiser(file)
-    mapping = name_map(file.architecture, plan)
     recipe = Recipe(
         total_steps=settings.train_steps,
         batch_size=settings.batch_size,
@@ -93,13 +93,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     run = Run(out / "run", recipe, {"plan": plan.name, "data": dataset.fingerprint})
     start = out / "pruned.safetensors"
     if not start.exists():
-        save_unet(
-            start,
-            mapping.apply(file.state_dict),
-            pruned(file.architecture, mapping),
-            plan=plan,
-            title=f"Digits teacher pruned by {plan.name}, not yet distilled",
-        )
+        prune_file(file, start, plan)
     student = load_denoiser(open_unet(start))
 
     rows, pictures = [], {}
@@ -124,8 +118,8 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         student.named_parameters(),
         student.architecture,
         dtype="fp16",
-        plan=plan,
         title=title,
+        metadata=student.origin,
         overwrite=True,
     )
     write_report(out, rows, pictures, run.metrics(), settings)

@@ -114,4 +114,4 @@ class Routed:
 def _network(students: Students, number: int, device: torch.device | str, dtype: torch.dtype) -> DiffusersDenoiser:
     file = students.unet(number)
     network = load_unet(file, dtype).to(device)
-    return DiffusersDenoiser(network=network, architecture=file.architecture, prediction=file.prediction)
+    return DiffusersDenoiser.of_file(file, network)

@@ -126,6 +126,7 @@ class TrainTimestepStudents(io.ComfyNode):
         recipe = Recipe(**settings, **recipe[0])
         if recipe.sample_every_steps:
             log.warning("sample_every_steps has no effect here: sample pictures are drawn by Distill Train Step alone")
+            recipe = replace(recipe, sample_every_steps=0)
         plan = bridge.plan_between(student, teacher)
         shares_base = student is teacher and recipe.lora_rank > 0 and of_students["joint_steps"] == 0
         with torch.inference_mode(False), torch.enable_grad():

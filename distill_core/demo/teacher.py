@@ -21,7 +21,7 @@ def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
     from ..unet import load_unet
 
     network = load_unet(file).to("cuda" if torch.cuda.is_available() else "cpu")
-    return DiffusersDenoiser(network=network, architecture=file.architecture, prediction=file.prediction)
+    return DiffusersDenoiser.of_file(file, network)
 
 
 def load_dataset() -> LatentDataset:

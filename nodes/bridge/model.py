@@ -12,6 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...distill_core import files
 from ...distill_core import plan as plans
 from ...distill_core.architecture import Architecture
 from ...distill_core.files import UNetFile
@@ -93,6 +94,14 @@ class Origin:
 def origin_of(model: ModelPatcher) -> Origin | None:
     """Where a MODEL that was pruned here comes from."""
     return model.get_attachment(ORIGIN)
+
+
+def told_of(model: ModelPatcher) -> dict[str, str]:
+    """What files made of a MODEL tell of where it comes from, by the keys of `files.ORIGIN`; nothing if it was not pruned here."""
+    if (origin := origin_of(model)) is None:
+        return {}
+    told = {**origin.metadata, "distill.plan": origin.plan.to_json()}
+    return {key: told[key] for key in files.ORIGIN if key in told}
 
 
 def plan_of(model: ModelPatcher) -> PruningPlan | None:

@@ -24,7 +24,7 @@ from ...distill_core.denoiser import Denoiser, Label
 from ...distill_core.memory import Forecast
 from ...distill_core.recipe import Recipe
 from ...distill_core.teacher_data import Making, draw_dataset
-from .model import FLOW, model_fingerprint, prediction_or_flow, sampling_words, schedule_of, unet_of
+from .model import FLOW, model_fingerprint, prediction_or_flow, sampling_words, schedule_of, told_of, unet_of
 from .training import PLAIN_ATTENTION, forecast_memory
 
 EVERYTHING = 1e20  # bytes: more than there are, so that ComfyUI unloads all else
@@ -122,6 +122,7 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
         architecture=architecture,
         schedule=schedule_of(model),
         prediction=prediction,
+        origin=told_of(model),
         shell=shell,
         patcher=model,
         delegate_of=delegate_of,

@@ -18,7 +18,7 @@ from ...distill_core.memory import Forecast, MemorySettings, forecast
 from ...distill_core.plan import PruningPlan
 from ...distill_core.recipe import DTYPES, Recipe
 from .build import build_model
-from .model import architecture_of, prediction_of, schedule_of, state_dict_of
+from .model import architecture_of, prediction_of, schedule_of, state_dict_of, told_of
 
 PLAIN_ATTENTION = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
 """Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another."""
@@ -91,6 +91,7 @@ def _wrap(model: ModelPatcher, sampling_of: ModelPatcher) -> ComfyDenoiser:
         architecture=architecture_of(model),
         schedule=schedule_of(sampling_of),
         prediction=prediction_of(sampling_of),
+        origin=told_of(sampling_of),
     )
     wrapped.patcher = model
     return wrapped

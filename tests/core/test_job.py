@@ -84,6 +84,7 @@ def test_a_job_trains_to_a_student_anyone_can_open(folder, capsys):
     assert "1,489,028 parameters, plan bk-sdm-base" in out.out and "8 examples" in out.out and "step 4:" in out.out
     student = open_unet(folder / "run" / "checkpoints" / "00000004" / "student.safetensors")
     assert student.plan.name == "bk-sdm-base" and student.architecture.num_parameters == 1_489_028
+    assert student.origin == open_unet(folder / "run" / "pruned.safetensors").origin != {}
 
 
 def test_the_memory_of_a_step_is_told_before_the_first(folder, capsys):
@@ -322,7 +323,7 @@ def test_a_finished_student_is_fine_tuned_without_a_teacher(folder, finished, ca
     assert "teacher   none" in capsys.readouterr().out
     tuned = weights(folder / "run")
     assert tuned.keys() == finished.keys() and not same(tuned, finished)
-    assert open_unet(checkpoints_in(folder / "run")[-1] / "student.safetensors").plan.name == "bk-sdm-base"
+    assert "distill.skips" in open_unet(checkpoints_in(folder / "run")[-1] / "student.safetensors").origin
 
 
 def test_a_lora_of_a_student_is_trained_and_resumed(folder, finished):
@@ -410,9 +411,11 @@ def two_students(made):
 
 def test_a_job_trains_a_folder_of_students(two_students, folder, capsys):
     assert [member.plan for member in two_students.members] == ["bk-sdm-base"] * 2 and len(two_students.ranges) == 2
-    pruned = open_unet(two_students.folder.parent / "pruned.safetensors").state_dict
-    assert not any(same(pruned, open_unet(path).state_dict) for path in two_students.files)
-    assert two_students.teacher == open_unet(two_students.folder.parent / "pruned.safetensors").metadata["distill.teacher"]
+    pruned = open_unet(two_students.folder.parent / "pruned.safetensors")
+    students = [open_unet(path) for path in two_students.files]
+    assert not any(same(pruned.state_dict, student.state_dict) for student in students)
+    assert all(student.origin == pruned.origin != {} for student in students)
+    assert two_students.teacher == pruned.metadata["distill.teacher"]
 
 
 def test_it_is_told_before_the_first_step_and_at_the_end(folder, two_students, capsys):

@@ -15,7 +15,7 @@ from distill_core.prune import prune, prune_file
 from distill_core.skip import skipping
 from distill_core.unet import load_unet
 
-CLOSE = dict(rtol=1e-4, atol=1e-5)
+CLOSE = dict(rtol=1e-3, atol=2e-4)
 
 
 @st.composite
@@ -93,7 +93,7 @@ def _check(text, teacher, inputs, folder):
             from diffusers import UNet2DConditionModel
 
             theirs = UNet2DConditionModel.from_pretrained(folder / "diffusers").eval()
-            torch.testing.assert_close(_forward(theirs, inputs), answer, rtol=0, atol=1e-5)
+            torch.testing.assert_close(_forward(theirs, inputs), answer, **CLOSE)
         # And the teacher with those blocks passed over, wherever that is defined.
         try:
             with skipping(teacher, pruning.mapping):

@@ -40,6 +40,7 @@ def test_it_leaves_a_report_a_student_and_the_run(finished):
     assert f"{rows[0].parameters:,}" in page and "data:image/png;base64," in page and "{" not in page.split("</style>")[1]
     with safe_open(out / "student.safetensors", "pt") as file:
         assert "input_blocks.0.0.weight" in file.keys()
+    assert open_unet(out / "student.safetensors").origin == open_unet(out / "pruned.safetensors").origin != {}
     assert open_unet(out / "student.safetensors").architecture.num_parameters == rows[2].parameters < rows[0].parameters
 
 

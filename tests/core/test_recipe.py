@@ -54,6 +54,12 @@ def test_a_recipe_survives_the_way_through_a_file(tmp_path):
     assert from_mapping(Recipe, read_toml(tmp_path / "recipe.toml"), "recipe") == recipe
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_file_that_powershell_wrote_is_read(encoding, tmp_path):
+    (tmp_path / "r.toml").write_bytes('run = "ä"\r\n[training]\r\ntotal_steps = 3\r\n'.encode(encoding))
+    assert read_toml(tmp_path / "r.toml") == {"run": "ä", "training": {"total_steps": 3}}
+
+
 @pytest.mark.parametrize(
     "table,message",
     [({"learning_rat": 1e-3}, "did you mean 'learning_rate'"), ({"zzz": 1}, "the settings are"),

@@ -97,7 +97,7 @@ def test_accumulation_changes_nothing_but_memory(parts, tmp_path, small_teacher,
     assert seen == [4] * 3 + [4 // parts] * 3 * parts
     for whole, cut in zip(*rows, strict=True):
         assert cut.pop("norm") == pytest.approx(whole.pop("norm"), rel=1e-2)
-        assert cut == pytest.approx(whole, rel=1e-4)
+        assert cut == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["bk-sdm", "koala"])

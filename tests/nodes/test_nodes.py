@@ -97,6 +97,9 @@ def test_the_graph_trains_saves_and_goes_on(server):
     in_graph = load_file(newest(server, "on/student_*.safetensors"))
     on_disk = load_file(folder / "checkpoints" / "00000006" / "student.safetensors")
     assert in_graph.keys() == on_disk.keys() and all(torch.equal(in_graph[n], on_disk[n]) for n in on_disk)
+    origin = open_unet(folder / "checkpoints" / "00000006" / "student.safetensors").origin
+    assert origin == open_unet(newest(server, "on/student_*.safetensors")).origin
+    assert origin.keys() == {"distill.plan", "distill.teacher", "distill.skips"}
     metrics = (folder / "metrics.csv").read_bytes()
     third = server.run(prompt)
     assert third.succeeded and {"train", "save", "sample student"} <= third.cached

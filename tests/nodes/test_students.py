@@ -64,6 +64,7 @@ def test_each_range_has_a_student_of_its_own(in_one):
     assert found.ranges.boundaries == (332.0, 665.0) and len(found.files) == 3
     first, *others = [open_unet(path).state_dict for path in found.files]
     assert not any(same(first, other) for other in others)
+    assert all({"distill.plan", "distill.skips"} <= open_unet(path).origin.keys() for path in found.files)  # for ControlNets
     for number in range(3):
         measured = {name for row in rows(folder / f"range_{number}") for name in row if name.startswith("timesteps/")}
         held = found.ranges.timesteps(number)
@@ -216,7 +217,10 @@ def test_loras_on_one_base(server):
 
 
 def test_boundaries_and_overlap_reach_the_students(server):
-    folder, _ = trained(server, "students by hand", boundaries="70%", overlap=50, total_steps=1)
+    """And a recipe that asks for sample pictures, which none of them could draw, is no obstacle."""
+    nodes = {"recipe": recipe(sample_every_steps=1)}
+    settings = {"boundaries": "70%", "overlap": 50, "total_steps": 1, "recipe": ["recipe", 0]}
+    folder, _ = trained(server, "students by hand", nodes, **settings)
     assert Students.read(folder / "students").ranges.boundaries == pytest.approx((299.7,))
     ranges = [(folder / f"range_{number}" / "recipe.toml").read_text() for number in range(2)]
     assert "timestep_range = [\n    0,\n    350,\n]" in ranges[0] and "timestep_range = [\n    250,\n    1000,\n]" in ranges[1]
