@@ -311,7 +311,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         written = path.read_bytes()
         # Windows PowerShell writes "distill recipes NAME > FILE" in UTF-16.
         encoding = "utf-16" if written.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        return tomllib.loads(written.decode(encoding).replace("\r\n", "\n"))
+        return tomllib.loads(written.decode(encoding))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """A LoRA that was trained is one anybody can load: what its file adds to the weights is what the network computed with."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,8 @@ def test_the_matrices_are_float32_on_a_network_of_half_precision(student):
 
 def test_a_dora_learns_by_the_gradient_of_the_paper(student, batch):
     """Through what is merged, the norm a constant (Sec. 4.3)."""
+    student = replace(student, network=copy.deepcopy(student.network).double())
+    batch = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in batch)
     with_lora = copied(student)
     targets = ("mid.*.to_v", "*.conv1") if student.architecture.stages("mid") else ("*.to_v", "*.conv1")
     lora = Lora(with_lora, rank=3, alpha=1.5, dora=True, targets=targets)
@@ -118,7 +121,7 @@ def test_a_dora_learns_by_the_gradient_of_the_paper(student, batch):
     answer = torch.func.functional_call(student.network, merged, (x_t, t, context)).sample
     expected = dict(zip(own, torch.autograd.grad(answer.square().mean(), own.values()), strict=True))
     for name in expected:
-        assert torch.allclose(got[name], expected[name], atol=1e-3 * expected[name].abs().max(), rtol=1e-3), name
+        assert torch.allclose(got[name], expected[name], atol=1e-4 * expected[name].abs().max(), rtol=1e-3), name
 
 
 def test_a_dora_on_half_precision_is_finite_float32_even_where_a_column_is_empty(student, batch):

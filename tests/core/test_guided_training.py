@@ -164,11 +164,11 @@ def test_a_range_of_scales_is_learnt_at_the_strength_of_each(small_teacher, smal
 
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"accumulation_steps": 2}], ids=str)
 def test_a_range_of_scales_is_learnt_the_same_with_less_memory(changes, small_teacher, small_data, tmp_path):
-    runs = [train(tmp_path / name, copied(small_teacher), small_data, replace(RANGE, **more)) for name, more in
+    slow = replace(RANGE, learning_rate=1e-5)  # Adam makes much of how gradients near zero are rounded
+    runs = [train(tmp_path / name, copied(small_teacher), small_data, replace(slow, **more)) for name, more in
             {"plain": {}, "less": changes}.items()]  # fmt: skip
     plain, less = ([row["total"] for row in run.metrics()] for run in runs)
-    assert less[0] == pytest.approx(plain[0], rel=1e-4) and plain[0] != plain[-1]
-    assert less == pytest.approx(plain, rel=0.1)  # Adam makes much of how gradients near zero are rounded
+    assert less == pytest.approx(plain, rel=1e-2) and plain[0] != plain[-1]
 
 
 def test_what_is_given_out_is_judged_at_full_strength(small_teacher, small_data, tmp_path):

@@ -1,6 +1,8 @@
 """Laws over random plans: what is pruned answers as the teacher with those blocks passed over, in either layout."""
 
+import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from distill_core.prune import prune, prune_file
 from distill_core.skip import skipping
 from distill_core.unet import load_unet
 
-CLOSE = dict(rtol=1e-3, atol=2e-4)
+CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
 @st.composite
@@ -82,8 +84,12 @@ def _check(text, teacher, inputs, folder):
     # The plan says the same in a line of text.
     again = read_plan(write_plan(pruning.plan, teacher.architecture), teacher.architecture)
     assert name_map(teacher.architecture, again).removed == pruning.mapping.removed
+    # So narrow networks normalise over two or three numbers: in float32 the answer hangs on the last digit.
+    x, t, context, *label = inputs
+    inputs = (x.double(), t, context.double(), *(one.to(context.double()) for one in label))
+    exact = replace(teacher, network=copy.deepcopy(teacher.network).double())
     with torch.no_grad():
-        answer = _forward(load_unet(student), inputs)
+        answer = _forward(load_unet(student).double(), inputs)
         # The diffusers route, where its config has words for the student.
         try:
             prune_file(file, folder / "diffusers", pruning.plan, form="diffusers")
@@ -93,11 +99,11 @@ def _check(text, teacher, inputs, folder):
             from diffusers import UNet2DConditionModel
 
             theirs = UNet2DConditionModel.from_pretrained(folder / "diffusers").eval()
-            torch.testing.assert_close(_forward(theirs, inputs), answer, **CLOSE)
+            torch.testing.assert_close(_forward(theirs.double(), inputs), answer, rtol=0, atol=1e-5)
         # And the teacher with those blocks passed over, wherever that is defined.
         try:
-            with skipping(teacher, pruning.mapping):
-                skipped = teacher(*inputs)
+            with skipping(exact, pruning.mapping):
+                skipped = exact(*inputs)
         except ValueError as error:
             assert "cannot be passed over" in str(error)
         else:
