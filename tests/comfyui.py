@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from .offline.sitecustomize import TRIED_FILE
+
 ROOT = Path(__file__).parents[1]
 HOW_TO_GET_IT = "no ComfyUI found: set COMFYUI_PATH to a checkout, or get one with 'comfy install' (comfy-cli)"
 HOW_TO_GET_ITS_PYTHON = (
@@ -47,6 +49,12 @@ def quiet_environment() -> dict[str, str]:
     return os.environ | {"DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def offline_environment(tried: Path) -> dict[str, str]:
+    """For a Python that reaches no other machine and writes to a file what it tried."""
+    path = os.pathsep.join([str(ROOT / "tests" / "offline"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return quiet_environment() | {"PYTHONPATH": path, TRIED_FILE: str(tried)}
+
+
 class Server:
     """A ComfyUI server on a base folder of its own; use as a context manager."""
 
@@ -60,9 +68,10 @@ class Server:
         command = [python, "main.py", "--cpu", "--disable-api-nodes", "--listen", "127.0.0.1", "--port", str(self.port),
                    "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
                    "--cache-ram", "0.1", *options]  # fmt: skip  # GB: what tests beside it need is no reason to forget
-        self.log = base / "server.log"
+        self.log, self._tried = base / "server.log", base / "tried.log"
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=log, env=quiet_environment())
+            environment = offline_environment(self._tried)
+            self.process = subprocess.Popen(command, cwd=comfyui, stdout=log, stderr=log, env=environment)
 
     def __enter__(self):
         deadline = time.monotonic() + 180
@@ -78,6 +87,11 @@ class Server:
     def __exit__(self, *_):
         self.process.terminate()
         self.process.wait(30)
+        assert not self.tried(), self.tried()
+
+    def tried(self) -> str:
+        """Other machines it tried to reach, one a line."""
+        return self._tried.read_text() if self._tried.exists() else ""
 
     def get(self, path: str):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=10) as answer:

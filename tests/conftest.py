@@ -11,7 +11,21 @@ from distill_core.architecture import Architecture
 from distill_core.dataset import LatentDataset
 from distill_core.denoiser import DiffusersDenoiser, Label
 
+from .offline.sitecustomize import refuse
+
 torch.set_num_threads(1)
+
+_tried: list[str] = []
+refuse(_tried.append)
+
+
+@pytest.fixture(autouse=True)
+def tried():
+    """What a test tried of the network, which must be nothing when it ends: the library asks no other machine for anything."""
+    _tried.clear()
+    yield _tried
+    assert not _tried, _tried
+
 
 SMALL = dict(
     sample_size=8,
