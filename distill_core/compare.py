@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,15 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """What it takes to do some work on a device, to its end."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 class Peak:
     """The most memory at once, beyond what was there before."""
 
@@ -205,7 +215,7 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
     models = {name: _load(file, device, DTYPES[dtype]) for name, file in files.items()}
     asked = {name: _evaluation(model, dataset, settings.batch_size, on_evaluation) for name, model in models.items()}
     peaks = {name: _peak(model, asked[name]) for name, model in models.items()}
-    seconds = in_rounds([lambda ask=ask: _seconds(ask, device) for ask in asked.values()], settings.num_rounds)
+    seconds = in_rounds([partial(seconds_of, ask, device) for ask in asked.values()], settings.num_rounds)
     first, measured = next(iter(models.values())), []
     for (name, model), of_a_step in zip(models.items(), seconds, strict=True):
         measured.append(
@@ -284,17 +294,9 @@ def _evaluation(model: Denoiser, dataset: LatentDataset, batch_size: int, on_eva
     @torch.no_grad()
     def evaluate() -> None:
         model(x, t, context, label)
-        synchronize(model.device)
         on_evaluation()
 
     return evaluate
-
-
-def _seconds(evaluate: Callable[[], None], device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    evaluate()
-    return time.perf_counter() - started
 
 
 def _peak(model: Denoiser, evaluate: Callable[[], None]) -> int:

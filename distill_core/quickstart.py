@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import plots, report
+from .compare import in_rounds, seconds_of
 from .dataset import Caption
 from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
@@ -29,6 +29,7 @@ from .train import distill
 
 NUM_SHOWN = 80  # digits per model in the picture, eight of each
 SAMPLE_BATCH = 100
+TIMED_STEPS, TIMED_ROUNDS = 2, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,8 @@ class Row:
     """Share of samples the digit classifier takes for what was asked."""
     frechet_distance: float
     """Between the classifier's features of samples and of all real digits; lower is closer."""
-    ms_per_image: float
+    ms_per_image: float | None = None
+    """Of drawing one in a batch; None where it was not timed."""
 
 
 def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
@@ -112,6 +114,9 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         progress.set_description(f"sampling: {name}")
         row, pictures[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
         rows.append(row)
+    progress.set_description("timing")
+    of_teacher, of_student = _ms_per_image([teacher, student], settings)
+    rows = [replace(row, ms_per_image=ms) for row, ms in zip(rows, (of_teacher, of_student, of_student), strict=True)]
     title = f"Handwritten digits, distilled by {plan.name}"
     save_unet(
         out / "student.safetensors",
@@ -138,25 +143,12 @@ def _train_cost(settings: Settings) -> int:
 
 def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: None) -> tuple[Row, Tensor]:
     """Sample a digits model and measure it; also returns the pictures (N, 1, 16, 16), labels 0..9 in turn."""
-    text, classifier = digits.DigitsTextEncoder.bundled(), digits.DigitsClassifier.bundled()
-    labels = torch.arange(settings.num_samples) % 10
-    context = text.captions([digits.caption(n) for n in range(10)])[labels]
-    noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))
-    null = Caption(text.captions([""])[0])
-    sample(denoiser, context[:SAMPLE_BATCH], null, noise=noise[:SAMPLE_BATCH], num_steps=1)  # not timed: warms up
-    started, latents = time.perf_counter(), []
-    for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH):
-        latents += sample(
-            denoiser,
-            context[part],
-            null,
-            noise=noise[part],
-            guidance=settings.guidance,
-            num_steps=settings.sample_steps,
-            on_step=partial(on_step, 2 * len(part)),
-        ).cpu()
-    seconds = time.perf_counter() - started
-    pictures = digits.decode(torch.stack(latents)).clamp(-1, 1)
+    classifier, labels = digits.DigitsClassifier.bundled(), _labels(settings)
+    latents = [
+        _draw(denoiser, part, settings, settings.sample_steps, partial(on_step, 2 * len(part))).cpu()
+        for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH)
+    ]
+    pictures = digits.decode(torch.cat(latents)).clamp(-1, 1)
     real, _ = digits.load_digits()
     with torch.no_grad():
         distance = frechet_distance(classifier.features(pictures), classifier.features(real))
@@ -166,8 +158,30 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
         gmacs=count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS) / 1e9,
         accuracy=digits.accuracy(classifier, pictures, labels),
         frechet_distance=distance,
-        ms_per_image=1000 * seconds / settings.num_samples,
     ), pictures
+
+
+def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[float]:
+    """Median over rounds of drawing a batch by a few steps, the models in turn, so that what slows the machine slows all."""
+    part = torch.arange(min(SAMPLE_BATCH, settings.num_samples))
+    drawings = [partial(_draw, denoiser, part, settings, TIMED_STEPS) for denoiser in denoisers]
+    seconds = in_rounds(
+        [partial(seconds_of, draw, one.device) for draw, one in zip(drawings, denoisers, strict=True)], TIMED_ROUNDS
+    )
+    return [1000 * each / len(part) * settings.sample_steps / TIMED_STEPS for each in seconds]
+
+
+def _draw(denoiser: Denoiser, part: Tensor, settings: Settings, num_steps: int, on_step=lambda: None) -> Tensor:
+    """The samples of these numbers, (N, C, H, W)."""
+    text = digits.DigitsTextEncoder.bundled()
+    context = text.captions([digits.caption(n) for n in range(10)])[_labels(settings)[part]]
+    noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))[part]
+    null = Caption(text.captions([""])[0])
+    return sample(denoiser, context, null, noise=noise, guidance=settings.guidance, num_steps=num_steps, on_step=on_step)
+
+
+def _labels(settings: Settings) -> Tensor:
+    return torch.arange(settings.num_samples) % 10
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -184,6 +198,7 @@ MEANINGS = {
     "accuracy": "share of samples that a digit classifier takes for the digit that was asked for.",
     "Fréchet distance": "how far samples lie from the 1,797 real digits in the classifier's features; lower is closer.",
     "GMACs": "billions of multiply-accumulates in one evaluation of the network.",
+    "ms per image": "time of drawing one in a batch, the models in turn, so that what slows the machine slows all of them.",
 }
 FILES = {
     "student.safetensors": "the distilled student, fp16. distill inspect student.safetensors shows what is in it.",
@@ -200,7 +215,7 @@ def cells(row: Row) -> list[str]:
         f"{row.gmacs:.4f}",
         f"{row.accuracy:.1%}",
         f"{row.frechet_distance:.2f}",
-        f"{row.ms_per_image:.1f}",
+        "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}",
     ]
 
 
