@@ -1,6 +1,6 @@
 """The memory of a training step, forecast part by part and measured: ``python benchmarks/memory.py``.
 
-Two published students on the smallest GPUs they are meant for. Where there is a CUDA device the same steps run on it, with
+Two published students on the smallest GPUs they are meant for, and what the workflows ask for as they are shipped. Where there is a CUDA device the same steps run on it, with
 random weights and random data, and the peak that torch allocates is set beside the forecast; without one nothing is
 measured. Writes ``results/memory.md``.
 """
@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 
+from distill_core.adapter import WithoutLora
 from distill_core.architecture import Architecture
 from distill_core.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
 from distill_core.dataset import Bucket, LatentDataset
 from distill_core.denoiser import DiffusersDenoiser, Label
 from distill_core.memory import Forecast, MemorySettings, forecast, gib
-from distill_core.plan import name_map, preset, pruned
+from distill_core.plan import PruningPlan, name_map, preset, pruned
 from distill_core.processes import ALONE
 from distill_core.recipe import DTYPES, Recipe
 from distill_core.run import Run
@@ -32,33 +33,47 @@ NUM_STEPS = 3  # the first makes the optimiser's state
 
 
 class Case(NamedTuple):
-    """A student, and how it is trained."""
+    """What is trained, and how."""
 
+    title: str
     family: str
-    preset: str
-    batch_size: int
-    memory_gib: int
-    """Of the GPU it should fit."""
+    preset: str | None
+    """Of the student; None for a LoRA on the teacher's own weights."""
+    recipe: Recipe
 
     @property
-    def title(self) -> str:
+    def heading(self) -> str:
         _, height, width = LATENT_SHAPES[self.family]
-        size = f"{8 * height} x {8 * width} px, batch {self.batch_size}"
-        return f"{self.preset} of {self.family}, {size}, on a GPU of {self.memory_gib} GiB"
+        parts = f" in {self.recipe.accumulation_steps} parts" if self.recipe.accumulation_steps > 1 else ""
+        return f"{self.title}, {8 * height} x {8 * width} px, batch {self.recipe.batch_size}{parts}"
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        return self.preset and preset(self.preset)
 
     @property
     def settings(self) -> MemorySettings:
-        recipe = Recipe(batch_size=self.batch_size, precision="bf16", optimizer="adamw8bit")
-        return MemorySettings(recipe=recipe, teacher_dtype="fp16")
+        return MemorySettings(recipe=self.recipe, teacher_dtype="fp16", shares_base=self.preset is None)
 
     @property
     def architectures(self) -> tuple[Architecture, Architecture]:
         """Of teacher and student."""
         teacher = published_teacher(self.family)
-        return teacher, pruned(teacher, name_map(teacher, preset(self.preset)))
+        return teacher, pruned(teacher, name_map(teacher, self.plan)) if self.plan else teacher
 
 
-CASES = [Case("sdxl", "ssd-1b", 1, 24), Case("sd1", "bk-sdm-small", 2, 8)]
+SMALL_GPU = dict(precision="bf16", optimizer="adamw8bit")
+CASES = [
+    Case("ssd-1b of sdxl with adamw8bit, for a GPU of 24 GiB", "sdxl", "ssd-1b", Recipe(**SMALL_GPU, batch_size=1)),
+    Case("bk-sdm-small of sd1 with adamw8bit, for a GPU of 8 GiB", "sd1", "bk-sdm-small", Recipe(**SMALL_GPU, batch_size=2)),
+    Case("workflow prune_distil_sdxl", "sdxl", "ssd-1b",
+         Recipe(batch_size=8, accumulation_steps=4, objective="ssd-1b", optimizer="adafactor", precision="bf16", weight_dtype="bf16",
+                gradient_checkpointing=True)),
+    Case("workflow prune_distil_sd15", "sd1", "bk-sdm-small", 
+         Recipe(batch_size=8, accumulation_steps=2, precision="bf16", gradient_checkpointing=True)),
+    Case("workflow bake_guidance_sd15", "sd1", None,
+         Recipe(batch_size=8, objective="guidance", guidance=7.5, caption_dropout=0.0, lora_rank=32, lora_targets=("*attn*",))),
+]  # fmt: skip
 
 
 def main() -> None:
@@ -68,9 +83,9 @@ def main() -> None:
         architectures, started = case.architectures, time.process_time()
         told = _forecast(case, *architectures)
         took = f"The forecast took {time.process_time() - started:.1f} s of one processor core."
-        sections.append("\n".join([f"## {case.title}", "", "```", told.describe(), "```", "", took, _measured(case, told)]))
+        sections.append("\n".join([f"## {case.heading}", "", "```", told.describe(), "```", "", took, _measured(case, told)]))
         print(sections[-1], end="\n\n")
-    settings = "Student in bf16 by autocast on float32 weights, teacher in fp16, adamw8bit, objective bk-sdm."
+    settings = "Teachers in fp16. Students compute in bf16, with weights in float32 (prune_distil_sdxl: bf16); a LoRA as its base, in fp16."
     (RESULTS / "memory.md").write_text("\n\n".join([settings, *sections]) + "\n", encoding="utf-8")
 
 
@@ -78,7 +93,7 @@ def _forecast(case: Case, teacher: Architecture, student: Architecture) -> Forec
     return forecast(
         teacher=teacher,
         student=student,
-        plan=preset(case.preset),
+        plan=case.plan,
         latent_shape=LATENT_SHAPES[case.family],
         num_tokens=NUM_TOKENS,
         settings=case.settings,
@@ -97,11 +112,12 @@ def _peak_bytes(case: Case, device: torch.device) -> int:
     """The most torch allocates at once in a few steps."""
     (theirs, ours), recipe = case.architectures, case.settings.recipe
     teacher = _random(theirs, device, DTYPES[case.settings.teacher_dtype])
-    student = _random(ours, device, torch.float32)
+    student = _random(ours, device, DTYPES[recipe.weight_dtype]) if case.plan else teacher
+    teachers = Teachers.single(teacher if case.plan else WithoutLora(student), recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", recipe, {})
         data = _data(theirs, LATENT_SHAPES[case.family])
-        training = Training(run, student, Teachers.single(teacher, recipe), preset(case.preset), data, ALONE)
+        training = Training(run, student, teachers, case.plan, data, ALONE)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         with training.open():

@@ -99,7 +99,7 @@ class Lora:
         return keys
 
     def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a LoRA file as kohya's trainer does; stock ComfyUI and diffusers open it."""
+        """Write a LoRA file as kohya's trainer does, which stock ComfyUI and diffusers open; of a DoRA diffusers leaves the lengths out."""
         keys, names = self._keys(), self.denoiser.lora_names
         tensors = {keys[name]: weight for name, weight in weights.items()}
         tensors |= {f"{names[layer]}.alpha": torch.tensor(self.alpha) for layer in self.layers}
@@ -221,9 +221,11 @@ def _decompose(layer: nn.Module, name: str) -> None:
 def _check_columns(layer: nn.Module) -> None:
     """``ValueError`` for a layer whose columns cannot be measured: of a convolution in groups they are no inputs."""
     if not layer.weight.is_floating_point():
-        raise ValueError("weights in int8 or nf4 take no DoRA; set lora_dora to false, or keep the model in fp16 or fp8")
+        raise ValueError("weights in int8 or nf4 take no DoRA: learn a LoRA (lora_dora false), or keep the model in fp16 or fp8")
     if getattr(layer, "groups", 1) > 1:
-        raise ValueError("a convolution in groups takes no DoRA; leave it out of lora_targets, or set lora_dora to false")
+        raise ValueError(
+            "a convolution in groups takes no DoRA: leave its layer out, or learn a LoRA (lora_dora, on the node dora, false)"
+        )
 
 
 def _with_scaled_columns(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

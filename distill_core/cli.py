@@ -212,7 +212,7 @@ def _distinct_names(files: Sequence[Path]) -> list[str]:
     paths = [file.resolve() for file in files]
     without = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in paths]
     for parts in ([path.parts for path in without], [path.parts for path in paths]):
-        for count in range(1, max(map(len, parts))):
+        for count in range(1, max(map(len, parts)) + 1):
             names = ["/".join(part[-count:]) for part in parts]
             if len({*names}) == len(names):
                 return names

@@ -6,6 +6,7 @@ Timesteps count from 0, a clean picture, to 1000, noise alone.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from .denoiser import Denoiser, DiffusersDenoiser, Label
 from .evaluate import clip_score, count_macs, feature_distances, output_error
 from .files import UNetFile
 from .memory import Ledger
-from .recipe import DTYPES
+from .recipe import DTYPES, PRECISIONS
 from .storage import atomic, write_text
 from .unet import build_unet, load_unet
 
@@ -191,15 +192,29 @@ class Settings:
     num_rounds: int = 10
     """Timed steps of each model."""
     num_examples: int = 4
-    """Examples the distance is measured on, in each bin."""
+    """Examples the distance is measured on, in each bin, if they fill the last batch; else some more."""
     dtype: str | None = None
-    """A key of `recipe.DTYPES`; None for fp16 on a GPU and fp32 on a CPU."""
+    """One of `PRECISIONS`; None for fp16 on a GPU and fp32 on a CPU."""
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_tokens", "num_rounds", "num_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.size_px) < 64 or any(side % 64 for side in self.size_px):
+            raise ValueError(f"size_px must be multiples of 64 pixels, got {self.size_px[0]} x {self.size_px[1]}")
+        if self.dtype not in (None, *PRECISIONS):
+            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {self.dtype}")
+
+    @property
+    def num_batches(self) -> int:
+        """In how many the distance of a bin is measured, none of them larger than what is timed."""
+        return math.ceil(self.num_examples / self.batch_size)
 
 
 def work(num_models: int, settings: Settings) -> int:
     """Length of a comparison in evaluations, for a progress bar."""
-    return num_models * (NUM_WARM_UPS + 1 + settings.num_rounds) + (num_models - 1) * NUM_BINS
+    return num_models * (NUM_WARM_UPS + 1 + settings.num_rounds) + (num_models - 1) * NUM_BINS * settings.num_batches
 
 
 def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Callable[[], Any] = lambda: None) -> Comparison:
@@ -235,7 +250,7 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
         "precision": dtype,
         "pictures": f"{width} x {height} px, {settings.batch_size} in a step, captions of {settings.num_tokens} tokens",
         "time": f"median of {settings.num_rounds} rounds",
-        "distance": f"{settings.num_examples} examples of random latents and captions in each of {NUM_BINS} bins of timesteps, "
+        "distance": f"{settings.num_batches * settings.batch_size} examples of random latents and captions in each of {NUM_BINS} bins of timesteps, "
         f"seed {settings.seed}",
     }
     return Comparison(models=tuple(measured), settings=said)
@@ -311,7 +326,8 @@ def _peak(model: Denoiser, evaluate: Callable[[], None]) -> int:
 
 def _distances(model: Denoiser, first: Denoiser, dataset, settings: Settings, on_batch: Callable[[], Any]) -> tuple[float, ...]:
     """In the first one's terms, so that those of all models mean the same."""
-    options = {"num_bins": NUM_BINS, "batch_size": settings.num_examples, "seed": settings.seed, "on_batch": on_batch}
+    options = {"num_bins": NUM_BINS, "num_batches": settings.num_batches, "batch_size": settings.batch_size}
+    options |= {"seed": settings.seed, "on_batch": on_batch}
     return tuple(output_error(first, model, dataset, **options).tolist())
 
 

@@ -44,13 +44,7 @@ def feature_distances(real: Tensor, drawn: Tensor, *, seed: int = 0) -> tuple[fl
     a cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401, Sec. 4), the mean over 100 subsets of at most 1,000 rows, which
     follow from the seed. ``ValueError`` for fewer than 2 rows, and without torchmetrics.
     """
-    if min(len(real), len(drawn)) < 2:
-        raise ValueError(f"distances need at least 2 pictures on each side, got {len(real)} and {len(drawn)}")
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise ValueError("distances between pictures need a package: python -m pip install torchmetrics") from error
+    FrechetInceptionDistance, KernelInceptionDistance = distance_metrics(len(real), len(drawn))
     given = torch.nn.Identity()  # in place of Inception: what comes are features
     given.num_features = real.shape[1]
     with warnings.catch_warnings():
@@ -63,6 +57,18 @@ def feature_distances(real: Tensor, drawn: Tensor, *, seed: int = 0) -> tuple[fl
         torch.manual_seed(seed)
         frechet, (kernel, _) = (metric.compute() for metric in metrics)
     return frechet.item(), kernel.item()
+
+
+def distance_metrics(num_real: int, num_drawn: int) -> tuple[type, type]:
+    """What `feature_distances` of so many pictures is measured by; ``ValueError`` as there, before anything was computed."""
+    if min(num_real, num_drawn) < 2:
+        raise ValueError(f"distances need at least 2 pictures on each side, got {num_real} and {num_drawn}")
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise ValueError("distances between pictures need a package: python -m pip install torchmetrics") from error
+    return FrechetInceptionDistance, KernelInceptionDistance
 
 
 def clip_score(pictures: Tensor, text: Tensor) -> float:

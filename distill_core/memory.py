@@ -180,7 +180,8 @@ def changes(now: MemorySettings, *, of_teacher: bool = True) -> Iterator[Change]
         for dtype, price in {"fp16": "", "fp8": "its answers are a little coarser"}.items():
             if now.teacher_dtype not in QUANTISED and DTYPES[dtype].itemsize < DTYPES[now.teacher_dtype].itemsize:
                 yield Change(f"teacher in {dtype}", price, replace(now, teacher_dtype=dtype))
-        if not now.teacher_offloaded and not now.shares_base and now.device != "cpu":
+        may_wait = now.teacher_dtype not in QUANTISED and not now.shares_base and now.device != "cpu"
+        if may_wait and not now.teacher_offloaded:
             yield Change("teacher offloaded", "each step waits for it", replace(now, teacher_offloaded=True))
     for optimizer, price in {"adamw8bit": "", "adafactor": "it has no momentum"}.items():
         if _state_of_a_layer(optimizer) < _state_of_a_layer(recipe.optimizer) and not now.shards:

@@ -135,6 +135,12 @@ class OneToMany:
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         if names and not any(name.startswith(("joint", "range_", "pruned")) for name in names):
             raise ValueError(f"{self.folder} exists and is not a training of several students; choose another name")
+        for path in self.folder.glob("joint*"):
+            if (done := _steps_in(path)) > self.stages.get(path.name, 0):
+                raise ValueError(
+                    f"{self.folder} holds one student trained for {done:,} steps, of which all are to begin; set joint_steps to that "
+                    "or more, or give the new ones another folder"
+                )
         for stage in self.stages:
             if checkpoints_in(self.folder / stage) and (stage.startswith("joint") or self.ranges):
                 self._check(stage)

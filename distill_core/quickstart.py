@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,10 +143,10 @@ def _train_cost(settings: Settings) -> int:
 
 def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: None) -> tuple[Row, Tensor]:
     """Sample a digits model and measure it; also returns the pictures (N, 1, 16, 16), labels 0..9 in turn."""
-    classifier, labels = digits.DigitsClassifier.bundled(), _labels(settings)
+    classifier, asked = digits.DigitsClassifier.bundled(), _Asked.of(settings)
     latents = [
-        _draw(denoiser, part, settings, settings.sample_steps, partial(on_step, 2 * len(part))).cpu()
-        for part in torch.arange(settings.num_samples).split(SAMPLE_BATCH)
+        part.drawn_by(denoiser, settings, settings.sample_steps, partial(on_step, 2 * len(part.noise))).cpu()
+        for part in asked.split(SAMPLE_BATCH)
     ]
     pictures = digits.decode(torch.cat(latents)).clamp(-1, 1)
     real, _ = digits.load_digits()
@@ -156,32 +156,46 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
         model=name,
         parameters=denoiser.architecture.num_parameters,
         gmacs=count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS) / 1e9,
-        accuracy=digits.accuracy(classifier, pictures, labels),
+        accuracy=digits.accuracy(classifier, pictures, asked.labels),
         frechet_distance=distance,
     ), pictures
 
 
 def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[float]:
     """Median over rounds of drawing a batch by a few steps, the models in turn, so that what slows the machine slows all."""
-    part = torch.arange(min(SAMPLE_BATCH, settings.num_samples))
-    drawings = [partial(_draw, denoiser, part, settings, TIMED_STEPS) for denoiser in denoisers]
-    seconds = in_rounds(
-        [partial(seconds_of, draw, one.device) for draw, one in zip(drawings, denoisers, strict=True)], TIMED_ROUNDS
-    )
-    return [1000 * each / len(part) * settings.sample_steps / TIMED_STEPS for each in seconds]
+    asked = next(iter(_Asked.of(settings).split(SAMPLE_BATCH)))
+    timed = [partial(seconds_of, partial(asked.drawn_by, one, settings, TIMED_STEPS), one.device) for one in denoisers]
+    return [1000 * each / len(asked.noise) * settings.sample_steps / TIMED_STEPS for each in in_rounds(timed, TIMED_ROUNDS)]
 
 
-def _draw(denoiser: Denoiser, part: Tensor, settings: Settings, num_steps: int, on_step=lambda: None) -> Tensor:
-    """The samples of these numbers, (N, C, H, W)."""
-    text = digits.DigitsTextEncoder.bundled()
-    context = text.captions([digits.caption(n) for n in range(10)])[_labels(settings)[part]]
-    noise = torch.randn(settings.num_samples, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed))[part]
-    null = Caption(text.captions([""])[0])
-    return sample(denoiser, context, null, noise=noise, guidance=settings.guidance, num_steps=num_steps, on_step=on_step)
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What every model is to draw, and from which noise."""
 
+    labels: Tensor
+    contexts: Tensor
+    null: Caption
+    noise: Tensor
 
-def _labels(settings: Settings) -> Tensor:
-    return torch.arange(settings.num_samples) % 10
+    @classmethod
+    def of(cls, settings: Settings) -> _Asked:
+        text, count = digits.DigitsTextEncoder.bundled(), settings.num_samples
+        labels = torch.arange(count) % 10
+        return cls(
+            labels=labels,
+            contexts=text.captions([digits.caption(n) for n in range(10)])[labels],
+            null=Caption(text.captions([""])[0]),
+            noise=torch.randn(count, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed)),
+        )
+
+    def split(self, size: int) -> Iterator[_Asked]:
+        for labels, contexts, noise in zip(*(each.split(size) for each in (self.labels, self.contexts, self.noise)), strict=True):
+            yield replace(self, labels=labels, contexts=contexts, noise=noise)
+
+    def drawn_by(self, denoiser: Denoiser, settings: Settings, num_steps: int, on_step=lambda: None) -> Tensor:
+        """Latents (N, C, H, W)."""
+        options = {"noise": self.noise, "guidance": settings.guidance, "num_steps": num_steps}
+        return sample(denoiser, self.contexts, self.null, **options, on_step=on_step)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..distill_core import compare, plots
+from ..distill_core.evaluate import distance_metrics
 from . import bridge
 from .inputs import sampler_inputs, seed_input
 
@@ -200,7 +201,9 @@ def _judged(comparison, clip_vision, real_images, clip, prompt: str, node_id: st
     bridge.show_text(f"judging {total} pictures", node_id)
     first, pictures = next(iter(comparison.pictures.items()))
     text = None
-    if clip is not None:  # before the long work
+    if real is not None or len(comparison.pictures) > 1:  # refused before the long work, as a clip that does not go with it
+        distance_metrics(len(pictures if real is None else real), len(pictures))
+    if clip is not None:
         width = bridge.picture_features(clip_vision, pictures[:1]).shape[1]
         text = bridge.text_features(clip, prompt, width)
     features = {name: bridge.picture_features(clip_vision, seen, bar.update) for name, seen in comparison.pictures.items()}

@@ -1,6 +1,7 @@
 """Small UNets of the real shape, shared by all tests."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait for a second thread; the servers' too
 
@@ -14,6 +15,7 @@ from distill_core.denoiser import DiffusersDenoiser, Label
 from .offline.sitecustomize import refuse
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
 
 _tried: list[str] = []
 refuse(_tried.append)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,12 @@ class Drawing:
         return range(self.seed, self.seed + self.num_seeds)
 
     @property
+    def num_parts(self) -> int:
+        """In how many the distance of a bin is measured, none of them larger than a batch that is drawn."""
+        count = len(self.latent["samples"])
+        return math.ceil(min(NUM_EXAMPLES, self.num_seeds * count) / count)
+
+    @property
     def places(self) -> list[str]:
         """What tells the pictures of a model apart."""
         count = len(self.latent["samples"])
@@ -71,7 +78,9 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     models that do not share latents.
     """
     _check(models)
-    progress = Progress(len(models) * (1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS), node_id)
+    progress = Progress(
+        len(models) * (1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS * drawing.num_parts), node_id
+    )
     artists = [
         Artist(name=name, model=model, cfg=cfg, drawing=drawing, progress=progress)
         for (name, model), cfg in zip(models.items(), drawing.cfgs, strict=True)
@@ -194,7 +203,8 @@ class Artist:
             return result
 
         watched = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, watch)
-        self._sample(watched, self.drawing.latent["samples"], self.drawing.seed, self.drawing.sampler_name, steps=NUM_WARM_UPS)
+        steps = NUM_WARM_UPS if networks.count == 1 else self.drawing.steps  # those of a routed MODEL are all to be asked
+        self._sample(watched, self.drawing.latent["samples"], self.drawing.seed, self.drawing.sampler_name, steps=steps)
         self.progress.add(NUM_WARM_UPS)
 
     def draw(self) -> float:
@@ -271,13 +281,19 @@ class Artist:
         """
         sampling, firsts = (model.get_model_object("model_sampling") for model in (self.model, first))
         if isinstance(sampling, comfy.model_sampling.CONST) != isinstance(firsts, comfy.model_sampling.CONST):
-            self.progress.add(NUM_BINS)
+            self.progress.add(NUM_BINS * self.drawing.num_parts)
             return None
         self.progress.tell(f"{self.name}, distance")
         sigmas = [float(firsts.percent_to_sigma(1 - (i + 0.5) / NUM_BINS)) for i in range(NUM_BINS)]
-        clean, found = self.model.model.process_latent_in(latents), []
-        random = torch.Generator().manual_seed(self.drawing.seed)
-        noise = torch.randn(clean.shape, generator=random)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.drawing.seed))
+        size = len(self.drawing.latent["samples"])
+        parts = [self._answers(*part, sigmas) for part in zip(latents.split(size), noise.split(size), strict=True)]
+        return [torch.cat(answers) for answers in zip(*parts, strict=True)]
+
+    def _answers(self, latents: Tensor, noise: Tensor, sigmas: list[float]) -> list[Tensor]:
+        """At each noise level."""
+        sampling, clean = self.model.get_model_object("model_sampling"), self.model.model.process_latent_in(latents)
+        found = []
 
         def ask(model_k, x: Tensor, _, extra_args: dict, callback, disable) -> Tensor:
             for sigma in sigmas:
@@ -330,6 +346,10 @@ class _Networks:
             result = executor(x, *args, **kwargs)
         self._models[key], self._macs[key] = model, count() / len(x)
         return result
+
+    @property
+    def count(self) -> int:
+        return len(self._models)
 
     @property
     def mean_macs(self) -> float:

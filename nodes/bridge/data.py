@@ -21,7 +21,7 @@ from ...distill_core.storage import fingerprint
 from ...distill_core.teacher_data import Making, make_dataset
 from .demo import is_demo
 from .interface import pictures_of
-from .model import model_fingerprint, sampling_words, schedule_of, unet_of
+from .model import architecture_of, model_fingerprint, sampling_words, schedule_of, unet_of
 from .training import denoiser
 
 STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
@@ -200,7 +200,7 @@ class ClipEncoders:
     """The text encoders of a CLIP, with the LoRA and the clip skip that are on it."""
 
     def __init__(self, clip: comfy.sd.CLIP, reads: _Reads):
-        self._clip, self.reads = clip, reads
+        self._clip, self._reads = clip, reads
         with torch.inference_mode():
             patcher = clip.load_model()
             weights = {name: weight.to("cpu").detach() for name, weight in patcher.model_state_dict_for_saving().items()}
@@ -208,7 +208,7 @@ class ClipEncoders:
 
     def captions(self, captions: list[str]) -> list[Caption]:
         encoded = [self._clip.encode_from_tokens_scheduled(self._clip.tokenize(caption)) for caption in captions]
-        return [Caption(told.context, told.pooled) for told in _told(encoded, self.reads)]
+        return [Caption(told.context, told.pooled) for told in _told(encoded, self._reads)]
 
 
 def make_data(
@@ -225,10 +225,11 @@ def make_data(
 
     What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
     """
+    architecture = architecture_of(teacher)  # what is no UNet is refused before the work
     encoders = ClipEncoders(clip, _reads(teacher))
     height, width = (side // 8 for side in making.size)
     data = make_dataset(
-        partial(denoiser, teacher, batch_shape=(2 * batch_size, encoders.reads.channels, height, width)),
+        partial(denoiser, teacher, batch_shape=(2 * batch_size, architecture.channels("conv_in")[0], height, width)),
         f"{model_fingerprint(teacher)} {sampling_words(teacher)}",
         encoders,
         prompts,

@@ -120,8 +120,8 @@ def mapping_between(student: ModelPatcher, teacher: ModelPatcher) -> NameMap:
     return NameMap.identity(architecture) if found is None else name_map(architecture, found)
 
 
-def prediction_of(model: ModelPatcher) -> str:
-    """What the network predicts; ``ValueError`` for families the training engine does not know."""
+def prediction_of(model: ModelPatcher, takes: str = "eps, v or x0 prediction on discrete timesteps, as SD1.x has") -> str:
+    """What the network predicts; ``ValueError`` for families the training engine does not know, telling what it takes."""
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and len(sampling.sigmas) != TRAINED_TIMESTEPS:
         raise ValueError(
@@ -133,8 +133,7 @@ def prediction_of(model: ModelPatcher) -> str:
         if isinstance(sampling, base) and discrete and not isinstance(sampling, UNKNOWN):
             return name
     raise ValueError(
-        f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be distilled here; "
-        "it takes eps, v or x0 prediction on discrete timesteps, as SD1.x has"
+        f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be distilled here, which takes {takes}"
     )
 
 
@@ -142,7 +141,9 @@ def prediction_or_flow(model: ModelPatcher) -> str:
     """The same, and flows."""
     sampling = model.get_model_object("model_sampling")
     flows = isinstance(sampling, comfy.model_sampling.CONST) and hasattr(sampling, "sigmas")
-    return FLOW if flows and not isinstance(sampling, UNKNOWN) else prediction_of(model)
+    if flows and not isinstance(sampling, UNKNOWN):
+        return FLOW
+    return prediction_of(model, "eps, v or x0 prediction on discrete timesteps, as SD1.x has, or a flow, as SD3 and Flux are")
 
 
 def schedule_of(model: ModelPatcher) -> NoiseSchedule:

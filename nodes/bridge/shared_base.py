@@ -137,7 +137,9 @@ def _trainable_prediction(model: ModelPatcher, architecture: Architecture | None
     if architecture and architecture.channels("conv_in")[0] != form.latent_channels:
         raise ValueError("this MODEL reads more than a latent: inpainting and editing models are not trained here")
     if model.injections:
-        raise ValueError("a LoRA is on this MODEL in bypass mode, which training cannot see; load it without bypass")
+        raise ValueError(
+            "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA in place of Load LoRA (Bypass)"
+        )
     return prediction
 
 

@@ -68,6 +68,20 @@ def test_figures_depend_on_the_seed_and_nothing_else(files, comparison):
     assert other.distances != comparison.models[2].distances
 
 
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
+        ({"num_examples": 0}, "num_examples must be at least 1"),
+        ({"size_px": (64, 72)}, "multiples of 64 pixels, got 64 x 72"),
+        ({"dtype": "fp8"}, "dtype must be one of fp32, bf16, fp16, got fp8"),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)
+
+
 def test_the_progress_bar_ends_full(files):
     done = []
     compare(files, TINY, lambda: done.append(1))

@@ -542,7 +542,8 @@ def test_every_change_is_a_recipe_that_can_be_run():
     assert "weight_dtype bf16" in [change.what for change in changes(settings_of(optimizer="prodigy", lora_rank=4))]
     sharded = {change.what.split()[0] for change in changes(settings_of(num_processes=2, batch_size=2, shards=True))}
     assert not sharded & {"optimizer", "weight_dtype"}
-    assert "teacher offloaded" not in [change.what for change in changes(settings_of(device="cpu"))]
+    for held in ({"device": "cpu"}, {"teacher_dtype": "nf4"}, {"teacher_dtype": "int8"}):
+        assert "teacher offloaded" not in [change.what for change in changes(settings_of(**held))]
 
 
 def test_the_free_memory_of_a_device(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def small(out):
-    """How shared bases of small models of several families answer, and what becomes of their MODELs."""
+    """How shared bases of small models of several families answer, what becomes of their MODELs, and that they draw no data."""
     import torch
     from in_comfyui import pack
 
@@ -20,7 +20,15 @@ def small(out):
         "demo as dora": _told(bridge.demo_teacher, 4, 64, None, out, dora=True, targets=["*"]),
         "sd3 as dora": _told(_sd3, 16, 4096, 2048, out, dora=True),
     }
-    Path(out).write_text(json.dumps(found))
+    refused = _refused(partial(bridge.make_data, _flux(), None, ["a"], None, Path(out).parent / "data", 1, None, None))
+    Path(out).write_text(json.dumps({"families": found, "teacher dataset": refused}))
+
+
+def _refused(work):
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
 
 
 def of_file(file, width, pooled_width, out):
