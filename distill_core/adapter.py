@@ -221,11 +221,11 @@ def _decompose(layer: nn.Module, name: str) -> None:
 def _check_columns(layer: nn.Module) -> None:
     """``ValueError`` for a layer whose columns cannot be measured: of a convolution in groups they are no inputs."""
     if not layer.weight.is_floating_point():
-        raise ValueError("weights in int8 or nf4 take no DoRA: learn a LoRA (lora_dora false), or keep the model in fp16 or fp8")
-    if getattr(layer, "groups", 1) > 1:
         raise ValueError(
-            "a convolution in groups takes no DoRA: leave its layer out, or learn a LoRA (lora_dora, on the node dora, false)"
+            "weights in int8 or nf4 take no DoRA: turn dora off (lora_dora in a recipe), or keep the model in fp16 or fp8"
         )
+    if getattr(layer, "groups", 1) > 1:
+        raise ValueError("a convolution in groups takes no DoRA: leave its layer out, or turn dora off (lora_dora in a recipe)")
 
 
 def _with_scaled_columns(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

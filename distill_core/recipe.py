@@ -169,7 +169,7 @@ class Recipe:
         if self.lora_dora and self.guidance_min is not None:
             raise ValueError(
                 "guidance_min learns a LoRA at many strengths, and what a DoRA does at a strength is not in proportion to it: "
-                "learn a LoRA (lora_dora, on the node dora, false), or one scale"
+                "turn dora off (lora_dora in a recipe), or learn one scale"
             )
 
     @property
