@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--guidance", type=float, default=2.0, help="scale that is learnt (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=500, help="digits of each student (default: %(default)s)")
