@@ -1,8 +1,8 @@
 """The memory of a training step, forecast part by part and measured: ``python benchmarks/memory.py``.
 
-Two published students on the smallest GPUs they are meant for, and what the workflows ask for as they are shipped. Where there is a CUDA device the same steps run on it, with
-random weights and random data, and the peak that torch allocates is set beside the forecast; without one nothing is
-measured. Writes ``results/memory.md``.
+Two published students on the smallest GPUs they are meant for, and what the workflows ask for as they are shipped. Where
+there is a CUDA device the same steps run on it, with random weights and random data, and the peak that torch allocates is set
+beside the forecast; without one nothing is measured. Writes ``results/memory.md``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CASES = [
     Case("workflow prune_distil_sdxl", "sdxl", "ssd-1b",
          Recipe(batch_size=8, accumulation_steps=4, objective="ssd-1b", optimizer="adafactor", precision="bf16", weight_dtype="bf16",
                 gradient_checkpointing=True)),
-    Case("workflow prune_distil_sd15", "sd1", "bk-sdm-small", 
+    Case("workflow prune_distil_sd15", "sd1", "bk-sdm-small",
          Recipe(batch_size=8, accumulation_steps=2, precision="bf16", gradient_checkpointing=True)),
     Case("workflow bake_guidance_sd15", "sd1", None,
          Recipe(batch_size=8, objective="guidance", guidance=7.5, caption_dropout=0.0, lora_rank=32, lora_targets=("*attn*",))),

@@ -250,8 +250,8 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
         "precision": dtype,
         "pictures": f"{width} x {height} px, {settings.batch_size} in a step, captions of {settings.num_tokens} tokens",
         "time": f"median of {settings.num_rounds} rounds",
-        "distance": f"{settings.num_batches * settings.batch_size} examples of random latents and captions in each of {NUM_BINS} bins of timesteps, "
-        f"seed {settings.seed}",
+        "distance": f"{settings.num_batches * settings.batch_size} examples of random latents and captions in each of "
+        f"{NUM_BINS} bins of timesteps, seed {settings.seed}",
     }
     return Comparison(models=tuple(measured), settings=said)
 
@@ -326,9 +326,9 @@ def _peak(model: Denoiser, evaluate: Callable[[], None]) -> int:
 
 def _distances(model: Denoiser, first: Denoiser, dataset, settings: Settings, on_batch: Callable[[], Any]) -> tuple[float, ...]:
     """In the first one's terms, so that those of all models mean the same."""
-    options = {"num_bins": NUM_BINS, "num_batches": settings.num_batches, "batch_size": settings.batch_size}
-    options |= {"seed": settings.seed, "on_batch": on_batch}
-    return tuple(output_error(first, model, dataset, **options).tolist())
+    in_parts = {"num_batches": settings.num_batches, "batch_size": settings.batch_size}
+    errors = output_error(first, model, dataset, num_bins=NUM_BINS, **in_parts, seed=settings.seed, on_batch=on_batch)
+    return tuple(errors.tolist())
 
 
 # --- what people look at --------------------------------------------------------------------------------------------

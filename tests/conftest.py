@@ -1,4 +1,4 @@
-"""Small UNets of the real shape, shared by all tests."""
+"""What all tests stand under, no network above all, and small UNets of the real shape."""
 
 import os
 import signal
