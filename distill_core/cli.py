@@ -43,12 +43,17 @@ def inspect(arguments: argparse.Namespace) -> None:
         return
     for name, value in facts.items():
         if name != "stages":
-            print(
-                f"{name.replace('_', ' '):<14} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):<14} {value}"
-            )
+            print(f"{name.replace('_', ' '):<14} {_words(value)}")
     for stage in facts["stages"]:
         depths = " ".join(map(str, stage["transformer_depth"]))
         print(f"  {stage['name']:<8} {stage['channels']:>5} channels  {stage['resnets']} resnets  transformer depth {depths}")
+
+
+def _words(value: object) -> str:
+    """A fact for a person: ``yes``, ``859,520,964``, ``none``."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -57,6 +62,8 @@ def prune(arguments: argparse.Namespace) -> None:
     from .files import open_unet
     from .prune import prune_file
 
+    if arguments.layout != "diffusers":
+        _check_suffix(arguments.out)
     teacher = open_unet(arguments.teacher)
     plan = _plan(arguments, teacher.architecture)
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
@@ -79,6 +86,8 @@ def prune(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
     if pruning.padding:
         print(f"Put back as identities, so that ComfyUI opens the file: {', '.join(pruning.padding)}")
+    if note := "" if arguments.layout == "diffusers" else teacher.sampling.loading_note(pruning.student.family):
+        print(note)
     print("It still has to be distilled: straight after pruning its samples are poor.")
 
 
@@ -141,6 +150,7 @@ def remap_lora(arguments: argparse.Namespace) -> None:
     from .lora import remap_lora_file
     from .plan import name_map
 
+    _check_suffix(arguments.out)
     teacher = open_unet(arguments.teacher).architecture
     mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
@@ -157,6 +167,7 @@ def convert_lora(arguments: argparse.Namespace) -> None:
     from .files import open_unet
     from .lora import convert_lora_file
 
+    _check_suffix(arguments.out)
     model = open_unet(arguments.model).architecture
     num_layers = convert_lora_file(arguments.lora, arguments.out, model, overwrite=arguments.overwrite)
     if arguments.json:
@@ -205,6 +216,11 @@ def compare(arguments: argparse.Namespace) -> None:
     print(table_text(["model", *(f"{start}-{start + width - 1}" for start in range(0, 1000, width))], bins))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in comparison.settings.items()))
     print(f"picture: {arguments.out}")
+
+
+def _check_suffix(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} must end in .safetensors, which is what is written; choose such a name")
 
 
 def _distinct_names(files: Sequence[Path]) -> list[str]:

@@ -264,6 +264,16 @@ def _check(files: Mapping[str, UNetFile]) -> None:
         for name, file in files.items()
     }
     first, *others = reads
+    for name, file in files.items():
+        try:
+            file.sampling.check_trainable()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if file.sampling.noise != files[first].sampling.noise:
+            raise ValueError(
+                f"{name} does not go with {first}: noise levels differ, {file.sampling.describe()} against "
+                f"{files[first].sampling.describe()}; compare models of one noise schedule"
+            )
     for name in others:
         if reads[name] != reads[first]:
             raise ValueError(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .architecture import Architecture
 from .layouts import heads, layout, split
 from .lora import kohya_names
-from .schedule import NoiseSchedule, scaled_linear
+from .model_sampling import ModelSampling
+from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from .files import UNetFile
@@ -48,6 +49,18 @@ class Label(NamedTuple):
         return torch.cat([self.pooled, torch.cat([angles.cos(), angles.sin()], -1).flatten(1).to(self.pooled)], 1)
 
 
+def check_trainable(architecture: Architecture | None, sampling: ModelSampling) -> None:
+    """``ValueError`` for a network that the training engine cannot ask: of another sampling, or that reads more than a latent."""
+    sampling.check_trainable()
+    if architecture is not None:
+        reads, predicts = architecture.channels("conv_in")[0], architecture.channels("conv_out")[1]
+        if reads != predicts:
+            raise ValueError(
+                f"this model reads {reads} channels and predicts {predicts}: inpainting and editing models can be pruned, but "
+                "not trained, here"
+            )
+
+
 SIZE_CHANNELS = 256
 _INNER_BLOCK = re.compile(r".*\.(resnet|block)\.\d+")
 
@@ -58,9 +71,10 @@ class Denoiser:
 
     network: nn.Module
     architecture: Architecture
-    schedule: NoiseSchedule = field(default_factory=scaled_linear)
-    prediction: str = "eps"
-    """What the network predicts: a key of `schedule.PREDICTIONS`."""
+    sampling: ModelSampling = ModelSampling()
+    """How it is sampled."""
+    noise_levels: NoiseSchedule | None = None
+    """Noise levels of its timesteps where they are others than ``sampling`` tells."""
     forward: Callable[..., Any] | None = None
     """What is called in place of the network: it compiled, or wrapped to run on several devices."""
     computes: tuple[torch.device, torch.dtype] | None = None
@@ -74,6 +88,16 @@ class Denoiser:
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         """x_t: (B, C, H, W); t: integer timesteps (B,); context: text embedding (B, L, D); label: for SDXL. (B, C, H, W)."""
         raise NotImplementedError
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: a key of `schedule.PREDICTIONS`."""
+        return self.sampling.prediction
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """Noise levels of its timesteps."""
+        return self.sampling.schedule if self.noise_levels is None else self.noise_levels
 
     @property
     def running(self) -> Callable[..., Any]:
@@ -140,7 +164,7 @@ class DiffusersDenoiser(Denoiser):
     @classmethod
     def of_file(cls, file: UNetFile, network: nn.Module) -> DiffusersDenoiser:
         """With what a file tells besides the weights."""
-        return cls(network=network, architecture=file.architecture, prediction=file.prediction, origin=file.origin)
+        return cls(network=network, architecture=file.architecture, sampling=file.sampling, origin=file.origin)
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         added = None if label is None else {"text_embeds": label.pooled, "time_ids": label.sizes}

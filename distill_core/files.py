@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
-from .layouts import find_unet, layout
+from .layouts import find_unet, layout, what_else
+from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, ModelSampling, is_marker, read_sampling
 from .plan import PruningPlan
 from .storage import DTYPES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 
@@ -30,14 +31,11 @@ ORIGIN = ("distill.plan", "distill.teacher", "distill.skips", "distill.padding")
 """Metadata that tell what a student was pruned from; files that are made of it tell the same."""
 _FULL_PREFIX = "model.diffusion_model."
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_MODELSPEC_PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
+_QUANTISED = "is quantised in a way that is not read here; use the fp16 or fp8 version of the model"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
-_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-"""Tensors beside the UNet by which ComfyUI knows how it samples."""
-_SD2_V_SIGN = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-"""ComfyUI takes an SD2 for v-predicting if this tensor of the full UNet spreads wider than 0.09 (comfy/supported_models.py,
-SD20). A student has no such block, so the tensor is written as a marker of its own."""
-_SD2_V_SPREAD = 0.09
+_BESIDE = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
+"""What a full checkpoint holds beside the UNet -> prefixes of its tensors."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -58,13 +56,21 @@ class UNetFile:
     architecture: Architecture
     dtype: str
     """Precision most weights are stored in: ``f16``, ``bf16``, ``f32``, ``f8_e4m3``, ..."""
-    prediction: str = "eps"
-    """Key of `schedule.PREDICTIONS`; ``eps`` where nothing says otherwise."""
-    markers: Mapping[str, StoredTensor] = field(default_factory=dict)
-    """Tensors by which ComfyUI knows how an SDXL samples: ``v_pred``, ``ztsnr``, ..."""
+    sampling: ModelSampling = ModelSampling()
+    """How the network is sampled; as Stable Diffusion 1 where nothing says otherwise."""
     others: Mapping[str, StoredTensor] = field(default_factory=dict)
     """VAE and text encoders of a full checkpoint, by their names in the file."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts."""
+        return self.sampling.prediction
+
+    @property
+    def markers(self) -> dict[str, Tensor]:
+        """Tensors by which ComfyUI knows how it is sampled."""
+        return self.sampling.markers(self.architecture.family)
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -75,6 +81,11 @@ class UNetFile:
     def origin(self) -> dict[str, str]:
         """What it tells of the teacher it was pruned from: metadata by the keys of `ORIGIN`."""
         return {key: text for key, text in self.metadata.items() if key in ORIGIN}
+
+    @property
+    def is_whole_checkpoint(self) -> bool:
+        """Whether VAE and text encoder are in it too."""
+        return all(any(name.startswith(prefixes) for name in self.others) for prefixes in _BESIDE.values())
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
@@ -90,10 +101,11 @@ class UNetFile:
             "layout": self.spelling + (f", under the prefix {self.prefix}" if self.prefix else ""),
             "dtype": self.dtype,
             "prediction": self.prediction,
+            "sampling": self.sampling.describe(),
             "parameters": architecture.num_parameters,
             "context_width": architecture.context_width,
             "pruned_by": self.plan.name if self.plan else None,
-            "with_vae_and_text_encoder": bool(self.others),
+            "with_vae_and_text_encoder": self.is_whole_checkpoint,
             "mid": "none"
             if "mid.resnet.0" not in architecture.modules
             else f"transformer depth {architecture.depth('mid.attn.0')}",
@@ -115,11 +127,12 @@ def open_unet(path: Path | str) -> UNetFile:
     Raises ``ValueError`` in one sentence if it is not there, is no safetensors file, is damaged, or holds no UNet.
     """
     path, config, scheduler = Path(path), {}, {}
-    if path.is_dir():
-        folder = path / "unet" if (path / "unet").is_dir() else path
+    folder = _diffusers_folder(path)
+    if folder is not None:
         config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
         scheduler_file = folder.parent / "scheduler" / "scheduler_config.json"
         scheduler = _read_json(scheduler_file) if scheduler_file.exists() else {}
+    if path.is_dir():
         path, header = _read_folder(folder)
     else:
         header = read_header(path)
@@ -129,22 +142,35 @@ def open_unet(path: Path | str) -> UNetFile:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _diffusers_folder(path: Path) -> Path | None:
+    """The folder of a diffusers UNet that is given: as a pipeline, as that folder, or as a file of weights in it."""
+    if path.is_dir():
+        return path / "unet" if (path / "unet").is_dir() else path
+    of_diffusers = path.name.startswith(_WEIGHTS.partition(".")[0]) and (path.parent / "config.json").exists()
+    return path.parent if of_diffusers else None
+
+
 def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UNetFile:
     spelling, prefix = find_unet(header.tensors)
-    markers = {name: tensor for name, tensor in header.tensors.items() if name in _MARKERS}
+    markers = {name: tensor for name, tensor in header.tensors.items() if is_marker(name)}
     found = {
         name.removeprefix(prefix): tensor
         for name, tensor in header.tensors.items()
         if name.startswith(prefix) and name not in markers
     }
-    v_sign = found.get(_SD2_V_SIGN)
-    if _SD2_V_SIGN.replace("1.transformer_blocks.0.norm1.bias", "0.in_layers.0.weight") not in found:
-        found.pop(_SD2_V_SIGN, None)  # our own marker, not a weight
+    written_sign = found.get(SD2_V_SIGN_LDM)
+    if written_sign is not None and written_sign.shape == (2,):  # a marker, and no weight
+        del found[SD2_V_SIGN_LDM]
     found = _unscaled(found)
+    if other := what_else(found):
+        raise ValueError(f"it is {other}; UNets of SD1.x, SD2 and SDXL are read here")
     canonical = layout(spelling).to_canonical(found)
     tensors = {canonical[name]: tensor for name, tensor in found.items()}
     architecture = Architecture.from_state_dict(found, _head_channels(header.metadata, config))
-    beside = header.tensors.keys() - {prefix + name for name in found} - markers.keys() if prefix else ()
+    sign = None
+    if architecture.family == "sd2" and architecture.channels("conv_in")[0] == 4:  # SD2 for inpainting predicts noise
+        sign = tensors.get(SD2_V_SIGN) if SD2_V_SIGN_LDM in found or written_sign is None else written_sign
+    beside = tuple(prefix for prefixes in _BESIDE.values() for prefix in prefixes) if prefix else ()
     return UNetFile(
         path,
         spelling,
@@ -153,25 +179,33 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
         tensors=tensors,
         architecture=architecture,
         dtype=Counter(tensor.code for tensor in tensors.values()).most_common(1)[0][0].lower(),
-        prediction=_prediction(header.metadata, markers, scheduler, v_sign if architecture.family == "sd2" else None),
-        markers=markers,
-        others={n: header.tensors[n] for n in sorted(beside) if not n.startswith((prefix, "model_ema."))},
+        sampling=read_sampling(markers, scheduler, header.metadata, sign),
+        others={name: header.tensors[name] for name in sorted(header.tensors) if name.startswith(beside)} if beside else {},
         metadata=header.metadata,
     )
 
 
 def _read_folder(folder: Path) -> tuple[Path, Header]:
-    """The weights of a diffusers folder: whole, in shards, or in its fp16 variant."""
-    index, half = folder / f"{_WEIGHTS}.index.json", folder / _WEIGHTS.replace(".safetensors", ".fp16.safetensors")
-    if not (folder / _WEIGHTS).exists() and index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} names no shards; get it again")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        headers = [read_header(folder / Path(shard).name) for shard in shards]
-        return index, Header({n: t for header in headers for n, t in header.tensors.items()}, headers[0].metadata)
-    path = half if half.exists() and not (folder / _WEIGHTS).exists() else folder / _WEIGHTS
-    return path, read_header(path)
+    """The weights of a diffusers folder, whole or in shards; a variant such as fp16 where there is no other."""
+    stem = _WEIGHTS.removesuffix(".safetensors")
+    variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if not _SHARD.search(path.name)]
+    indices = sorted(folder.glob(f"{_WEIGHTS}.index.*.json"))
+    found = [path for path in (folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json", *variants, *indices) if path.exists()]
+    if not found:
+        raise ValueError(f"{folder} holds no {_WEIGHTS}; give a model in the safetensors format")
+    return found[0], _read_shards(found[0]) if found[0].suffix == ".json" else read_header(found[0])
+
+
+def _read_shards(index: Path) -> Header:
+    """All tensors an index names, each from its shard."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} names no shards; download it again")
+    headers = {str(shard): read_header(index.parent / Path(str(shard)).name) for shard in weight_map.values()}
+    if missing := [name for name, shard in weight_map.items() if name not in headers[str(shard)].tensors]:
+        raise ValueError(f"{weight_map[missing[0]]} lacks {missing[0]}, which {index.name} says it holds; download it again")
+    tensors = {name: headers[str(shard)].tensors[name] for name, shard in weight_map.items()}
+    return Header(tensors, next(iter(headers.values())).metadata)
 
 
 def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -179,34 +213,27 @@ def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     plain, scales = {}, {}
     for name, tensor in found.items():
         layer, _, last = name.rpartition(".")
+        if last in ("weight_scale_2", "pre_quant_scale"):
+            raise ValueError(f"{layer}.weight {_QUANTISED}")
         if last in ("scale_weight", "weight_scale"):
             scales[f"{layer}.weight"] = tensor
         elif last not in ("scaled_fp8", "scale_input", "input_scale", "comfy_quant"):
             plain[name] = tensor
     for name, scale in scales.items():
         if name not in plain or not plain[name].code.startswith("F8") or scale.shape not in ((), (1,)):
-            raise ValueError(f"{name} is quantised in a way that is not read here; take the fp16 or fp8 version of the model")
+            raise ValueError(f"{name} {_QUANTISED}")
         plain[name] = StoredTensor(**{**vars(plain[name]), "scale": scale})
     return plain
 
 
-def _prediction(metadata: Mapping, markers: Mapping, scheduler: Mapping, sd2_v_sign: StoredTensor | None) -> str:
-    """What the network predicts: by metadata, markers, the pipeline's scheduler, or ComfyUI's test of an SD2."""
-    theirs = {**{v: k for k, v in _MODELSPEC_PREDICTIONS.items()}, "v_prediction": "v"}
-    for said in (metadata.get("modelspec.prediction_type"), scheduler.get("prediction_type")):
-        if isinstance(said, str) and said in theirs:
-            return theirs[said]
-    if "v_pred" in markers or "edm_vpred.sigma_max" in markers:
-        return "v"
-    if sd2_v_sign is not None and sd2_v_sign.read().float().std(unbiased=False) > _SD2_V_SPREAD:
-        return "v"
-    return "eps"
-
-
 def _read_config(path: Path) -> dict:
     config = _read_json(path)
-    if not isinstance(config.get("block_out_channels"), list):
-        raise ValueError(f"{path} is not the config of a diffusers UNet; get it again")
+    widths, heads = config.get("block_out_channels"), config.get("num_attention_heads") or config.get("attention_head_dim") or 8
+    numbers = [widths, heads if isinstance(heads, list) else [heads]]
+    if not all(isinstance(row, list) and row and all(type(n) is int and n > 0 for n in row) for row in numbers):
+        raise ValueError(f"{path} is not the config of a diffusers UNet; download it again")
+    if isinstance(heads, list) and len(heads) != len(widths):
+        raise ValueError(f"{path} gives attention heads for {len(heads)} stages of {len(widths)}; download it again")
     return config
 
 
@@ -253,9 +280,9 @@ def save_unet(
     form: str = "ldm",
     dtype: str | None = None,
     prediction: str = "eps",
+    sampling: ModelSampling | None = None,
     title: str = "",
     plan: PruningPlan | None = None,
-    markers: Mapping[str, Tensor | StoredTensor] | None = None,
     others: Mapping[str, Tensor | StoredTensor] | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
@@ -264,9 +291,12 @@ def save_unet(
     """Write a UNet so that others can open it, one weight in memory at a time.
 
     state_dict: weights by canonical name. form: a key of `FORMS`. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what
-    is there. others: VAE and text encoders under their LDM names, for a full checkpoint. Raises ``ValueError`` for a form
-    the architecture, or the place, cannot have.
+    is there. sampling: how the network is sampled; None for Stable Diffusion's timesteps, and ``prediction``. others: VAE and
+    text encoders under their LDM names, for a full checkpoint. Raises ``ValueError`` for a form the architecture, its sampling,
+    or the place, cannot have.
     """
+    sampling = sampling or ModelSampling(prediction=prediction)
+    sampling.check_writable(form)
     if form not in FORMS:
         raise ValueError(f"unknown layout {form!r}; choose from {sorted(FORMS)}")
     if dtype is not None and dtype not in DTYPES:
@@ -283,13 +313,13 @@ def save_unet(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title or Path(path).stem,
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": _MODELSPEC_PREDICTIONS[prediction],
+        **sampling.metadata(),
         **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
         **({"distill.plan": plan.to_json()} if plan else {}),
         **(metadata or {}),
     }
     if form != "diffusers":
-        beside = {**(_v_markers(architecture, prefix) if prediction == "v" else {}), **(markers or {})}
+        beside = sampling.markers(architecture.family, prefix)
         tensors = {**{name: tensor for name, tensor in beside.items() if name not in tensors}, **tensors}
         write_tensors(
             path,
@@ -308,15 +338,6 @@ def save_unet(
         folder.mkdir()
         write_tensors(folder / _WEIGHTS, tensors, header, codes=codes, on_bytes=on_bytes)
         write_text(folder / "config.json", config)
-
-
-def _v_markers(architecture: Architecture, prefix: str) -> dict[str, Tensor]:
-    """What makes ComfyUI sample a v-predicting network as one."""
-    import torch
-
-    if architecture.family == "sd2":
-        return {prefix + _SD2_V_SIGN: torch.tensor([-1.0, 1.0])}
-    return {"v_pred": torch.zeros(0)} if architecture.family == "sdxl" else {}
 
 
 def _check_place(folder: Path) -> None:

@@ -36,7 +36,7 @@ from .adapter import WithoutLora
 from .architecture import Architecture
 from .cache import CachedDataset, encode
 from .dataset import Dataset, largest_example, num_examples
-from .denoiser import Denoiser, DiffusersDenoiser
+from .denoiser import Denoiser, DiffusersDenoiser, check_trainable
 from .encoders import DiffusersEncoders, DigitsEncoders, Encoders
 from .files import UNetFile, open_unet
 from .images import folder, hugging_face, sizes
@@ -50,7 +50,6 @@ from .prune import prune_file
 from .quantised import QUANTISED, computes, kept_bytes, quantise
 from .recipe import DTYPES, Recipe, from_mapping, read_toml
 from .run import Run
-from .schedule import scaled_linear
 from .storage import fingerprint
 from .teacher_data import Making, make_dataset
 from .teachers import Load, Teachers
@@ -235,8 +234,11 @@ class Prepared:
         for settings, file in zip(self.teacher_settings, self.teacher_files, strict=True):
             if dict(file.architecture.shapes) != dict(first.architecture.shapes):
                 raise ValueError(f"teacher {settings.file} is of another architecture than {job.teachers[0].file}")
+            _check_trainable(file)
         self.plans = [self._plan(text, first) for text in job.students.plans] if job.students else []
         self.plan, self.student_file = (self._largest(first), None) if self.plans else self._student(first)
+        if self.student_file is not None:
+            _check_trainable(self.student_file)
         if job.students and self.shares_base and self.teacher_settings[0].dtype in QUANTISED:
             raise ValueError(
                 f"students of ranges keep their base in a file, which {self.teacher_settings[0].dtype} has none of; take fp8"
@@ -263,7 +265,7 @@ class Prepared:
             starts=starts or [Start(self.plan, self.student)],
             teachers=None if self.shares_base else self._teacher_loads,
             teacher=origin["teacher"],
-            schedule=scaled_linear(),
+            schedule=self.teacher_files[0].sampling.schedule,
             dataset=self.dataset,
             origin=origin,
             processes=self.processes,
@@ -469,7 +471,7 @@ class Prepared:
             _text(self.job.path(data.prompts)).splitlines(),
             making,
             cache,
-            schedule=scaled_linear(),
+            schedule=file.sampling.schedule,
             batch_size=data.encode_batch_size,
             on_item=partial(on_item, "drawing"),
         )
@@ -517,6 +519,14 @@ class Prepared:
             on_step=on_step,
             processes=self.processes,
         )
+
+
+def _check_trainable(file: UNetFile) -> None:
+    """``ValueError`` naming the file, before data are encoded."""
+    try:
+        check_trainable(file.architecture, file.sampling)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
 
 
 def _open(job: Job, name: str) -> UNetFile:

@@ -64,6 +64,25 @@ class UnknownParameter(ValueError):
     """A parameter name that no UNet of the Stable Diffusion family has."""
 
 
+_OTHER_NETWORKS = {
+    "cond_proj.": "an LCM, which reads the guidance scale; take the model it was made from, and an LCM-LoRA",
+    "motion_modules.": "a model of video (AnimateDiff)",
+    "time_stack.": "a model of video",
+    "temporal_transformer_blocks.": "a model of video",
+    "temporal_res_block.": "a model of video",
+    "encoder_hid_proj.": "a UNet that reads images beside text",
+    "add_embedding.image_": "a UNet that reads images (Kandinsky)",
+    "class_embedding.": "a UNet that reads class labels, such as an upscaler",
+    "label_emb.weight": "a UNet that reads class labels, such as an upscaler",
+}
+"""Part of a parameter's name that Stable Diffusion does not have -> what has it."""
+
+
+def what_else(names: Iterable[str]) -> str | None:
+    """What a network is that has parameters no UNet of the Stable Diffusion family has; None where it is not known."""
+    return next((words for part, words in _OTHER_NETWORKS.items() if any(part in name for name in names)), None)
+
+
 def split(name: str) -> tuple[str, str]:
     """Split a canonical name into its module and the rest: ``mid.attn.0``, ``block.0.norm1.weight``."""
     match = _MODULE.match(name)

@@ -366,7 +366,7 @@ class OneToMany:
             path,
             student.named_parameters(),
             student.architecture,
-            prediction=student.prediction,
+            sampling=student.sampling,
             plan=self.starts[0].plan,
             metadata=student.origin,
             overwrite=True,

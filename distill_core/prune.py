@@ -88,7 +88,7 @@ def prune_file(
     Raises ``ValueError`` if the plan does not fit the teacher, if ComfyUI could not open the file, or if ``out`` exists.
     """
     pruning = prune(teacher.architecture, plan, pad=pad, for_comfyui=form != "diffusers")
-    if form == "checkpoint" and not teacher.others:
+    if form == "checkpoint" and not teacher.is_whole_checkpoint:
         raise ValueError(f"{teacher.path} holds no VAE and text encoder to carry over; write the ldm layout")
     carried = {key: text for name in _CARRIED if (text := teacher.metadata.get(key := f"modelspec.{name}"))}
     save_unet(
@@ -97,10 +97,9 @@ def prune_file(
         pruning.student,
         form=form,
         dtype=dtype,
-        prediction=teacher.prediction,
+        sampling=teacher.sampling,
         title=f"{teacher.path.stem} pruned by {plan.name}",
         plan=pruning.plan,
-        markers=teacher.markers,
         others=teacher.others,
         overwrite=overwrite,
         on_bytes=on_bytes,

@@ -85,6 +85,16 @@ def scaled_linear(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_e
     return from_signal_power((1 - betas).cumprod(0))
 
 
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """A variance-preserving schedule rescaled so that its last timestep is noise alone (Lin et al. 2024, arXiv 2305.08891, Alg. 1).
+
+    The last timestep keeps a trace of signal, as ComfyUI has it, for there the ratio of noise to data would have no number.
+    """
+    first, last = schedule.alphas[0], schedule.alphas[-1]
+    power = ((schedule.alphas - last) * first / (first - last)) ** 2
+    return from_signal_power(torch.cat([power[:-1], power.new_tensor([4.8973451890853435e-08])]))
+
+
 def from_noise_ratio(noise_ratio: Tensor) -> NoiseSchedule:
     """Variance-preserving schedule from ``sigma_t / alpha_t``, ascending, (num_timesteps,), as ComfyUI keeps it."""
     return from_signal_power(1 / (1 + noise_ratio.detach().cpu().double() ** 2))

@@ -228,7 +228,7 @@ def _kind(file: UNetFile) -> dict[str, object]:
     """What students must have in common."""
     architecture = file.architecture
     return {
-        "prediction type": file.prediction,
+        "sampling": file.sampling.describe(),
         "family": architecture.family,
         "latent channels": (architecture.channels("conv_in")[0], architecture.channels("conv_out")[1]),
         "context width": architecture.context_width,

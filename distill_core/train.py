@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .dataset import Batch, Dataset, draw, generator, held_out_batches, num_examples
-from .denoiser import Denoiser, Label, checkpointing, tap
+from .denoiser import Denoiser, Label, check_trainable, checkpointing, tap
 from .guidance import guided
 from .memory import MemorySettings, changes
 from .objective import Outputs, example_weights
@@ -118,6 +118,8 @@ class Training:
         self.run, self.recipe, self.student, self.teachers = run, recipe, student, teachers
         self.plan, self.dataset, self.processes = plan, dataset, processes
         self.aim = recipe.aim
+        if student.noise_levels is None:  # otherwise they come from a program that has checked what it asks
+            check_trainable(student.architecture, student.sampling)
         if recipe.guidance != 1 and dataset.null is None:
             raise ValueError("guidance leads away from the empty caption, which these data lack; connect null_caption")
         in_fp16 = recipe.precision == "fp16" or student.computes_in_fp16

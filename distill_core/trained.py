@@ -42,7 +42,7 @@ class WholeUNet:
         return self.denoiser.named_parameters()
 
     def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        about = {"plan": self.plan, "prediction": self.denoiser.prediction, "metadata": {**self.denoiser.origin, **metadata}}
+        about = {"plan": self.plan, "sampling": self.denoiser.sampling, "metadata": {**self.denoiser.origin, **metadata}}
         save_unet(path, weights, self.denoiser.architecture, **about)
 
     def read(self, path: Path) -> dict[str, Tensor]:

@@ -58,20 +58,21 @@ class SaveDistilledModel(io.ComfyNode):
         if slash and first in DEFAULT_FOLDERS.values():
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
         path = bridge.output_path(filename_prefix, "" if layout == "diffusers" else ".safetensors")
-        origin, prediction = bridge.origin_of(model), bridge.prediction_of(model)
+        origin, sampling, architecture = bridge.origin_of(model), bridge.sampling_of(model), bridge.architecture_of(model)
         save_unet(
             path,
             bridge.state_dict_of(model),
-            bridge.architecture_of(model),
+            architecture,
             form=layout,
             dtype=dtype,
-            prediction=prediction,
+            sampling=sampling,
             plan=origin and origin.plan,
-            markers=bridge.markers_of(model),
             others=bridge.vae_and_text_encoders(model, clip, vae) if layout == "checkpoint" else None,
             metadata=origin and origin.metadata,
         )
-        note = f"Saved {path}"
+        note = "\n".join(
+            filter(None, [f"Saved {path}", "" if layout == "diffusers" else sampling.loading_note(architecture.family)])
+        )
         bridge.show_text(note, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(note))
 

@@ -128,6 +128,7 @@ class TrainTimestepStudents(io.ComfyNode):
             log.warning("sample_every_steps has no effect here: sample pictures are drawn by Distill Train Step alone")
             recipe = replace(recipe, sample_every_steps=0)
         plan = bridge.plan_between(student, teacher)
+        bridge.check_trainable(student, teacher)
         shares_base = student is teacher and recipe.lora_rank > 0 and of_students["joint_steps"] == 0
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)

@@ -81,6 +81,7 @@ class DistillTrainStep(io.ComfyNode):
         teachers = [teacher, *teacher_2, *teacher_3]
         recipe = Recipe(**{name: values[0] for name, values in settings.items()}, **recipe[0])
         plan = bridge.plan_between(student, teacher)
+        bridge.check_trainable(student, *teachers)
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             origin = {

@@ -25,22 +25,19 @@ from .interface import (
 from .model import (
     architecture_of,
     mapping_between,
-    markers_of,
     model_fingerprint,
     origin_of,
     plan_between,
     plan_of,
-    prediction_of,
-    sampling_words,
-    schedule_of,
     state_dict_of,
     vae_and_text_encoders,
     with_lora,
 )
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
+from .sampling import prediction_of, sampling_of, sampling_words, schedule_of
 from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
 from .students import load_students, route_students, with_lora_file
-from .training import denoiser, forecast_memory, free_bytes, memory_in_use, release_memory, trainable
+from .training import check_trainable, denoiser, forecast_memory, free_bytes, memory_in_use, release_memory, trainable
 
 __all__ = [
     "DigitsVAE",
@@ -48,6 +45,7 @@ __all__ = [
     "architecture_of",
     "boundary_sigmas",
     "calibration",
+    "check_trainable",
     "compare_models",
     "data_folder",
     "dataset",
@@ -69,7 +67,6 @@ __all__ = [
     "make_data",
     "make_student",
     "mapping_between",
-    "markers_of",
     "memory_in_use",
     "model_fingerprint",
     "newest_step",
@@ -88,6 +85,7 @@ __all__ = [
     "route_students",
     "run_folder",
     "sample_routed",
+    "sampling_of",
     "sampling_words",
     "schedule_of",
     "serve_runs",

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import comfy.model_sampling
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...distill_core.architecture import Architecture
 from ...distill_core.demo.teacher import teacher_file
@@ -19,7 +18,8 @@ from ...distill_core.files import open_unet
 from ...distill_core.plan import KeptSkips, PruningPlan
 from ...distill_core.prune import prune, pruning_metadata
 from .demo import DigitsModelConfig, build_digits, is_demo
-from .model import LDM, ORIGIN, PREDICTIONS, Origin, architecture_of, origin_of, prediction_of, state_dict_of
+from .model import LDM, ORIGIN, Origin, architecture_of, origin_of, state_dict_of
+from .sampling import name_type, put_sampling, sampling_of
 
 
 def build_model(
@@ -27,15 +27,17 @@ def build_model(
     architecture: Architecture,
     config_class: type | None,
     *,
+    markers: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """A MODEL of its own from canonical weights, through ComfyUI's own loader, so that what builds here loads there.
 
-    config_class: class of the teacher's model config; it matters for the demo's alone, which ComfyUI does not detect.
+    config_class: class of the teacher's model config; it matters for the demo's alone, which ComfyUI does not detect. markers:
+    tensors by which ComfyUI knows how it is sampled.
     """
     names = LDM.from_canonical(architecture.shapes)
-    weights = {names[name]: weight for name, weight in state_dict.items()}
+    weights = dict(markers or {}) | {names[name]: weight for name, weight in state_dict.items()}
     if config_class is DigitsModelConfig:
         model = build_digits(weights, disable_dynamic)
     else:
@@ -52,13 +54,17 @@ def make_student(
     state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, origin: Origin | None
 ) -> ModelPatcher:
     """A finished student MODEL: the teacher's precision and sampling, and ready to be reloaded by ComfyUI."""
-    config_class, sampling = type(teacher.model.model_config), teacher.get_model_object("model_sampling")
+    config_class, sampling = type(teacher.model.model_config), sampling_of(teacher)
+    own_sampling, latent_format = (teacher.get_model_object(name) for name in ("model_sampling", "latent_format"))
     dtype = teacher.model.get_dtype_inference()
     state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
-        student = build_model(state_dict, architecture, config_class, dtype=dtype, disable_dynamic=disable_dynamic)
-        student.add_object_patch("model_sampling", sampling)
+        options = {"markers": sampling.markers(architecture.family), "dtype": dtype, "disable_dynamic": disable_dynamic}
+        student = build_model(state_dict, architecture, config_class, **options)
+        student.model.latent_format = latent_format
+        student.add_object_patch("model_sampling", own_sampling)
+        name_type(student, sampling)
         return _with_origin(student, origin)
 
     return _reloadable(load)
@@ -117,18 +123,12 @@ def load_student(path: Path) -> tuple[ModelPatcher, dict]:
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
         weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept beside the MODEL's own
-        student = build_model(weights, file.architecture, config_class, disable_dynamic=disable_dynamic)
-        if prediction_of(student) != file.prediction or "ztsnr" in file.markers:
-            student.add_object_patch("model_sampling", _sampling(student, file.prediction, zsnr="ztsnr" in file.markers))
+        options = {"markers": file.markers, "disable_dynamic": disable_dynamic}
+        student = build_model(weights, file.architecture, config_class, **options)
+        put_sampling(student, file.sampling)
         return _with_origin(student, Origin.of_file(file))
 
     return _reloadable(load), file.describe()
-
-
-def _sampling(model: ModelPatcher, prediction: str, zsnr: bool) -> nn.Module:
-    """ComfyUI's sampling on discrete timesteps for a prediction type."""
-    kind = {name: base for base, name in PREDICTIONS.items()}[prediction]
-    return type("ModelSampling", (comfy.model_sampling.ModelSamplingDiscrete, kind), {})(model.model.model_config, zsnr=zsnr)
 
 
 def demo_teacher() -> ModelPatcher:

@@ -21,8 +21,9 @@ from ...distill_core.storage import fingerprint
 from ...distill_core.teacher_data import Making, make_dataset
 from .demo import is_demo
 from .interface import pictures_of
-from .model import architecture_of, model_fingerprint, sampling_words, schedule_of, unet_of
-from .training import denoiser
+from .model import architecture_of, model_fingerprint, unet_of
+from .sampling import sampling_words, schedule_of
+from .training import check_trainable, denoiser
 
 STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
 TIMESTEPS = "distill_timesteps"
@@ -225,7 +226,8 @@ def make_data(
 
     What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
     """
-    architecture = architecture_of(teacher)  # what is no UNet is refused before the work
+    check_trainable(teacher)
+    architecture = architecture_of(teacher)
     encoders = ClipEncoders(clip, _reads(teacher))
     height, width = (side // 8 for side in making.size)
     data = make_dataset(

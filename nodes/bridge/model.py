@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import comfy.model_management
-import comfy.model_sampling
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -18,27 +17,22 @@ from ...distill_core.architecture import Architecture
 from ...distill_core.files import UNetFile
 from ...distill_core.layouts import layout
 from ...distill_core.plan import KeptSkips, NameMap, PruningPlan, name_map
-from ...distill_core.schedule import NoiseSchedule, from_noise_ratio
 from ...distill_core.storage import fingerprint
 from .demo import DigitsModelConfig
 from .router import ROUTE
+from .weights import patched_weights, weights_of
 
-TRAINED_TIMESTEPS = 1000  # of every Stable Diffusion model
 ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
 LDM = layout("ldm")
-PREDICTIONS = {comfy.model_sampling.V_PREDICTION: "v", comfy.model_sampling.X0: "x0", comfy.model_sampling.EPS: "eps"}
-UNKNOWN = (comfy.model_sampling.EDM, comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
-"""Ways to predict that are built on those known here, and differ from them."""
-FLOW = "flow"
 
 
 def architecture_of(model: ModelPatcher) -> Architecture:
     """What the UNet of a MODEL is made of; ``ValueError`` if it is routed, or no UNet of the Stable Diffusion family."""
     _check_not_routed(model)
-    network = model.model.diffusion_model
+    weights = weights_of(model.model.diffusion_model)
     head_channels = model.model.model_config.unet_config.get("num_head_channels", -1)
     try:
-        return Architecture.from_state_dict(network.state_dict(), head_channels if head_channels > 0 else None)
+        return Architecture.from_state_dict(weights, head_channels if head_channels > 0 else None)
     except ValueError as error:
         raise ValueError(f"this MODEL ({type(model.model).__name__}) cannot be pruned or distilled here: {error}") from error
 
@@ -58,13 +52,16 @@ def unet_of(model: ModelPatcher) -> Architecture | None:
 
 
 def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
-    """Weights of a MODEL on the CPU, with the patches (LoRA) that are on it: a UNet's by canonical name, others' by ComfyUI's."""
+    """Weights of a MODEL on the CPU, with the patches (LoRA) that are on it: a UNet's by canonical name, others' by ComfyUI's.
+
+    Quantised weights come in the precision they compute in; ``ValueError`` for those that cannot be read.
+    """
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
         # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
         comfy.model_management.load_models_gpu([model])
-        weights = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+        weights = patched_weights(model)
         names = LDM.to_canonical(weights) if unet_of(model) else {name: name for name in weights}
-        return {names[name]: weight.to("cpu").detach() for name, weight in weights.items()}
+        return {names[name]: weight for name, weight in weights.items()}
 
 
 def model_fingerprint(model: ModelPatcher) -> str:
@@ -118,51 +115,6 @@ def mapping_between(student: ModelPatcher, teacher: ModelPatcher) -> NameMap:
     """Name map from teacher to student; ``ValueError`` if they do not belong together."""
     found, architecture = plan_between(student, teacher), architecture_of(teacher)
     return NameMap.identity(architecture) if found is None else name_map(architecture, found)
-
-
-def prediction_of(model: ModelPatcher, takes: str = "eps, v or x0 prediction on discrete timesteps, as SD1.x has") -> str:
-    """What the network predicts; ``ValueError`` for families the training engine does not know, telling what it takes."""
-    sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and len(sampling.sigmas) != TRAINED_TIMESTEPS:
-        raise ValueError(
-            f"this MODEL samples on {len(sampling.sigmas)} timesteps instead of {TRAINED_TIMESTEPS}; take off the "
-            "patch that changed it (LCM)"
-        )
-    for base, name in PREDICTIONS.items():
-        discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
-        if isinstance(sampling, base) and discrete and not isinstance(sampling, UNKNOWN):
-            return name
-    raise ValueError(
-        f"a MODEL with {type(sampling).__bases__[-1].__name__} sampling cannot be distilled here, which takes {takes}"
-    )
-
-
-def prediction_or_flow(model: ModelPatcher) -> str:
-    """The same, and flows."""
-    sampling = model.get_model_object("model_sampling")
-    flows = isinstance(sampling, comfy.model_sampling.CONST) and hasattr(sampling, "sigmas")
-    if flows and not isinstance(sampling, UNKNOWN):
-        return FLOW
-    return prediction_of(model, "eps, v or x0 prediction on discrete timesteps, as SD1.x has, or a flow, as SD3 and Flux are")
-
-
-def schedule_of(model: ModelPatcher) -> NoiseSchedule:
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.CONST):
-        return from_noise_ratio(sampling.sigmas)
-    sigmas = sampling.sigmas.detach().cpu().double().clone()
-    sigmas[-1] = (sigmas[-2] + 1) / 2  # pure noise has no ratio of noise to data
-    return NoiseSchedule(1 - sigmas, sigmas)
-
-
-def sampling_words(model: ModelPatcher) -> str:
-    """Tells how a MODEL samples from how others do."""
-    return f"{prediction_or_flow(model)} {fingerprint({'sigmas': model.get_model_object('model_sampling').sigmas})}"
-
-
-def markers_of(model: ModelPatcher) -> dict[str, Tensor]:
-    """Tensors by which ComfyUI knows, when it loads the file again, how the model samples."""
-    return {"ztsnr": torch.zeros(0)} if getattr(model.get_model_object("model_sampling"), "zsnr", False) else {}
 
 
 def vae_and_text_encoders(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...distill_core.plots import Evaluation
 from ...distill_core.ranges import Boundary
+from .weights import shapes_of
 
 ROUTE = "distill_route"  # attachment of a routed MODEL: its Route; and the key of all that a router adds
 TRACE = "distill_trace"  # attachment of a MODEL whose evaluations are noted: a list
@@ -277,7 +278,7 @@ def _with_late_patches(model: ModelPatcher, routed: ModelPatcher, first: ModelPa
     weights = {name: late for name, all_ in routed.patches.items() if (late := all_[len(first.patches.get(name, ())) :])}
     objects = {name: value for name, value in routed.object_patches.items() if first.object_patches.get(name) is not value}
     parts = weights or routed.injections.keys() - first.injections.keys() or any("diffusion_model" in name for name in objects)
-    if parts and _shapes(model) != _shapes(first):
+    if parts and shapes_of(model.model.diffusion_model) != shapes_of(first.model.diffusion_model):
         raise ValueError(
             "a patch of the network (such as a LoRA) was put on the routed MODEL, whose models are of different shapes; put one on "
             "each model before the router, for a student after Remap LoRA to Student"
@@ -290,10 +291,6 @@ def _with_late_patches(model: ModelPatcher, routed: ModelPatcher, first: ModelPa
         model.add_object_patch(name, value)
     model.injections |= {name: value for name, value in routed.injections.items() if name not in first.injections}
     return model
-
-
-def _shapes(model: ModelPatcher) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
 
 
 def _prepare(executor, model: ModelPatcher, *args, **kwargs):

@@ -22,9 +22,11 @@ from ...distill_core.cache import CachedDataset
 from ...distill_core.dataset import Caption, Dataset
 from ...distill_core.denoiser import Denoiser, Label
 from ...distill_core.memory import Forecast
+from ...distill_core.model_sampling import ModelSampling
 from ...distill_core.recipe import Recipe
 from ...distill_core.teacher_data import Making, draw_dataset
-from .model import FLOW, model_fingerprint, prediction_or_flow, sampling_words, schedule_of, told_of, unet_of
+from .model import model_fingerprint, told_of, unet_of
+from .sampling import prediction_or_flow, sampling_of, sampling_words, schedule_of
 from .training import PLAIN_ATTENTION, forecast_memory
 
 EVERYTHING = 1e20  # bytes: more than there are, so that ComfyUI unloads all else
@@ -42,7 +44,7 @@ class ModelDenoiser(Denoiser):
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         now = self.schedule.at(t, x_t.float())
-        flows = self.prediction == FLOW
+        flows = self.prediction == "flow"
         sigma = now.sigma if flows else now.sigma / now.alpha
         shown = x_t.float() if flows else x_t.float() / now.alpha
         asked = self._asked(x_t, context, label)
@@ -107,7 +109,7 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
     All else is unloaded to make room. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained so.
     """
     architecture = unet_of(model)
-    prediction, delegate_of = _trainable_prediction(model, architecture), None
+    sampling_kind, delegate_of = _trainable_sampling(model, architecture), None
     if model.is_dynamic():
         model, delegate_of = model.get_non_dynamic_delegate(), model
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
@@ -120,8 +122,8 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
     return (UNetDenoiser if architecture else ModelDenoiser)(
         network=shell.diffusion_model,
         architecture=architecture,
-        schedule=schedule_of(model),
-        prediction=prediction,
+        sampling=sampling_kind,
+        noise_levels=schedule_of(model),
         origin=told_of(model),
         shell=shell,
         patcher=model,
@@ -129,9 +131,10 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
     )
 
 
-def _trainable_prediction(model: ModelPatcher, architecture: Architecture | None) -> str:
-    """What a MODEL's network predicts; ``ValueError`` where it could not be trained."""
-    prediction, form = prediction_or_flow(model), model.model.latent_format
+def _trainable_sampling(model: ModelPatcher, architecture: Architecture | None) -> ModelSampling:
+    """How a MODEL is sampled; ``ValueError`` where its network could not be trained."""
+    prediction_or_flow(model)
+    form = model.model.latent_format
     if form.latent_dimensions != 2:
         raise ValueError(f"this MODEL ({type(model.model).__name__}) is none of pictures, which alone are trained here")
     if architecture and architecture.channels("conv_in")[0] != form.latent_channels:
@@ -140,7 +143,7 @@ def _trainable_prediction(model: ModelPatcher, architecture: Architecture | None
         raise ValueError(
             "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA in place of Load LoRA (Bypass)"
         )
-    return prediction
+    return sampling_of(model)
 
 
 @contextlib.contextmanager

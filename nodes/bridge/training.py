@@ -11,6 +11,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...distill_core import denoiser as denoisers
 from ...distill_core.architecture import Architecture
 from ...distill_core.dataset import Dataset, largest_example
 from ...distill_core.denoiser import Label, LdmDenoiser
@@ -18,7 +19,8 @@ from ...distill_core.memory import Forecast, MemorySettings, forecast
 from ...distill_core.plan import PruningPlan
 from ...distill_core.recipe import DTYPES, Recipe
 from .build import build_model
-from .model import architecture_of, prediction_of, schedule_of, state_dict_of, told_of
+from .model import architecture_of, state_dict_of, told_of
+from .sampling import sampling_of, schedule_of
 
 PLAIN_ATTENTION = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
 """Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another."""
@@ -85,13 +87,22 @@ def trainable(student: ModelPatcher) -> ComfyDenoiser:
     return _wrap(copy, student)
 
 
-def _wrap(model: ModelPatcher, sampling_of: ModelPatcher) -> ComfyDenoiser:
+def check_trainable(*models: ModelPatcher) -> None:
+    """``ValueError`` for a MODEL that the training engine cannot ask, before there is any work."""
+    for model in models:
+        denoisers.check_trainable(architecture_of(model), sampling_of(model))
+
+
+def _wrap(model: ModelPatcher, sampled_as: ModelPatcher) -> ComfyDenoiser:
+    """``ValueError`` for a MODEL that the training engine cannot ask."""
+    architecture, sampling = architecture_of(model), sampling_of(sampled_as)
+    denoisers.check_trainable(architecture, sampling)
     wrapped = ComfyDenoiser(
         network=model.model.diffusion_model,
-        architecture=architecture_of(model),
-        schedule=schedule_of(sampling_of),
-        prediction=prediction_of(sampling_of),
-        origin=told_of(sampling_of),
+        architecture=architecture,
+        sampling=sampling,
+        noise_levels=schedule_of(sampled_as),
+        origin=told_of(sampled_as),
     )
     wrapped.patcher = model
     return wrapped

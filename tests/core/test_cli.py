@@ -48,11 +48,16 @@ def test_inspect_reads_the_demo(capsys):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["prune", "nowhere.safetensors", "{tmp}/o", "--preset", "bk-sdm-base"], "nowhere.safetensors does not exist"),
+        (
+            ["prune", "nowhere.safetensors", "{tmp}/o.safetensors", "--preset", "bk-sdm-base"],
+            "nowhere.safetensors does not exist",
+        ),
         (["prune", "{teacher}", "{teacher}", "--preset", "bk-sdm-base"], "exists already"),
-        (["prune", "{teacher}", "{tmp}/o", "--plan", "nowhere.json"], "cannot read nowhere.json"),
-        (["prune", "{teacher}", "{teacher}/o", "--preset", "bk-sdm-base"], "cannot write"),
-        (["inspect", "{tmp}"], "does not exist"),
+        (["prune", "{teacher}", "{tmp}/o.safetensors", "--plan", "nowhere.json"], "cannot read nowhere.json"),
+        (["prune", "{teacher}", "{tmp}/o.ckpt", "--preset", "bk-sdm-base"], "o.ckpt must end in .safetensors"),
+        (["remap-lora", "l", "{tmp}/o.pt", "--teacher", "{teacher}", "--preset", "bk-sdm-base"], "o.pt must end in .safetensors"),
+        (["prune", "{teacher}", "{teacher}/o.safetensors", "--preset", "bk-sdm-base"], "cannot write"),
+        (["inspect", "{tmp}"], "holds no diffusion_pytorch_model.safetensors"),
         (["quickstart", "--out", "{tmp}"], "is not an unfinished quickstart"),
     ],
 )
@@ -124,15 +129,21 @@ def test_inspect_and_help_need_no_torch(teacher):
 
 @pytest.mark.parametrize("plan", ["keep down 1 mid none up 2", '{"name": "mine", "remove": ["mid"]}'])
 def test_prune_takes_the_text_of_a_plan(plan, teacher, tmp_path):
-    assert main(["prune", str(teacher), str(tmp_path / "s"), "--plan", plan]) == 0
-    assert "mid.resnet.0" not in open_unet(tmp_path / "s").architecture.modules
+    assert main(["prune", str(teacher), str(tmp_path / "s.safetensors"), "--plan", plan]) == 0
+    assert "mid.resnet.0" not in open_unet(tmp_path / "s.safetensors").architecture.modules
 
 
 def test_keep_chooses_other_blocks_of_a_preset_and_nothing_else(teacher, tmp_path, capsys):
-    arguments = ["prune", str(teacher), str(tmp_path / "s")]
+    arguments = ["prune", str(teacher), str(tmp_path / "s.safetensors")]
     assert main([*arguments, "--preset", "bk-sdm-base", "--keep", "mid.attn.0=0"]) == 2
     assert "keeps no part of 'mid.attn.0'" in capsys.readouterr().err
     assert main([*arguments, "--plan", "keep mid none", "--keep", "mid.attn.0=0"]) == 2
     assert "--keep changes a preset" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--preset", "ssd-1b", "--keep", "half of it"])
+
+
+def test_inspect_says_yes_and_no(teacher, capsys):
+    assert main(["inspect", str(teacher)]) == 0
+    told = capsys.readouterr().out
+    assert "with vae and text encoder no" in told and "pruned by      none" in told and "sampling       eps prediction" in told

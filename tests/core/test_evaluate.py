@@ -6,6 +6,7 @@ import torch
 from distill_core.dataset import LatentDataset
 from distill_core.evaluate import count_macs, frechet_distance, output_error
 from distill_core.guidance import guided
+from distill_core.model_sampling import ModelSampling
 from distill_core.plan import preset
 from distill_core.ranges import TimestepRanges
 from distill_core.router import Routed
@@ -87,9 +88,11 @@ def test_output_error_is_in_the_students_terms(small_teacher, data):
             eps, at = super().__call__(x_t, t, context, label), self.schedule.at(t, x_t)
             return prediction("v").target(prediction("eps").to_x0(eps, x_t, at), eps, at)
 
-    student = InV(network=small_teacher.network, architecture=small_teacher.architecture, prediction="v")
+    student = InV(network=small_teacher.network, architecture=small_teacher.architecture, sampling=ModelSampling(prediction="v"))
     assert output_error(student, small_teacher, data, batch_size=2).max() < 1e-5
-    mistaken = type(small_teacher)(network=small_teacher.network, architecture=small_teacher.architecture, prediction="v")
+    mistaken = type(small_teacher)(
+        network=small_teacher.network, architecture=small_teacher.architecture, sampling=ModelSampling(prediction="v")
+    )
     assert output_error(mistaken, small_teacher, data, batch_size=2).max() > 1e-2
 
 

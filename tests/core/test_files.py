@@ -16,6 +16,8 @@ from distill_core.schedule import PREDICTIONS
 from distill_core.storage import atomic, write_tensors
 from distill_core.unet import load_unet
 
+from ..conftest import SMALL
+
 
 @pytest.fixture
 def teacher_path(small_teacher, tmp_path):
@@ -110,7 +112,7 @@ def damaged(path, content):
         (lambda d, t: damaged(d / "header.safetensors", t.read_bytes()[:100]), "cut short or damaged"),
         (lambda d, t: damaged(d / "model.ckpt", b"\x80\x02}q."), "pickle checkpoint"),
         (lambda d, t: damaged(d / "renamed.safetensors", b"PK\x03\x04" + bytes(100)), "pickle checkpoint despite its name"),
-        (lambda d, t: d, "does not exist"),
+        (lambda d, t: d, "holds no diffusion_pytorch_model.safetensors"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_in_one_sentence(make, message, teacher_path, tmp_path):
@@ -210,3 +212,61 @@ def test_files_are_readable_by_others(tmp_path):
 def test_a_plan_of_ones_own(teacher_path, tmp_path):
     student = prune_file(open_unet(teacher_path), tmp_path / "s", PruningPlan(name="mine", remove=("mid", "down.0.attn.*")))
     assert not {"mid.resnet.0", "down.0.attn.0"} & student.student.modules
+
+
+def test_whatever_variant_a_diffusers_folder_holds_is_read(small_teacher, tmp_path):
+    network = small_teacher.network
+    for options in ({"variant": "fp16"}, {"variant": "bf16", "max_shard_size": "200KB"}, {"max_shard_size": "200KB"}):
+        folder = tmp_path / "-".join(map(str, options.values()))
+        network.save_pretrained(folder, **options)
+        assert not (folder / "diffusion_pytorch_model.safetensors").exists()
+        file = open_unet(folder)
+        names = LAYOUTS["diffusers"].from_canonical(file.architecture.shapes)
+        state = network.state_dict()
+        assert all(torch.equal(weight, state[names[name]]) for name, weight in file.state_dict.items())
+
+
+def test_a_shard_that_lacks_what_the_index_says_is_refused(small_teacher, tmp_path):
+    small_teacher.network.save_pretrained(tmp_path, max_shard_size="200KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    first, second = sorted(set(table["weight_map"].values()))[:2]
+    table["weight_map"] = {name: first if shard == second else shard for name, shard in table["weight_map"].items()}
+    index.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=f"{first} lacks .*, which {index.name} says it holds"):
+        open_unet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [({"time_cond_proj_dim": 16}, "it is an LCM"), ({"class_embed_type": "timestep"}, "class labels"),
+     ({"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"}, "reads images")],
+)  # fmt: skip
+def test_networks_that_only_look_like_stable_diffusion_are_named(change, words, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel(**SMALL | change).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        open_unet(tmp_path)
+
+
+def test_buffers_of_a_schedule_are_no_vae(small_teacher, tmp_path):
+    """As original checkpoints of Stable Diffusion have them."""
+    names = LAYOUTS["ldm"].from_canonical(small_teacher.architecture.shapes)
+    weights = {f"model.diffusion_model.{names[n]}": w.detach() for n, w in small_teacher.named_parameters().items()}
+    beside = {
+        "betas": torch.ones(1000),
+        "alphas_cumprod": torch.ones(1000),
+        "model_ema.decay": torch.ones(()),
+        "logvar": torch.ones(1000),
+    }
+    save_file(weights | beside, tmp_path / "t.safetensors")
+    file = open_unet(tmp_path / "t.safetensors")
+    assert not file.others and not file.is_whole_checkpoint
+    with pytest.raises(ValueError, match="no VAE and text encoder"):
+        prune_file(file, tmp_path / "s.safetensors", preset("bk-sdm-base"), form="checkpoint")
+    vae = {"first_stage_model.x": torch.ones(1)}
+    save_file(weights | beside | vae, tmp_path / "t.safetensors")
+    assert not open_unet(tmp_path / "t.safetensors").is_whole_checkpoint
+    save_file(weights | beside | vae | {"cond_stage_model.x": torch.ones(1)}, tmp_path / "t.safetensors")
+    assert open_unet(tmp_path / "t.safetensors").is_whole_checkpoint

@@ -7,6 +7,7 @@ from distill_core.adapter import Lora
 from distill_core.dataset import Caption
 from distill_core.denoiser import DiffusersDenoiser, Label
 from distill_core.files import save_unet
+from distill_core.model_sampling import ModelSampling
 from distill_core.plan import preset
 from distill_core.ranges import TimestepRanges
 from distill_core.router import Routed, dispatch
@@ -117,10 +118,12 @@ def test_students_are_loaded_when_they_are_needed_and_once(students):
 def test_students_that_do_not_go_together_are_refused(students, small_teacher):
     with pytest.raises(ValueError, match="3 ranges need as many students, got 2"):
         Routed.given(RANGES, students[:2])
-    other = DiffusersDenoiser(network=small_teacher.network, architecture=small_teacher.architecture, prediction="v")
+    other = DiffusersDenoiser(
+        network=small_teacher.network, architecture=small_teacher.architecture, sampling=ModelSampling(prediction="v")
+    )
     with pytest.raises(ValueError, match="prediction types"):
         Routed.given(RANGES, [other, *students[:2]])(*inputs([0, 999]))
-    straight = DiffusersDenoiser(network=small_teacher.network, architecture=small_teacher.architecture, schedule=flow())
+    straight = DiffusersDenoiser(network=small_teacher.network, architecture=small_teacher.architecture, noise_levels=flow())
     with pytest.raises(ValueError, match="noise schedules"):
         Routed.given(RANGES, [straight, *students[:2]])(*inputs([0, 999]))
     with pytest.raises(ValueError, match="ranges are of 500 timesteps, the student's schedule has 1000"):

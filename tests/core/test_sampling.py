@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distill_core.dataset import Caption
+from distill_core.model_sampling import ModelSampling
 from distill_core.sampling import sample, timesteps
 from distill_core.schedule import flow, prediction, scaled_linear
 
@@ -50,7 +51,7 @@ def test_guidance_one_is_the_conditional_answer_at_half_the_cost(small_teacher, 
 def test_on_diffusion_it_is_diffusers_ddim(kind, num_steps, small_teacher, inputs):
     from diffusers import DDIMScheduler
 
-    denoiser, (noise, context) = denoiser_like(small_teacher, prediction=kind), inputs
+    denoiser, (noise, context) = denoiser_like(small_teacher, sampling=ModelSampling(prediction=kind)), inputs
     theirs = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
         timestep_spacing="trailing", prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[kind],
@@ -67,7 +68,10 @@ def test_on_diffusion_it_is_diffusers_ddim(kind, num_steps, small_teacher, input
 
 
 def test_on_flow_it_is_eulers_method(small_teacher, inputs):
-    denoiser, (noise, context) = denoiser_like(small_teacher, prediction="flow", schedule=flow()), inputs
+    denoiser, (noise, context) = (
+        denoiser_like(small_teacher, sampling=ModelSampling(prediction="flow"), noise_levels=flow()),
+        inputs,
+    )
     at, x = timesteps(flow(), 5), noise
     sigmas = [*flow().sigmas[at].tolist(), 0.0]
     with torch.no_grad():
@@ -103,7 +107,7 @@ def test_sdxl_samples_with_its_label(small_xl_teacher, xl_batch):
 
 def test_the_prediction_decides_the_sample(small_teacher, inputs):
     noise, context = inputs
-    results = [sample(denoiser_like(small_teacher, prediction=kind), context, Caption(context[0]), noise=noise, num_steps=2)
+    results = [sample(denoiser_like(small_teacher, sampling=ModelSampling(prediction=kind)), context, Caption(context[0]), noise=noise, num_steps=2)
                for kind in ("eps", "v", "x0")]  # fmt: skip
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     assert prediction("x0")

@@ -225,7 +225,7 @@ def test_shards_and_the_fp16_variant_of_a_folder_are_read(teacher, tmp_path):
 
 def test_an_sd2_that_predicts_v_is_known_by_comfyuis_sign_and_its_student_carries_it(published, tmp_path):
     """On the meta device nothing is in the weights; the one tensor that decides is made real."""
-    from distill_core.files import _SD2_V_SIGN
+    from distill_core.model_sampling import SD2_V_SIGN_LDM
     from distill_core.prune import prune
 
     student = prune(published["sd2"], preset("bk-sdm-v2-tiny")).student
@@ -233,7 +233,7 @@ def test_an_sd2_that_predicts_v_is_known_by_comfyuis_sign_and_its_student_carrie
         weights = {n: torch.zeros(s, dtype=torch.float8_e5m2) for n, s in student.shapes.items()}
         save_unet(tmp_path / prediction, weights, student, prediction=prediction)
         header = read_header(tmp_path / prediction)
-        assert (_SD2_V_SIGN in header.tensors) == marked
+        assert (SD2_V_SIGN_LDM in header.tensors) == marked
         tensors = {n: t for n, t in header.tensors.items()}
         write_tensors(tmp_path / f"{prediction} without metadata", tensors)
         assert open_unet(tmp_path / f"{prediction} without metadata").prediction == prediction

@@ -9,6 +9,7 @@ import torch
 
 from distill_core.dataset import Bucket, Caption, LatentDataset
 from distill_core.files import open_unet
+from distill_core.model_sampling import ModelSampling
 from distill_core.plan import preset
 from distill_core.previews import Previews
 from distill_core.recipe import Recipe
@@ -237,14 +238,16 @@ def test_a_teacher_of_another_prediction_teaches_the_same(kind, tmp_path, small_
             out, now = super().__call__(x_t, t, *rest), self.schedule.at(t, x_t)
             return prediction(kind).target(prediction("eps").to_x0(out, x_t, now), out, now)
 
-    teacher = Restated(network=small_teacher.network, architecture=small_teacher.architecture, prediction=kind)
+    teacher = Restated(
+        network=small_teacher.network, architecture=small_teacher.architecture, sampling=ModelSampling(prediction=kind)
+    )
     plain, _ = train(tmp_path / "plain", small_teacher, data, replace(RECIPE, total_steps=1))
     restated, _ = train(tmp_path / "restated", teacher, data, replace(RECIPE, total_steps=1))
     assert restated.metrics()[0]["output"] == pytest.approx(plain.metrics()[0]["output"], rel=1e-3)
 
 
 def test_teacher_and_student_must_share_a_schedule(tmp_path, small_teacher, data):
-    teacher = teacher_like(small_teacher, 1, schedule=flow())
+    teacher = teacher_like(small_teacher, 1, noise_levels=flow())
     with pytest.raises(ValueError, match="same noise schedule"):
         train(tmp_path / "run", teacher, data, student=student_of(small_teacher, PLAN))
 
@@ -254,7 +257,7 @@ def test_teacher_and_student_must_share_a_schedule(tmp_path, small_teacher, data
 def test_every_prediction_trains_with_every_weighting(kind, schedule, weighting, tmp_path, small_teacher, data):
     teacher, student = teacher_like(small_teacher, 1), student_of(small_teacher, PLAN)
     for denoiser in (teacher, student):
-        denoiser.prediction, denoiser.schedule = kind, schedule or denoiser.schedule
+        denoiser.sampling, denoiser.noise_levels = ModelSampling(prediction=kind), schedule
     run, _ = train(tmp_path / "run", teacher, data, replace(RECIPE, weighting=weighting, total_steps=1), student=student)
     row = run.metrics()[0]
     plain = row["task"] + row["output"] + row["feature"]

@@ -301,7 +301,7 @@ def in_diffusers(path):
     from distill_core.unet import load_unet
 
     file = open_unet(path)
-    return DiffusersDenoiser(network=load_unet(file, torch.float32), architecture=file.architecture, prediction=file.prediction)
+    return DiffusersDenoiser(network=load_unet(file, torch.float32), architecture=file.architecture, sampling=file.sampling)
 
 
 # --- data made by the teacher
