@@ -4,6 +4,8 @@ A LoRA is a set of tensors for each layer it changes, under names such as
 ``lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight``: a prefix, the layer as one of the
 layouts spells it, and what the tensor is. Only the layer is read and renamed. What stands behind it is kept as it is, so
 that LoRA, LoHa, LoKr, DoRA, OFT and full differences all pass. A LoRA never says which network it was made for.
+
+How strong it is, ``alpha`` beside the matrices tells, or peft's configuration in the metadata of the file (`lora_metadata`).
 """
 
 from __future__ import annotations
@@ -11,21 +13,21 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from .architecture import Architecture
 from .layouts import heads, layout
+from .lora_metadata import KEY, PeftConfig, read_configs, written
+from .lora_tensors import check_finite, check_fit, check_products, check_tensor, rank, role
 from .plan import NameMap, pruned
-from .storage import read_header, write_tensors
+from .storage import StoredTensor, read_header, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .storage import StoredTensor
 
 Weight = TypeVar("Weight", bound="Tensor | StoredTensor")
 
@@ -128,6 +130,8 @@ class _Place(NamedTuple):
 
 def _places(keys: Mapping[str, object], teacher: Architecture) -> dict[str, _Place]:
     """Key -> its place, for all keys of the UNet; ``ValueError`` for one of a UNet that is not this one."""
+    if "lora_controlnet" in keys:
+        raise ValueError("this file is a Control-LoRA, which is a ControlNet and not a LoRA; open it with Load ControlNet Model")
     tables: dict[str, dict[str, tuple[str, str]]] = {".": {}, "_": {}}
     for name, dialect in _DIALECTS.items():
         for layer, path in _paths(teacher, dialect).items():
@@ -176,6 +180,29 @@ def _layer_outside(key: str) -> str:
     return _PLACE_OF_ADAPTER.split(key)[0]
 
 
+def _by_layer(places: Mapping[str, _Place]) -> dict[str, dict[str, str]]:
+    """Canonical layer -> role of each of its tensors -> key; ``ValueError`` for a layer that is there twice."""
+    layers: dict[str, dict[str, str]] = defaultdict(dict)
+    for key, place in places.items():
+        first = next(iter(layers[place.layer].values()), key)
+        there = layers[place.layer].setdefault(role(place.rest), key)
+        if there != key or places[first][:3] != place[:3]:
+            other = there if there != key else first
+            raise ValueError(
+                f"{key}: this LoRA has two tensors for one place, or names a layer twice ({other}); keep one of them"
+            )
+    return dict(layers)
+
+
+def _layers_outside(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Layer of a text encoder -> role -> key."""
+    layers: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in keys:
+        layer = _layer_outside(key)
+        layers[layer][role(key[len(layer) :])] = key
+    return dict(layers)
+
+
 # --- does it fit ----------------------------------------------------------------------------------------------------
 
 _INPUT_SIDE = re.compile(r"[._](?:lora_down|lora_A|lora\.down|lora_linear_layer\.down|hada_w1_b|lokr_w[12](?:_b)?)(?:\.|$)")
@@ -208,6 +235,57 @@ def _check_width(key: str, side: str, factors: list[int], expected: set[int]) ->
         )
 
 
+class _Lora(NamedTuple):
+    """A LoRA taken apart. Tensors of a layer go by their role (`lora_tensors.role`)."""
+
+    tensors: Mapping[str, Tensor | StoredTensor]
+    places: dict[str, _Place]
+    layers: dict[str, dict[str, str]]
+    """Canonical layer of the teacher -> role -> key."""
+    outside: dict[str, dict[str, str]]
+    """The same for layers of text encoders, by what their keys have in common."""
+    configs: dict[str, PeftConfig]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Weight], teacher: Architecture, metadata: Mapping[str, str] | None) -> _Lora:
+        """``ValueError`` if it was not made for the teacher."""
+        places = _places(tensors, teacher)
+        layers = _by_layer(places)
+        _check_widths(tensors, places, teacher)
+        outside = _layers_outside(tensors.keys() - places.keys())
+        return cls(tensors, places, layers, outside, read_configs(metadata or {}))
+
+    def only(self, layers: Iterable[str]) -> _Lora:
+        """The same with some layers of the UNet alone."""
+        places = {key: place for key, place in self.places.items() if place.layer in layers}
+        tensors = {key: tensor for key, tensor in self.tensors.items() if key in places or key not in self.places}
+        return self._replace(tensors=tensors, places=places, layers={layer: self.layers[layer] for layer in layers})
+
+    def shapes(self, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        """Role -> shape, of one layer."""
+        return {name: tuple(self.tensors[key].shape) for name, key in keys.items()}
+
+    def rank(self, layer: str) -> int | None:
+        return rank(self.shapes(self.layers[layer]))
+
+    def check(self, teacher: Architecture) -> None:
+        """``ValueError`` for tensors that are damaged, or make no change of the teacher's layer; shapes first, then values."""
+        for layer, keys in self.layers.items():
+            self._check_each(keys)
+            if (weight := teacher.shapes.get(f"{layer}.weight")) is not None:
+                check_fit(keys, self.shapes(keys), weight, teacher.shapes.get(f"{layer}.bias"))
+        for keys in self.outside.values():
+            if keys.keys() - {"lora_down"}:  # which does nothing alone, in any loader
+                self._check_each(keys)
+                check_products(keys, self.shapes(keys))
+        for key, tensor in self.tensors.items():
+            check_finite(key, tensor)
+
+    def _check_each(self, keys: Mapping[str, str]) -> None:
+        for name, key in keys.items():
+            check_tensor(key, name, self.tensors[key])
+
+
 # --- remapping ------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +294,8 @@ class Remapped(Generic[Weight]):
     """A LoRA for a student, and what became of the teacher's. Counts are of layers, not of tensors."""
 
     tensors: dict[str, Weight]
-    """The same tensors under the student's names, without those of removed blocks."""
+    """The same tensors under the student's names, without those of removed blocks; with an alpha where peft's configuration told
+    it and the new names are none of peft's."""
     num_kept: int
     """Layers of the UNet that stay."""
     num_dropped: int
@@ -226,6 +305,12 @@ class Remapped(Generic[Weight]):
     switched_to_ldm: bool
     """Whether layers named as diffusers does were renamed to the LDM layout, for ComfyUI to find them
     (`comfyui_reads_diffusers_names`)."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """That of the teacher's file, with what depends on its tensors made to fit these."""
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors in memory."""
+        return {key: tensor.read() if isinstance(tensor, StoredTensor) else tensor for key, tensor in self.tensors.items()}
 
     def describe(self) -> str:
         """One line for a person."""
@@ -240,37 +325,49 @@ class Remapped(Generic[Weight]):
 
 
 def remap_lora(
-    tensors: Mapping[str, Weight], teacher: Architecture, mapping: NameMap, *, spelling: str | None = None
+    tensors: Mapping[str, Weight],
+    teacher: Architecture,
+    mapping: NameMap,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    spelling: str | None = None,
 ) -> Remapped[Weight]:
     """Rename the layers of a teacher's LoRA to the student's, and drop those of removed blocks.
 
-    spelling: layout to name the layers of the UNet in, a key of `layouts.LAYOUTS`; None keeps the format that came, unless
-    ComfyUI would misread it for this student. Layers that change layout are named as kohya does (``lora_unet_``, underscores).
+    metadata: that of the file, where peft's configuration is. spelling: layout to name the layers of the UNet in, a key of
+    `layouts.LAYOUTS`; None keeps the format that came, unless ComfyUI would misread it for this student. Layers that change layout
+    are named as kohya does (``lora_unet_``, underscores).
 
-    Raises ``ValueError`` if the LoRA was not made for the teacher, or if nothing of it is left.
+    Raises ``ValueError`` if the LoRA was not made for the teacher, if its tensors are damaged, or if nothing of it is left.
     """
     if spelling is not None:
         layout(spelling)
-    student = pruned(teacher, mapping)
-    places = _places(tensors, teacher)
-    _check_widths(tensors, places, teacher)
-    layers = {place.layer for place in places.values()}
-    kept = {layer: name for layer in layers if (name := mapping.rename(layer)) is not None}
+    lora, student = _Lora.of(tensors, teacher, metadata), pruned(teacher, mapping)
+    kept = {layer: name for layer in lora.layers if (name := mapping.rename(layer)) is not None}
     if not kept:
         raise ValueError(
-            f"nothing is left of this LoRA: all {len(layers)} layers it changes belong to blocks the student does not have; "
+            f"nothing is left of this LoRA: all {len(lora.layers)} layers it changes belong to blocks the student does not have; "
             "use one that changes more of the model, or train one on the student"
         )
-    places_kept = {key: place for key, place in places.items() if place.layer in kept}
-    switched = spelling is None and not comfyui_reads_diffusers_names(student) and _has_diffusers_names(places_kept)
-    renamed = _respell(places_kept, kept, student, spelling or ("ldm" if switched else None))
-    outside = tensors.keys() - places.keys()
+    left = lora.only(kept)
+    left.check(teacher)
+    switched = spelling is None and not comfyui_reads_diffusers_names(student) and _has_diffusers_names(left.places)
+    target = spelling or ("ldm" if switched else None)
+    renamed = _respell(left.places, kept, student, target)
+    told = {key: text for key, text in (metadata or {}).items() if key not in _STALE_METADATA}
+    if target == "ldm" or any(target not in (None, _DIALECTS[place.dialect].layout) for place in left.places.values()):
+        alphas = _alphas(left, renamed, teacher)
+        told.pop(KEY, None)
+    else:
+        alphas = {}
+        told |= {KEY: written(_moved(left, kept, teacher, student))} if left.configs else {}
     return Remapped(
-        {renamed.get(key, key): tensor for key, tensor in tensors.items() if key in renamed or key in outside},
+        {renamed.get(key, key): tensor for key, tensor in left.tensors.items()} | alphas,
         num_kept=len(kept),
-        num_dropped=len(layers) - len(kept),
-        num_text_encoder=len({_layer_outside(key) for key in outside}),
+        num_dropped=len(lora.layers) - len(kept),
+        num_text_encoder=len(lora.outside),
         switched_to_ldm=switched,
+        metadata=told,
     )
 
 
@@ -289,11 +386,68 @@ def _respell(places: Mapping[str, _Place], kept: Mapping[str, str], student: Arc
         if target not in (None, _DIALECTS[dialect].layout):
             prefix, dialect = _TRANSLATED_PREFIX, f"{target} with underscores"
         renamed[key] = prefix + paths[dialect][kept[layer]] + rest
-    if len(set(renamed.values())) < len(renamed):
-        raise ValueError(
-            "this LoRA names the same layer in both layouts, so that one would be lost in a single layout; keep its own naming"
-        )
     return renamed
+
+
+# --- how strong it is -----------------------------------------------------------------------------------------------
+
+_PEFT_ALONE = {"lora_magnitude_vector": "part of peft's DoRA", "lora_B.bias": "a bias of a LoRA", "weight": "a whole weight",
+               "bias": "a whole bias"}  # fmt: skip
+"""What only peft reads, by the role of the tensor."""
+
+
+def _of_unet(configs: Mapping[str, PeftConfig]) -> str | None:
+    """Which of the configurations in a file is the UNet's; a file of the UNet alone may leave its name out."""
+    return next((network for network in ("unet", "") if network in configs), None)
+
+
+def _moved(lora: _Lora, kept: Mapping[str, str], teacher: Architecture, student: Architecture) -> dict[str, PeftConfig]:
+    """The configurations of a LoRA, with the UNet's made to fit the student. kept: teacher's layer -> student's."""
+    if (network := _of_unet(lora.configs)) is None:
+        return lora.configs
+    old, new = (_paths(architecture, _DIALECTS["diffusers with dots"]) for architecture in (teacher, student))
+    whole = {layer for layer, keys in lora.layers.items() if not keys.keys() - {"weight", "bias"}}
+    moved = lora.configs[network].moved(
+        {old[layer]: new[kept[layer]] for layer in kept.keys() - whole},
+        ranks={old[layer]: lora.rank(layer) for layer in kept},
+        saved={old[layer]: new[kept[layer]] for layer in whole},
+    )
+    return {**lora.configs, network: moved}
+
+
+def _alphas(lora: _Lora, renamed: Mapping[str, str], teacher: Architecture) -> dict[str, Tensor]:
+    """Alphas as tensors, for layers whose strength is told by peft's configuration, which ComfyUI does not look at.
+
+    renamed: key -> that of the student. ``ValueError`` for what ComfyUI has no place for.
+    """
+    paths, config, found = _paths(teacher, _DIALECTS["diffusers with dots"]), lora.configs.get(_of_unet(lora.configs)), {}
+    for layer, keys in lora.layers.items():
+        for name in _PEFT_ALONE.keys() & keys.keys():
+            raise ValueError(
+                f"{keys[name]} is {_PEFT_ALONE[name]}, which ComfyUI does not read; use this LoRA in diffusers, in the diffusers layout"
+            )
+        key = next(iter(keys.values()))
+        found |= _alpha(lora, keys, renamed[key].removesuffix(lora.places[key].rest), config, paths[layer])
+    for layer, keys in lora.outside.items():
+        text_encoder, _, path = layer.partition(".")
+        found |= _alpha(lora, keys, layer, lora.configs.get(text_encoder), path)
+    return found
+
+
+def _alpha(lora: _Lora, keys: Mapping[str, str], name: str, config: PeftConfig | None, path: str) -> dict[str, Tensor]:
+    """The alpha of one layer, nothing if it has one or none is told. name: how its keys begin. path: peft's."""
+    import torch
+
+    if config is None or "alpha" in keys or not keys.keys() & {"lora_up", "hada_w1_a", "lokr_w1", "lokr_w1_a"}:
+        return {}
+    inner = rank(lora.shapes(keys))
+    scale = config.scale(path, inner)
+    if inner is None and scale != 1:
+        raise ValueError(
+            f"{keys['lokr_w1']} is of a full LoKr of scale {scale:g}, which ComfyUI does not read; use this LoRA in diffusers, in the "
+            "diffusers layout"
+        )
+    return {} if inner is None else {f"{name}.alpha": torch.tensor(scale * inner)}
 
 
 def remap_lora_file(
@@ -307,75 +461,79 @@ def remap_lora_file(
 ) -> Remapped[StoredTensor]:
     """Turn a LoRA file into one for a student, one tensor in memory at a time; see `remap_lora`.
 
-    The metadata stays, kohya's ``ss_*`` included, but for hashes of the tensors; ``distill.remapped`` tells what was done.
+    The metadata stays, kohya's ``ss_*`` included, but for hashes of the tensors, and peft's configuration is made to fit;
+    ``distill.remapped`` tells what was done.
     Raises ``ValueError`` also if the file is no LoRA, was remapped already, or if ``out`` exists.
     """
     header = read_header(path)
     if "distill.remapped" in header.metadata:
         raise ValueError(f"{path} is a LoRA for a student already; start from the one made for the teacher")
     try:
-        remapped = remap_lora(header.tensors, teacher, mapping, spelling=spelling)
+        remapped = remap_lora(header.tensors, teacher, mapping, metadata=header.metadata, spelling=spelling)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    metadata = {key: text for key, text in header.metadata.items() if key not in _STALE_METADATA}
     done = {"kept": remapped.num_kept, "dropped": remapped.num_dropped, "from": Path(path).name}
-    write_tensors(out, remapped.tensors, {**metadata, "distill.remapped": json.dumps(done)}, overwrite=overwrite)
+    write_tensors(out, remapped.tensors, {**remapped.metadata, "distill.remapped": json.dumps(done)}, overwrite=overwrite)
     return remapped
 
 
 # --- as diffusers writes it -----------------------------------------------------------------------------------------
 
-_MATRICES = {
-    "lora_A": re.compile(r"[._](?:lora_down|lora_A|lora\.down|lora_linear_layer\.down)(?:\.default)?\.weight"),
-    "lora_B": re.compile(r"[._](?:lora_up|lora_B|lora\.up|lora_linear_layer\.up)(?:\.default)?\.weight"),
-    "alpha": re.compile(r"\.alpha"),
-}
-"""What diffusers calls a tensor of a plain LoRA -> what stands behind the layer, in any format."""
+_MATRICES = ("lora_down", "lora_up", "alpha")
+"""What a plain LoRA is made of."""
 
 
-def diffusers_lora(tensors: Mapping[str, StoredTensor], model: Architecture) -> dict[str, Tensor]:
+def diffusers_lora(
+    tensors: Mapping[str, StoredTensor], model: Architecture, metadata: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """A plain LoRA as diffusers itself writes it: ``unet.<layer>.lora_A.weight`` (A) and ``.lora_B.weight`` (B).
 
-    Diffusers reads no alpha in this form and computes ``W + B A``, so ``alpha / rank`` is multiplied into B.
+    Diffusers reads no alpha in this form and computes ``W + B A``, so ``alpha / rank``, or the scale that peft's configuration
+    in the metadata of the file tells, is multiplied into B.
 
-    Raises ``ValueError`` if the LoRA was not made for the model, is of another kind, or is for text encoders as well.
+    Raises ``ValueError`` if the LoRA was not made for the model, is damaged, of another kind, or for text encoders as well.
     """
-    places = _places(tensors, model)
-    _check_widths(tensors, places, model)
-    if outside := tensors.keys() - places.keys():
-        raise ValueError(f"{min(outside)} is of a text encoder; only LoRAs of the UNet alone are written in diffusers' form")
-    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, place in places.items():
-        name = next((name for name, spelling in _MATRICES.items() if spelling.fullmatch(place.rest)), None)
-        if name is None:
+    lora = _Lora.of(tensors, model, metadata)
+    if lora.outside:
+        key = min(lora.tensors.keys() - lora.places.keys())
+        raise ValueError(f"{key} is of a text encoder; only LoRAs of the UNet alone are written in diffusers' form")
+    for key, place in lora.places.items():
+        if role(place.rest) not in _MATRICES:
             raise ValueError(f"{key}: this LoRA is of a kind (DoRA, LoHa, LoKr …) that has no place in diffusers' form of it")
-        if name in layers[place.layer]:
-            raise ValueError(f"{key}: this LoRA has two tensors for one place")
-        layers[place.layer][name] = tensors[key].read()
-    paths, written = _paths(model, _DIALECTS["diffusers with dots"]), {}
-    for layer, found in layers.items():
-        if not {"lora_A", "lora_B"} <= found.keys():
-            raise ValueError(f"{layer}: one of the two matrices of this LoRA is missing")
+    lora.check(model)
+    paths, matrices = _paths(model, _DIALECTS["diffusers with dots"]), {}
+    for layer, keys in lora.layers.items():
+        down, up = _plain(lora, keys, paths[layer])
         outputs, inputs, *kernel = model.shapes[f"{layer}.weight"]
-        down, up, rank = found["lora_A"], found["lora_B"], found["lora_A"].shape[0]
-        scale = found["alpha"].item() / rank if "alpha" in found else 1.0
-        written[f"unet.{paths[layer]}.lora_A.weight"] = down.reshape(rank, inputs, *kernel)
-        written[f"unet.{paths[layer]}.lora_B.weight"] = (up.float() * scale).to(up).reshape(outputs, rank, *(1 for _ in kernel))
-    return written
+        matrices[f"unet.{paths[layer]}.lora_A.weight"] = down.reshape(-1, inputs, *kernel)
+        matrices[f"unet.{paths[layer]}.lora_B.weight"] = up.reshape(outputs, -1, *(1 for _ in kernel))
+    return matrices
+
+
+def _plain(lora: _Lora, keys: Mapping[str, str], path: str) -> tuple[Tensor, Tensor]:
+    """A and B of a layer whose product is the change of its weight, in the precision they are stored in."""
+    if "lora_up" not in keys:
+        raise ValueError(f"{keys['alpha']} has no matrices beside it; download the LoRA again")
+    read = {name: lora.tensors[key].read() for name, key in keys.items()}
+    down, up, config = read["lora_down"], read["lora_up"], lora.configs.get(_of_unet(lora.configs))
+    told = config.scale(path, len(down)) if config else 1.0
+    scaled = (up.float() * (read["alpha"].item() / len(down) if "alpha" in read else told)).to(up)
+    if not scaled.float().isfinite().all():
+        raise ValueError(f"{keys['lora_up']} overflows with alpha multiplied into it; convert the LoRA to fp32 first")
+    return down, scaled
 
 
 def convert_lora_file(path: Path | str, out: Path | str, model: Architecture, *, overwrite: bool = False) -> int:
     """Write a LoRA file as diffusers does, see `diffusers_lora`; returns the number of layers.
 
-    The metadata stays, but for hashes of the tensors and what says how kohya's trainer scales them.
+    The metadata stays, but for hashes of the tensors and what says how kohya's trainer, or peft, scales them.
     """
     header = read_header(path)
     try:
-        tensors = diffusers_lora(header.tensors, model)
+        tensors = diffusers_lora(header.tensors, model, header.metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    kept = {
-        key: text for key, text in header.metadata.items() if key not in _STALE_METADATA and not key.startswith("ss_network_")
-    }
+    dropped = (*_STALE_METADATA, KEY)
+    kept = {key: text for key, text in header.metadata.items() if key not in dropped and not key.startswith("ss_network_")}
     write_tensors(out, tensors, kept, overwrite=overwrite)
     return len(tensors) // 2

@@ -67,9 +67,11 @@ class RemapLoRAToStudent(io.ComfyNode):
         cls, teacher, student, lora_name: str, strength_model: float, strength_clip: float = 1.0, clip=None
     ) -> io.NodeOutput:
         mapping = bridge.mapping_between(student, teacher)
-        stored = read_header(bridge.file_in("loras", lora_name)).tensors
-        remapped = remap_lora(stored, bridge.architecture_of(teacher), mapping, spelling="ldm")  # which ComfyUI always reads
-        lora = {name: tensor.read() for name, tensor in remapped.tensors.items()}
+        stored, metadata = read_header(bridge.file_in("loras", lora_name))
+        remapped = remap_lora(
+            stored, bridge.architecture_of(teacher), mapping, metadata=metadata, spelling="ldm"
+        )  # a layout ComfyUI always reads
+        lora = remapped.read()
         summary = remapped.describe()
         bridge.show_text(summary, cls.hidden.unique_id)
         return io.NodeOutput(*bridge.with_lora(student, clip, lora, strength_model, strength_clip), lora, summary)
