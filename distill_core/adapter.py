@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .dataset import generator
 from .denoiser import Denoiser
-from .storage import read_header, write_tensors
+from .lora_tensors import check_finite, check_products, check_tensor
+from .storage import StoredTensor, read_header, write_tensors
 
 ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 """Layers a LoRA usually sits on: the projections of every attention."""
@@ -121,6 +122,10 @@ class Lora:
     def read(self, path: Path) -> dict[str, Tensor]:
         """The matrices of a file `write` wrote, by their names here."""
         stored = read_header(path).tensors
+        for key in self._keys().values():
+            if key not in stored:
+                raise ValueError(f"{path} has no {key}; it is damaged or of another LoRA, so start a new run")
+            check_finite(key, stored[key])
         return {name: stored[key].read() for name, key in self._keys().items()}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -184,23 +189,45 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     stored, names = read_header(path).tensors, denoiser.lora_names
-    layers = [layer for layer, key in names.items() if f"{key}.lora_down.weight" in stored]
+    layers = [layer for layer, key in names.items() if stored.keys() & {f"{key}.lora_down.weight", f"{key}.lora_up.weight"}]
     if not layers:
         raise ValueError(f"{path} is no LoRA for this network; give one that was trained on it")
-    ranks = {denoiser.path(layer): stored[f"{names[layer]}.lora_down.weight"].shape[0] for layer in layers}
-    alphas = {denoiser.path(layer): stored[f"{names[layer]}.alpha"].read().item() for layer in layers}
-    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+    parts = {layer: _parts(stored, names[layer]) for layer in layers}
+    ranks = {denoiser.path(layer): found["lora_down"].shape[0] for layer, found in parts.items()}
+    alphas = {denoiser.path(layer): found["alpha"].item() for layer, found in parts.items() if "alpha" in found}
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks | alphas)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several are what is meant
         inject_adapter_in_model(config, denoiser.network, name)
-        for layer in layers:
+        for layer, found in parts.items():
             module = denoiser.module(layer)
-            module.lora_A[name].weight.copy_(stored[f"{names[layer]}.lora_down.weight"].read())
-            module.lora_B[name].weight.copy_(stored[f"{names[layer]}.lora_up.weight"].read())
-            if f"{names[layer]}.dora_scale" in stored:
+            for matrix, key in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
+                _take(found[key], getattr(module, matrix)[name].weight, f"{path}: {names[layer]}.{key}")
+            if "dora_scale" in found:
                 _decompose(module, name)
-                module.dora_scale[name].copy_(stored[f"{names[layer]}.dora_scale"].read())
+                _take(found["dora_scale"], module.dora_scale[name], f"{path}: {names[layer]}.dora_scale")
     denoiser.network.requires_grad_(False)
+
+
+def _parts(stored: Mapping[str, StoredTensor], name: str) -> dict[str, Tensor]:
+    """Tensors of a layer in a file by what they are, read; ``ValueError`` if they are damaged."""
+    spelled = {"lora_down": ".lora_down.weight", "lora_up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
+    keys = {part: name + rest for part, rest in spelled.items() if name + rest in stored}
+    for part, key in keys.items():
+        check_tensor(key, part, stored[key])
+    check_products(keys, {part: tuple(stored[key].shape) for part, key in keys.items()})
+    found = {part: stored[key].read() for part, key in keys.items()}
+    for part, key in keys.items():
+        check_finite(key, found[part])
+    return found
+
+
+def _take(tensor: Tensor, parameter: nn.Parameter, key: str) -> None:
+    if tensor.shape != parameter.shape:
+        raise ValueError(
+            f"{key} has shape {tuple(tensor.shape)} where this network has {tuple(parameter.shape)}; train it again on it"
+        )
+    parameter.copy_(tensor)
 
 
 # --- DoRA

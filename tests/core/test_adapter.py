@@ -220,6 +220,27 @@ def test_diffusers_own_form_is_loaded_whole(targets, in_a_pipeline, tmp_path, ca
     assert (got - expected).abs().max() < 1e-4 * scale and (expected - before).abs().max() > 1e-2 * scale
 
 
+@pytest.mark.parametrize("damage", ["lone up", "NaN", "ranks", "no alpha"])
+def test_a_file_that_is_damaged_is_not_attached(damage, small_teacher, tmp_path):
+    lora = Lora(copied(small_teacher), rank=2, alpha=1.0)
+    lora.write(tmp_path / "lora.safetensors", filled(lora), {})
+    tensors = load_file(tmp_path / "lora.safetensors")
+    name = next(iter(tensors)).split(".")[0]
+    up, down = f"{name}.lora_up.weight", f"{name}.lora_down.weight"
+    if damage == "no alpha":  # which means alpha is the rank
+        save_file({key: tensor for key, tensor in tensors.items() if not key.endswith("alpha")}, tmp_path / "damaged.safetensors")
+        loaded = copied(small_teacher)
+        attach(loaded, tmp_path / "damaged.safetensors", "one")
+        assert {loaded.module(layer).scaling["one"] for layer in lora.layers} == {1.0}
+        return
+    tensors[up] = tensors[up] * float("nan") if damage == "NaN" else torch.ones(len(tensors[up]), 3)
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if damage != "lone up" or key != down}, tmp_path / "damaged.safetensors"
+    )
+    with pytest.raises(ValueError, match=name):
+        attach(copied(small_teacher), tmp_path / "damaged.safetensors", "one")
+
+
 @pytest.mark.parametrize(
     "key,message",
     [
