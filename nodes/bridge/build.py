@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...distill_core.architecture import Architecture
 from ...distill_core.demo.teacher import teacher_file
 from ...distill_core.files import open_unet
-from ...distill_core.plan import KeptSkips, PruningPlan
+from ...distill_core.plan import PruningPlan
 from ...distill_core.prune import prune, pruning_metadata
+from .control import with_control
 from .demo import DigitsModelConfig, build_digits, is_demo
 from .model import LDM, ORIGIN, Origin, architecture_of, origin_of, state_dict_of
 from .sampling import name_type, put_sampling, sampling_of
@@ -71,31 +70,11 @@ def make_student(
 
 
 def _with_origin(student: ModelPatcher, origin: Origin | None) -> ModelPatcher:
-    """Attach where a student comes from, and lead a ControlNet's residuals to the blocks that stayed."""
+    """Attach where a student comes from, and have it take ControlNets of its teacher."""
     if origin is not None:
         student.set_attachments(ORIGIN, origin)
-        student.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ORIGIN, partial(_remap_control, origin.skips))
+        with_control(student, origin)
     return student
-
-
-def _remap_control(skips: KeptSkips, executor, x, timesteps, context, y=None, control=None, *args, **kwargs):
-    """Around ``UNetModel.forward``: give each kept block the residual that was made for it."""
-    return executor(x, timesteps, context, y, control and remapped_control(skips, control), *args, **kwargs)
-
-
-def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str, list]:
-    """A ControlNet's or T2I-Adapter's residuals for the teacher as residuals for the student.
-
-    ComfyUI takes them off the ends of its lists: of ``output`` the deepest block's first, of ``input`` the outermost's.
-    Residuals that were made for the student are left as they are.
-    """
-    output, inputs, middle = ([*control.get(key, [])] for key in ("output", "input", "middle"))
-    if len(output) == len(skips.kept) or len(inputs) == len(skips.kept):
-        return {"input": inputs, "middle": middle, "output": output}
-    missing = [None] * skips.num_teacher
-    from_conv_in = (missing + output)[-skips.num_teacher :], (inputs[::-1] + missing)[: skips.num_teacher]
-    output, inputs = (skips.select(residuals) for residuals in from_conv_in)
-    return {"input": inputs[::-1], "middle": middle if skips.mid else [], "output": output}
 
 
 def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:

@@ -27,6 +27,7 @@ from ...distill_core.ranges import Boundary
 from .weights import shapes_of
 
 ROUTE = "distill_route"  # attachment of a routed MODEL: its Route; and the key of all that a router adds
+CONTROL = "distill_control"  # key of what a student checks of its ControlNets; of the first model that holds for all
 TRACE = "distill_trace"  # attachment of a MODEL whose evaluations are noted: a list
 EVALUATION_OPTIONS = ("transformer_options", "model_function_wrapper")
 EVALUATION_WRAPPERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
@@ -143,7 +144,9 @@ def _check_together(model: ModelPatcher, first: ModelPatcher, number: int) -> No
         raise ValueError(f"model_{number} does not go with model_1: noise levels differ, {' and '.join(words)}")
     own = {name: value for name, value in model.model_options.items() if name not in EVALUATION_OPTIONS}
     patched = [name for name, value in own.items() if value != first.model_options.get(name)]
-    patched += [kind for kind, keyed in model.wrappers.items() if kind not in EVALUATION_WRAPPERS and any(keyed.values())]
+    for kind, keyed in model.wrappers.items():
+        if kind not in EVALUATION_WRAPPERS and any(found for key, found in keyed.items() if key != CONTROL):
+            patched.append(kind)
     if patched:
         raise ValueError(
             f"model_{number} carries a patch that acts on the whole sampling ({', '.join(patched)}) and would be passed over; "

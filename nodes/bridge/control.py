@@ -1,0 +1,84 @@
+"""ControlNets of the teacher on its student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import comfy.controlnet
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...distill_core.plan import KeptSkips
+from .model import ORIGIN, Origin
+from .router import CONTROL
+
+
+def with_control(student: ModelPatcher, origin: Origin) -> ModelPatcher:
+    """Lead a ControlNet's residuals to the blocks that stayed, and refuse Control-LoRAs that need those that did not."""
+    student.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ORIGIN, partial(_remap_control, origin.skips))
+    student.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL, partial(_check_control, origin))
+    return student
+
+
+def _remap_control(skips: KeptSkips, executor, x, timesteps, context, y=None, control=None, *args, **kwargs):
+    """Around ``UNetModel.forward``: give each kept block the residual that was made for it."""
+    return executor(x, timesteps, context, y, control and remapped_control(skips, control), *args, **kwargs)
+
+
+def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str, list]:
+    """A ControlNet's or T2I-Adapter's residuals for the teacher as residuals for the student.
+
+    ComfyUI takes them off the ends of its lists: of ``output`` the deepest block's first, of ``input`` the outermost's.
+    Residuals that were made for the student are left as they are.
+    """
+    output, inputs, middle = ([*control.get(key, [])] for key in ("output", "input", "middle"))
+    if len(output) == len(skips.kept) or len(inputs) == len(skips.kept):
+        return {"input": inputs, "middle": middle, "output": output}
+    missing = [None] * skips.num_teacher
+    from_conv_in = (missing + output)[-skips.num_teacher :], (inputs[::-1] + missing)[: skips.num_teacher]
+    output, inputs = (skips.select(residuals) for residuals in from_conv_in)
+    return {"input": inputs[::-1], "middle": middle if skips.mid else [], "output": output}
+
+
+def _check_control(origin: Origin, executor, model: ModelPatcher, noise_shape, conds: Mapping[str, list], *args, **kwargs):
+    """Around ``prepare_sampling``: ComfyUI makes a Control-LoRA's network of the weights of the model that samples."""
+    for conditioning in conds.values():
+        for control in _controls(conditioning):
+            if isinstance(control, comfy.controlnet.ControlLora):
+                _check_control_lora(control, model, origin)
+    return executor(model, noise_shape, conds, *args, **kwargs)
+
+
+def _controls(conditioning: list[dict]) -> Iterator[comfy.controlnet.ControlBase]:
+    """All ControlNets of a conditioning, those chained before others too."""
+    for entry in conditioning:
+        control = entry.get("control")
+        while control is not None:
+            yield control
+            control = control.previous_controlnet
+
+
+def _check_control_lora(control: comfy.controlnet.ControlLora, model: ModelPatcher, origin: Origin) -> None:
+    """``ValueError`` unless the model has the encoder and mid block that a Control-LoRA is a difference to."""
+    padding = [block for block in origin.metadata.get("distill.padding", "").split() if not block.startswith("up.")]
+    missing = padding or _missing(control.control_weights, model)
+    if missing:
+        raise ValueError(
+            f"a Control-LoRA changes a copy of the model's encoder and mid block, and this student lacks a part of the teacher's "
+            f"({missing[0]}); use a full ControlNet, which works on every student"
+        )
+
+
+def _missing(control_weights: Mapping[str, Tensor], model: ModelPatcher) -> list[str]:
+    """Layers that a Control-LoRA changes and a model does not have, or has in another shape."""
+    shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+    found = []
+    for name, up in control_weights.items():
+        layer = name.removesuffix(".up")
+        if layer != name:
+            down, weight = control_weights.get(f"{layer}.down"), shapes.get(f"{layer}.weight", ())
+            if down is None or len(weight) < 2 or len(up) != weight[0] or down[0].numel() != weight[1:].numel():
+                found.append(layer)
+    return found
