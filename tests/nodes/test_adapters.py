@@ -1,5 +1,7 @@
 """A teacher's LoRA on its student, applied by ComfyUI's own loaders."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,6 +109,39 @@ def test_lora_then_prune_is_prune_then_remapped_lora(form, plan, loras, server):
     assert changed >= len([n for n in baked if "attn" in n and n.endswith("to_q.weight")]) > 0
 
 
+def test_a_lora_of_diffusers_is_as_strong_as_its_metadata_tells(loras, server):
+    """Which the stock loader ignores: there it is compared with the same LoRA in kohya's form, where alpha is a tensor."""
+    names = LAYOUTS["diffusers"].from_canonical(teacher_file().architecture.shapes)
+    layers = [path.removesuffix(".weight") for path in names.values() if path.endswith(("attn1.to_q.weight", "ff.net.2.weight"))]
+    alphas = {layer: 12.0 if layer.endswith("to_q") else 2.0 for layer in layers}
+    last = next(layer for layer in layers if layer.startswith("up_blocks.1.attentions.2") and layer.endswith("to_q"))
+    alphas[last] = 40.0
+    theirs, kohyas = {}, {}
+    for layer in layers:
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        matrices = {key.split(".")[-2]: FORMATS["kohya"][key] for key in FORMATS["kohya"] if key.startswith(f"{name}.lora")}
+        theirs |= {f"unet.{layer}.lora_A.weight": matrices["lora_down"], f"unet.{layer}.lora_B.weight": matrices["lora_up"]}
+        kohyas |= {f"{name}.{matrix}.weight": tensor for matrix, tensor in matrices.items()}
+        kohyas[f"{name}.alpha"] = torch.tensor(alphas[layer])
+    told = {"unet.r": RANK, "unet.lora_alpha": 2, "unet.alpha_pattern": {last: 40, "to_q": 12}, "unet.rank_pattern": {}}
+    save_file(theirs, loras / "metadata.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    save_file(kohyas, loras / "alphas.safetensors")
+    prune = {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["teacher", 0], "preset": "bk-sdm-base"}}
+    result = server.run({
+        **PROMPT, "prune": prune,
+        "stock": {"class_type": "LoraLoaderModelOnly",
+                  "inputs": {"model": ["teacher", 0], "lora_name": "alphas.safetensors", "strength_model": 1.0}},
+        "baked": {"class_type": "DistillPruneUNetBlocks", "inputs": prune["inputs"] | {"model": ["stock", 0]}},
+        "remap": remapped("metadata.safetensors"),
+        "one": save(["baked", 0], "alphas"), "two": save(["remap", 0], "metadata"), "zero": save(["prune", 0], "no lora"),
+    })  # fmt: skip
+    assert result.succeeded, result.error
+    baked, ours, without = (load_file(newest(server, f"{who}_*.safetensors")) for who in ("alphas", "metadata", "no lora"))
+    for name, weight in baked.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
+    assert sum(not torch.equal(weight, without[name]) for name, weight in baked.items()) > 10
+
+
 def test_pruning_takes_the_weights_of_its_own_model_whichever_was_drawn_with_last(loras, server):
     """ComfyUI's clones share one network, which holds the patches of the last that was loaded."""
     stock = {"class_type": "LoraLoaderModelOnly",
@@ -154,11 +189,14 @@ def test_the_remapped_lora_can_be_kept_and_loaded_by_stock_nodes(loras, server):
 @pytest.mark.parametrize("change,message", [
     ({"teacher": ["prune", 0], "student": ["teacher", 0]}, "do not belong together"),
     ({"lora_name": "other.safetensors"}, "made for another model|not made for the teacher"),
+    ({"lora_name": "damaged.safetensors"}, "lora_up.weight holds NaN or Inf"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_one_clear_sentence(change, message, loras, server):
     import re
 
     save_file({"lora_unet_input_blocks_40_1_proj_in.lora_up.weight": torch.ones(2, 2)}, loras / "other.safetensors")
+    damaged = {name: tensor * float("nan") if "lora_up" in name else tensor for name, tensor in FORMATS["kohya"].items()}
+    save_file(damaged, loras / "damaged.safetensors")
     result = server.run(
         {**PROMPT, "remap": remapped(**{"lora_name": "kohya.safetensors"} | change), "x": save(["remap", 0], "x")}
     )
