@@ -79,8 +79,9 @@ def test_bad_options_exit_2(arguments):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_remap_lora_tells_what_fits(as_json, teacher, tmp_path, capsys):
-    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(64, 2),
-               "lora_unet_up_blocks_1_attentions_2_proj_in.lora_up.weight": torch.ones(64, 2)}, tmp_path / "lora.safetensors")  # fmt: skip
+    matrices = {"lora_up.weight": torch.ones(64, 2), "lora_down.weight": torch.ones(2, 64)}
+    save_file({f"lora_unet_{layer}_proj_in.{name}": matrix.clone() for name, matrix in matrices.items()
+               for layer in ("mid_block_attentions_0", "up_blocks_1_attentions_2")}, tmp_path / "lora.safetensors")  # fmt: skip
     arguments = ["remap-lora", str(tmp_path / "lora.safetensors"), str(tmp_path / "out.safetensors"), "--teacher", str(teacher)]
     assert main([*arguments, "--preset", "bk-sdm-small", *(["--json"] if as_json else [])]) == 0
     told = capsys.readouterr().out
@@ -88,7 +89,8 @@ def test_remap_lora_tells_what_fits(as_json, teacher, tmp_path, capsys):
         assert json.loads(told)["num_kept"] == json.loads(told)["num_dropped"] == 1
     else:
         assert "1 of 2 UNet layers kept; 1 dropped" in told
-    assert list(load_file(tmp_path / "out.safetensors")) == ["lora_unet_up_blocks_1_attentions_1_proj_in.lora_up.weight"]
+    written = load_file(tmp_path / "out.safetensors")
+    assert written.keys() == {f"lora_unet_up_blocks_1_attentions_1_proj_in.{name}" for name in matrices}
 
 
 @pytest.mark.parametrize("as_json", [False, True])
