@@ -28,11 +28,11 @@ import torch
 from report import device_words, publish, table
 from tqdm import tqdm
 
+from distill_core.checkpoints import TRAINING, checkpoints_in
 from distill_core.cli import main as main_of_distill
 from distill_core.demo import digits
 from distill_core.files import open_unet
 from distill_core.recipe import to_toml
-from distill_core.run import TRAINING, checkpoints_in
 from distill_core.storage import read_header
 
 ROOT = Path(__file__).parents[1]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,15 +105,13 @@ def recipes(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    import contextlib
-
     from tqdm import tqdm
 
+    from .checkpoints import checkpoints_in
     from .job import Job, Prepared
     from .memory import free_bytes
     from .one_to_many import has_begun
     from .processes import Processes
-    from .run import checkpoints_in
     from .train import Progress
 
     job, processes = Job.read(arguments.recipe), Processes.launched()
@@ -435,12 +436,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Terminated(BaseException):
+    """The process was asked to end (SIGTERM)."""
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """While open, SIGTERM ends the work as Ctrl+C does: what is done is kept, what is half written goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted, 143 when terminated."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         arguments = _parser().parse_args(argv)
-        arguments.function(arguments)
+        with _ended_in_order():
+            arguments.function(arguments)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2
@@ -450,4 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"distill: interrupted; {_how_to_go_on(argv)}", file=sys.stderr)
         return 130
+    except _Terminated:
+        print(f"distill: terminated; {_how_to_go_on(argv)}", file=sys.stderr)
+        return 143
     return 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import read_toml
-from .run import RECIPE, read_metrics
+from .run import METRICS, RECIPE, read_metrics
 
 if TYPE_CHECKING:
     from .train import Progress
@@ -88,14 +90,30 @@ class Live:
 def history(folder: Path) -> dict[str, Any] | None:
     """What a folder tells of its run, or of its training of several students; None if no step was done in it.
 
-    ``run``, ``step``, ``total_steps`` (None where it is not known), ``points``.
+    ``run``, ``step``, ``total_steps`` (None where it is not known), ``points``. Worked out anew where a file has changed.
     """
-    rows = metrics_of(folder)
-    if not rows:
+    written = [folder / RECIPE, *(stage / METRICS for stage in _stages(folder))]
+    stamps = tuple((path, stat.st_size, stat.st_mtime_ns) for path in written if (stat := _stat(path)))
+    return _history(folder, stamps)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # it is not there, or not for us
         return None
-    recipe = folder / RECIPE
-    total_steps = read_toml(recipe).get("total_steps") if recipe.exists() else None
-    return {"run": folder.name, "step": int(rows[-1]["step"]), "total_steps": total_steps, "points": points(rows)}
+
+
+@lru_cache(8)
+def _history(folder: Path, stamps: tuple) -> dict[str, Any] | None:
+    if not (rows := metrics_of(folder)):
+        return None
+    try:
+        total_steps = read_toml(folder / RECIPE).get("total_steps")
+    except (ValueError, RecursionError):  # of a training of several, or damaged
+        total_steps = None
+    known = total_steps if type(total_steps) is int else None
+    return {"run": folder.name, "step": int(rows[-1]["step"]), "total_steps": known, "points": points(rows)}
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -109,8 +127,12 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 
 def metrics_by_stage(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Metrics of a run by its folder's name; of a training of several students those of its stages, in their order."""
-    trained_apart = (path for stage in ("joint*", "range_*") for path in sorted(folder.glob(stage), key=_number))
-    return {path.name: rows for path in (folder, *trained_apart) if (rows := read_metrics(path))}
+    return {path.name: rows for path in _stages(folder) if (rows := read_metrics(path))}
+
+
+def _stages(folder: Path) -> list[Path]:
+    """A run's folder, and those of its stages in their order."""
+    return [folder, *(path for stage in ("joint*", "range_*") for path in sorted(folder.glob(stage), key=_number))]
 
 
 def _number(stage: Path) -> int:

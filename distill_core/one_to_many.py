@@ -11,6 +11,7 @@ run/students/     what comes out when all are complete (`students.Students`)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from .checkpoints import checkpoints_in, own_folder
 from .dataset import Dataset
 from .denoiser import Denoiser
 from .evaluate import output_error
 from .files import open_unet, save_unet
+from .locks import locked
 from .plan import PruningPlan
 from .processes import ALONE, Processes
 from .ranges import SPLITS, TimestepRanges, balanced, read_ranges
 from .recipe import Recipe
-from .run import Run, checkpoints_in
+from .run import Run
 from .schedule import NoiseSchedule
 from .storage import fingerprint, write_text
 from .students import MANIFEST, Students, write_students
@@ -132,7 +135,10 @@ class OneToMany:
         if len(self.plans) > 1 and (recipe.lora_rank or settings.measured):
             what = "LoRAs are on one base" if recipe.lora_rank else "boundaries are measured on one student"
             raise ValueError(f"{what}, so all students need one plan, got {len(self.plans)}")
-        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        names = [path.name for path in self.folder.iterdir() if path.name[0] != "."] if self.folder.exists() else []
+        for name in names:
+            if name == "students" or name.startswith(("joint", "range_")):
+                own_folder(self.folder / name)
         if names and not any(name.startswith(("joint", "range_", "pruned")) for name in names):
             raise ValueError(f"{self.folder} exists and is not a training of several students; choose another name")
         for path in self.folder.glob("joint*"):
@@ -248,7 +254,16 @@ class OneToMany:
         """
         if only is not None and not 0 <= only < len(self):
             raise ValueError(f"there are students 0 to {len(self) - 1}, got {only}")
-        numbers = range(len(self)) if only is None else [only]
+        with locked(self.folder) if self.processes.main else contextlib.nullcontext():
+            self._train_stages(range(len(self)) if only is None else [only], num_steps, on_step, on_stage)
+
+    def _train_stages(
+        self,
+        numbers: Sequence[int],
+        num_steps: int | None,
+        on_step: Callable[[Progress], None],
+        on_stage: Callable[[str], None],
+    ) -> None:
         joint = dict.fromkeys(map(self._joint_of, numbers))
         stages = [*(stage for stage in joint if stage in self.stages), *(f"range_{number}" for number in numbers)]
         left = self.total_steps if num_steps is None else num_steps

@@ -4,27 +4,35 @@ run/recipe.toml               what is trained, and on what
 run/metrics.csv               one row a step
 run/samples/                  pictures by the student beside the teacher's, where asked for
 run/checkpoints/00000300/     student.safetensors (or lora.safetensors): what comes out; training.safetensors: what else
-                              going on needs
+                              going on needs; checksums.json
+run/.lock                     held by the process that trains
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-import shutil
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .checkpoints import TRAINING, checkpoints_in, drop, own_folder, result_of, settle, write_checksums
+from .locks import locked
 from .recipe import Recipe, read_toml, to_toml
-from .storage import atomic, read_header, write_tensors, write_text
+from .storage import WriteError, atomic, read_header, write_tensors, write_text
 from .trained import Trained
 
-TRAINING = "training.safetensors"
+log = logging.getLogger("distill")
+
 METRICS, RECIPE = "metrics.csv", "recipe.toml"
+_SETTINGS = "distill.run"
+_OWN = {"checkpoints", "samples", "tensorboard", "wandb", METRICS, RECIPE}
 
 
 class State(NamedTuple):
@@ -39,11 +47,6 @@ class State(NamedTuple):
     """The same that are no tensors."""
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run's folder, oldest first; each is named by its step."""
-    return sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
-
-
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """What a run's folder holds of each step: ``step``, ``lr``, ``total``, ``task``, ``output``, ``feature``, each feature point.
 
@@ -52,11 +55,23 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """
     if not (folder / METRICS).exists():
         return []
-    with open(folder / METRICS, newline="") as file:
+    with open(folder / METRICS, newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    whole = text[: text.rfind("\n") + 1]  # a row that is being written is left out
-    rows = csv.DictReader(io.StringIO(whole, newline=""))
-    return [{name: float(value) for name, value in row.items() if value} for row in rows if None not in row.values()]
+    names, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]  # a row that is being written is left out
+    rows = [_row(names, line) for line in lines]
+    if unreadable := rows.count(None):
+        log.warning("%d of %d rows of %s cannot be read and are left out", unreadable, len(rows), folder / METRICS)
+    return [row for row in rows if row is not None]
+
+
+def _row(names: str, line: str) -> dict[str, float] | None:
+    """A row of metrics; None for one that is damaged."""
+    try:
+        (row,) = csv.DictReader(io.StringIO(f"{names}\n{line}\n"))
+        measured = {name: float(value) for name, value in row.items() if value}
+    except (ValueError, TypeError, csv.Error):
+        return None
+    return measured if math.isfinite(measured.get("step", math.nan)) and None not in row else None
 
 
 class Run:
@@ -67,19 +82,58 @@ class Run:
 
         origin: what tells this run from others besides its recipe, such as fingerprints of teacher and data. main: False
         for a process that shares the run with another, which writes. Raises ``ValueError`` naming the setting if the
-        folder holds a run with other settings.
+        folder holds a run with other settings. Nothing is written before `training`.
         """
-        self.folder, self.recipe, self.origin = Path(folder), recipe, dict(origin)
-        path = self.folder / RECIPE
-        if path.exists():
-            if self.checkpoints:  # nothing is lost by changing a run that never finished a step
-                self._check_same(read_toml(path))
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} exists and is not a run; choose another name")
-        if main:
-            write_text(path, to_toml({**recipe.to_mapping(), "origin": self.origin}))
-            for unfinished in (self.folder / "checkpoints").glob(".*"):  # of a process that was killed
-                shutil.rmtree(unfinished, ignore_errors=True)
+        self.folder, self.recipe, self.origin, self.main = Path(folder), recipe, dict(origin), main
+        for name in ("checkpoints", "samples"):
+            own_folder(self.folder / name)
+        if self.checkpoints:  # nothing is lost by changing a run that never finished a step
+            self._check_same(self._stored())
+        elif others := self._others():
+            raise ValueError(f"{self.folder} exists and is not a run (it holds {others[0]}); choose another name")
+
+    def _others(self) -> list[str]:
+        """What lies in the folder and is of no run, not even one that was killed at its first write."""
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        return [name for name in names if name not in _OWN and not name.startswith((".", "pruned"))]
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Hold the run's folder to train in it: no other process does; what is damaged is set aside, and the recipe is written.
+
+        ``ValueError`` if another process trains in it, or another run was begun there in the meantime.
+        """
+        if not self.main:
+            yield
+            return
+        with locked(self.folder):
+            settle(self.folder)
+            if self.checkpoints:
+                self._check_same(self._stored(warn=True))
+            write_text(self.folder / RECIPE, to_toml(self._settings()))
+            yield
+
+    def _settings(self) -> dict[str, Any]:
+        """What the run was started with, as a table."""
+        return {**self.recipe.to_mapping(), "origin": self.origin}
+
+    def _stored(self, warn: bool = False) -> Mapping[str, Any]:
+        """What the folder says the run was started with; where its recipe is lost, its newest checkpoint says it."""
+        try:
+            table = read_toml(self.folder / RECIPE)
+            if isinstance(table.get("origin", {}), dict):
+                return table
+            reason = "its origin is no table"
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+        newest = read_header(self.checkpoints[-1] / TRAINING).metadata
+        if (text := newest.get(_SETTINGS)) is None:
+            raise ValueError(
+                f"{self.folder / RECIPE} is lost or damaged ({reason}); put it back, or give the new run another name"
+            )
+        if warn:
+            log.warning("%s is lost or damaged; the run goes on by what its checkpoint tells", self.folder / RECIPE)
+        return json.loads(text)
 
     def _check_same(self, stored: Mapping) -> None:
         now = {**self.recipe.to_mapping(), **{f"origin.{k}": v for k, v in self.origin.items()}}
@@ -92,7 +146,7 @@ class Run:
         for name in sorted((now.keys() | then.keys()) - self.recipe.may_change(several_teachers)):
             if now.get(name) != then.get(name):
                 raise ValueError(
-                    f"run {self.folder.name!r} was started with {name.removeprefix('origin.')} = {then.get(name)}, now it is "
+                    f"run {self.folder.name!r} was started with {name.removeprefix('origin.')} = {then.get(name)}, but is now "
                     f"{now.get(name)}; give the new run another name, or put the setting back"
                 )
 
@@ -139,27 +193,25 @@ class Run:
         """The newest student, or LoRA; an ordinary file any loader opens. ``ValueError`` before the first."""
         if not self.checkpoints:
             raise ValueError(f"run {self.folder.name!r} has no checkpoint yet")
-        return self._result(self.checkpoints[-1])
+        return result_of(self.checkpoints[-1])
 
     @property
     def best_result_file(self) -> Path:
         """That with the lowest validation loss of those that are kept; the newest where nothing was validated."""
         best = self._best(1)
-        return self._result(best[0]) if best else self.result_file
-
-    def _result(self, checkpoint: Path) -> Path:
-        (file,) = (path for path in checkpoint.glob("*.safetensors") if path.name != TRAINING)
-        return file
+        return result_of(best[0]) if best else self.result_file
 
     def save(self, state: State, trained: Trained) -> None:
         """Write a checkpoint whole or not at all, then drop those that need not stay."""
-        with atomic(self.folder / "checkpoints" / f"{state.step:08d}", overwrite=True) as folder:
+        inside, settings = own_folder(self.folder / "checkpoints"), json.dumps(self._settings())
+        with atomic(inside / f"{state.step:08d}", overwrite=True) as folder:
             folder.mkdir()
             trained.write(folder / trained.file_name, state.weights, self._about(state.step))
-            write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest)})
+            write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest), _SETTINGS: settings})
+            write_checksums(folder)
         keep = {*self.checkpoints[-self.recipe.keep_checkpoints :], *self._best(self.recipe.keep_best)}
         for old in set(self.checkpoints) - keep:
-            shutil.rmtree(old, ignore_errors=True)
+            drop(old)
 
     def _about(self, step: int) -> dict[str, str]:
         """What the file that comes out tells of its training."""
@@ -209,12 +261,16 @@ class Metrics:
     """The table of metrics, open for appending."""
 
     def __init__(self, path: Path, names: list[str]):
-        self._file = open(path, "a", newline="")
+        self._path, self._file = path, open(path, "a", newline="")
         self._writer = csv.DictWriter(self._file, names)
 
     def write(self, row: Mapping[str, float]) -> None:
-        self._writer.writerow(row)
-        self._file.flush()
+        """``OSError`` in one sentence if the disk is full or gone."""
+        try:
+            self._writer.writerow(row)
+            self._file.flush()
+        except OSError as error:
+            raise WriteError(self._path, error.strerror or str(error)) from error
 
     def __enter__(self) -> Metrics:
         return self

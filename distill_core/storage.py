@@ -42,7 +42,10 @@ _BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-OVERWRITABLE = {"config.json", "diffusion_pytorch_model.safetensors", "student.safetensors", "training.safetensors"}
+OVERWRITABLE = {
+    "checksums.json", "config.json", "diffusion_pytorch_model.safetensors", "lora.safetensors", "student.safetensors",
+    "training.safetensors",
+}  # fmt: skip
 """What a folder may hold to be overwritten: what is written into folders here."""
 _CHUNK_BYTES = 8 << 20
 _LARGEST_HEADER_BYTES = 100 << 20

@@ -73,10 +73,26 @@ def distill(
     """
     teachers = teacher if isinstance(teacher, Teachers) else Teachers.single(teacher, run.recipe)
     processes.check(run.recipe)
-    training, first = Training(run, student, teachers, plan, dataset, processes), run.step
-    last = min(run.recipe.total_steps, first + (num_steps if num_steps is not None else run.recipe.total_steps))
-    if first >= last:
+    if run.complete or num_steps == 0:
         return
+    with run.training():
+        processes.wait()  # until the main one has settled where the run stands
+        _distill(run, student, teachers, plan, dataset, num_steps, previews, on_step, processes)
+
+
+def _distill(
+    run: Run,
+    student: Denoiser,
+    teachers: Teachers,
+    plan: PruningPlan | None,
+    dataset: Dataset,
+    num_steps: int | None,
+    previews: Previews | None,
+    on_step: Callable[[Progress], None],
+    processes: Processes,
+) -> None:
+    training, first = Training(run, student, teachers, plan, dataset, processes), run.step
+    last = min(run.recipe.total_steps, first + (run.recipe.total_steps if num_steps is None else num_steps))
     _warn_if_seen_too_often(num_examples(dataset), run.recipe.total_steps * run.recipe.batch_size)
     started = time.monotonic()
     with training.open(), contextlib.ExitStack() as stack:
@@ -104,8 +120,9 @@ def distill(
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(_what_to_lower(run.recipe, processes)) from error
         finally:
-            # A cancel or an error loses the step it fell into and no more.
-            training.save_if_sound()
+            # A cancel or an error loses the step it fell into and no more; a second Ctrl+C waits until it is saved.
+            with _uninterrupted():
+                training.save_if_sound()
 
 
 class Training:
@@ -417,18 +434,23 @@ def _check_belong_together(student: Denoiser, teacher: Denoiser) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait until the block is through, so that an update is made whole or not at all."""
+    """Let Ctrl+C, and a request to end, wait until the block is through, so that what it does is done whole or not at all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received = []
-    handler = signal.signal(signal.SIGINT, lambda *details: received.append(details))
+    received: list[tuple] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda *details: received.append(details)) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if received and callable(handler):
-        handler(*received[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in received[:1]:
+        if callable(handlers[number]):
+            handlers[number](number, frame)
+        elif handlers[number] == signal.SIG_DFL:
+            signal.raise_signal(number)
 
 
 def _warn_if_seen_too_often(num_examples: int, num_seen: int) -> None:

@@ -114,7 +114,8 @@ class TrainTimestepStudents(io.ComfyNode):
         except ValueError as error:  # execute will say it
             return str(error)
         total = joint_steps[0] + num_students * total_steps[0]
-        return min(total, bridge.newest_step(run_name[0]) + steps_per_queue[0])
+        newest = bridge.newest_step(run_name[0])
+        return f"{min(total, newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
 
     @classmethod
     def execute(
@@ -150,6 +151,7 @@ class TrainTimestepStudents(io.ComfyNode):
                 _train(training, run_name[0], steps_per_queue[0], node_id)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
+        bridge.newest_step(run_name[0])  # so that it is noticed if they are gone next time
         folder = str(training.folder / "students") if training.complete else ""
         state = "complete" if training.complete else "queue again to go on"
         bridge.show_text(f"step {training.step} of {training.total_steps}: {state}\n{ranges}", node_id)

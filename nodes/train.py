@@ -104,14 +104,16 @@ def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
     """How far a run is, on the node; its losses for Plot Loss Graph, and their curve as a picture."""
     metrics = run.metrics()
     curve = bridge.to_image(plots.loss_curve(metrics, title(run)))
+    bridge.newest_step(run.folder.name)  # so that it is noticed if they are gone next time
     state = "complete" if run.complete else "queue again to go on"
     bridge.show_text(f"step {run.step} of {run.recipe.total_steps}: {state}", node_id)
     return {"loss": [row["total"] for row in metrics]}, curve
 
 
-def last_step(run_name, total_steps, steps_per_queue, **_) -> int:
-    """The step an execution ends at: a run that can go on is executed again, a complete one is not."""
-    return min(total_steps[0], bridge.newest_step(run_name[0]) + steps_per_queue[0])
+def last_step(run_name, total_steps, steps_per_queue, **_) -> str:
+    """The step an execution ends at: a run that can go on is executed again, a complete one is not, unless it was deleted."""
+    newest = bridge.newest_step(run_name[0])
+    return f"{min(total_steps[0], newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
 
 
 def _train(run: Run, models, student, plan, data, previews, num_steps: int, node_id: str) -> None:

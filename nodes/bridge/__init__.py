@@ -20,6 +20,7 @@ from .interface import (
     students_folders,
     tell_chart,
     throw_if_cancelled,
+    times_lost,
     to_image,
 )
 from .model import (
@@ -99,6 +100,7 @@ __all__ = [
     "tell_chart",
     "text_features",
     "throw_if_cancelled",
+    "times_lost",
     "to_image",
     "told_captions",
     "trainable",

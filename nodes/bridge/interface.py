@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,11 +15,17 @@ import torch
 from torch import Tensor
 
 from ...distill_core import live
-from ...distill_core.run import METRICS, checkpoints_in
+from ...distill_core.checkpoints import checkpoints_in
+from ...distill_core.run import METRICS
 from ...distill_core.storage import WriteError
 from ...distill_core.students import MANIFEST
 
+log = logging.getLogger("distill")
+
 RUNS_ROUTE = "/distill/runs/{name}"
+OWN_FOLDERS = ("distill_runs", "distill_data")  # under the output folder; what is saved elsewhere stays out of them
+_seen: dict[Path, int] = {}  # steps of each run when it was last looked at
+_lost: dict[Path, int] = {}
 
 
 def run_folder(name: str) -> Path:
@@ -64,7 +71,16 @@ def newest_step(run_name: str) -> int:
     except ValueError:  # execute will say what is wrong with the name
         return 0
     newest = (checkpoints_in(stage)[-1:] for stage in (folder, *folder.glob("*")))
-    return sum(int(checkpoint.name) for found in newest for checkpoint in found)
+    step = sum(int(checkpoint.name) for found in newest for checkpoint in found)
+    if step < _seen.get(folder, 0):
+        _lost[folder] = _lost.get(folder, 0) + 1
+    _seen[folder] = step
+    return step
+
+
+def times_lost(run_name: str) -> int:
+    """How often steps of a run were gone that this server had seen, as when its folder was deleted: then it is trained again."""
+    return next((count for folder, count in _lost.items() if folder.name == run_name), 0)
 
 
 def students_folders() -> dict[str, Path]:
@@ -90,6 +106,13 @@ def students_folder(name: str) -> Path:
 def output_path(prefix: str, suffix: str) -> Path:
     """The next free numbered path under ComfyUI's output folder, as its own Save nodes count."""
     root = folder_paths.get_output_directory()
+    inside = os.path.normpath(prefix.replace("\\", "/")).split(os.sep)
+    if inside[0].casefold() in OWN_FOLDERS:
+        raise ValueError(
+            f"filename_prefix {prefix!r} leads into a folder of runs or data, which holds nothing else; choose another"
+        )
+    if not inside[-1].strip(". ") or prefix.endswith(("/", "\\")):
+        raise ValueError(f"filename_prefix {prefix!r} has no name for the file; write one, such as diffusion_models/student")
     if not folder_paths.is_within_directory(root, os.path.join(root, os.path.dirname(os.path.normpath(prefix)))):
         raise ValueError(f"filename_prefix {prefix!r} leads out of the output folder; keep it inside")
     try:
@@ -142,10 +165,14 @@ def serve_runs() -> None:
             folder = run_folder(request.match_info["name"])
         except ValueError:
             raise web.HTTPNotFound from None
-        history = await asyncio.to_thread(live.history, folder)
-        if history is None:
+        try:
+            history = await asyncio.to_thread(live.history, folder)
+            message = history and history | {"sample": _picture(live.newest_sample(folder))}
+        except (OSError, ValueError) as error:  # a folder that vanishes, or is not for us to read
+            log.warning("run %s cannot be shown: %s", folder.name, error)
+            message = None
+        if message is None:
             return web.Response(status=204)
-        message = history | {"sample": _picture(live.newest_sample(folder))}
         return web.json_response(message, headers={"Cache-Control": "no-store"})
 
 

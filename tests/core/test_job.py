@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill_core.checkpoints import checkpoints_in
 from distill_core.cli import main
 from distill_core.files import open_unet
 from distill_core.images import sizes
 from distill_core.job import Job, Prepared, TeacherSettings, example, example_names
 from distill_core.plan import preset
 from distill_core.processes import ALONE, Processes
-from distill_core.run import checkpoints_in
 from distill_core.students import Students
 
 ROOT = Path(__file__).parents[2]

@@ -344,12 +344,12 @@ def test_a_training_that_cannot_be_is_refused(options, message, training, tmp_pa
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"recipe": replace(RECIPE, learning_rate=2e-3)}, "started with learning_rate = 0.001, now it is 0.002"),
-    ({"settings": replace(TWO, overlap=5)}, r"'range_0' was started with timestep_range = \[0, 500\], now it is \[0, 505\]"),
+    ({"recipe": replace(RECIPE, learning_rate=2e-3)}, "started with learning_rate = 0.001, but is now 0.002"),
+    ({"settings": replace(TWO, overlap=5)}, r"'range_0' was started with timestep_range = \[0, 500\], but is now \[0, 505\]"),
     ({"settings": replace(TWO, count=3)}, "'range_0' was started with timestep_range"),
     ({"settings": replace(TWO, joint_steps=0)}, "holds one student trained for 2 steps"),
     ({"plans": (TINY,)}, "started with plan = "),
-    ({"teacher": "other"}, "started with teacher = abc, now it is other"),
+    ({"teacher": "other"}, "started with teacher = abc, but is now other"),
 ])  # fmt: skip
 def test_a_training_goes_on_by_the_settings_it_began_with(change, message, training, uninterrupted):
     with pytest.raises(ValueError, match=message):
@@ -360,7 +360,8 @@ def test_a_folder_that_is_something_else_is_left_alone(training, tmp_path, small
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not a training of several students"):
         training(tmp_path)
-    Run(tmp_path / "run", RECIPE, {})
+    with Run(tmp_path / "run", RECIPE, {}).training():
+        pass
     with pytest.raises(ValueError, match="not a training of several students"):
         training(tmp_path / "run")
 

@@ -229,7 +229,7 @@ def test_a_run_with_other_settings_is_refused(server):
     first = {**PROMPT, "train": train("settled", total_steps=1), "s": save(["train", 0], "settled")}
     assert server.run(first).succeeded
     first["train"]["inputs"]["learning_rate"] = 5e-4
-    assert "'settled' was started with learning_rate = 0.001, now it is 0.0005" in server.run(first).error
+    assert "'settled' was started with learning_rate = 0.001, but is now 0.0005" in server.run(first).error
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(server):

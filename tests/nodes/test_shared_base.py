@@ -168,7 +168,7 @@ def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
     "changes,message",
     [
         ({"guidance": 1.0}, "nothing to learn from itself"),
-        ({"model": ["edm", 0]}, "EDM sampling cannot be distilled here"),
+        ({"model": ["edm", 0]}, "cannot be trained or compared here"),
         ({"layers": "*nowhere*"}, "'*nowhere*' matches no layer"),
         ({"guidance_min": 5.0}, "it must be below guidance"),
         ({"guidance_min": 1.0, "dora": True}, "turn dora off (lora_dora in a recipe), or learn one scale"),

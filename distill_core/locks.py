@@ -1,0 +1,52 @@
+"""One process at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .storage import write_text
+
+log = logging.getLogger("distill")
+
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder while open; ``ValueError`` tells which process holds it, and since when.
+
+    The operating system lets go of the lock of a process that ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use by {_owner(folder)}; wait until that ends, or choose another name") from error
+    except NotImplementedError:
+        log.warning("%s is on a file system without locks; do not train in it from two processes", folder)
+    try:
+        write_text(folder / OWNER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": time.time()}))
+        yield
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    """Who holds a folder, in words."""
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        minutes = max(0, int((time.time() - float(owner["since"])) // 60))
+        return f"process {int(owner['pid'])} on {str(owner['host'])[:100]}, for {minutes} min"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
