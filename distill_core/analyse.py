@@ -24,6 +24,7 @@ from .layouts import split
 from .objective import squared_error
 from .plan import NameMap, PruningPlan, name_map
 from .plan_text import write_plan
+from .recipe import SEEDS, check_settings
 from .skip import detour, skipping
 from .stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
 from .unet import build_unet
@@ -121,6 +122,29 @@ def _end(stage: str, layer: int, teacher: Architecture) -> str:
 def _down_name(block: str, teacher: Architecture) -> str:
     stage = ".".join(split(block)[0].split(".")[:2])
     return "mid" if stage.startswith("mid") else teacher.mirror(stage) if stage.startswith("up") else stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How parts are scored, and what is saved."""
+
+    saving: float = 0.4
+    """Share of the model the plan is to save at least."""
+    measure: str = "macs"
+    """What is saved, one of `MEASURES`."""
+    criterion: str = "output error"
+    """What parts are chosen by, a key of `CRITERIA`."""
+    num_timesteps: int = 4
+    """Timesteps the error is averaged over."""
+    num_examples: int = 4
+    """Examples the error is averaged over."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_settings(self, {"saving": (0.01, 0.95), "num_timesteps": (1, 1000), "num_examples": (1, 4096), "seed": SEEDS})
+        for name, choices in (("measure", MEASURES), ("criterion", CRITERIA)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; choose from {list(choices)}")
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

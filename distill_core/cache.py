@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from math import lcm
+from math import lcm, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +128,8 @@ class _Index(NamedTuple):
     examples: list[Entry]
     null: str | None
     timesteps: list[int] | None
+    scales: tuple[float, float] | None
+    """Least and largest scale of guidance that states were drawn with; where they differ, each latent has its own beside it."""
 
 
 def _read_index(folder: Path) -> _Index:
@@ -138,7 +140,9 @@ def _read_index(folder: Path) -> _Index:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != _FORMAT:
             raise ValueError(f"its format is {index['format']!r}")
-        return _Index([Entry(*entry) for entry in index["examples"]], index["null"], index["timesteps"])
+        least, largest = map(float, index.get("scales") or (nan, nan))  # which older caches do not tell
+        scales = (least, largest) if least <= largest else None
+        return _Index([Entry(*entry) for entry in index["examples"]], index["null"], index["timesteps"], scales)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not the index of a cache, or is damaged; choose another folder, or delete that file"
@@ -155,7 +159,10 @@ class CachedDataset:
         self._shards, stored = shards, shards.tensors
         self.entries = sorted(index.examples, key=json.dumps)
         texts = {entry.text for entry in self.entries} | ({index.null} - {None})
-        _check(folder, self.entries, texts, index.timesteps, stored)
+        self.scales = index.scales if index.timesteps else None
+        self._each_scale = self.scales is not None and self.scales[0] < self.scales[1]
+        scales = {f"{entry.latent}.scale" for entry in self.entries if self._each_scale}
+        _check(folder, self.entries, texts, scales, index.timesteps, stored)
         buckets: dict[tuple[int, ...], list[Entry]] = {}
         for entry in self.entries:
             buckets.setdefault(stored[entry.latent].shape, []).append(entry)
@@ -180,24 +187,35 @@ class CachedDataset:
         """Examples as they are stored; ``ValueError`` names a shard that turns out to be damaged, and deletes it."""
         entries = [self._buckets[bucket][number] for number in picked.tolist()]
         contexts, pooled = zip(*(self._caption(entry.text) for entry in entries), strict=True)
-        label = states = None
+        label = states = scale = None
         if self._for_sdxl:
             label = Label(torch.stack(pooled), torch.tensor([entry.sizes for entry in entries], dtype=torch.float32))
         if self.timesteps is not None:
             states = torch.stack([self._shards.read(f"{entry.latent}.states") for entry in entries])
+        if self._each_scale:
+            scale = torch.stack([self._shards.read(f"{entry.latent}.scale") for entry in entries])
+        elif self.scales is not None:
+            scale = torch.full((len(entries),), self.scales[0])
         latents = torch.stack([self._shards.read(entry.latent) for entry in entries])
-        return Examples(latents, torch.stack(contexts), label, states)
+        return Examples(latents, torch.stack(contexts), label, states, scale)
 
     def _caption(self, text: str) -> Caption:
         pooled = self._shards.read(f"{text}.pooled") if self._for_sdxl else None
         return Caption(tile(self._shards.read(text), self._num_tokens), pooled)
 
 
-def _check(folder: Path, entries: list[Entry], texts: set[str], timesteps: list | None, stored: dict[str, StoredTensor]) -> None:
+def _check(
+    folder: Path,
+    entries: list[Entry],
+    texts: set[str],
+    scales: set[str],
+    timesteps: list | None,
+    stored: dict[str, StoredTensor],
+) -> None:
     """``ValueError`` unless everything is there and of one kind."""
     if not entries:
         raise ValueError(f"{folder} holds no examples; a dataset needs at least one")
-    if missing := ({entry.latent for entry in entries} | texts) - stored.keys():
+    if missing := ({entry.latent for entry in entries} | texts | scales) - stored.keys():
         raise ValueError(f"{folder} lacks {len(missing)} latents or embeddings; start the run again, which makes them anew")
     states = (stored.get(f"{entry.latent}.states") for entry in entries)
     for what, found in {
@@ -243,6 +261,11 @@ class CacheWriter:
             except ValueError as error:
                 log.warning("%s", error)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is written."""
+        return sum(tensor.num_bytes for tensor in self._shards.tensors.values())
+
     def has(self, key: str) -> bool:
         return key in self._shards.tensors or key in self._waiting
 
@@ -250,9 +273,9 @@ class CacheWriter:
         """The embedding of a caption."""
         self._add({key: caption.context, f"{key}.pooled": caption.pooled})
 
-    def add_latent(self, key: str, latent: Tensor, states: Tensor | None = None) -> None:
-        """A clean latent (C, H, W), and the noisy states on the way to it (K, C, H, W)."""
-        self._add({key: latent, f"{key}.states": states})
+    def add_latent(self, key: str, latent: Tensor, states: Tensor | None = None, scale: Tensor | None = None) -> None:
+        """A clean latent (C, H, W), the noisy states on the way to it (K, C, H, W), and the scale of guidance they had, ()."""
+        self._add({key: latent, f"{key}.states": states, f"{key}.scale": scale})
 
     def caption(self, key: str) -> Caption:
         """An embedding that was added, now or before, as it is stored."""
@@ -272,7 +295,8 @@ class CacheWriter:
             self.flush()
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        stored = tensor.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        dtype = DTYPES[self.dtype] if tensor.ndim else torch.float32  # a scale is one number, and is learnt to the last digit
+        stored = tensor.detach().to("cpu", dtype).contiguous()
         if not stored.isfinite().all():
             raise ValueError(
                 f"a latent or an embedding holds numbers that are not finite in {self.dtype}; run the encoders in float32, "
@@ -289,14 +313,20 @@ class CacheWriter:
             self._shards.add(path)
             self._waiting, self._num_waiting = {}, 0
 
-    def finish(self, entries: Iterable[Entry], null: str | None, timesteps: Iterable[int] | None = None) -> CachedDataset:
-        """Write the index: these examples, the key of the empty caption, and the timesteps of states.
+    def finish(
+        self,
+        entries: Iterable[Entry],
+        null: str | None,
+        timesteps: Iterable[int] | None = None,
+        scales: tuple[float, float] | None = None,
+    ) -> CachedDataset:
+        """Write the index: these examples, the key of the empty caption, the timesteps of states and the scales of their guidance.
 
         It replaces the index there was; to add to that, name its examples too, which are `CachedDataset.entries`.
         """
         self.flush()
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
-        index = {"format": _FORMAT, "null": null, "timesteps": timesteps, "examples": [*entries]}
+        index = {"format": _FORMAT, "null": null, "timesteps": timesteps, "scales": scales, "examples": [*entries]}
         write_text(self.folder / _INDEX, json.dumps(index))
         return CachedDataset.open(self.folder)
 

@@ -183,6 +183,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     from .compare import COLUMNS, Settings, save_chart, table_text, work
     from .compare import compare as measure
+    from .disk import check_writable
     from .files import open_unet
 
     names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
@@ -190,6 +191,7 @@ def compare(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--names: {len(arguments.files)} models need as many names that differ, got {', '.join(names)}")
     if arguments.out.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.out} exists already; choose another --out, or --overwrite")
+    check_writable(arguments.out, overwrite=arguments.overwrite)
     settings = Settings(
         size_px=(arguments.size, arguments.size),
         batch_size=arguments.batch,

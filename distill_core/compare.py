@@ -24,7 +24,7 @@ from .denoiser import Denoiser, DiffusersDenoiser, Label
 from .evaluate import clip_score, count_macs, feature_distances, output_error
 from .files import UNetFile
 from .memory import Ledger
-from .recipe import DTYPES, PRECISIONS
+from .recipe import DTYPES, PRECISIONS, SEEDS, SIDE_PX, check_range, check_settings
 from .storage import atomic, write_text
 from .unet import build_unet, load_unet
 
@@ -180,6 +180,9 @@ def watched_memory(device: torch.device, weights: Sequence[Tensor] = ()) -> Iter
         peak.num_bytes = ledger.most.total()
 
 
+RANGES = {"batch_size": (1, 4096), "num_tokens": (1, 4620), "num_rounds": (1, 10_000), "num_examples": (1, 4096), "seed": SEEDS}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How files are compared."""
@@ -198,10 +201,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("batch_size", "num_tokens", "num_rounds", "num_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.size_px) < 64 or any(side % 64 for side in self.size_px):
+        check_settings(self, RANGES)
+        for side in self.size_px:
+            check_range("size_px", side, (64, SIDE_PX[1]))
+        if any(side % 64 for side in self.size_px):
             raise ValueError(f"size_px must be multiples of 64 pixels, got {self.size_px[0]} x {self.size_px[1]}")
         if self.dtype not in (None, *PRECISIONS):
             raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {self.dtype}")

@@ -60,6 +60,8 @@ class Examples(NamedTuple):
     """What an SDXL is told besides."""
     states: Tensor | None = None
     """Noisy latents on the way to ``latents``, at the timesteps of the dataset, (B, K, C, H, W)."""
+    scale: Tensor | None = None
+    """Scale of guidance that ``states`` were drawn with, (B,); None where nobody knows."""
 
 
 class Dataset(Protocol):
@@ -71,6 +73,8 @@ class Dataset(Protocol):
     """The empty caption, for caption dropout."""
     timesteps: Tensor | None
     """Timesteps of stored states, (K,) int64; None where noise is drawn anew each time."""
+    scales: tuple[float, float] | None
+    """Least and largest scale of guidance that states were drawn with; None where nobody knows."""
     fingerprint: str
     """Tells this data from other data."""
 
@@ -105,6 +109,8 @@ class Bucket:
     """Original height and width, crop from top and left, target height and width in pixels, (N, 6)."""
     states: Tensor | None = None
     """(N, K, C, H, W)."""
+    scales: Tensor | None = None
+    """Scale of guidance that the states of each were drawn with, (N,)."""
 
     def __post_init__(self):
         if self.latents.ndim != 4 or self.contexts.ndim != 3 or len(self.contexts) not in (1, len(self.latents)):
@@ -126,7 +132,8 @@ class Bucket:
             for of_all in (self.contexts, self.pooled)
         )
         label = None if pooled is None else Label(pooled, self.sizes[picked])
-        return Examples(self.latents[picked], contexts, label, None if self.states is None else self.states[picked])
+        states, scale = (None if of_all is None else of_all[picked] for of_all in (self.states, self.scales))
+        return Examples(self.latents[picked], contexts, label, states, scale)
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,16 @@ class LatentDataset:
         return [len(bucket.latents) for bucket in self.buckets]
 
     @property
+    def scales(self) -> tuple[float, float] | None:
+        scales = [bucket.scales for bucket in self.buckets]
+        return None if any(each is None for each in scales) else tuple(each.item() for each in torch.cat(scales).aminmax())
+
+    @property
     def fingerprint(self) -> str:
-        tensors = {f"{i}/{name}": tensor for i, bucket in enumerate(self.buckets) for name, tensor in vars(bucket).items()}
-        return fingerprint({name: tensor for name, tensor in tensors.items() if tensor is not None})
+        parts = [(i, *part) for i, bucket in enumerate(self.buckets) for part in vars(bucket).items()]
+        one_scale = len({*(self.scales or ())}) < 2  # then it says how all were drawn, and tells no example from another
+        named = {f"{i}/{name}": tensor for i, name, tensor in parts if not (name == "scales" and one_scale)}
+        return fingerprint({name: tensor for name, tensor in named.items() if tensor is not None})
 
     def read(self, bucket: int, picked: Tensor) -> Examples:
         return self.buckets[bucket].read(picked)
@@ -277,8 +291,9 @@ def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, drawing: Drawing)
     picked = indices(earlier, drawing.batch_size, sizes[bucket], drawing.seed, f"order {bucket}" if bucket else "order")
     if drawing.held_out:
         picked = _order(dataset.bucket_sizes[bucket], drawing.seed, bucket, "held out")[picked]
-    batch = _noised(dataset, dataset.read(bucket, picked), schedule, drawing, generator(drawing.seed, step, "noise"))
-    return _scaled(batch, drawing, step, "scales")
+    examples = dataset.read(bucket, picked)
+    batch = _noised(dataset, examples, schedule, drawing, generator(drawing.seed, step, "noise"))
+    return _scaled(batch, examples, drawing, step, "scales")
 
 
 def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing, limit: int) -> list[Batch]:
@@ -287,17 +302,23 @@ def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing
     for bucket, size in enumerate(dataset.bucket_sizes):
         order = _order(size, drawing.seed, bucket, "held out")[size - num_held_out(size, drawing.held_out) :]
         batches += [dataset.read(bucket, picked) for picked in order.split(drawing.batch_size) if len(picked)]
-    noised = (
-        _noised(dataset, examples, schedule, plain, generator(drawing.seed, number, "validation"))
-        for number, examples in enumerate(batches[:limit])
-    )
-    return [_scaled(batch, drawing, number, "validation scales") for number, batch in enumerate(noised)]
+    noised = []
+    for number, examples in enumerate(batches[:limit]):
+        batch = _noised(dataset, examples, schedule, plain, generator(drawing.seed, number, "validation"))
+        noised.append(_scaled(batch, examples, drawing, number, "validation scales"))
+    return noised
 
 
-def _scaled(batch: Batch, drawing: Drawing, number: int, purpose: str) -> Batch:
-    """A batch with a scale of guidance for each example, evenly drawn, where there is a range of them."""
+def _scaled(batch: Batch, examples: Examples, drawing: Drawing, number: int, purpose: str) -> Batch:
+    """A batch with a scale of guidance for each example, where there is a range of them.
+
+    A state on a trajectory has the scale the trajectory was drawn with (Jensen et al. 2025, arXiv 2503.07274); other examples
+    have one that is evenly drawn.
+    """
     if drawing.scales is None:
         return batch
+    if examples.states is not None:
+        return batch._replace(scale=examples.scale)
     least, largest = drawing.scales
     share = torch.rand(len(batch.t), generator=generator(drawing.seed, number, purpose))
     return batch._replace(scale=least + (largest - least) * share)

@@ -42,23 +42,44 @@ from .files import UNetFile, open_unet
 from .images import folder, hugging_face, sizes
 from .memory import Forecast, MemorySettings, forecast
 from .one_to_many import OneToMany, Start, StudentsSettings
+from .packages import check_installed
 from .plan import PruningPlan, name_map, plan_between, preset, preset_names, pruned
 from .plan_text import read_plan
+from .preflight import check_run, check_students_run
 from .previews import Previews
 from .processes import Processes
 from .prune import prune_file
 from .quantised import QUANTISED, computes, kept_bytes, quantise
-from .recipe import DTYPES, Recipe, from_mapping, read_toml
+from .recipe import (
+    BATCH,
+    DTYPES,
+    GUIDANCE,
+    SAMPLER_STEPS,
+    SEEDS,
+    SIDE_PX,
+    Recipe,
+    check_range,
+    check_settings,
+    from_mapping,
+    read_toml,
+)
 from .run import Run
 from .storage import fingerprint
-from .teacher_data import Making, make_dataset
+from .teacher_data import MOST_PICTURES, Making, make_dataset
 from .teachers import Load, Teachers
-from .train import Progress, distill
+from .train import Progress, check_lesson, distill
 from .unet import load_unet
 
 DEMO = "demo"
 """In place of a file: the bundled digits."""
 OnItem = Callable[[str, int, int], None]
+DATA_RANGES = {
+    "encode_batch_size": BATCH,
+    "guidance": GUIDANCE,
+    "sampler_steps": SAMPLER_STEPS,
+    "images_per_prompt": (1, MOST_PICTURES),
+    "trajectory_states": (0, SAMPLER_STEPS[1]),
+}
 EXAMPLES = Path(__file__).parent / "recipes"
 
 
@@ -135,6 +156,8 @@ class DataSettings:
     """Train on so many noisy states of the teacher's own trajectory instead of noise that is added."""
 
     def __post_init__(self):
+        check_settings(self, DATA_RANGES)
+        _check_sides(self.resolution)
         if sum(given is not None for given in (self.images, self.dataset, self.prompts)) > 1:
             raise ValueError("give one of images, dataset and prompts")
 
@@ -148,6 +171,16 @@ class SampleSettings:
     steps: int = 20
     seed: int = 0
     resolution: str = "512"
+
+    def __post_init__(self):
+        check_settings(self, {"guidance": (0, GUIDANCE[1]), "steps": SAMPLER_STEPS, "seed": SEEDS})
+        _check_sides(self.resolution)
+
+
+def _check_sides(resolution: str) -> None:
+    for size in sizes(resolution):
+        for side in size:
+            check_range("resolution", side, SIDE_PX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +234,12 @@ class Job:
             raise ValueError(f"{path}: without a teacher [student] needs a file")
         if job.students and job.students.plans and job.student != StudentSettings():
             raise ValueError(f"{path}: give the plan in [student], or plans in [students]")
+        guidance = job.training.guidance
+        if job.data.prompts and job.data.trajectory_states and guidance not in (1, job.data.guidance):
+            raise ValueError(
+                f"{path}: [training] learns guidance {guidance:g} on trajectories that [data] draws with {job.data.guidance:g}; set "
+                "both to one guidance"
+            )
         return job
 
     def path(self, name: str) -> Path:
@@ -227,6 +266,8 @@ class Prepared:
         """on_item: called while data are encoded or made, with what is going on."""
         self.job, self.processes, self.device = job, processes, processes.device
         processes.check(job.training)
+        if any(teacher.dtype in QUANTISED for teacher in job.teachers):
+            check_installed(["bitsandbytes"], f"a teacher in {' or '.join(QUANTISED)}")
         # Fine-tuning, sample pictures are beside those of the student as it was.
         self.teacher_settings = job.teachers or (TeacherSettings(file=job.student.file),)
         self.teacher_files = [_open(job, settings.file) for settings in self.teacher_settings]
@@ -244,6 +285,7 @@ class Prepared:
                 f"students of ranges keep their base in a file, which {self.teacher_settings[0].dtype} has none of; take fp8"
             )
         self._encoders: Encoders | None = None
+        self._check_run()
         with processes.main_first():
             self.dataset = self._dataset(on_item)
         origin = {f"teacher {n}" if n > 1 else "teacher": fingerprint(f.tensors) for n, f in enumerate(self.teacher_files, 1)}
@@ -251,6 +293,19 @@ class Prepared:
         origin |= {} if self.student_file is None else {"student": fingerprint(self.student_file.tensors)}
         with processes.main_first():
             self.run = self._several(job.students, origin) if job.students else self._one(origin)
+
+    def _check_run(self) -> None:
+        """Refuse what can be refused before data are read."""
+        recipe, folder, settings = self.job.training, self.job.path(self.job.run), self.job.students
+        theirs = {(fingerprint(file.tensors), file.prediction) for file in self.teacher_files}
+        ours = self.student_file and (fingerprint(self.student_file.tensors), self.student_file.prediction)
+        check_lesson(recipe, self.teacher_files[0].architecture, self.architecture, not settings and theirs == {ours})
+        if settings is None:
+            check_run(folder, recipe, self.architecture.shapes)
+        else:
+            check_students_run(
+                folder, recipe, self.architecture.shapes, settings.num_students(self.teacher_files[0].sampling.schedule)
+            )
 
     def _one(self, origin: Mapping[str, str]) -> Run:
         origin = {**origin, "plan": self.plan.name if self.plan else "none"}
@@ -458,6 +513,7 @@ class Prepared:
         making = Making(
             size=size,
             guidance=data.guidance,
+            guidance_min=self.job.training.guidance_min if data.trajectory_states else None,
             num_steps=data.sampler_steps,
             num_per_prompt=data.images_per_prompt,
             num_states=data.trajectory_states,

@@ -28,8 +28,8 @@ from .files import open_unet, save_unet
 from .locks import locked
 from .plan import PruningPlan
 from .processes import ALONE, Processes
-from .ranges import SPLITS, TimestepRanges, balanced, read_ranges
-from .recipe import Recipe
+from .ranges import MOST_RANGES, SPLITS, TimestepRanges, balanced, read_ranges
+from .recipe import OR_NONE, Recipe, check_settings
 from .run import Run
 from .schedule import NoiseSchedule
 from .storage import fingerprint, write_text
@@ -61,9 +61,7 @@ class StudentsSettings:
     """A preset or plan for each student, the least noisy first; empty for one plan for all."""
 
     def __post_init__(self):
-        for name, least in (("count", 1), ("overlap", 0), ("joint_steps", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_settings(self, {"count": (1, MOST_RANGES), "overlap": (0, 10_000), "joint_steps": OR_NONE})
         if self.split not in (*SPLITS, MEASURED):
             raise ValueError(f"split: unknown {self.split!r}; choose from {[*SPLITS, MEASURED]}")
         if self.measured and self.joint_steps == 0:

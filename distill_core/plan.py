@@ -17,6 +17,7 @@ from .layouts import heads, kind
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
+EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +60,16 @@ class PruningPlan:
             raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(_FAMILIES)}")
 
     @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """Read a plan; ``ValueError`` says what is wrong with it."""
+    def from_json(cls, text: str, example: str = EXAMPLE) -> PruningPlan:
+        """Read a plan; ``ValueError`` says what is wrong with it, and shows an example. It may leave its name out."""
         try:
-            fields = json.loads(text)
+            fields = {"name": "a plan of your own"} | json.loads(text)
             if not isinstance(fields["name"], str) or not isinstance(fields.get("remove", []), list):
                 raise TypeError("'name' must be text and 'remove' a list")
             keep = {attention: tuple(blocks) for attention, blocks in fields.get("keep", {}).items()}
             return cls(**fields | {"remove": tuple(fields.get("remove", ())), "keep": keep})
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f'not a pruning plan: {error}; a plan looks like {{"name": "mine", "remove": ["mid", "down.*.resnet.1"], '
-                '"keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
-            ) from error
+            raise ValueError(f"not a pruning plan: {error}; a plan looks like {example}") from error
 
     def to_json(self) -> str:
         """The plan itself, without what a preset tells about it."""
@@ -95,6 +93,17 @@ class PruningPlan:
                     f"{self.name} keeps no part of {attention!r}; the stacks it thins out are {', '.join(self.keep) or 'none'}"
                 )
         return replace(self, name=f"{self.name}, other blocks kept", keep={**self.keep, **keep})
+
+
+def example_plan(teacher: Architecture) -> PruningPlan:
+    """A plan that a teacher can be pruned with, for a person to begin with."""
+    first = next(a for a in sorted(teacher.modules) if ".attn." in a)
+    deep = [a for a in sorted(teacher.modules) if ".attn." in a and not a.startswith("mid") and teacher.depth(a) > 1]
+    return PruningPlan(
+        name="mine",
+        remove=("mid",) if "mid.resnet.0" in teacher.modules else () if deep else (first,),
+        keep={deep[0]: tuple(range(teacher.depth(deep[0]) // 2))} if deep else {},
+    )
 
 
 def preset_names(family: str | None = None) -> list[str]:

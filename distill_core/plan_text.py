@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 
 from .architecture import Architecture
-from .plan import PruningPlan, name_map, preset, preset_names
+from .plan import PruningPlan, example_plan, name_map, preset, preset_names
 
 _NUMBERS = r"(?:\d+|\[\d+(?:,\d+)*\])"
 _STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
@@ -35,7 +35,7 @@ def read_plan(text: str, teacher: Architecture) -> PruningPlan:
     if text in preset_names():
         return preset(text)
     if text.startswith("{"):
-        return PruningPlan.from_json(text)
+        return PruningPlan.from_json(text, example_plan(teacher).to_json())
     return _Reader(text, teacher).plan()
 
 
@@ -75,7 +75,8 @@ class _Reader:
         return PruningPlan(name=self.text, remove=tuple(self.remove), keep=self.keep)
 
     def error(self, reason: str) -> ValueError:
-        return ValueError(f"cannot read the plan {self.text!r}: {reason}; an example is {EXAMPLE!r}")
+        example = write_plan(example_plan(self.teacher), self.teacher)
+        return ValueError(f"cannot read the plan {self.text!r}: {reason}; an example for this UNet is {example!r}")
 
     def read_side(self, side: str, entries: list[str]) -> None:
         stages = self.teacher.stages(side)

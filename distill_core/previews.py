@@ -12,6 +12,7 @@ from torch import Tensor
 from . import plots
 from .dataset import Caption, conditions, generator
 from .denoiser import Denoiser
+from .recipe import GUIDANCE, SAMPLER_STEPS, SEEDS, check_settings
 from .sampling import sample
 from .storage import atomic
 
@@ -34,6 +35,9 @@ class Previews:
     latest: Path | None = None
     """The picture that was drawn last."""
     _by_teacher: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        check_settings(self, {"guidance": (0, GUIDANCE[1]), "num_steps": SAMPLER_STEPS, "seed": SEEDS})
 
     def draw(
         self, folder: Path, step: int, student: Denoiser, teacher: Denoiser, *, baked: float = 1.0, write: bool = True

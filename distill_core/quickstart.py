@@ -17,11 +17,12 @@ from .dataset import Caption
 from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
 from .denoiser import Denoiser
+from .disk import check_writable
 from .evaluate import count_macs, frechet_distance
 from .files import open_unet, save_unet
 from .plan import preset
 from .prune import prune_file
-from .recipe import Recipe
+from .recipe import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, Recipe, check_settings
 from .run import Run
 from .sampling import sample
 from .storage import atomic, write_text
@@ -30,6 +31,14 @@ from .train import distill
 NUM_SHOWN = 80  # digits per model in the picture, eight of each
 SAMPLE_BATCH = 100
 TIMED_STEPS, TIMED_ROUNDS = 2, 5
+RANGES = {
+    "train_steps": STEPS,
+    "batch_size": BATCH,
+    "num_samples": (2, 1_000_000),  # a distance needs two
+    "sample_steps": SAMPLER_STEPS,
+    "guidance": GUIDANCE,
+    "seed": SEEDS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,9 @@ class Settings:
     """Classifier-free guidance scale."""
     seed: int = 0
     """Decides training and sampling noise."""
+
+    def __post_init__(self):
+        check_settings(self, RANGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +92,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         raise ValueError(f"{out} holds a finished quickstart; choose another --out, or delete it")
     if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
         raise ValueError(f"{out} exists and is not an unfinished quickstart; choose another --out")
+    check_writable(out / "report.html")
     file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
     teacher = load_denoiser(file)
     recipe = Recipe(

@@ -17,16 +17,23 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule
 
+MOST_RANGES = 100
+"""Each has a student of its own, which has to be trained, and held in memory."""
+
 
 @dataclass(frozen=True)
 class TimestepRanges:
-    """Ranges that cover each timestep of a schedule exactly once. ``ValueError`` for boundaries that leave one empty."""
+    """Ranges that cover each timestep of a schedule exactly once.
+
+    ``ValueError`` for boundaries that leave one empty, or are more than `MOST_RANGES` have between them.
+    """
 
     boundaries: tuple[float, ...]
     """Ascending; one fewer than there are ranges."""
     num_timesteps: int = 1000
 
     def __post_init__(self):
+        _check_number(len(self.boundaries))
         ends = [math.floor(boundary) if math.isfinite(boundary) else -1 for boundary in self.boundaries]
         if any(low >= high for low, high in zip([-1, *ends], [*ends, self.num_timesteps - 1], strict=True)):
             raise ValueError(
@@ -156,8 +163,9 @@ def read_boundaries(text: str) -> list[Boundary]:
     """
     words = text.strip()
     unit = "sigma" if words.startswith("sigma") else "timestep"
-    boundaries = []
-    for word in words.removeprefix("sigma").replace(",", " ").split():
+    boundaries, parts = [], words.removeprefix("sigma").replace(",", " ").split()
+    _check_number(len(parts))
+    for word in parts:
         try:
             value = float(word.removesuffix("%"))
         except ValueError:
@@ -172,6 +180,11 @@ def read_ranges(text: str, schedule: NoiseSchedule) -> TimestepRanges:
     """Ranges between boundaries as `read_boundaries` takes them, in any order; ``ValueError`` if one is left empty."""
     timesteps = (boundary.timestep(schedule) for boundary in read_boundaries(text))
     return TimestepRanges(tuple(sorted(timesteps)), schedule.num_timesteps)
+
+
+def _check_number(num_boundaries: int) -> None:
+    if num_boundaries >= MOST_RANGES:
+        raise ValueError(f"there are {num_boundaries:,} boundaries, but at most {MOST_RANGES - 1} can be used; give fewer")
 
 
 def _words(boundaries: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, Union, get_type_hints
 
 import torch
 
@@ -121,16 +121,12 @@ class Recipe:
     """Where metrics go besides metrics.csv: ``tensorboard``, ``wandb``."""
 
     def __post_init__(self):
+        check_settings(self, RANGES)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: unknown {getattr(self, name)!r}; choose from {sorted(choices)}")
         if unknown := set(self.trackers) - set(TRACKERS):
             raise ValueError(f"trackers: unknown {min(unknown)!r}; choose from {list(TRACKERS)}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limit = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
-                raise ValueError(f"{name} must be {limit}, got {value}")
         for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
@@ -143,8 +139,8 @@ class Recipe:
             raise ValueError("validation needs both validate_every_steps and validation_share above 0")
         if self.keep_best and not self.validate_every_steps:
             raise ValueError("keep_best needs a validation loss: set validate_every_steps and validation_share")
-        if any(not share > 0 for share in self.teacher_shares):
-            raise ValueError(f"teacher_shares must all be above 0, got {list(self.teacher_shares)}")
+        if any(not 0 < share < math.inf for share in self.teacher_shares):
+            raise ValueError(f"teacher_shares must be numbers above 0, got {list(self.teacher_shares)}")
         if self.weight_dtype == "bf16" and self.precision == "fp16":
             raise ValueError("weight_dtype bf16 computes in bf16 as well; set precision to bf16")
         if self.timestep_range and not (len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1]):
@@ -178,6 +174,11 @@ class Recipe:
         return OBJECTIVES[self.objective].with_weights(self.task_weight, self.output_weight, self.feature_weight)
 
     @property
+    def scales(self) -> tuple[float, float]:
+        """Least and largest scale of guidance that is learnt."""
+        return self.guidance if self.guidance_min is None else self.guidance_min, self.guidance
+
+    @property
     def compute_dtype(self) -> str:
         """What the student computes in, a key of `DTYPES`."""
         return "bf16" if self.weight_dtype == "bf16" else self.precision
@@ -199,7 +200,7 @@ class Recipe:
             noise_offset=self.noise_offset,
             input_perturbation=self.input_perturbation,
             held_out=self.validation_share,
-            scales=None if self.guidance_min is None else (self.guidance_min, self.guidance),
+            scales=None if self.guidance_min is None else self.scales,
         )
 
     def lr_factor(self, step: int) -> float:
@@ -230,35 +231,68 @@ CHOICES: dict[str, Collection[str]] = {
     "weight_dtype": WEIGHT_DTYPES,
 }
 """Settings that are one of several words -> the words."""
+MOST_STEPS = 100_000_000
+STEPS = (1, MOST_STEPS)
+OR_NONE = (0, MOST_STEPS)  # steps between two of something, where 0 is none at all
+BATCH = (1, 65_536)
+SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
+SAMPLER_STEPS = (1, 1000)
+GUIDANCE = (1, 100)
+SIDE_PX = (8, 16_384)
 RANGES: dict[str, tuple[float, float]] = {
-    "total_steps": (1, math.inf),
-    "task_weight": (0, 1e6),
-    "output_weight": (0, 1e6),
-    "feature_weight": (0, 1e6),
+    "total_steps": STEPS,
+    "task_weight": (0, 1_000_000),
+    "output_weight": (0, 1_000_000),
+    "feature_weight": (0, 1_000_000),
     "noise_offset": (0, 1),
     "input_perturbation": (0, 1),
     "caption_dropout": (0, 1),
-    "guidance": (1, 100),
-    "guidance_min": (1, 100),
-    "batch_size": (1, math.inf),
-    "accumulation_steps": (1, math.inf),
-    "warmup_steps": (0, math.inf),
+    "guidance": GUIDANCE,
+    "guidance_min": GUIDANCE,
+    "batch_size": BATCH,
+    "accumulation_steps": BATCH,
+    "warmup_steps": OR_NONE,
     "lora_rank": (0, 4096),
-    "lora_alpha": (0, 1e6),
-    "weight_decay": (0, 1e3),
+    "lora_alpha": (0, 1_000_000),
+    "weight_decay": (0, 1000),
     "ema_decay": (0, 0.999999),
-    "save_every_steps": (1, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "keep_best": (0, math.inf),
-    "validate_every_steps": (0, math.inf),
+    "seed": SEEDS,
+    "save_every_steps": STEPS,
+    "keep_checkpoints": (1, 100_000),
+    "keep_best": (0, 100_000),
+    "validate_every_steps": OR_NONE,
     "validation_share": (0, 0.5),
-    "sample_every_steps": (0, math.inf),
+    "sample_every_steps": OR_NONE,
 }
 """Smallest and largest value of settings that are numbers."""
 _BESIDE = {
     "save_every_steps", "keep_checkpoints", "keep_best", "sample_every_steps", "trackers", "compile", "accumulation_steps",
     "gradient_checkpointing",
 }  # fmt: skip
+
+
+def check_settings(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """``ValueError`` naming a field of a dataclass that is of another type than it says, or out of its range.
+
+    Whoever makes one may have its values from anywhere: a file, or a link in a graph, which no widget holds within bounds.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        if _is_plain(hint) and not _fits(value := getattr(settings, name), hint):
+            raise ValueError(f"{name} must be {_words(hint)}, got {value!r}")
+    for name, bounds in ranges.items():
+        if (value := getattr(settings, name)) is not None:
+            check_range(name, value, bounds)
+
+
+def check_range(name: str, value: float, bounds: tuple[float, float]) -> None:
+    """``ValueError`` for what is no number, or none between its bounds."""
+    low, high = bounds
+    if not (type(value) in (int, float) and low <= value <= high):
+        raise ValueError(f"{name} must be between {_spelt(low)} and {_spelt(high)}, got {_spelt(value)}")
+
+
+def _spelt(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else repr(value)
 
 
 def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:
@@ -281,6 +315,11 @@ def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> 
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether `_fits` can tell: numbers, texts and switches, tuples of them, and what may be None besides."""
+    return bool(getattr(hint, "__origin__", None) in (None, tuple, Union) and _words(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

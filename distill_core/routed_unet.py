@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .denoiser import DiffusersDenoiser
-from .files import UNetFile
+from .files import UNetFile, open_unet
 from .lora import remap_lora
 from .plan import KeptSkips, NameMap
 from .ranges import TimestepRanges
@@ -79,10 +79,11 @@ class RoutedUNet(ModelMixin, ConfigMixin):
         students = Students.read(folder)
         count = len(students.ranges)
         if students.base is None:
-            return cls([_open(students.unet(number), torch_dtype) for number in range(count)], students.ranges)
+            networks = {path: _open(open_unet(path), torch_dtype) for path in dict.fromkeys(students.to_load)}
+            return cls([networks[path] for path in students.to_load], students.ranges)
         file = students.unet(0)
         network = _open(file, torch_dtype)
-        shared = SharedBase(DiffusersDenoiser(network=network, architecture=file.architecture), students.files)
+        shared = SharedBase(DiffusersDenoiser(network=network, architecture=file.architecture), students.to_load)
         routed = cls([network] * count, students.ranges)
         routed.answers = tuple(shared.student(number).running for number in range(count))
         return routed

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .architecture import Architecture
 from .denoiser import Denoiser, DiffusersDenoiser, Label
+from .files import open_unet
 from .ranges import TimestepRanges
 from .schedule import NoiseSchedule
 from .students import Students
@@ -52,10 +55,11 @@ class Routed:
     def open(cls, students: Students, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Routed:
         """Of a folder; with a shared base there is one network for all ranges."""
         if students.base is None:
-            return cls(students.ranges, [lambda n=n: _network(students, n, device, dtype) for n in range(len(students.ranges))])
+            load = cache(lambda path: _network(path, device, dtype))
+            return cls(students.ranges, [partial(load, path) for path in students.to_load])
         from .shared_base import SharedBase
 
-        shared = SharedBase(_network(students, 0, device, dtype), students.files)
+        shared = SharedBase(_network(students.base, device, dtype), students.to_load)
         return cls(students.ranges, [lambda n=n: shared.student(n) for n in range(len(students.ranges))])
 
     def student(self, number: int) -> Denoiser:
@@ -111,7 +115,7 @@ class Routed:
         return self._any.dtype
 
 
-def _network(students: Students, number: int, device: torch.device | str, dtype: torch.dtype) -> DiffusersDenoiser:
-    file = students.unet(number)
+def _network(path: Path, device: torch.device | str, dtype: torch.dtype) -> DiffusersDenoiser:
+    file = open_unet(path)
     network = load_unet(file, dtype).to(device)
     return DiffusersDenoiser.of_file(file, network)

@@ -74,6 +74,27 @@ def _row(names: str, line: str) -> dict[str, float] | None:
     return measured if math.isfinite(measured.get("step", math.nan)) and None not in row else None
 
 
+def stored_settings(folder: Path, warn: bool = False) -> Mapping[str, Any]:
+    """What a folder says its run was started with: its recipe, or where that is lost or damaged its newest checkpoint.
+
+    Empty where there is neither. ``ValueError`` for a damaged recipe beside checkpoints that do not tell. warn: of a lost recipe.
+    """
+    try:
+        table = read_toml(folder / RECIPE)
+        if isinstance(table.get("origin", {}), dict):
+            return table
+        reason = "its origin is no table"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    if not (checkpoints := checkpoints_in(folder)):
+        return {}
+    if (text := read_header(checkpoints[-1] / TRAINING).metadata.get(_SETTINGS)) is None:
+        raise ValueError(f"{folder / RECIPE} is lost or damaged ({reason}); put it back, or give the new run another name")
+    if warn:
+        log.warning("%s is lost or damaged; the run goes on by what its checkpoint tells", folder / RECIPE)
+    return json.loads(text)
+
+
 class Run:
     """The folder of one run: its recipe, its metrics, its checkpoints."""
 
@@ -88,7 +109,7 @@ class Run:
         for name in ("checkpoints", "samples"):
             own_folder(self.folder / name)
         if self.checkpoints:  # nothing is lost by changing a run that never finished a step
-            self._check_same(self._stored())
+            self._check_same(stored_settings(self.folder))
         elif others := self._others():
             raise ValueError(f"{self.folder} exists and is not a run (it holds {others[0]}); choose another name")
 
@@ -109,31 +130,13 @@ class Run:
         with locked(self.folder):
             settle(self.folder)
             if self.checkpoints:
-                self._check_same(self._stored(warn=True))
+                self._check_same(stored_settings(self.folder, warn=True))
             write_text(self.folder / RECIPE, to_toml(self._settings()))
             yield
 
     def _settings(self) -> dict[str, Any]:
         """What the run was started with, as a table."""
         return {**self.recipe.to_mapping(), "origin": self.origin}
-
-    def _stored(self, warn: bool = False) -> Mapping[str, Any]:
-        """What the folder says the run was started with; where its recipe is lost, its newest checkpoint says it."""
-        try:
-            table = read_toml(self.folder / RECIPE)
-            if isinstance(table.get("origin", {}), dict):
-                return table
-            reason = "its origin is no table"
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
-        newest = read_header(self.checkpoints[-1] / TRAINING).metadata
-        if (text := newest.get(_SETTINGS)) is None:
-            raise ValueError(
-                f"{self.folder / RECIPE} is lost or damaged ({reason}); put it back, or give the new run another name"
-            )
-        if warn:
-            log.warning("%s is lost or damaged; the run goes on by what its checkpoint tells", self.folder / RECIPE)
-        return json.loads(text)
 
     def _check_same(self, stored: Mapping) -> None:
         now = {**self.recipe.to_mapping(), **{f"origin.{k}": v for k, v in self.origin.items()}}

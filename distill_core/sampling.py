@@ -29,7 +29,7 @@ def sample(
     noise: Tensor,
     label: Label | None = None,
     num_steps: int = 20,
-    guidance: float = 2.0,
+    guidance: float | Tensor = 2.0,
     on_step: Callable[[], None] = lambda: None,
     on_state: OnState = lambda x_t, t: None,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def sample(
 
     On a straight schedule that is Euler's method on the flow. context: (B, L, D). null: the empty caption or a negative prompt.
     noise: unit noise (B, C, H, W); equal noise gives equal samples. label: for SDXL. guidance: 1 evaluates the network once a
-    step, anything else twice. ``on_state(x_t, t)`` is called with each noisy state (B, C, H, W) before the
+    step, anything else twice; a tensor (B,) is a scale for each. ``on_state(x_t, t)`` is called with each noisy state (B, C, H, W) before the
     network sees it, t an int64 tensor without dimensions. Returns clean latents (B, C, H, W), float32.
     """
     schedule, kind = denoiser.schedule, prediction(denoiser.prediction)

@@ -17,12 +17,14 @@ class SharedBase:
 
     def __init__(self, base: Denoiser, files: Sequence[Path]):
         """files: as `adapter.Lora` writes them. The network is changed in place."""
-        self.base, self._on = base, None
-        for number, file in enumerate(files):
+        self.base, self._on, distinct = base, None, list(dict.fromkeys(files))
+        self._lora_of = [distinct.index(file) for file in files]
+        for number, file in enumerate(distinct):
             attach(base, file, _name(number))
 
     def student(self, number: int) -> Denoiser:
-        """The network with one LoRA on, as a denoiser of its own."""
+        """The network with the LoRA of one file on, as a denoiser of its own."""
+        number = self._lora_of[number]
 
         def forward(*inputs, **options) -> Tensor:
             if self._on != number:  # stays on until another is asked

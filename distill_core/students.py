@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .files import UNetFile, open_unet
 from .lora import kohya_names
-from .ranges import TimestepRanges
+from .ranges import MOST_RANGES, TimestepRanges
 from .recipe import from_mapping
 from .schedule import NoiseSchedule
 from .storage import atomic, fingerprint, read_header, write_text
@@ -76,6 +76,10 @@ class Students:
         if not isinstance(students, list) or not all(isinstance(entry, dict) for entry in [*students, base or {}]):
             raise ValueError(f"{folder / MANIFEST}: students must list one table for each range; train again")
         manifest = from_mapping(_Manifest, table, str(folder / MANIFEST))
+        if len(students) > MOST_RANGES:
+            raise ValueError(
+                f"{folder / MANIFEST} lists {len(students):,} students, more than the {MOST_RANGES} there may be; train again"
+            )
         members = tuple(_member(entry, folder) for entry in students)
         if len(members) != len(manifest.boundaries) + 1:
             raise ValueError(
@@ -96,6 +100,12 @@ class Students:
     def files(self) -> tuple[Path, ...]:
         """One for each range, the least noisy first: UNets, or LoRAs on the base."""
         return tuple(self.folder / member.file for member in self.members)
+
+    @property
+    def to_load(self) -> tuple[Path, ...]:
+        """The same, a file that has several names each time by the first of them, so that it need be loaded only once."""
+        first: dict[tuple[int, int], Path] = {}
+        return tuple(first.setdefault((path.stat().st_dev, path.stat().st_ino), path) for path in self.files)
 
     @property
     def base(self) -> Path | None:

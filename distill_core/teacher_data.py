@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cache import CachedDataset, CacheWriter, Entry, key, text_key
+from .cache import DTYPES, CachedDataset, CacheWriter, Entry, key, text_key
 from .dataset import Caption, conditions, generator
 from .denoiser import Denoiser
+from .disk import check_room
 from .encoders import TextEncoders
 from .images import Size
+from .recipe import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings
 from .sampling import sample, timesteps
 from .schedule import NoiseSchedule
 from .storage import ignore
 from .teachers import Load
+
+MOST_PICTURES = 10_000_000  # a gigabyte of index
+TELL_EVERY = 1000  # pictures that are there already
+FEWEST_CHANNELS = 4  # of a latent
+RANGES = {
+    "guidance": GUIDANCE,
+    "num_steps": SAMPLER_STEPS,
+    "num_per_prompt": (1, MOST_PICTURES),
+    "num_states": (0, SAMPLER_STEPS[1]),
+    "seed": SEEDS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +44,9 @@ class Making:
     """Height and width of the pictures, in pixels."""
     guidance: float = 7.5
     """Classifier-free guidance scale."""
+    guidance_min: float | None = None
+    """Least of a range of scales up to ``guidance``, of which each picture and its trajectory have one, evenly drawn, so that a
+    range is learnt on the states that each scale leads through (Perez Jensen and Sadat 2025, arXiv 2503.07274). None for one."""
     num_steps: int = 25
     """Sampler steps."""
     num_per_prompt: int = 1
@@ -39,10 +57,31 @@ class Making:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.num_states <= self.num_steps:
+        check_settings(self, RANGES)
+        for name, side in zip(("height", "width"), self.size, strict=True):
+            check_range(name, side, SIDE_PX)
+        if self.num_states > self.num_steps:
             raise ValueError(f"there are {self.num_steps} sampler steps, so between 0 and as many states, got {self.num_states}")
-        if min(self.num_steps, self.num_per_prompt) < 1:
-            raise ValueError("a teacher needs at least one sampler step and one picture for each prompt")
+        if self.guidance_min is not None and not 1 <= self.guidance_min < self.guidance:
+            raise ValueError(f"guidance_min must be between 1 and guidance {self.guidance:g}, got {self.guidance_min:g}")
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Least and largest scale of guidance."""
+        return self.guidance if self.guidance_min is None else self.guidance_min, self.guidance
+
+    def scale(self, number: int, source: str) -> Tensor | None:
+        """Scale of guidance of a picture by its number and what its noise follows from, (); None where all have one."""
+        if self.guidance_min is None:
+            return None
+        share = torch.rand((), generator=generator(self.seed, number, f"scale {source}"))
+        return self.guidance_min + (self.guidance - self.guidance_min) * share
+
+    @property
+    def words(self) -> list:
+        """What a picture depends on besides its caption and number, for its key."""
+        told = {name: value for name, value in vars(self).items() if name != "guidance_min" or value is not None}
+        return [*(told | {"num_per_prompt": None}).values()]
 
     def kept(self, schedule: NoiseSchedule) -> Tensor | None:
         """Timesteps of the states that are kept, evenly from the sampler's, (K,)."""
@@ -53,9 +92,12 @@ class Making:
 
 
 def make_latents(
-    teacher: Denoiser, captions: Sequence[Caption], null: Caption, noise: Tensor, making: Making
+    teacher: Denoiser, captions: Sequence[Caption], null: Caption, noise: Tensor, making: Making, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Latents (B, C, H, W) the teacher draws for captions from noise, and states (B, K, C, H, W) on the way."""
+    """Latents (B, C, H, W) the teacher draws for captions from noise, and states (B, K, C, H, W) on the way.
+
+    scales: of guidance, (B,), in place of the one in ``making``.
+    """
     kept, states = making.kept(teacher.schedule), []
     context, label, null = conditions(captions, null, making.size)
     latents = sample(
@@ -65,7 +107,7 @@ def make_latents(
         noise=noise,
         label=label,
         num_steps=making.num_steps,
-        guidance=making.guidance,
+        guidance=making.guidance if scales is None else scales,
         on_state=lambda x_t, t: states.append(x_t.cpu()) if kept is not None and t in kept else None,
     )
     return latents.cpu(), torch.stack(states, 1) if states else None
@@ -93,6 +135,7 @@ def make_dataset(
     ``on_item(done, total)`` before the first batch of pictures and after each. If it is interrupted or
     killed, every batch before stays. ``ValueError`` without prompts.
     """
+    check_range("batch_size", batch_size, BATCH)
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("a teacher-made dataset needs at least one prompt")
@@ -125,6 +168,7 @@ def draw_dataset(
     on_item: Callable[[int, int], None] = ignore,
 ) -> CachedDataset:
     """The same of captions that are encoded already, and an empty caption or negative prompt."""
+    check_range("batch_size", batch_size, BATCH)
     writer, texts = CacheWriter(folder, dtype=dtype), []
     for caption in [*captions, null]:
         content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in caption if part is not None)
@@ -134,6 +178,28 @@ def draw_dataset(
     writer.flush()
     named = [(name, name) for name in texts[:-1]]
     return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item)
+
+
+class _Job(NamedTuple):
+    """One picture."""
+
+    source: str
+    """What its noise follows from."""
+    text: str
+    """Key of its caption."""
+    number: int
+    """Which of the pictures of its caption it is."""
+    name: str
+    """Its key."""
+
+
+def _jobs(captions: Sequence[tuple[str, str]], making: Making, teacher_fingerprint: str, dtype: str) -> Iterator[_Job]:
+    """All pictures, one at a time: those of all captions, then again from other noise."""
+    seen: dict[tuple[str, str], int] = {}
+    for caption in chain.from_iterable(repeat(captions, making.num_per_prompt)):
+        number = seen[caption] = seen.get(caption, -1) + 1
+        name = key("made", caption[1], number, teacher_fingerprint, *making.words, dtype)
+        yield _Job(*caption, number, name)
 
 
 def _drawn(
@@ -151,25 +217,50 @@ def _drawn(
 
     captions: for each, what its noise follows from, and its key.
     """
-    null = writer.caption(null_text)
-    jobs, seen = [], {}
-    for caption in [*captions] * making.num_per_prompt:
-        number = seen[caption] = seen.get(caption, -1) + 1
-        how = vars(making) | {"num_per_prompt": None}
-        name = key("made", caption[1], number, teacher_fingerprint, *how.values(), writer.dtype)
-        jobs.append((*caption, number, name))
-    to_do = [job for job in jobs if not writer.has(job[-1])]
-    teacher = load_teacher() if to_do else None
+    null, total = writer.caption(null_text), len(captions) * making.num_per_prompt
+    _check_room(writer, total, making)
+    sizes = (*making.size, 0, 0, *making.size) if null.pooled is not None else None
+    entries, waiting, teacher = [], [], None
+    for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
+        entries.append(Entry(job.name, job.text, sizes))
+        if not writer.has(job.name):
+            if teacher is None:
+                on_item(done - 1, total)
+                teacher = load_teacher()
+            waiting.append(job)
+        if len(waiting) == batch_size or (waiting and done == total):
+            _draw(writer, teacher, waiting, null, making)
+            waiting = []
+            on_item(done, total)
+        elif not waiting and (done % TELL_EVERY == 0 or done == total):
+            on_item(done, total)
+    scales = making.scales if making.num_states else None
+    return writer.finish(entries, null_text, making.kept(schedule), scales)
+
+
+def _draw(writer: CacheWriter, teacher: Denoiser, jobs: Sequence[_Job], null: Caption, making: Making) -> None:
+    """Draw some pictures and write them."""
+    shape = teacher.latent_channels, *(side // 8 for side in making.size)
+    noise = torch.stack([torch.randn(shape, generator=generator(making.seed, job.number, job.source)) for job in jobs])
+    scales = [making.scale(job.number, job.source) for job in jobs]
+    together = None if making.guidance_min is None else torch.stack(scales)
+    latents, states = make_latents(teacher, [writer.caption(job.text) for job in jobs], null, noise, making, together)
+    for i, job in enumerate(jobs):
+        writer.add_latent(job.name, latents[i], None if states is None else states[i], scales[i])
+    writer.flush()
+
+
+def _check_room(writer: CacheWriter, total: int, making: Making) -> None:
+    """``ValueError`` for more pictures than a dataset holds, or than there is room for on the disk."""
+    if total > MOST_PICTURES:
+        raise ValueError(
+            f"{total:,} pictures are more than the {MOST_PICTURES:,} a dataset holds; give fewer prompts, or draw fewer of each"
+        )
     height, width = making.size
-    on_item(len(jobs) - len(to_do), len(jobs))
-    for start in range(0, len(to_do), batch_size):
-        part = to_do[start : start + batch_size]
-        shape = teacher.latent_channels, height // 8, width // 8
-        noise = [torch.randn(shape, generator=generator(making.seed, number, source)) for source, _, number, _ in part]
-        latents, states = make_latents(teacher, [writer.caption(text) for _, text, *_ in part], null, torch.stack(noise), making)
-        for i, (*_, name) in enumerate(part):
-            writer.add_latent(name, latents[i], None if states is None else states[i])
-        writer.flush()
-        on_item(len(jobs) - len(to_do) + start + len(part), len(jobs))
-    sizes = (height, width, 0, 0, height, width) if null.pooled is not None else None
-    return writer.finish([Entry(name, text, sizes) for _, text, _, name in jobs], null_text, making.kept(schedule))
+    values = FEWEST_CHANNELS * (height // 8) * (width // 8) * (1 + making.num_states)
+    check_room(
+        writer.folder,
+        total * values * DTYPES[writer.dtype].itemsize - writer.num_bytes,
+        f"{total:,} pictures" + f" with {making.num_states} states each" * bool(making.num_states),
+        "draw fewer or smaller ones, keep fewer states, or free some space",
+    )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .architecture import Architecture
 from .dataset import Batch, Dataset, draw, generator, held_out_batches, num_examples
 from .denoiser import Denoiser, Label, check_trainable, checkpointing, tap
 from .guidance import guided
@@ -27,6 +28,7 @@ from .processes import ALONE, Processes, shared_like, whole
 from .recipe import DTYPES, Recipe
 from .run import Run, State
 from .schedule import prediction, restate
+from .storage import fingerprint
 from .teachers import Teachers
 from .trackers import open_trackers
 from .trained import trained
@@ -139,6 +141,7 @@ class Training:
             check_trainable(student.architecture, student.sampling)
         if recipe.guidance != 1 and dataset.null is None:
             raise ValueError("guidance leads away from the empty caption, which these data lack; connect null_caption")
+        check_trajectories(recipe, dataset)
         in_fp16 = recipe.precision == "fp16" or student.computes_in_fp16
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=in_fp16)
         compute = recipe.compute_dtype
@@ -157,7 +160,12 @@ class Training:
         if recipe.weight_dtype == "bf16":
             nn.Module.to(network, torch.bfloat16)  # that of diffusers warns of modules to keep, of which there are none
         if self.aim.uses_teacher:
-            self.teachers.at(self.run.step)  # one that shares the student's network is frozen before what is trained is not
+            teacher = self.teachers.at(
+                self.run.step
+            )  # one that shares the student's network is frozen before what is trained is not
+            if not self.run.step:
+                same = len(self.teachers) == 1 and _same(teacher, self.student)
+                check_lesson(recipe, teacher.architecture, self.student.architecture, same)
         network.train()
         self.trained = trained(self.student, recipe, self.plan)
         with contextlib.ExitStack() as stack:
@@ -417,6 +425,55 @@ class Training:
         self.optimizer.load(optimizer, state.rest["optimizer"])
         self.scaler.load_state_dict(state.rest["scaler"])
         self.done = state.step
+
+
+def check_lesson(recipe: Recipe, teacher: Architecture | None, student: Architecture | None, same: bool) -> None:
+    """``ValueError`` where a student has nothing to learn from its teachers: the student is the larger, or they are the same.
+
+    same: whether all teachers answer just as the student does before it is trained. Then guidance is to learn all the same;
+    and the data are, by a LoRA or an expert for some timesteps, if the loss against them counts.
+    """
+    if not recipe.aim.uses_teacher:
+        return
+    if teacher and student and student.num_parameters > teacher.num_parameters:
+        raise ValueError(
+            f"student and teacher do not belong together: they are swapped, as the student has {student.num_parameters:,} "
+            f"parameters and the teacher {teacher.num_parameters:,}; give the full model as teacher, the pruned one as student"
+        )
+    specialises = recipe.aim.weights.get("task") and (recipe.lora_rank or recipe.timestep_range)
+    if same and recipe.guidance == 1 and not specialises:
+        raise ValueError(
+            "student and teacher are the same model, so there is nothing to learn: prune the student, give another teacher, set "
+            'guidance above 1 with objective "guidance", or fine-tune with objective "task"'
+        )
+
+
+def _same(teacher: Denoiser, student: Denoiser) -> bool:
+    """Whether two networks answer alike: they have the same weights, or are one network whose LoRA is off in the teacher."""
+    if teacher.sampling != student.sampling:
+        return False
+    theirs, ours = (dict(denoiser.network.named_parameters()) for denoiser in (teacher, student))
+    return teacher.network is student.network or (theirs.keys() == ours.keys() and fingerprint(theirs) == fingerprint(ours))
+
+
+def check_trajectories(recipe: Recipe, dataset: Dataset) -> None:
+    """``ValueError`` where guidance is learnt on states that another guidance has led to."""
+    if dataset.timesteps is None or recipe.guidance == 1:
+        return
+    drawn, wanted = dataset.scales, recipe.scales
+    if recipe.guidance_min is None and drawn is None:  # older data do not tell
+        return
+    if drawn is None or (drawn[0] < drawn[1]) != (wanted[0] < wanted[1]) or drawn[0] < wanted[0] or drawn[1] > wanted[1]:
+        theirs = "one unknown guidance" if drawn is None else f"guidance {_scales(drawn)}"
+        raise ValueError(
+            f"the stored trajectories were drawn with {theirs}, but this run learns guidance {_scales(wanted)}; draw them again "
+            "for it, or set trajectory_states to 0"
+        )
+
+
+def _scales(scales: tuple[float, float]) -> str:
+    least, largest = scales
+    return f"{largest:g}" if least == largest else f"{least:g} to {largest:g}"
 
 
 def _check_belong_together(student: Denoiser, teacher: Denoiser) -> None:

@@ -4,6 +4,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..distill_core import compare, plots
+from ..distill_core.disk import check_writable
 from ..distill_core.evaluate import distance_metrics
 from . import bridge
 from .inputs import sampler_inputs, seed_input
@@ -174,6 +175,7 @@ class DistillationReport(io.ComfyNode):
         clip=None,
     ) -> io.NodeOutput:
         path = bridge.output_path(filename_prefix, ".html")
+        check_writable(path)
         curves = [plots.loss_curve(losses, name) for name, losses in bridge.losses_of(run_name).items()] if run_name else []
         if clip_vision is None and (clip is not None or real_images is not None):
             raise ValueError(

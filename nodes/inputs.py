@@ -45,6 +45,7 @@ def run_outputs() -> list[io.Output]:
         io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."),
         io.Image.Output(display_name="loss_curve", tooltip="The loss curve as a picture."),
         io.Int.Output(display_name="step", tooltip="Steps done so far."),
+        io.String.Output(display_name="run_name", tooltip="The run's name, for Distillation Report."),
     ]
 
 

@@ -5,7 +5,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..distill_core import plots
-from ..distill_core.analyse import CRITERIA, MEASURES, Planner, examples, output_error, report, score
+from ..distill_core.analyse import CRITERIA, MEASURES, Planner, Settings, examples, output_error, report, score
 from ..distill_core.plan import preset, preset_names
 from ..distill_core.plan_text import EXAMPLE, read_plan, write_plan
 from . import bridge
@@ -132,12 +132,11 @@ class AnalyseUNetBlocks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, captions, **settings) -> io.NodeOutput:
-        model, settings = model[0], {name: values[0] for name, values in settings.items()}
-        measure, criterion = settings["measure"], settings["criterion"]
-        random = torch.Generator().manual_seed(settings["seed"])
-        pictures, contexts, label = bridge.calibration(latents, captions, model, settings["num_examples"], random)
+        model, asked = model[0], Settings(**{name: values[0] for name, values in settings.items()})
+        random = torch.Generator().manual_seed(asked.seed)
+        pictures, contexts, label = bridge.calibration(latents, captions, model, asked.num_examples, random)
         denoiser = bridge.denoiser(model)
-        batches = examples(denoiser, pictures, contexts, label=label, num_timesteps=settings["num_timesteps"], generator=random)
+        batches = examples(denoiser, pictures, contexts, label=label, num_timesteps=asked.num_timesteps, generator=random)
         bar = ProgressBar(1, node_id=cls.hidden.unique_id)
 
         def on_unit(done: int, total: int) -> None:
@@ -145,12 +144,12 @@ class AnalyseUNetBlocks(io.ComfyNode):
             bridge.throw_if_cancelled()
 
         analysis = score(denoiser, batches, on_unit)
-        budget = round(settings["saving"] * analysis.total(measure))
-        planners = {name: Planner(analysis, name, measure) for name in CRITERIA}
-        plan = planners[criterion].plan(budget)
-        text = report(planners, criterion, budget, output_error(denoiser, batches, plan))
+        budget = round(asked.saving * analysis.total(asked.measure))
+        planners = {name: Planner(analysis, name, asked.measure) for name in CRITERIA}
+        plan = planners[asked.criterion].plan(budget)
+        text = report(planners, asked.criterion, budget, output_error(denoiser, batches, plan))
         bridge.show_text(text.splitlines()[0], cls.hidden.unique_id)
-        chart = bridge.to_image(plots.score_chart(analysis, plan, criterion))
+        chart = bridge.to_image(plots.score_chart(analysis, plan, asked.criterion))
         return io.NodeOutput(
             write_plan(plan, denoiser.architecture), chart, text, ui={**ui.PreviewImage(chart, cls=cls).as_dict(), "text": [text]}
         )

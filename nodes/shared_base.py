@@ -8,12 +8,13 @@ from comfy_api.latest import io, ui
 
 from ..distill_core.adapter import WithoutLora
 from ..distill_core.dataset import Dataset
+from ..distill_core.preflight import check_run
 from ..distill_core.recipe import Recipe
 from ..distill_core.run import Run
 from ..distill_core.storage import fingerprint, read_header
 from ..distill_core.teacher_data import Making
 from ..distill_core.teachers import Teachers
-from ..distill_core.train import distill
+from ..distill_core.train import check_lesson, check_trajectories, distill
 from . import bridge
 from .inputs import SEED_OF_TRAINING, keeping_inputs, pace_inputs, run_inputs, run_outputs, seed_input, size_inputs
 from .recipe import RecipeSettings
@@ -129,13 +130,18 @@ class SharedBaseLoRA(io.ComfyNode):
         if recipe.compile:
             raise ValueError("compile is for Distill Train Step alone; set it to false in the recipe")
         folder = bridge.run_folder(run_name[0])
+        check_run(folder, recipe, {})
         with torch.inference_mode(False), torch.enable_grad():
+            weights = {name: bridge.model_fingerprint(m) for name, m in {"model": model, "teacher": teacher}.items() if m}
+            if teacher is not None:
+                check_lesson(recipe, None, None, same=bridge.answer_alike([model, teacher], weights.values()))
             if latents is None:
                 data = _drawn(teacher or model, captions, null_caption, recipe, of_data, folder, node_id)
             else:
                 data = bridge.dataset(latents, captions, null_caption, model)
+            check_trajectories(recipe, data)
             origin = {
-                **{name: bridge.model_fingerprint(m) for name, m in {"model": model, "teacher": teacher}.items() if m},
+                **weights,
                 "sampling": bridge.sampling_words(teacher or model),
                 "data": data.fingerprint,
                 "null_caption": fingerprint({"context": data.null.context}),
@@ -146,7 +152,7 @@ class SharedBaseLoRA(io.ComfyNode):
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
         shown = show_run(run, node_id)
         answers, _ = bridge.with_lora(model, None, lora, 1.0, 0.0)
-        return io.NodeOutput(lora, answers, *shown, run.step, ui=ui.PreviewImage(shown[1], cls=cls))
+        return io.NodeOutput(lora, answers, *shown, run.step, run_name[0], ui=ui.PreviewImage(shown[1], cls=cls))
 
 
 def _of_lora(settings: dict) -> dict:
@@ -167,12 +173,14 @@ def _of_lora(settings: dict) -> dict:
 
 def _drawn(model, captions, null_caption, recipe: Recipe, settings: dict, folder, node_id: str) -> Dataset:
     """Training data the model draws itself, kept beside the run."""
+    num_states = min(settings["trajectory_states"], settings["sampler_steps"])
     making = Making(
         size=(settings["height"], settings["width"]),
         guidance=recipe.guidance,
+        guidance_min=recipe.guidance_min if num_states else None,
         num_steps=settings["sampler_steps"],
         num_per_prompt=settings["images_per_caption"],
-        num_states=min(settings["trajectory_states"], settings["sampler_steps"]),
+        num_states=num_states,
         seed=recipe.seed,
     )
     told = bridge.told_captions(captions, null_caption, model)

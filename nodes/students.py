@@ -10,9 +10,11 @@ from ..distill_core import plots
 from ..distill_core.files import open_unet
 from ..distill_core.live import metrics_of
 from ..distill_core.one_to_many import MEASURED, OneToMany, Start, StudentsSettings
+from ..distill_core.preflight import check_students_run
 from ..distill_core.ranges import SPLITS, read_boundaries
 from ..distill_core.recipe import Recipe
 from ..distill_core.students import MANIFEST, Students
+from ..distill_core.train import check_lesson
 from . import bridge
 from .inputs import data_inputs, learning_inputs
 from .train import Watch, log, tell_memory
@@ -108,7 +110,12 @@ class TrainTimestepStudents(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run_name, count, boundaries, joint_steps, total_steps, steps_per_queue, **_):
-        """The step an execution ends at: a training that can go on is executed again, a complete one is not."""
+        """The step an execution ends at: a training that can go on is executed again, a complete one is not.
+
+        NaN, which is never as before, where one of these is linked: it is not known yet.
+        """
+        if None in (run_name[0], count[0], boundaries[0], joint_steps[0], total_steps[0], steps_per_queue[0]):
+            return float("nan")  # one of its own each time: ComfyUI takes one object for the same
         try:
             num_students = len(read_boundaries(boundaries[0])) + 1 if boundaries[0] else count[0]
         except ValueError as error:  # execute will say it
@@ -128,17 +135,24 @@ class TrainTimestepStudents(io.ComfyNode):
         if recipe.sample_every_steps:
             log.warning("sample_every_steps has no effect here: sample pictures are drawn by Distill Train Step alone")
             recipe = replace(recipe, sample_every_steps=0)
+        folder, architecture, students = (
+            bridge.run_folder(run_name[0]),
+            bridge.architecture_of(student),
+            StudentsSettings(**of_students),
+        )
+        check_students_run(folder, recipe, architecture.shapes, students.num_students(bridge.schedule_of(teacher)))
+        check_lesson(recipe, bridge.architecture_of(teacher), architecture, same=False)
         plan = bridge.plan_between(student, teacher)
         bridge.check_trainable(student, teacher)
         shares_base = student is teacher and recipe.lora_rank > 0 and of_students["joint_steps"] == 0
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             training = OneToMany(
-                bridge.run_folder(run_name[0]),
-                StudentsSettings(**of_students),
+                folder,
+                students,
                 recipe,
                 starts=[Start(plan, partial(bridge.shared_base if shares_base else bridge.trainable, student))],
-                teachers=None if shares_base else [partial(bridge.denoiser, teacher, bridge.architecture_of(student))],
+                teachers=None if shares_base else [partial(bridge.denoiser, teacher, architecture)],
                 teacher=bridge.model_fingerprint(teacher),
                 schedule=bridge.schedule_of(teacher),
                 dataset=data,
@@ -152,10 +166,12 @@ class TrainTimestepStudents(io.ComfyNode):
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
         bridge.newest_step(run_name[0])  # so that it is noticed if they are gone next time
-        folder = str(training.folder / "students") if training.complete else ""
+        written = str(training.folder / "students") if training.complete else ""
         state = "complete" if training.complete else "queue again to go on"
         bridge.show_text(f"step {training.step} of {training.total_steps}: {state}\n{ranges}", node_id)
-        return io.NodeOutput(_routed(training, student), folder, ranges, curve, training.step, ui=ui.PreviewImage(curve, cls=cls))
+        return io.NodeOutput(
+            _routed(training, student), written, ranges, curve, training.step, ui=ui.PreviewImage(curve, cls=cls)
+        )
 
 
 def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str) -> None:

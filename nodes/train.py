@@ -12,11 +12,12 @@ from ..distill_core import plots
 from ..distill_core.files import open_unet
 from ..distill_core.live import Live
 from ..distill_core.memory import Forecast, gib
+from ..distill_core.preflight import check_run
 from ..distill_core.previews import Previews
 from ..distill_core.recipe import Recipe
 from ..distill_core.run import Run
 from ..distill_core.teachers import Teachers
-from ..distill_core.train import Progress, distill
+from ..distill_core.train import Progress, check_lesson, check_trajectories, distill
 from . import bridge
 from .inputs import data_inputs, learning_inputs, run_inputs, run_outputs
 
@@ -80,24 +81,24 @@ class DistillTrainStep(io.ComfyNode):
         teacher, student, run_name, steps_per_queue = teacher[0], student[0], run_name[0], steps_per_queue[0]
         teachers = [teacher, *teacher_2, *teacher_3]
         recipe = Recipe(**{name: values[0] for name, values in settings.items()}, **recipe[0])
+        folder, architecture = bridge.run_folder(run_name), bridge.architecture_of(student)
+        check_run(folder, recipe, architecture.shapes)
+        check_lesson(recipe, bridge.architecture_of(teacher), architecture, same=False)
         plan = bridge.plan_between(student, teacher)
         bridge.check_trainable(student, *teachers)
         with torch.inference_mode(False), torch.enable_grad():
+            weights = {f"teacher {n}" if n > 1 else "teacher": bridge.model_fingerprint(m) for n, m in enumerate(teachers, 1)}
+            weights["student"] = bridge.model_fingerprint(student)
+            check_lesson(recipe, None, None, same=bridge.answer_alike([student, *teachers], weights.values()))
             data = bridge.dataset(latents, captions, null_caption, teacher)
-            origin = {
-                **{f"teacher {n}" if n > 1 else "teacher": bridge.model_fingerprint(m) for n, m in enumerate(teachers, 1)},
-                "student": bridge.model_fingerprint(student),
-                "data": data.fingerprint,
-                "plan": plan.name if plan else "none",
-            }
-            run = Run(bridge.run_folder(run_name), recipe, origin)
+            check_trajectories(recipe, data)
+            run = Run(folder, recipe, {**weights, "data": data.fingerprint, "plan": plan.name if plan else "none"})
             if not run.complete:
                 previews = bridge.previews(data, vae[0], teacher) if recipe.sample_every_steps else None
                 _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
-        architecture = bridge.architecture_of(student)
         trained = bridge.make_student(open_unet(run.result_file).state_dict, architecture, student, bridge.origin_of(student))
         shown = show_run(run, cls.hidden.unique_id)
-        return io.NodeOutput(trained, *shown, run.step, ui=ui.PreviewImage(shown[1], cls=cls))
+        return io.NodeOutput(trained, *shown, run.step, run_name, ui=ui.PreviewImage(shown[1], cls=cls))
 
 
 def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
@@ -110,8 +111,13 @@ def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
     return {"loss": [row["total"] for row in metrics]}, curve
 
 
-def last_step(run_name, total_steps, steps_per_queue, **_) -> str:
-    """The step an execution ends at: a run that can go on is executed again, a complete one is not, unless it was deleted."""
+def last_step(run_name, total_steps, steps_per_queue, **_) -> str | float:
+    """The step an execution ends at: a run that can go on is executed again, a complete one is not, unless it was deleted.
+
+    NaN, which is never as before, where one of the three is linked: it is not known yet.
+    """
+    if None in (run_name[0], total_steps[0], steps_per_queue[0]):
+        return float("nan")  # one of its own each time: ComfyUI takes one object for the same
     newest = bridge.newest_step(run_name[0])
     return f"{min(total_steps[0], newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
 

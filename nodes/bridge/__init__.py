@@ -38,11 +38,21 @@ from .router import boundary_sigmas, describe_route, route_models, sample_routed
 from .sampling import prediction_of, sampling_of, sampling_words, schedule_of
 from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
 from .students import load_students, route_students, with_lora_file
-from .training import check_trainable, denoiser, forecast_memory, free_bytes, memory_in_use, release_memory, trainable
+from .training import (
+    answer_alike,
+    check_trainable,
+    denoiser,
+    forecast_memory,
+    free_bytes,
+    memory_in_use,
+    release_memory,
+    trainable,
+)
 
 __all__ = [
     "DigitsVAE",
     "Drawing",
+    "answer_alike",
     "architecture_of",
     "boundary_sigmas",
     "calibration",

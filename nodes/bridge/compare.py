@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...distill_core.compare import NUM_BINS, NUM_WARM_UPS, Comparison, Measured, in_rounds, synchronize, watched_memory
 from ...distill_core.evaluate import counted_macs
+from ...distill_core.recipe import SEEDS, check_range, check_settings
 from .interface import pictures_of, show_text, throw_if_cancelled, to_images
 from .training import PLAIN_ATTENTION
 
@@ -53,6 +54,11 @@ class Drawing:
     """One for each model."""
     sampler_name: str
     scheduler: str
+
+    def __post_init__(self):
+        check_settings(self, {"seed": (0, SEEDS[1]), "num_seeds": (1, 10_000), "steps": (1, 10_000)})
+        for cfg in self.cfgs:
+            check_range("cfg", cfg, (0, 100))
 
     @property
     def seeds(self) -> range:

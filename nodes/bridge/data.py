@@ -27,6 +27,7 @@ from .training import check_trainable, denoiser
 
 STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
 TIMESTEPS = "distill_timesteps"
+SCALES = "distill_scales"  # the scale of guidance each was drawn with, (B,)
 STORED = "fp16"  # precision on disk
 NUM_PREVIEWS = 4
 
@@ -171,20 +172,22 @@ def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) ->
         raise ValueError(
             f"there are {num_latents} latents but {len(captions)} captions; give one caption for each, or one for all"
         )
-    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, _Told]]] = {}
+    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Told]]] = {}
     told = iter(captions if len(captions) > 1 else captions * num_latents)
     for entry in latents:
         samples = model.model.process_latent_in(entry["samples"].float().cpu())
-        states = entry.get(STATES, [None] * len(samples))
-        for example in zip(samples, states, told, strict=False):
+        states, scales = (entry.get(name, [None] * len(samples)) for name in (STATES, SCALES))
+        for example in zip(samples, states, scales, told, strict=False):
             by_size.setdefault(tuple(samples.shape[2:]), []).append(example)
     return [
         _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1) for (height, width), examples in by_size.items()
     ]
 
 
-def _bucket(examples: list[tuple[Tensor, Tensor | None, _Told]], height: int, width: int, one_for_all: bool) -> Bucket:
-    latents, states, captions = zip(*examples, strict=True)
+def _bucket(
+    examples: list[tuple[Tensor, Tensor | None, Tensor | None, _Told]], height: int, width: int, one_for_all: bool
+) -> Bucket:
+    latents, states, scales, captions = zip(*examples, strict=True)
     sizes = [caption.sizes(height, width) for caption in captions]
     captions = captions[:1] if one_for_all else captions
     labelled = captions[0].pooled is not None
@@ -194,6 +197,7 @@ def _bucket(examples: list[tuple[Tensor, Tensor | None, _Told]], height: int, wi
         pooled=torch.stack([caption.pooled for caption in captions]) if labelled else None,
         sizes=torch.tensor(sizes, dtype=torch.float32) if labelled else None,
         states=None if states[0] is None else torch.stack(states),
+        scales=None if any(scale is None for scale in scales) else torch.stack(scales),
     )
 
 
@@ -255,6 +259,8 @@ def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, t
         latent = {"samples": teacher.model.process_latent_out(example.latents.float())}
         if example.states is not None:
             latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
+        if example.scale is not None:
+            latent[SCALES] = example.scale
         if text not in of_text:
             of_text[text] = _conditioning(example.contexts[0].float(), example.label and example.label.pooled[0].float())
         latents.append(latent)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...distill_core.plots import Evaluation
 from ...distill_core.ranges import Boundary
+from ...distill_core.recipe import SEEDS, check_range
 from .weights import shapes_of
 
 ROUTE = "distill_route"  # attachment of a routed MODEL: its Route; and the key of all that a router adds
@@ -76,6 +77,7 @@ def route_models(models: Sequence[ModelPatcher], boundaries: Sequence[Boundary])
 
 def share_boundaries(num_models: int, first_share: float) -> list[Boundary]:
     """Boundaries where the first model does ``first_share`` (0 to 1) of the sampling, the others the rest in even parts."""
+    check_range("share", first_share, (0, 1))
     rest = (1 - first_share) / (num_models - 1)
     return [Boundary(100 * (first_share + rest * i), "percent") for i in range(num_models - 1)]
 
@@ -116,6 +118,8 @@ def sample_routed(model: ModelPatcher, latent: Mapping[str, Any], **settings) ->
     """What KSampler does, and which model was asked at which noise level. settings: those of KSampler."""
     import nodes
 
+    for name, bounds in {"steps": (1, 10_000), "cfg": (0, 100), "denoise": (0, 1), "seed": (0, SEEDS[1])}.items():
+        check_range(name, settings[name], bounds)
     traced, evaluations = model.clone(), []
     traced.set_attachments(TRACE, evaluations)
     (drawn,) = nodes.common_ksampler(traced, latent=latent, **settings)

@@ -22,10 +22,9 @@ def route_students(students: Sequence[ModelPatcher], ranges: TimestepRanges) -> 
 
 def load_students(students: Students) -> ModelPatcher:
     """A folder of students as one MODEL; with a shared base its weights are there once."""
-    if students.base is None:
-        return route_students([load_student(path)[0] for path in students.files], students.ranges)
-    base = load_student(students.base)[0]
-    return route_students([with_lora_file(base, path) for path in students.files], students.ranges)
+    base = students.base and load_student(students.base)[0]
+    loaded = {path: with_lora_file(base, path) if base else load_student(path)[0] for path in dict.fromkeys(students.to_load)}
+    return route_students([loaded[path] for path in students.to_load], students.ranges)
 
 
 def with_lora_file(model: ModelPatcher, path: Path) -> ModelPatcher:

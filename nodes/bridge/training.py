@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable, Sequence
 
 import comfy.model_management
 import psutil
@@ -20,7 +21,7 @@ from ...distill_core.plan import PruningPlan
 from ...distill_core.recipe import DTYPES, Recipe
 from .build import build_model
 from .model import architecture_of, state_dict_of, told_of
-from .sampling import sampling_of, schedule_of
+from .sampling import sampling_of, sampling_words, schedule_of
 
 PLAIN_ATTENTION = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
 """Of ComfyUI's attentions some have no gradient (sage), and some cut by free memory, so that no run is like another."""
@@ -106,6 +107,11 @@ def _wrap(model: ModelPatcher, sampled_as: ModelPatcher) -> ComfyDenoiser:
     )
     wrapped.patcher = model
     return wrapped
+
+
+def answer_alike(models: Sequence[ModelPatcher], fingerprints: Iterable[str]) -> bool:
+    """Whether MODELs have the same weights, by their fingerprints, and sample alike."""
+    return len({*fingerprints}) == 1 and len({sampling_words(model) for model in models}) == 1
 
 
 def _training_bytes(architecture: Architecture) -> int:

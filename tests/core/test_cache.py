@@ -94,7 +94,7 @@ def test_what_is_read_is_what_the_encoders_gave(dtype, precision, pictures, tmp_
         name = latent_key(picture.content(), encoders.fingerprint, dtype, size)
         bucket = sorted((1, 4, h // 8, w // 8) for h, w in SIZES).index((1, 4, size[0] // 8, size[1] // 8))
         number = [entry.latent for entry in dataset._buckets[bucket]].index(name)
-        latents, contexts, label, states = dataset.read(bucket, torch.tensor([number]))
+        latents, contexts, label, states, _ = dataset.read(bucket, torch.tensor([number]))
         fitted = fit(picture.open(), size)
         assert torch.equal(latents, encoders.latents(fitted.pixels[None]).to(precision)) and label is states is None
         assert torch.equal(contexts[0], encoders.captions([picture.caption])[0].context.to(precision))

@@ -71,8 +71,10 @@ def test_figures_depend_on_the_seed_and_nothing_else(files, comparison):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
-        ({"num_examples": 0}, "num_examples must be at least 1"),
+        ({"num_rounds": 0}, "num_rounds must be between 1 and 10,000, got 0"),
+        ({"num_examples": 10**9}, "num_examples must be between 1 and 4,096, got 1,000,000,000"),
+        ({"num_tokens": True}, "num_tokens must be a whole number, got True"),
+        ({"size_px": (64, 64 * 10**6)}, "size_px must be between 64 and 16,384, got 64,000,000"),
         ({"size_px": (64, 72)}, "multiples of 64 pixels, got 64 x 72"),
         ({"dtype": "fp8"}, "dtype must be one of fp32, bf16, fp16, got fp8"),
     ],

@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill_core.checkpoints import checkpoints_in
 from distill_core.dataset import draw
 from distill_core.guidance import combined
+from distill_core.model_sampling import ModelSampling
+from distill_core.plan import preset
 from distill_core.processes import ALONE
 from distill_core.recipe import Recipe
 from distill_core.run import Run
@@ -17,6 +20,7 @@ from distill_core.teachers import Teachers
 from distill_core.train import Training, distill
 
 from .test_adapter import copied, filled
+from .test_plan import student_of
 
 pytest.importorskip("peft")
 from distill_core.adapter import Lora, WithoutLora, attach  # noqa: E402
@@ -162,6 +166,57 @@ def test_a_range_of_scales_is_learnt_at_the_strength_of_each(small_teacher, smal
     assert first["total"] == pytest.approx((conditional - target).square().mean().item(), rel=1e-4)
 
 
+def with_states(data, scales=None):
+    """The same with states, drawn with some scales."""
+    (bucket,) = data.buckets
+    states = torch.randn(len(bucket.latents), 2, *bucket.latents.shape[1:], generator=torch.Generator().manual_seed(1))
+    bucket = replace(bucket, states=states, scales=scales)
+    return type(data)([bucket], data.null, torch.tensor([999, 499]))
+
+
+SPREAD = torch.linspace(1, 3, 12)
+
+
+def test_a_range_is_learnt_on_the_states_each_scale_leads_through(small_teacher, small_data, tmp_path):
+    """The target, the strength of the LoRA and the state have one scale."""
+    data = with_states(small_data, SPREAD)
+    first = train(tmp_path / "run", copied(small_teacher), data, RANGE).metrics()[0]
+    batch = draw(data, 0, small_teacher.schedule, RANGE.drawing)
+    (bucket,) = data.buckets
+    for x0, scale in zip(batch.x0, batch.scale, strict=True):
+        (number,) = (bucket.latents == x0).all((1, 2, 3)).nonzero()[0].tolist()
+        assert scale == SPREAD[number]
+    with torch.no_grad():
+        conditional = small_teacher(batch.x_t, batch.t, batch.context)
+        unconditional = small_teacher(batch.x_t, batch.t, small_data.null.context.expand_as(batch.context))
+    target = combined(conditional, unconditional, batch.scale)
+    assert first["total"] == pytest.approx((conditional - target).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "recipe,scales,message",
+    [(RANGE, None, "one unknown guidance, but this run learns guidance 1 to 3"), (RANGE, torch.full((12,), 3.0), "guidance 3, but"),
+     (RANGE, SPREAD + 1, "guidance 2 to 4, but this run learns guidance 1 to 3"), (RECIPE, torch.full((12,), 7.5), "guidance 7.5, but this run learns guidance 3;"),
+     (RECIPE, SPREAD, "guidance 1 to 3, but this run learns guidance 3;")],
+)  # fmt: skip
+def test_trajectories_of_another_guidance_are_refused(recipe, scales, message, small_teacher, small_data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", copied(small_teacher), with_states(small_data, scales), recipe)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "changes,scales", [({}, None), ({}, torch.full((12,), 3.0)), ({"guidance": 1.0, "task_weight": 1.0}, SPREAD)]
+)
+def test_trajectories_of_the_same_guidance_are_trained_on(changes, scales, small_teacher, small_data, tmp_path):
+    assert train(tmp_path / "run", copied(small_teacher), with_states(small_data, scales), replace(RECIPE, **changes)).complete
+
+
+def test_data_of_one_scale_are_the_data_they_were(small_data):
+    plain, one, spread = (with_states(small_data, scales).fingerprint for scales in (None, torch.full((12,), 3.0), SPREAD))
+    assert plain == one != spread
+
+
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"accumulation_steps": 2}], ids=str)
 def test_a_range_of_scales_is_learnt_the_same_with_less_memory(changes, small_teacher, small_data, tmp_path):
     slow = replace(RANGE, learning_rate=1e-5)  # Adam makes much of how gradients near zero are rounded
@@ -208,3 +263,41 @@ def test_gradients_that_pass_through_float16_are_scaled(small_teacher, small_dat
             Run(tmp_path / f"{dtype} {precision}", recipe, {}), base, Teachers.single(base, recipe), None, small_data, ALONE
         )
         assert training.scaler.is_enabled() == (torch.float16 in (dtype, {"fp16": torch.float16}.get(precision)))
+
+
+def test_a_model_has_nothing_to_learn_of_itself(small_teacher, small_data, tmp_path):
+    """Neither of a copy, nor of itself without its LoRA; nor a full model of one that was pruned."""
+    whole = {"guidance": 1.0, "lora_rank": 0}
+    nothing = [whole, {"guidance": 1.0}, whole | {"objective": "bk-sdm"}, whole | {"objective": "koala", "task_weight": 0.0}]
+    for number, changes in enumerate(nothing):
+        base = copied(small_teacher)
+        teacher = copied(small_teacher) if "lora_rank" in changes else None
+        with pytest.raises(ValueError, match="the same model, so there is nothing to learn"):
+            train(tmp_path / str(number), base, small_data, replace(RECIPE, **changes), teacher)
+        assert not checkpoints_in(tmp_path / str(number))
+    pruned = student_of(small_teacher, preset("bk-sdm-base"))
+    with pytest.raises(ValueError, match="they are swapped, as the student has .* give the full model as teacher"):
+        train(tmp_path / "swapped", copied(small_teacher), small_data, RECIPE, pruned)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective": "task", "guidance": 1.0, "lora_rank": 0}, {"guidance": 3.0, "lora_rank": 0}, {"guidance": 1.0, "task_weight": 1.0},
+     {"objective": "bk-sdm", "guidance": 1.0, "lora_rank": 0, "timestep_range": (0, 500)}],
+    ids=str,
+)  # fmt: skip
+def test_a_model_learns_the_data_or_guidance_of_itself(changes, small_teacher, small_data, tmp_path):
+    recipe = replace(RECIPE, total_steps=1, **changes)
+    assert train(tmp_path / "run", copied(small_teacher), small_data, recipe, copied(small_teacher)).complete
+
+
+@pytest.mark.parametrize("what", ["weights", "prediction", "second teacher"])
+def test_a_teacher_of_the_same_shape_is_learnt_from(what, small_teacher, small_data, tmp_path):
+    teacher, recipe = copied(small_teacher), replace(RECIPE, total_steps=1, guidance=1.0, lora_rank=0)
+    if what == "weights":
+        with torch.no_grad():
+            next(teacher.network.parameters()).add_(0.1)
+    teacher = replace(teacher, sampling=ModelSampling(prediction="v")) if what == "prediction" else teacher
+    if what == "second teacher":
+        teacher = Teachers([lambda: copied(small_teacher)] * 2, recipe)
+    assert train(tmp_path / "run", copied(small_teacher), small_data, recipe, teacher).complete

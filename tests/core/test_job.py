@@ -134,6 +134,11 @@ def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
     ([('preset = "bk-sdm-base"', 'preset = "ssd-1b"')], "plan for SDXL"),
     ([("learning_rate = 1e-3", "learning_rate = 1e-3\nsample_every_steps = 1")], r"\[samples\]: prompts is missing"),
     ([("[student]", "student = 3\n[x]")], "there is no setting 'x'|student must be a section"),
+    ([("images_per_prompt = 2", f"images_per_prompt = {10**9}")], "images_per_prompt must be between 1 and 10,000,000"),
+    ([('preset = "bk-sdm-base"', "")], "student and teacher are the same model"),
+    ([('preset = "bk-sdm-base"', ""), ("[training]", '[training]\nobjective = "guidance"\nlora_rank = 2')], "are the same model"),
+    ([("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2"), ("[training]", '[training]\nobjective = "guidance"\nguidance = 3.0')],
+     r"\[training\] learns guidance 3 on trajectories that \[data\] draws with 2; set both"),
 ])  # fmt: skip
 def test_bad_jobs_end_in_one_sentence(changes, message, folder, capsys):
     import re
@@ -190,6 +195,36 @@ def test_an_offloaded_teacher_lies_in_the_computers_memory(folder):
     teacher = prepared.teacher(TeacherSettings(file="demo", offload=True), prepared.teacher_files[0])
     hooks = [m for m in teacher.network.modules() if getattr(m, "_diffusers_hook", None) is not None]
     assert hooks and {p.device.type for p in teacher.network.parameters()} == {"cpu"} and teacher.device == prepared.device
+
+
+@pytest.mark.parametrize(
+    "run,message", [("file/run", "cannot write"), ("begun", "was started with learning_rate"), ("full", "is not a run")]
+)
+def test_a_run_that_cannot_be_is_refused_before_data_are_made(run, message, folder, capsys, monkeypatch):
+    def late(*_):
+        raise AssertionError("too late")
+
+    (folder / "file").write_text("")
+    (folder / "full").mkdir()
+    (folder / "full" / "thing").write_text("")
+    if run == "begun":
+        assert main(["train", str(write(folder, ('run = "run"', 'run = "begun"'), ("total_steps = 4", "total_steps = 1")))]) == 0
+    monkeypatch.setattr(Prepared, "_dataset", late)
+    job = write(folder, ('run = "run"', f'run = "{run}"'), ("learning_rate = 1e-3", "learning_rate = 2e-3"))
+    assert main(["train", str(job), "--resume"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_range_of_guidance_is_drawn_and_learnt(tmp_path):
+    pytest.importorskip("peft")
+    training = 'objective = "guidance"\nguidance = 2.0\nguidance_min = 1.0\ncaption_dropout = 0.0\nlora_rank = 2'
+    (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
+    states = ("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2")
+    path = write(tmp_path, states, ('[student]\npreset = "bk-sdm-base"\n', ""), ("[training]", f"[training]\n{training}"))
+    prepared = Prepared(Job.read(path), ALONE)
+    assert prepared.dataset.scales == (1.0, 2.0)
+    prepared.train(lambda progress: None)
+    assert prepared.run.complete
 
 
 def test_fine_tuning_a_finished_student_is_the_same_engine(folder):

@@ -319,9 +319,9 @@ def test_measured_boundaries_even_out_the_error_of_the_joint_student(training, t
 
 @pytest.mark.parametrize("wrong,message", [
     ({"split": "none"}, "choose from .*'timesteps', 'log-snr', 'error'"),
-    ({"count": 0}, "count must be at least 1, got 0"),
-    ({"overlap": -1}, "overlap must be at least 0"),
-    ({"joint_steps": -1}, "joint_steps must be at least 0"),
+    ({"count": 0}, "count must be between 1 and 100, got 0"),
+    ({"overlap": -1}, "overlap must be between 0"),
+    ({"joint_steps": -1}, "joint_steps must be between 0"),
     ({"split": "error", "joint_steps": 0}, "set joint_steps above 0"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(wrong, message):

@@ -65,3 +65,22 @@ def test_what_cannot_be_read_is_named(text, message, sd15):
 
 def test_the_example_in_the_message_can_be_read(sd15):
     assert pruned(sd15, name_map(sd15, read_plan(EXAMPLE, sd15))).num_parameters == 482_346_884
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("pruned_by", [None, "keep mid none", "keep down 1 mid none up 2"])
+def test_examples_in_messages_fit_the_unet(family, pruned_by, published):
+    """A person who copies one prunes with it."""
+    teacher = published[family]
+    teacher = pruned(teacher, name_map(teacher, read_plan(pruned_by, teacher))) if pruned_by else teacher
+    for wrong, before in (('{"remove": 5}', "a plan looks like "), ("keep mid half", "an example for this UNet is ")):
+        with pytest.raises(ValueError, match=before) as refused:
+            read_plan(wrong, teacher)
+        example = str(refused.value).rpartition(before)[2].strip("'")
+        assert pruned(teacher, name_map(teacher, read_plan(example, teacher))).num_parameters < teacher.num_parameters
+
+
+def test_json_may_leave_the_name_out(sd15):
+    assert read_plan('{"remove": ["mid"]}', sd15).name == "a plan of your own"
+    with pytest.raises(ValueError, match="not a pruning plan: 'name' must be text"):
+        read_plan('{"name": 5, "remove": ["mid"]}', sd15)

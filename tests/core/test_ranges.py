@@ -108,3 +108,17 @@ def test_boundaries_are_told_in_all_units_and_read_back():
 def test_boundaries_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="boundaries"):
         read_ranges(wrong, SCHEDULES["diffusion"])
+
+
+def test_more_ranges_than_can_be_used_are_refused_at_once():
+    """Before any of them is read or looked at: the text may be as long as it likes."""
+    many = " ".join(["1"] * 1_000_000)
+    for make in (
+        lambda: read_ranges(many, scaled_linear()),
+        lambda: TimestepRanges((0.5,) * 1_000_000),
+        lambda: even(scaled_linear(), 101),
+    ):
+        with pytest.raises(ValueError, match="boundaries, but at most 99 can be used") as refused:
+            make()
+        assert len(str(refused.value)) < 100
+    assert len(even(scaled_linear(), 100)) == 100

@@ -1,9 +1,13 @@
 import math
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 
-from distill_core.recipe import Recipe, from_mapping, read_toml, to_toml
+from distill_core import analyse, quickstart
+from distill_core.job import DataSettings, SampleSettings
+from distill_core.one_to_many import StudentsSettings
+from distill_core.recipe import RANGES, Recipe, check_range, from_mapping, read_toml, to_toml
 
 
 @pytest.mark.parametrize(
@@ -11,13 +15,57 @@ from distill_core.recipe import Recipe, from_mapping, read_toml, to_toml
     [("total_steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("caption_dropout", 1.5), ("lr_schedule", "cosin"),
      ("objective", "kd"), ("warmup_steps", -1), ("max_grad_norm", 0.0), ("save_every_steps", 0), ("weight_decay", -1.0),
      ("weighting", "snr"), ("optimizer", "adam"), ("precision", "fp8"), ("weight_dtype", "fp16"), ("ema_decay", 1.0),
-     ("teacher_mode", "all"), ("teacher_shares", (0.5, 0.0)), ("trackers", ("comet",)), ("accumulation_steps", 0),
+     ("teacher_mode", "all"), ("teacher_shares", (0.5, 0.0)), ("teacher_shares", (1.0, math.inf)), ("trackers", ("comet",)), ("accumulation_steps", 0),
      ("task_weight", -1.0), ("timestep_range", (5, 5)), ("timestep_range", (5,)), ("lora_rank", -1), ("learning_rate", math.nan), ("noise_offset", 2.0), ("input_perturbation", -0.1),
      ("timesteps", "normal"), ("snr_gamma", 0.0), ("keep_checkpoints", 0), ("validation_share", 0.9)],
 )  # fmt: skip
 def test_a_bad_setting_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         Recipe(**{field: value})
+
+
+def test_every_number_of_a_recipe_has_a_range():
+    hints = get_type_hints(Recipe)
+    numbers = {name for name, hint in hints.items() if hint in (int, float, int | None, float | None)}
+    assert numbers - RANGES.keys() == {"learning_rate", "max_grad_norm", "snr_gamma"}  # above 0 is all there is to say
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("value", [10**30, -(10**30), math.nan, math.inf, True, "1", [1], 1.5], ids=repr)
+def test_no_number_is_taken_that_is_none_or_out_of_its_range(name, value):
+    """A link in a graph gives whatever comes, past the widget and its bounds."""
+    if get_type_hints(Recipe)[name] in (float, float | None) and value == 1.5:
+        return
+    with pytest.raises(ValueError, match=rf"^{name} must be "):
+        Recipe(**{name: value})
+
+
+def test_the_bounds_of_a_range_are_in_it():
+    for name, bounds in RANGES.items():
+        for bound in bounds:
+            check_range(name, bound, bounds)
+        with pytest.raises(ValueError, match=f"{name} must be between"):
+            check_range(name, bounds[1] + 1, bounds)
+
+
+@pytest.mark.parametrize(
+    "kind,settings,message",
+    [(StudentsSettings, {"count": 10**7}, "count must be between 1 and 100, got 10,000,000"), (StudentsSettings, {"overlap": -1}, "overlap must be"),
+     (StudentsSettings, {"joint_steps": 1.0}, "joint_steps must be a whole number, got 1.0"), (StudentsSettings, {"boundaries": 5}, "boundaries must be text"),
+     (DataSettings, {"images_per_prompt": 10**9}, "images_per_prompt must be between 1 and 10,000,000"), (DataSettings, {"encode_batch_size": 0}, "encode_batch_size must be"),
+     (DataSettings, {"guidance": math.nan}, "guidance must be between 1 and 100, got nan"), (DataSettings, {"resolution": "64000000"}, "resolution must be between 8 and 16,384"),
+     (DataSettings, {"sampler_steps": 10**6}, "sampler_steps must be"), (DataSettings, {"trajectory_states": -1}, "trajectory_states must be"),
+     (SampleSettings, {"steps": 0}, "steps must be between 1 and 1,000"), (SampleSettings, {"guidance": math.inf}, "guidance must be"),
+     (SampleSettings, {"resolution": "64x6400000"}, "resolution must be"), (SampleSettings, {"prompts": "one"}, "prompts must be a list, each entry text"),
+     (quickstart.Settings, {"num_samples": 1}, "num_samples must be"), (quickstart.Settings, {"train_steps": 10**12}, "train_steps must be"),
+     (quickstart.Settings, {"seed": 2**70}, "seed must be"), (quickstart.Settings, {"sample_steps": 0}, "sample_steps must be"),
+     (analyse.Settings, {"saving": 1.0}, "saving must be between 0.01 and 0.95, got 1"), (analyse.Settings, {"saving": math.nan}, "saving must be"),
+     (analyse.Settings, {"num_examples": 10**9}, "num_examples must be"), (analyse.Settings, {"num_timesteps": 0}, "num_timesteps must be"),
+     (analyse.Settings, {"measure": "time"}, "measure: unknown 'time'"), (analyse.Settings, {"criterion": "size"}, "criterion: unknown 'size'")],
+)  # fmt: skip
+def test_all_settings_are_held_to_their_ranges(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import copy
 import shutil
 from dataclasses import replace
 
@@ -185,10 +186,10 @@ def test_a_run_that_never_finished_a_step_may_change_its_settings(tmp_path, smal
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        teacher = student_of(small_teacher, PLAN)
+        teacher = replace(small_teacher, network=copy.deepcopy(small_teacher.network))
         teacher.network.forward = fail
         run = Run(tmp_path / "run", RECIPE, {"data": data.fingerprint})
-        distill(run, student=student_of(small_teacher, PLAN), teacher=teacher, plan=None, dataset=data)
+        distill(run, student=student_of(small_teacher, PLAN), teacher=teacher, plan=PLAN, dataset=data)
     run, _ = train(tmp_path / "run", small_teacher, data, replace(RECIPE, batch_size=1, total_steps=1))
     assert run.complete
 

@@ -2,17 +2,19 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from distill_core import router
 from distill_core.adapter import Lora
 from distill_core.files import open_unet, save_unet
 from distill_core.plan import preset
-from distill_core.ranges import TimestepRanges
+from distill_core.ranges import TimestepRanges, even
 from distill_core.schedule import scaled_linear
 from distill_core.students import MANIFEST, Students, write_students
+from distill_core.unet import load_unet
 
 from .test_plan import student_of
 
@@ -199,3 +201,22 @@ def test_every_file_is_one_that_stock_loaders_open(shared, three):
 
     assert all(open_unet(path).spelling == "ldm" for path in (*three.files, shared.base))
     assert all(name.startswith("lora_unet_") for path in shared.files for name in load_file(path))
+
+
+def test_one_file_of_many_ranges_is_loaded_once(files, tmp_path, monkeypatch):
+    """Whether the manifest names it often, or it has several names."""
+    opened = []
+    monkeypatch.setattr(router, "load_unet", lambda file, dtype: opened.append(file) or load_unet(file, dtype))
+    ranges = even(scaled_linear(), 4)
+    students = write_students(tmp_path / "four", ranges, [files["student 0"], files["student 2"]] * 2, teacher="abc")
+    first = asdict(students.members[0])
+    change(students.folder, lambda manifest: manifest["students"].__setitem__(3, first))
+    routed = router.Routed.open(Students.read(students.folder))
+    networks = [routed.student(number).network for number in range(4)]
+    assert len(opened) == 2 and networks[0] is networks[2] is networks[3] is not networks[1]
+
+
+def test_more_students_than_there_may_be_are_refused(three):
+    change(three.folder, lambda manifest: manifest.update(students=manifest["students"][:1] * 999))
+    with pytest.raises(ValueError, match="lists 999 students, more than the 100"):
+        Students.read(three.folder)

@@ -1,13 +1,16 @@
+import json
+import shutil
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from distill_core.cache import CachedDataset
-from distill_core.dataset import Caption, Drawing, draw
+from distill_core.cache import CachedDataset, key
+from distill_core.dataset import Caption, Drawing, draw, generator, held_out_batches
 from distill_core.schedule import scaled_linear
 from distill_core.storage import read_header
-from distill_core.teacher_data import Making, draw_dataset, make_dataset, make_latents
+from distill_core.teacher_data import Making, _jobs, draw_dataset, make_dataset, make_latents
 
 MAKING = Making(size=(64, 64), guidance=2.0, num_steps=4)
 
@@ -151,8 +154,11 @@ def test_states_lie_on_the_trajectory_and_are_trained_on(tmp_path, small_teacher
     assert all((stored - x_t).abs().amax((1, 2, 3)).min() == 0 for x_t in batch.x_t)
 
 
-@pytest.mark.parametrize("change,message", [({"num_states": 9}, "between 0 and as many"), ({"num_steps": 0}, "0 sampler steps|at least one"),
-                                            ({"num_per_prompt": 0}, "at least one")])  # fmt: skip
+@pytest.mark.parametrize("change,message", [({"num_states": 9}, "between 0 and as many"), ({"num_steps": 0}, "num_steps must be between 1 and 1,000, got 0"),
+                                            ({"num_per_prompt": 0}, "num_per_prompt must be between 1"), ({"num_per_prompt": 10**9}, "and 10,000,000, got 1,000,000,000"),
+                                            ({"size": (64, 10**6)}, "width must be between 8 and"), ({"guidance": float("nan")}, "guidance must be .*, got nan"),
+                                            ({"num_per_prompt": True}, "must be a whole number, got True"), ({"seed": 2**70}, "seed must be"),
+                                            ({"guidance_min": 2.0}, "guidance_min must be between 1 and guidance 2")])  # fmt: skip
 def test_settings_that_make_nothing_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Making(**vars(MAKING) | change)
@@ -178,3 +184,110 @@ def test_encoded_captions_are_drawn_as_prompts_are(tmp_path, small_teacher):
         lambda: small_teacher, "teacher", captions, captions[0], making, tmp_path / "d", batch_size=2, schedule=scaled_linear()
     )
     assert other.fingerprint != drawn.fingerprint  # guidance leads away from something else
+
+
+RANGED = replace(MAKING, guidance=3.0, guidance_min=1.0, num_states=2)
+
+
+def scales_of(dataset):
+    examples = everything(dataset)
+    return dict(zip((entry.latent for entry in dataset.entries), examples.scale.tolist(), strict=True))
+
+
+def test_each_trajectory_of_a_range_has_a_scale_of_its_own(tmp_path, small_teacher):
+    """It is what the sampler was guided by, whatever else is drawn with it, and is there when the cache is opened again."""
+    made = make(tmp_path / "c", small_teacher, prompts=["one", "two"], making=replace(RANGED, num_per_prompt=3))
+    scales = scales_of(made)
+    assert len({*scales.values()}) == 6 and all(1 <= scale <= 3 for scale in scales.values())
+    assert made.scales == (1.0, 3.0) == CachedDataset.open(tmp_path / "c").scales
+    assert scales_of(CachedDataset.open(tmp_path / "c")) == scales
+    alone = make(tmp_path / "alone", small_teacher, prompts=["two"], making=RANGED)
+    assert scales_of(alone).items() <= scales.items()
+    (scale,) = scales_of(alone).values()
+    words = Words()
+    caption, null = words.captions(["two", ""])
+    noise = torch.randn(4, 8, 8, generator=generator(0, 0, "two"))[None]
+    latents, states = make_latents(small_teacher, [caption], null, noise, replace(MAKING, guidance=scale, num_states=2))
+    examples = everything(alone)
+    torch.testing.assert_close(examples.latents.float(), latents, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(examples.states.float(), states, rtol=2e-3, atol=2e-3)
+
+
+def test_scales_of_many_trajectories_fill_the_range():
+    scales = torch.stack([RANGED.scale(number, source) for number in range(200) for source in ("a", "b")])
+    assert 1 <= scales.min() < 1.05 and 2.95 < scales.max() <= 3 and scales.mean() == pytest.approx(2, abs=0.1)
+    assert MAKING.scale(0, "a") is None
+
+
+def test_a_state_is_trained_at_the_scale_it_was_drawn_with(tmp_path, small_teacher):
+    made = make(tmp_path / "c", small_teacher, making=RANGED)
+    drawing = Drawing(batch_size=4, seed=0, held_out=0.4, scales=made.scales)
+    examples = everything(made)
+    batches = [draw(made, step, scaled_linear(), drawing) for step in range(3)]
+    for batch in [*batches, *held_out_batches(made, scaled_linear(), drawing, 1)]:
+        for x0, scale in zip(batch.x0, batch.scale, strict=True):
+            (number,) = [n for n, latent in enumerate(examples.latents) if torch.equal(latent.float(), x0)]
+            assert scale == examples.scale[number]
+
+
+def test_one_scale_makes_the_pictures_it_made_before_and_tells_the_scale(tmp_path, small_teacher):
+    states = replace(MAKING, num_states=2)
+    made = make(tmp_path / "c", small_teacher, making=states)
+    assert made.scales == (2.0, 2.0) and everything(made).scale.tolist() == [2.0] * 3
+    assert not any(".scale" in name for file in (tmp_path / "c").glob("shard-*") for name in read_header(file).tensors)
+    text = "9dba4a64a4a8a1f5"
+    names = [key("made", text, 0, "teacher", (64, 64), 2.0, 4, None, 2, 0, "fp16")]  # as released
+    assert [job.name for job in _jobs([("source", text)], states, "teacher", "fp16")] == names
+    assert make(tmp_path / "plain", small_teacher).scales is None
+
+
+def test_a_cache_that_does_not_tell_its_scale_is_read(tmp_path, small_teacher):
+    made = make(tmp_path / "c", small_teacher, making=replace(MAKING, num_states=2))
+    index = json.loads((tmp_path / "c" / "index.json").read_text())
+    del index["scales"]
+    (tmp_path / "c" / "index.json").write_text(json.dumps(index))
+    old = CachedDataset.open(tmp_path / "c")
+    assert old.scales is None and everything(old).scale is None and old.fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("scales", [5, "ab", [1], [None, 2], {"a": 1}])
+def test_scales_that_are_none_are_refused(scales, tmp_path, small_teacher):
+    make(tmp_path / "c", small_teacher, making=replace(MAKING, num_states=2))
+    index = json.loads((tmp_path / "c" / "index.json").read_text())
+    (tmp_path / "c" / "index.json").write_text(json.dumps(index | {"scales": scales}))
+    with pytest.raises(ValueError, match="is not the index of a cache"):
+        CachedDataset.open(tmp_path / "c")
+
+
+def test_pictures_are_told_before_they_are_counted(tmp_path):
+    """Neither time nor memory goes by how many there are to be."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(done, total):
+        assert (done, total) == (0, 5_000_000)
+        raise Stop
+
+    began = time.process_time()
+    with pytest.raises(Stop):
+        make(tmp_path / "c", None, prompts=["one"], making=replace(MAKING, num_per_prompt=5_000_000), on_item=stop)
+    assert time.process_time() - began < 2
+
+
+def test_more_pictures_than_there_is_room_for_are_refused(tmp_path, small_teacher, monkeypatch):
+    def load():
+        raise AssertionError("too late")
+
+    with pytest.raises(ValueError, match="20,000,000 pictures are more than the 10,000,000"):
+        making = replace(MAKING, num_per_prompt=10_000_000)
+        make_dataset(load, "teacher", Words(), ["one", "two"], making, tmp_path / "c", schedule=scaled_linear())
+    each = 4 * 8 * 8 * 2 * 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 2 * each))
+    with pytest.raises(ValueError, match="3 pictures with 2 states each need at least .* draw fewer"):
+        make_dataset(
+            load, "teacher", Words(), ["a", "b", "c"], replace(MAKING, num_states=2), tmp_path / "c", schedule=scaled_linear()
+        )
+    making = replace(MAKING, num_states=2)
+    make(tmp_path / "c", small_teacher, prompts=["a", "b"], making=making)
+    assert make(tmp_path / "c", small_teacher, prompts=["a", "b", "c"], making=making).bucket_sizes == [3]  # two are there

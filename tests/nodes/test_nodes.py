@@ -205,6 +205,7 @@ def test_diffusers_layout_is_written_as_a_folder(server):
 # --- bad input: one clear sentence, and nothing half-written
 
 TWICE = {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["prune", 0], "preset": "bk-sdm-base"}}
+BILLION = {"class_type": "PrimitiveInt", "inputs": {"value": 10**9}}
 SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 3}}
 
 
@@ -214,7 +215,9 @@ SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64,
         ({"x": save(["again", 0], "x"), "again": TWICE}, "has been pruned already"),
         ({"x": save(["teacher", 0], "../../evil")}, "leads out of the output folder"),
         ({"x": save(["t", 0], "x"), "t": train("../evil")}, "must be a plain name"),
-        ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not belong together"),
+        ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not belong together: they are swapped"),
+        ({"x": save(["t", 0], "x"), "t": train("a", student=["teacher", 0])}, "student and teacher are the same model"),
+        ({"x": save(["t", 0], "x"), "t": train("a", batch_size=["billion", 0]), "billion": BILLION}, "batch_size must be between 1 and 65,536"),
         ({"x": save(["t", 0], "x"), "t": train("b", latents=["small", 0], captions=["teacher", 4]), "small": SMALL}, "3 latents but 1797 captions"),
     ],
 )  # fmt: skip
@@ -230,6 +233,19 @@ def test_a_run_with_other_settings_is_refused(server):
     assert server.run(first).succeeded
     first["train"]["inputs"]["learning_rate"] = 5e-4
     assert "'settled' was started with learning_rate = 0.001, but is now 0.0005" in server.run(first).error
+
+
+def test_the_name_of_a_run_may_be_linked(server):
+    """In, from a text; and out, to where it is asked for again. What is linked is not known before it is executed."""
+    name = {"class_type": "PrimitiveString", "inputs": {"value": "linked"}}
+    shown = {"class_type": "PreviewAny", "inputs": {"source": ["train", 4]}}
+    for step in (3, 6):
+        result = server.run({**PROMPT, "name": name, "train": train(["name", 0]), "shown": shown})
+        assert result.succeeded, result.error
+        assert result.outputs["shown"]["text"] == ["linked"]
+        checkpoints = server.output / "distill_runs" / "linked" / "checkpoints"
+        assert max(int(path.name) for path in checkpoints.iterdir()) == step
+    assert "TypeError" not in server.log.read_text() and "unsupported operand" not in server.log.read_text()
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(server):

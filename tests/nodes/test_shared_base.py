@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from distill_core.storage import read_header
 
 from .test_nodes import PROMPT, newest, sampled
-from .test_training import recipe, rows, until
+from .test_training import recipe, rows, teacher_data, until
 
 BAKE = {
     "model": ["teacher", 0], "captions": ["teacher", 4], "null_caption": ["empty", 0], "latents": ["teacher", 3],
@@ -164,10 +164,30 @@ def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
     assert not (server.output / "distill_runs" / "lora student" / "checkpoints" / "00000006" / "student.safetensors").exists()
 
 
+def test_a_range_of_guidance_is_learnt_on_trajectories_of_each(server):
+    few = {"captions": ["seven", 0], "images_per_caption": 6, "guidance_min": 1.0}
+    folder, _ = baked(server, "lora ranged", without=("latents",), **few)
+    shards = (server.output / "distill_data" / "lora ranged").glob("shard-*")
+    scales = [
+        tensor.read().item() for file in shards for name, tensor in read_header(file).tensors.items() if name.endswith(".scale")
+    ]
+    assert len({*scales}) == 6 and all(1 <= scale <= 3 for scale in scales) and len(rows(folder)) == 6
+
+
+@pytest.mark.parametrize("changes,message", [({}, "drawn with guidance 2, but this run learns guidance 3"), ({"guidance": 2.0}, None),
+                                             ({"guidance": 2.0, "guidance_min": 1.0}, "guidance 2, but this run learns guidance 1 to 2")])  # fmt: skip
+def test_trajectories_teach_the_guidance_they_were_drawn_with(changes, message, server):
+    nodes = {"data": teacher_data("guided", images_per_prompt=2, trajectory_states=2)}
+    inputs = {"latents": ["data", 0], "captions": ["data", 1], "null_caption": ["data", 2]} | changes
+    result = server.run({**PROMPT, **nodes, "bake": bake(f"guided {bool(message)}", **inputs), **sampled(["bake", 1], "guided")})
+    assert result.succeeded if message is None else message in result.error
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
         ({"guidance": 1.0}, "nothing to learn from itself"),
+        ({"guidance": 1.0, "teacher": ["teacher", 0]}, "student and teacher are the same model"),
         ({"model": ["edm", 0]}, "cannot be trained or compared here"),
         ({"layers": "*nowhere*"}, "'*nowhere*' matches no layer"),
         ({"guidance_min": 5.0}, "it must be below guidance"),

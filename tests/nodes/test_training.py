@@ -364,10 +364,14 @@ def test_cancelled_it_keeps_what_was_made_and_goes_on(server):
         ({"prompts": "\n  \n"}, "there are no prompts"),
         ({"name": "../evil"}, "name '../evil' must be a plain name"),
         ({"trajectory_states": 9}, "there are 4 sampler steps, so between 0 and as many states, got 9"),
+        ({"images_per_prompt": ["billion", 0]}, "num_per_prompt must be between 1 and 10,000,000, got 1,000,000,000"),
+        ({"batch_size": ["billion", 0]}, "batch_size must be between 1 and 65,536, got 1,000,000,000"),
+        ({"width": ["billion", 0]}, "width must be between 8 and 16,384, got 1,000,000,000"),
     ],
 )
 def test_data_that_cannot_be_made_is_one_clear_sentence(changes, message, server):
     keep = {"class_type": "SaveLatent", "inputs": {"samples": ["data", 0], "filename_prefix": "x"}}
-    result = server.run({**PROMPT, "data": teacher_data("refused", **changes), "keep": keep})
+    billion = {"class_type": "PrimitiveInt", "inputs": {"value": 10**9}}  # a link passes the widget's bounds by
+    result = server.run({**PROMPT, "billion": billion, "data": teacher_data("refused", **changes), "keep": keep})
     assert message in result.error and "\n" not in result.error
     assert not (server.output / "distill_data" / "refused").exists()

@@ -97,6 +97,10 @@ def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):  # noqa: F81
 
 
 def test_three_models_are_compared_on_one_page(server):  # noqa: F811
+    graph = json.loads((WORKFLOWS / "compare_digits.json").read_text("utf-8"))
+    of_type = {node["type"]: node for node in graph["nodes"]}
+    (named,) = (entry for entry in of_type["DistillReport"]["inputs"] if entry["name"] == "run_name")  # typed in one place alone
+    assert of_type["DistillTrainStep"]["outputs"][4] == {"name": "run_name", "type": "STRING", "links": [named["link"]]}
     run(WORKFLOWS / "compare_digits.json", server)
     (page,) = (server.output / "distill").glob("compare_digits_*.html")
     text = page.read_text("utf-8")
