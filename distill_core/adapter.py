@@ -26,6 +26,7 @@ from .storage import StoredTensor, read_header, write_tensors
 
 ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 """Layers a LoRA usually sits on: the projections of every attention."""
+_MAX_TARGETS, _MAX_TARGET_CHARS = 1000, 200
 NAME = "distill"
 """What peft knows the adapter by."""
 
@@ -285,6 +286,10 @@ def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:
     layers = [layer for layer, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if not layers:
         raise ValueError("this model has no layer a LoRA could sit on; load it in fp32, bf16, fp16 or fp8, not quantised")
+    if len(targets) > _MAX_TARGETS or any(len(pattern) > _MAX_TARGET_CHARS for pattern in targets):
+        raise ValueError(
+            f"lora_targets may be {_MAX_TARGETS:,} patterns of {_MAX_TARGET_CHARS} characters; use stars, as in '*.attn2.to_*'"
+        )
     for pattern in targets:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise ValueError(

@@ -9,12 +9,37 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from .layouts import find_unet, layout, split
+from .layouts import find_unet, kind, layout, split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
+_ENDS = ("conv_in", "conv_out", "norm_out", "time_embed.0", "time_embed.1")
+
+
+def _pairs(*layers: str) -> list[str]:
+    return [f"{layer}.{last}" for layer in layers for last in ("weight", "bias")]
+
+
+_PARAMETERS = {
+    "resnet": _pairs("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
+    "attn": _pairs("norm", "proj_in", "proj_out"),
+    "block": [
+        *_pairs("norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"),
+        *(f"{attention}.to_{part}.weight" for attention in ("attn1", "attn2") for part in "qkv"),
+    ],
+    "downsample": _pairs("conv"),
+    "upsample": _pairs("conv"),
+}
+"""What every block of a kind has; a resnet that changes the width has a ``conv_shortcut`` besides."""
+
+
+def _ranks(name: str) -> tuple[int, ...]:
+    """Numbers of dimensions a parameter may have."""
+    if name.endswith("bias") or "norm" in name:
+        return (1,)
+    return (4,) if "conv" in name else (2, 4)
 
 
 @dataclass(frozen=True)
@@ -124,6 +149,40 @@ class Architecture:
         side = stage.split(".")[0]
         others = self.stages({"down": "up", "up": "down"}[side])
         return others[-1 - self.stages(side).index(stage)]
+
+    def missing_parameters(self) -> list[str]:
+        """Parameters without which there is no such network: of the ends, and of every block that is there."""
+        required, blocks = set(_pairs(*_ENDS)), set(self.blocks)
+        # An attention stands behind its resnet, and a stage has a first one: by these the LDM layout counts.
+        blocks |= {block.replace(".attn.", ".resnet.") for block in self.modules if kind(block) == "attn"}
+        blocks |= {f"{stage}.resnet.0" for side in ("down", "up") for stage in self.stages(side)}
+        for block in blocks:
+            required |= {f"{block}.{name}" for name in _PARAMETERS.get("block" if ".block." in block else kind(block), ())}
+        return sorted(required - self.shapes.keys())
+
+    def check_whole(self) -> None:
+        """``ValueError`` unless the parameters make a working UNet, with shapes layers can have."""
+        if missing := self.missing_parameters():
+            raise ValueError(f"{missing[0]} is missing")
+        for name, shape in self.shapes.items():
+            if not all(shape) or len(shape) not in _ranks(name):
+                raise ValueError(f"{name} has shape {list(shape)[:8]}, which no UNet has")
+        for block in self.modules:
+            if (
+                kind(block) == "resnet"
+                and len({*self.channels(block)}) > 1
+                and f"{block}.conv_shortcut.weight" not in self.shapes
+            ):
+                raise ValueError(f"{block}.conv_shortcut.weight is missing")
+            if kind(block) == "attn" and self.channels(block)[1] % (self.head_channels or 8):
+                raise ValueError(f"{block} of {self.channels(block)[1]} channels has no whole number of heads")
+        stages = [*self.stages("down"), *self.stages("up")]
+        attentions = [block for block in self.modules if kind(block) == "attn"]
+        lists = ["down", "up", *(f"{stage}.resnet" for stage in stages), *(f"{attention}.block" for attention in attentions)]
+        for head in lists:
+            if (numbers := self.numbers(head)) != [*range(max(1, len(numbers)))]:
+                raise ValueError(f"{head}.{min({*range(len(numbers) + 1)} - {*numbers})} is missing")
+        self.check_wiring()
 
     def check_wiring(self) -> None:
         """Follow the channels through the network, skip connections included; ``ValueError`` names the block at fault."""

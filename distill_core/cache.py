@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from math import lcm, nan
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .dataset import Caption, Examples, tile
 from .denoiser import Label
-from .encoders import Encoders
+from .documents import MAX_LIST_BYTES, expect, numbers, read_json
+from .encoders import Encoders, warn_of_cut
 from .images import Picture, Size, best_size, crop, fit
 from .storage import StoredTensor, ignore, read_header, write_tensors, write_text
 
@@ -137,16 +138,39 @@ def _read_index(folder: Path) -> _Index:
     if not path.exists():
         raise ValueError(f"{folder} holds no finished cache; start the run that makes it again")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != _FORMAT:
-            raise ValueError(f"its format is {index['format']!r}")
-        least, largest = map(float, index.get("scales") or (nan, nan))  # which older caches do not tell
-        scales = (least, largest) if least <= largest else None
-        return _Index([Entry(*entry) for entry in index["examples"]], index["null"], index["timesteps"], scales)
-    except (ValueError, KeyError, TypeError) as error:
+        index = read_json(path, max_bytes=MAX_LIST_BYTES)
+        if index.get("format") != _FORMAT:
+            raise ValueError(f"its format is {index.get('format')!r}")
+        examples = [_entry(expect(entry, list, "an example")) for entry in expect(index.get("examples"), list, "examples")]
+        null, timesteps, scales = (index.get(name) for name in ("null", "timesteps", "scales"))
+        if null is not None:
+            expect(null, str, "null")
+        if timesteps is not None:
+            _below_2_31(timesteps, "timesteps")
+        if scales is not None and (len(numbers(scales, "scales")) != 2 or not scales[0] <= scales[1]):
+            raise ValueError("scales must be the least and the largest")
+        return _Index(examples, null, timesteps, scales and tuple(map(float, scales)))
+    except ValueError as error:
         raise ValueError(
             f"{path} is not the index of a cache, or is damaged; choose another folder, or delete that file"
         ) from error
+
+
+def _entry(parts: list) -> Entry:
+    """An example as the index has it: two keys, and six sizes or nothing."""
+    if len(parts) not in (2, 3) or not all(isinstance(key, str) for key in parts[:2]):
+        raise ValueError("an example must name a latent and a text")
+    entry = Entry(*parts)
+    if entry.sizes is not None and len(_below_2_31(entry.sizes, "sizes")) != 6:
+        raise ValueError("an example has six sizes")
+    return entry
+
+
+def _below_2_31(value: Any, where: str) -> list[int]:
+    """A list of whole numbers, as pixels and timesteps are."""
+    if not all(0 <= number < 2**31 for number in numbers(value, where, (int,))):
+        raise ValueError(f"{where} are out of range")
+    return value
 
 
 class CachedDataset:
@@ -217,11 +241,17 @@ def _check(
         raise ValueError(f"{folder} holds no examples; a dataset needs at least one")
     if missing := ({entry.latent for entry in entries} | texts | scales) - stored.keys():
         raise ValueError(f"{folder} lacks {len(missing)} latents or embeddings; start the run again, which makes them anew")
+    for what, names, rank in (("latent", {entry.latent for entry in entries}, 3), ("embedding", texts, 2)):
+        if odd := [name for name in names if len(stored[name].shape) != rank or not all(stored[name].shape)]:
+            raise ValueError(
+                f"{folder} has a {what} of shape {list(stored[odd[0]].shape)}, which is none; make it anew in another folder"
+            )
     states = (stored.get(f"{entry.latent}.states") for entry in entries)
     for what, found in {
         "width of embeddings": {stored[text].shape[1] for text in texts},
-        "kind of embeddings, SDXL's and others": {f"{text}.pooled" in stored for text in texts},
-        "number of states": {tensor and tensor.shape[0] for tensor in states} | {timesteps and len(timesteps)},
+        "kind of embeddings, SDXL's and others": {getattr(stored.get(f"{text}.pooled"), "shape", None) for text in texts},
+        "number of states": {tensor and tensor.shape[:1] for tensor in states}
+        | {None if timesteps is None else (len(timesteps),)},
     }.items():
         if len(found) > 1:
             raise ValueError(f"the examples of {folder} do not agree in their {what}; make them anew in another folder")
@@ -395,6 +425,8 @@ def encode(
             texts.add(name, caption)
         return name
 
+    captions = {picture.caption for picture in pictures}
+    warn_of_cut([text for text in captions if not writer.has(text_key(text, encoders.fingerprint, dtype))], encoders)
     texts = _Queue(batch_size, encode_texts)
     queues = {size: _Queue(batch_size, partial(encode_pictures, size)) for size in sizes}
     entries, null, num_enlarged = [], named(""), 0

@@ -14,7 +14,8 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
-from .storage import read_header, write_text
+from .documents import read_json
+from .storage import clear_abandoned, read_header, write_text
 
 log = logging.getLogger("distill")
 
@@ -102,10 +103,7 @@ def check(checkpoint: Path) -> None:
     file = checkpoint / CHECKSUMS
     if not file.is_file():
         return
-    try:
-        checksums = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise ValueError(f"{CHECKSUMS} is damaged") from error
+    checksums = read_json(file)
     for name in (result_of(checkpoint).name, TRAINING):
         if _crc32(checkpoint / name) != checksums.get(name):
             raise ValueError(f"{name} has changed since it was written")
@@ -115,7 +113,12 @@ def check(checkpoint: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Set aside what is damaged, newest first, until a checkpoint is sound, so that the run goes on from that one."""
+    """Set aside what is damaged, newest first, until a checkpoint is sound, so that the run goes on from that one.
+
+    What a killed write left is removed. Call it while the folder is locked.
+    """
+    clear_abandoned(folder)
+    clear_abandoned(own_folder(folder / "checkpoints"))
     for path in reversed(_named(folder)):
         reason = _damage(path)
         if reason is None:

@@ -240,6 +240,7 @@ def _distinct_names(files: Sequence[Path]) -> list[str]:
 
 def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
     """The plan of --preset, or of --plan: a file, or the text itself; with the blocks of --keep."""
+    from .documents import read_text
     from .plan import preset
     from .plan_text import read_plan
 
@@ -247,7 +248,7 @@ def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
         return preset(arguments.preset).with_keep(dict(arguments.keep)) if arguments.keep else preset(arguments.preset)
     if arguments.keep:
         raise ValueError("--keep changes a preset; write the transformer blocks into the plan instead")
-    text = arguments.plan if arguments.plan.startswith(("keep ", "{")) else _read(Path(arguments.plan))
+    text = arguments.plan if arguments.plan.startswith(("keep ", "{")) else read_text(Path(arguments.plan))
     return read_plan(text, teacher)
 
 
@@ -291,13 +292,6 @@ def quickstart(arguments: argparse.Namespace) -> None:
         f"Next: distill inspect {arguments.out / 'student.safetensors'}, or prune a model of your own: "
         "distill prune YOUR_SD15.safetensors small.safetensors --preset bk-sdm-small"
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _how_to_go_on(argv: Sequence[str] | None) -> str:

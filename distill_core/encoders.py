@@ -5,7 +5,9 @@ Pixels are (B, 3, H, W) in [-1, 1]; latents are (B, C, h, w), scaled as the UNet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .dataset import Caption
 from .demo import digits
+from .documents import one_line
 from .storage import StoredTensor, fingerprint, read_header
 
 if TYPE_CHECKING:
@@ -22,8 +25,16 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
+log = logging.getLogger("distill")
+
+_CAPTIONS_AT_ONCE = 1000
+
+
 class TextEncoders(Protocol):
-    """The frozen networks that read captions for a UNet."""
+    """The frozen networks that read captions for a UNet.
+
+    Those that cut long captions tell ``max_tokens``, and ``num_tokens`` of captions, for `warn_of_cut`.
+    """
 
     fingerprint: str
     """Tells these encoders from others."""
@@ -45,12 +56,31 @@ class Encoders(TextEncoders, Protocol):
         ...
 
 
+def warn_of_cut(captions: Collection[str], encoders: TextEncoders) -> None:
+    """Warn once, with their number, of captions that are longer than encoders read; some read any length."""
+    if not hasattr(encoders, "num_tokens"):
+        return
+    if num_cut := sum(number > encoders.max_tokens for number in encoders.num_tokens(captions)):
+        log.warning(
+            "%d of %d captions are longer than the text encoder's %d tokens and are cut there; shorten them, or put first what matters",
+            num_cut,
+            len(captions),
+            encoders.max_tokens,
+        )
+
+
 class DigitsEncoders:
     """The demo's, for pictures of 64 x 64 pixels."""
 
     def __init__(self):
         self.text, self.autoencoder = digits.DigitsTextEncoder.bundled(), digits.DigitsAutoencoder()
         self.fingerprint = fingerprint(self.text.state_dict())
+
+    max_tokens = digits.NUM_TOKENS
+
+    def num_tokens(self, captions: Collection[str]) -> Iterator[int]:
+        """Words of each caption."""
+        return (len(digits.token_ids(caption)) for caption in captions)
 
     def latents(self, pixels: Tensor) -> Tensor:
         return self.autoencoder.encode(pixels)
@@ -141,10 +171,27 @@ class DiffusersEncoders:
         contexts = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return [Caption(*pair) for pair in zip(contexts, outputs[-1].text_embeds, strict=True)]
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a caption that are read, its two ends included."""
+        return min(_length(*pair) for pair in zip(self.tokenizers, self.text_encoders, strict=True))
+
+    def num_tokens(self, captions: Collection[str]) -> Iterator[int]:
+        """Tokens of each caption, its two ends included."""
+        captions = iter(captions)
+        while part := list(itertools.islice(captions, _CAPTIONS_AT_ONCE)):
+            yield from map(
+                max, *(map(len, tokenizer(part, verbose=False).input_ids) for tokenizer in self.tokenizers), itertools.repeat(0)
+            )
+
     def _read(self, tokenizer: CLIPTokenizer, text_encoder: Any, captions: list[str]) -> Any:
-        length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        length = _length(tokenizer, text_encoder)
         tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+
+
+def _length(tokenizer: CLIPTokenizer, text_encoder: Any) -> int:
+    return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
 
 def _load(kind: Any, folder: Path) -> tuple[Any, dict[str, StoredTensor]]:
@@ -159,21 +206,17 @@ def _load(kind: Any, folder: Path) -> tuple[Any, dict[str, StoredTensor]]:
     try:
         model, info = kind.from_pretrained(folder, variant=variant, **options)
     except Exception as error:  # the libraries have errors of their own for each thing that can be wrong
-        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}); get it again") from error
+        raise ValueError(f"{folder} cannot be opened ({one_line(error)}); download it again") from error
     if missing := info["missing_keys"]:
-        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {min(missing)}; get it again")
+        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {min(missing)}; download it again")
     return model.eval().requires_grad_(False), weights
 
 
 def _tokenizer(kind: Any, folder: Path) -> CLIPTokenizer:
     if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
         # transformers would make a tokenizer that knows no words
-        raise ValueError(f"{folder} holds no vocab.json; get it again")
+        raise ValueError(f"{folder} holds no vocab.json; download it again")
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}); get it again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder} cannot be opened ({one_line(error)}); download it again") from error

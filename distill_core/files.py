@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
+from .documents import MAX_LIST_BYTES, one_line, read_json
 from .layouts import find_unet, layout, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, ModelSampling, is_marker, read_sampling
 from .plan import PruningPlan
@@ -131,7 +132,7 @@ def open_unet(path: Path | str) -> UNetFile:
     if folder is not None:
         config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
         scheduler_file = folder.parent / "scheduler" / "scheduler_config.json"
-        scheduler = _read_json(scheduler_file) if scheduler_file.exists() else {}
+        scheduler = read_json(scheduler_file) if scheduler_file.exists() else {}
     if path.is_dir():
         path, header = _read_folder(folder)
     else:
@@ -167,6 +168,7 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
     canonical = layout(spelling).to_canonical(found)
     tensors = {canonical[name]: tensor for name, tensor in found.items()}
     architecture = Architecture.from_state_dict(found, _head_channels(header.metadata, config))
+    _check_whole(architecture, spelling)
     sign = None
     if architecture.family == "sd2" and architecture.channels("conv_in")[0] == 4:  # SD2 for inpainting predicts noise
         sign = tensors.get(SD2_V_SIGN) if SD2_V_SIGN_LDM in found or written_sign is None else written_sign
@@ -185,6 +187,18 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
     )
 
 
+def _check_whole(architecture: Architecture, spelling: str) -> None:
+    """``ValueError`` unless the UNet is whole; what is missing is named as the file would name it."""
+    if missing := architecture.missing_parameters():
+        name = layout(spelling).from_canonical([*architecture.shapes, *missing])[missing[0]]
+        more = f", and {len(missing) - 1} more parameters" if missing[1:] else ""
+        raise ValueError(f"the UNet is not whole: {name} is missing{more}; download it again")
+    try:
+        architecture.check_whole()
+    except ValueError as error:
+        raise ValueError(f"the UNet is not whole: {error}; download it again") from error
+
+
 def _read_folder(folder: Path) -> tuple[Path, Header]:
     """The weights of a diffusers folder, whole or in shards; a variant such as fp16 where there is no other."""
     stem = _WEIGHTS.removesuffix(".safetensors")
@@ -198,7 +212,7 @@ def _read_folder(folder: Path) -> tuple[Path, Header]:
 
 def _read_shards(index: Path) -> Header:
     """All tensors an index names, each from its shard."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index, max_bytes=MAX_LIST_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} names no shards; download it again")
     headers = {str(shard): read_header(index.parent / Path(str(shard)).name) for shard in weight_map.values()}
@@ -227,7 +241,7 @@ def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _read_config(path: Path) -> dict:
-    config = _read_json(path)
+    config = read_json(path)
     widths, heads = config.get("block_out_channels"), config.get("num_attention_heads") or config.get("attention_head_dim") or 8
     numbers = [widths, heads if isinstance(heads, list) else [heads]]
     if not all(isinstance(row, list) and row and all(type(n) is int and n > 0 for n in row) for row in numbers):
@@ -237,24 +251,14 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not what its name says; get it again")
-    return content
-
-
 def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
     """Channels of a head from our own metadata, or from a diffusers config; None where neither says or all have eight heads.
 
     diffusers' ``attention_head_dim`` is, despite its name, the number of heads of each stage.
     """
     if "distill.head_channels" in metadata:
-        if not (text := metadata["distill.head_channels"]).isdecimal() or int(text) == 0:
-            raise ValueError(f"its metadata tell of attention heads of {text!r} channels; prune the teacher again")
+        if not re.fullmatch("[1-9][0-9]{0,5}", text := metadata["distill.head_channels"]):
+            raise ValueError(f"its metadata tell of attention heads of {one_line(text)!r} channels; prune the teacher again")
         return int(text)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
     if heads is None:

@@ -7,15 +7,13 @@ shape, and what sticks out is cut off evenly.
 from __future__ import annotations
 
 import contextlib
-import csv
 import difflib
 import hashlib
 import io
-import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,11 +23,23 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .documents import json_lines, one_line, read_bytes, read_csv, read_text
+
 log = logging.getLogger("distill")
 
 Size = tuple[int, int]
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+MAX_PIXELS = 1 << 26
+"""Of a picture, 8192 x 8192: decoded, turned and flattened it takes one to two gibibytes. Any camera of 60 megapixels stays below."""
+MAX_PICTURE_BYTES = 512 << 20
+"""Of a stored picture: what so many pixels take uncompressed, 64 bits each."""
 _CAPTION_COLUMNS = ("text", "caption")
+_LISTS = {"metadata.csv": read_csv, "metadata.jsonl": json_lines}
+_CAPTION_SUFFIXES = (".caption", ".csv", ".json", ".jsonl", ".txt")
+_MAX_SIZES_CHARS = 1000
+_REPEATS = re.compile(r"[0-9]{1,3}_")
+"""How a folder begins in kohya's trainer that is to be seen so many times."""
 _SIDE_STEP_PX = 8  # one latent pixel of every Stable Diffusion autoencoder
 
 
@@ -67,14 +77,20 @@ class Picture:
             return _rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
 
     def _stored(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.read()))
+        """The picture, not decoded yet. No other format is tried: that of EPS runs Ghostscript, others unpack without end."""
+        image = Image.open(io.BytesIO(self.read()), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        return image
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
         try:
             yield
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{self.name} has more than {MAX_PIXELS:,} pixels; make it smaller first, or take it out") from error
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+            reason = "it is no BMP, JPEG, PNG or WebP" if isinstance(error, UnidentifiedImageError) else one_line(error)
             raise ValueError(f"{self.name} cannot be read as a picture ({reason}); replace it or take it out") from error
 
 
@@ -113,12 +129,42 @@ def folder(path: Path | str) -> list[Picture]:
         log.warning("the metadata of %s tell of %d pictures that are not there, such as %s", path, len(lost), min(lost))
     captions = [_caption_beside(path / name, listed.get(name)) for name in names]
     _warn_of_missing(captions, path)
-    return [Picture(str(path / n), c or "", (path / n).read_bytes) for n, c in zip(names, captions, strict=True)]
+    _warn_of_unused(path, names)
+    return [
+        Picture(str(path / name), caption or "", partial(read_bytes, path / name, MAX_PICTURE_BYTES))
+        for name, caption in zip(names, captions, strict=True)
+    ]
 
 
 def _caption_beside(file: Path, otherwise: str | None) -> str | None:
     beside = file.with_suffix(".txt")
-    return _read_text(beside).strip() if beside.exists() else otherwise
+    return read_text(beside).strip() if beside.exists() else otherwise
+
+
+def _warn_of_unused(folder: Path, names: Sequence[str]) -> None:
+    """Say in one warning which files are there that other trainers read, and this one does not."""
+    stems = {Path(name).with_suffix("").as_posix() for name in names}
+    used = {f"{stem}.txt" for stem in stems} | {name for name in _LISTS}
+    others = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in _CAPTION_SUFFIXES)
+    unused = sorted(name.as_posix() for name in others if name.as_posix() not in used and _is_caption(name, stems))
+    repeats = sorted({part for name in names for part in Path(name).parts[:-1] if _REPEATS.match(part)})
+    parts = [f"{len(unused)} files with captions are not read, such as {unused[0]}"] if unused else []
+    parts += [f"repeats are not applied, as in {repeats[0]}"] if repeats else []
+    if parts:
+        log.warning(
+            "in %s %s; captions are read from .txt files named as the pictures, or from metadata.csv or .jsonl at the top",
+            folder,
+            "; ".join(parts),
+        )
+
+
+def _is_caption(name: Path, stems: Collection[str]) -> bool:
+    """Whether a file lists captions, or is named after a picture: ``cat.caption``, ``cat.caption.txt``, ``cat.png.txt``."""
+    stem = name.with_suffix("")
+    while stem.suffix and stem.as_posix() not in stems:
+        stem = stem.with_suffix("")
+    hidden = any(part.startswith(".") for part in name.parts)
+    return not hidden and (name.name in _LISTS or stem.as_posix() in stems)
 
 
 def _warn_of_missing(captions: Sequence[str | None], where: Path) -> None:
@@ -129,39 +175,17 @@ def _warn_of_missing(captions: Sequence[str | None], where: Path) -> None:
 def _listed_captions(folder: Path) -> dict[str, str | None]:
     """Captions by file name from the metadata at the top of a folder."""
     captions: dict[str, str | None] = {}
-    for file, parse in ((folder / "metadata.csv", _csv_rows), (folder / "metadata.jsonl", _jsonl_rows)):
-        for number, row in enumerate(parse(file) if file.exists() else (), 1):
+    for name, read in _LISTS.items():
+        file = folder / name
+        for number, row in enumerate(read(file) if file.exists() else (), 1):
             column = next((column for column in _CAPTION_COLUMNS if column in row), None)
             if not isinstance(row.get("file_name"), str) or column is None:
                 raise ValueError(
-                    f"{file}: entry {number} must have file_name and text or caption, got {', '.join(map(str, row)) or 'nothing'}"
+                    f"{file}: entry {number} must have file_name and text or caption, got {one_line(', '.join(row)) or 'nothing'}"
                 )
             name = PurePosixPath(row["file_name"].replace("\\", "/")).as_posix()
             captions[name] = row[column].strip() if isinstance(row[column], str) else None
     return captions
-
-
-def _csv_rows(file: Path) -> Iterable[Mapping[str, Any]]:
-    return csv.DictReader(io.StringIO(_read_text(file), newline=""))
-
-
-def _jsonl_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(_read_text(file).splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}: line {number} is not JSON ({error}); write one object a line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}: line {number} is not an object; write one object a line")
-            yield row
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8; save it as UTF-8") from error
 
 
 def hugging_face(
@@ -184,8 +208,7 @@ def hugging_face(
         with _offline(datasets.config):
             loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as error:  # the library has errors of its own for each kind of file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a data set ({reason}); download it again") from error
+        raise ValueError(f"{path} cannot be read as a data set ({one_line(error)}); download it again") from error
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
     if split not in splits:
         raise ValueError(f"{path} has no split {split!r}; choose from {sorted(splits)}")
@@ -206,7 +229,9 @@ def hugging_face(
 
 def _stored_bytes(images: Any, number: int, column: str) -> bytes:
     stored = images[number][column] or {"bytes": b"", "path": None}
-    return stored["bytes"] if stored["path"] is None or stored["bytes"] else Path(stored["path"]).read_bytes()
+    if stored["path"] is None or stored["bytes"]:
+        return stored["bytes"]
+    return read_bytes(Path(stored["path"]), MAX_PICTURE_BYTES)
 
 
 @contextlib.contextmanager
@@ -255,13 +280,15 @@ def sizes(text: str) -> list[Size]:
     """Sizes by name, a key of `RESOLUTIONS`, or written out: ``640``, or height x width as in ``768x512,512x768``."""
     if text in RESOLUTIONS:
         return RESOLUTIONS[text]
-    parts = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part.strip()) for part in text.split(",")]
-    if None in parts:
+    parts = [
+        re.fullmatch(r"([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,8}))?", part.strip()) for part in text[:_MAX_SIZES_CHARS].split(",")
+    ]
+    if None in parts or len(text) > _MAX_SIZES_CHARS:
         near = difflib.get_close_matches(text, RESOLUTIONS, cutoff=0.4) or list(RESOLUTIONS)
-        raise ValueError(f"unknown sizes {text!r}; choose from {near}, or write height x width as in 768x512,512x768")
+        raise ValueError(f"unknown sizes {one_line(text)!r}; choose from {near}, or write height x width as in 768x512,512x768")
     found = [(int(part[1]), int(part[2] or part[1])) for part in parts]
     if odd := [side for size in found for side in size if side % _SIDE_STEP_PX]:
-        raise ValueError(f"sizes {text!r} must have sides that are multiples of {_SIDE_STEP_PX}, got {odd[0]}")
+        raise ValueError(f"sizes {one_line(text)!r} must have sides that are multiples of {_SIDE_STEP_PX}, got {odd[0]}")
     return found
 
 

@@ -37,7 +37,8 @@ from .architecture import Architecture
 from .cache import CachedDataset, encode
 from .dataset import Dataset, largest_example, num_examples
 from .denoiser import Denoiser, DiffusersDenoiser, check_trainable
-from .encoders import DiffusersEncoders, DigitsEncoders, Encoders
+from .documents import MAX_LIST_BYTES, lines, read_text, read_toml
+from .encoders import DiffusersEncoders, DigitsEncoders, Encoders, warn_of_cut
 from .files import UNetFile, open_unet
 from .images import folder, hugging_face, sizes
 from .memory import Forecast, MemorySettings, forecast
@@ -61,7 +62,6 @@ from .recipe import (
     check_range,
     check_settings,
     from_mapping,
-    read_toml,
 )
 from .run import Run
 from .storage import fingerprint
@@ -404,7 +404,7 @@ class Prepared:
         if text in preset_names():
             return preset(text)
         words = text.startswith(("keep ", "{"))
-        return read_plan(text if words else _text(self.job.path(text)), teacher.architecture)
+        return read_plan(text if words else read_text(self.job.path(text)), teacher.architecture)
 
     def _largest(self, teacher: UNetFile) -> PruningPlan:
         """The plan that leaves the largest student."""
@@ -524,7 +524,7 @@ class Prepared:
             partial(self.teacher, self.teacher_settings[0], file),
             fingerprint(file.tensors),
             self.encoders,
-            _text(self.job.path(data.prompts)).splitlines(),
+            lines(read_text(self.job.path(data.prompts), MAX_LIST_BYTES)),
             making,
             cache,
             schedule=file.sampling.schedule,
@@ -539,6 +539,7 @@ class Prepared:
             return None
         if not samples.prompts:
             raise ValueError("[samples]: prompts is missing, but sample_every_steps asks for pictures")
+        warn_of_cut(samples.prompts, self.encoders)
         *captions, null = self.encoders.captions([*samples.prompts, ""])
         height, width = sizes(samples.resolution)[0]
         channels = self.teacher_files[0].architecture.channels("conv_in")[0]
@@ -591,10 +592,3 @@ def _open(job: Job, name: str) -> UNetFile:
 
         return teacher_file()
     return open_unet(job.path(name))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error

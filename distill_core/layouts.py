@@ -60,6 +60,9 @@ _MODULE = re.compile(
 )
 
 
+_MAX_PARTS = 24
+
+
 class UnknownParameter(ValueError):
     """A parameter name that no UNet of the Stable Diffusion family has."""
 
@@ -97,8 +100,8 @@ def kind(module: str) -> str:
 
 
 def heads(name: str) -> list[str]:
-    """Heads of a dotted name, longest first: ``a.b.c``, ``a.b``, ``a``."""
-    parts = name.split(".")
+    """Heads of a dotted name, longest first: ``a.b.c``, ``a.b``, ``a``; no longer than any network's names are."""
+    parts = name.split(".", _MAX_PARTS)[:_MAX_PARTS]
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 

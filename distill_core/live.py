@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import read_toml
+from .documents import read_toml
 from .run import METRICS, RECIPE, read_metrics
 
 if TYPE_CHECKING:

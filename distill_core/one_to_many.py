@@ -23,6 +23,7 @@ from typing import NamedTuple
 from .checkpoints import checkpoints_in, own_folder
 from .dataset import Dataset
 from .denoiser import Denoiser
+from .documents import numbers, read_json
 from .evaluate import output_error
 from .files import open_unet, save_unet
 from .locks import locked
@@ -209,7 +210,10 @@ class OneToMany:
         if not self.settings.measured:
             return self.settings.ranges(self.schedule)
         path = self.folder / "ranges.json"
-        return TimestepRanges(tuple(_read(path)["boundaries"]), self.schedule.num_timesteps) if path.exists() else None
+        if not path.exists():
+            return None
+        boundaries = numbers(read_json(path).get("boundaries"), f"boundaries of {path}")
+        return TimestepRanges(tuple(boundaries), self.schedule.num_timesteps)
 
     @property
     def heaviest_recipe(self) -> Recipe:
@@ -341,7 +345,7 @@ class OneToMany:
         path, file = self.folder / "ranges.json", open_unet(self._result("joint"))
         joint = fingerprint(file.tensors)
         with self.processes.main_first():
-            if not self.processes.main or (path.exists() and _read(path).get("joint") == joint):
+            if not self.processes.main or (path.exists() and read_json(path).get("joint") == joint):
                 return
             student = self.starts[0].make()
             student.load_state_dict(file.state_dict)
@@ -396,10 +400,6 @@ def _steps_in(folder: Path) -> int:
     """Steps the folder of a run has kept."""
     checkpoints = checkpoints_in(folder)
     return int(checkpoints[-1].name) if checkpoints else 0
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _spelt(plan: PruningPlan | None) -> str:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from .architecture import Architecture, nodes
+from .documents import expect, parse_json, read_text
 from .layouts import heads, kind
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
 EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
+MAX_PATTERNS, MAX_PATTERN_CHARS, MAX_NAME_CHARS = 500, 100, 2000
+"""Of a plan: several times what names every block of SDXL."""
+_MAX_SKIPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,14 @@ class PruningPlan:
     """What the source leaves open, what is taken here, and why. Another choice is `with_keep`."""
 
     def __post_init__(self):
+        if len(self.name) > MAX_NAME_CHARS:
+            raise ValueError(f"the name of a plan may have {MAX_NAME_CHARS:,} characters, got {len(self.name):,}; shorten it")
+        patterns = [*self.remove, *self.keep]
+        if len(patterns) > MAX_PATTERNS or any(len(str(pattern)) > MAX_PATTERN_CHARS for pattern in patterns):
+            raise ValueError(
+                f"plan {self.name[:60]!r} is too long: it may have {MAX_PATTERNS:,} patterns of {MAX_PATTERN_CHARS} characters; "
+                "use stars, as in 'down.*.attn.1'"
+            )
         if not (self.remove or self.keep) or not all(isinstance(pattern, str) for pattern in self.remove):
             raise ValueError(
                 f"plan {self.name!r}: 'remove' must be a list of block names, and name at least one unless 'keep' does"
@@ -63,13 +75,17 @@ class PruningPlan:
     def from_json(cls, text: str, example: str = EXAMPLE) -> PruningPlan:
         """Read a plan; ``ValueError`` says what is wrong with it, and shows an example. It may leave its name out."""
         try:
-            fields = {"name": "a plan of your own"} | json.loads(text)
-            if not isinstance(fields["name"], str) or not isinstance(fields.get("remove", []), list):
-                raise TypeError("'name' must be text and 'remove' a list")
-            keep = {attention: tuple(blocks) for attention, blocks in fields.get("keep", {}).items()}
-            return cls(**fields | {"remove": tuple(fields.get("remove", ())), "keep": keep})
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            fields = {"name": "a plan of your own", "remove": [], "keep": {}} | parse_json(text, "the text")
+            for name in ("name", "title", "source", "choice"):
+                expect(fields.setdefault(name, ""), str, f"'{name}'")
+            remove, keep = expect(fields["remove"], list, "'remove'"), expect(fields["keep"], dict, "'keep'")
+            kept = {attention: tuple(expect(blocks, list, f"'keep' of {attention!r}")) for attention, blocks in keep.items()}
+            fields |= {"remove": tuple(remove), "keep": kept}
+            if unknown := fields.keys() - cls.__dataclass_fields__.keys():
+                raise ValueError(f"{min(unknown)!r} is no part of a plan")
+        except ValueError as error:
             raise ValueError(f"not a pruning plan: {error}; a plan looks like {example}") from error
+        return cls(**fields)
 
     def to_json(self) -> str:
         """The plan itself, without what a preset tells about it."""
@@ -116,7 +132,7 @@ def preset(name: str) -> PruningPlan:
     """Look a published plan up by name; ``ValueError`` lists the choices."""
     if not re.fullmatch(r"[\w-]+", name) or not (path := PRESETS / f"{name}.json").exists():
         raise ValueError(f"unknown preset {name!r}; choose from {preset_names()}")
-    return PruningPlan.from_json(path.read_text(encoding="utf-8"))
+    return PruningPlan.from_json(read_text(path))
 
 
 @dataclass(frozen=True)
@@ -190,13 +206,17 @@ class KeptSkips:
     def from_text(cls, text: str) -> KeptSkips:
         """``ValueError`` if the text is not one `to_text` wrote."""
         try:
-            fields = json.loads(text)
-            skips = cls(int(fields["teacher"]), tuple(map(int, fields["kept"])), bool(fields["mid"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the note of skip connections is damaged ({error!r}); prune the teacher again") from error
-        if not set(skips.kept) <= set(range(skips.num_teacher)):
-            raise ValueError("the note of skip connections names some the teacher does not have; prune the teacher again")
-        return skips
+            fields = parse_json(text, "it")
+            number, kept = expect(fields.get("teacher"), int, "'teacher'"), expect(fields.get("kept"), list, "'kept'")
+            mid = expect(fields.get("mid"), bool, "'mid'")
+            ascending = [-1, *(expect(one, int, "an entry of 'kept'") for one in kept), number]
+            if number > _MAX_SKIPS:
+                raise ValueError(f"no UNet has {number:,} skip connections")
+            if any(low >= high for low, high in zip(ascending, ascending[1:], strict=False)):
+                raise ValueError("it names some the teacher does not have, or not in ascending order")
+        except ValueError as error:
+            raise ValueError(f"the note of skip connections is damaged ({error}); prune the teacher again") from error
+        return cls(number, tuple(kept), mid)
 
 
 def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
@@ -273,7 +293,8 @@ def _matching(pattern: str, teacher: Architecture, plan_name: str) -> set[str]:
     """Blocks a pattern removes: those it matches, and all inside them."""
     stages = teacher.numbers("down")
     pattern = pattern.replace("down.inner", f"down.{stages[-1]}").replace("up.inner", "up.0")
-    expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    # Every row of stars is one: several beside each other match the same in more ways than can be tried.
+    expression = re.compile(re.sub(r"(?:\\\*)+", "[^.]+", re.escape(pattern)))
     found = {block for block in teacher.blocks if any(expression.fullmatch(node) for node in nodes(block))}
     if not found:
         raise ValueError(

@@ -18,11 +18,12 @@ from __future__ import annotations
 import re
 
 from .architecture import Architecture
-from .plan import PruningPlan, example_plan, name_map, preset, preset_names
+from .documents import one_line
+from .plan import MAX_NAME_CHARS, PruningPlan, example_plan, name_map, preset, preset_names
 
-_NUMBERS = r"(?:\d+|\[\d+(?:,\d+)*\])"
+_NUMBERS = r"(?:[0-9]{1,4}|\[[0-9]{1,4}(?:,[0-9]{1,4})*\])"
 _STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
-_SPLIT = re.compile(r",(?![^\[]*\])")  # at commas outside brackets
+_ENTRY = re.compile(r"(?:\[[^\[\]]*\]|[^,])*")  # up to a comma outside brackets
 EXAMPLE = "keep down 1,1,1,1 mid none up 2,2,2,2"
 
 
@@ -61,7 +62,11 @@ class _Reader:
         self.keep: dict[str, tuple[int, ...]] = {}
 
     def plan(self) -> PruningPlan:
-        words = re.sub(r"\s*([,+:])\s*", r"\1", self.text).split()
+        if len(self.text) > MAX_NAME_CHARS:
+            raise ValueError(
+                f"a plan in one line may have {MAX_NAME_CHARS:,} characters, got {len(self.text):,}; write it as JSON"
+            )
+        words = re.sub(r" ?([,+:]) ?", r"\1", " ".join(self.text.split())).split()
         words = words[1:] if words[:1] == ["keep"] else words
         if len(words) % 2 or not set(words[::2]) <= {"down", "mid", "up"} or len(set(words[::2])) * 2 != len(words):
             raise self.error("it is no preset, no JSON, and not of the form 'keep down ... mid ... up ...'")
@@ -69,14 +74,16 @@ class _Reader:
             if side == "mid":
                 self.read_mid(entry)
             else:
-                self.read_side(side, _SPLIT.split(entry))
+                self.read_side(side, _entries(entry))
         if not self.remove and not self.keep:
             raise self.error("it keeps everything")
         return PruningPlan(name=self.text, remove=tuple(self.remove), keep=self.keep)
 
     def error(self, reason: str) -> ValueError:
         example = write_plan(example_plan(self.teacher), self.teacher)
-        return ValueError(f"cannot read the plan {self.text!r}: {reason}; an example for this UNet is {example!r}")
+        return ValueError(
+            f"cannot read the plan {one_line(self.text)!r}: {one_line(reason)}; an example for this UNet is {example!r}"
+        )
 
     def read_side(self, side: str, entries: list[str]) -> None:
         stages = self.teacher.stages(side)
@@ -132,6 +139,15 @@ class _Reader:
         if (number := int(entry)) > len(there):
             raise self.error(f"it keeps {number} {what} of {len(there)}")
         return _first(number, there, last)
+
+
+def _entries(text: str) -> list[str]:
+    """The parts between commas outside brackets."""
+    entries, start = [], 0
+    while start <= len(text):
+        entries.append(_ENTRY.match(text, start)[0])
+        start += len(entries[-1]) + 1
+    return entries
 
 
 def _first(number: int, there: list[int], last: bool) -> list[int]:

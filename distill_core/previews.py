@@ -56,7 +56,7 @@ class Previews:
         }
         if write:
             with atomic(path, overwrite=True) as made:
-                plots.picture_rows(rows).save(made)
+                plots.picture_rows(rows).save(made, format="png")
             self.latest = path
 
     def _pictures(self, denoiser: Denoiser, guidance: float) -> Tensor:

@@ -15,10 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .documents import one_line
 from .schedule import NoiseSchedule
 
 MOST_RANGES = 100
 """Each has a student of its own, which has to be trained, and held in memory."""
+_MAX_CHARS = 10_000
+"""Of boundaries in words: one at every timestep of a thousand."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ def read_boundaries(text: str) -> list[Boundary]:
 
     ``ValueError`` for what is no number.
     """
+    if len(text) > _MAX_CHARS:
+        raise ValueError(f"boundaries may have {_MAX_CHARS:,} characters, got {len(text):,}; give fewer")
     words = text.strip()
     unit = "sigma" if words.startswith("sigma") else "timestep"
     boundaries, parts = [], words.removeprefix("sigma").replace(",", " ").split()
@@ -171,7 +176,9 @@ def read_boundaries(text: str) -> list[Boundary]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(f"boundaries must be numbers such as '500, 250', '50%, 75%' or 'sigma 4.5, 1.2', got {text!r}")
+            raise ValueError(
+                f"boundaries must be numbers such as '500, 250', '50%, 75%' or 'sigma 4.5, 1.2', got {one_line(text)!r}"
+            )
         boundaries.append(Boundary(value, "percent" if word.endswith("%") else unit))
     return boundaries
 
@@ -188,4 +195,4 @@ def _check_number(num_boundaries: int) -> None:
 
 
 def _words(boundaries: Sequence[float]) -> str:
-    return ", ".join(f"{boundary:g}" for boundary in boundaries)
+    return one_line(", ".join(f"{boundary:g}" for boundary in boundaries))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar, Union, get_type_hints
 
 import torch
 
 from .dataset import TIMESTEPS, Drawing
+from .documents import one_line
 from .objective import OBJECTIVES, UNWEIGHTED, WEIGHTINGS, Objective
 from .optim import OPTIMIZERS
 
@@ -302,9 +301,9 @@ def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> 
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
             meant = f"did you mean {nearest[0]!r}?" if nearest else f"the settings are {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: there is no setting {name!r}; {meant}")
+            raise ValueError(f"{where}: there is no setting {one_line(name)!r}; {meant}")
         if not _fits(value, hints[name]):
-            raise ValueError(f"{where}: {name} must be {_words(hints[name])}, got {value!r}")
+            raise ValueError(f"{where}: {name} must be {_words(hints[name])}, got {one_line(repr(value))}")
     for name, field in known.items():
         if name not in table and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{where}: {name} is missing")
@@ -338,21 +337,6 @@ def _words(hint: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file; ``ValueError`` in one sentence if it cannot be read."""
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        written = path.read_bytes()
-        # Windows PowerShell writes "distill recipes NAME > FILE" in UTF-16.
-        encoding = "utf-16" if written.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        return tomllib.loads(written.decode(encoding))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def to_toml(table: Mapping[str, Any]) -> str:

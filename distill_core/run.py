@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .checkpoints import TRAINING, checkpoints_in, drop, own_folder, result_of, settle, write_checksums
+from .documents import check_regular, read_toml
 from .locks import locked
-from .recipe import Recipe, read_toml, to_toml
+from .recipe import Recipe, to_toml
 from .storage import WriteError, atomic, read_header, write_tensors, write_text
 from .trained import Trained
 
@@ -55,6 +56,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """
     if not (folder / METRICS).exists():
         return []
+    check_regular(folder / METRICS)
     with open(folder / METRICS, newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
     names, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]  # a row that is being written is left out
@@ -84,7 +86,7 @@ def stored_settings(folder: Path, warn: bool = False) -> Mapping[str, Any]:
         if isinstance(table.get("origin", {}), dict):
             return table
         reason = "its origin is no table"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = str(error)
     if not (checkpoints := checkpoints_in(folder)):
         return {}

@@ -10,14 +10,21 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from .documents import check_regular, one_line, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +55,8 @@ OVERWRITABLE = {
 }  # fmt: skip
 """What a folder may hold to be overwritten: what is written into folders here."""
 _CHUNK_BYTES = 8 << 20
-_LARGEST_HEADER_BYTES = 100 << 20
+_LARGEST_HEADER_BYTES = 100_000_000  # safetensors reads no larger one
+_DAY_S = 24 * 3600
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -109,35 +117,36 @@ class Header(NamedTuple):
 def read_header(path: Path | str) -> Header:
     """Read the header of a safetensors file; ``ValueError`` in one sentence if it is none, or is damaged."""
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
+    check_regular(path)
     if path.suffix in _PICKLES:
         raise ValueError(f"{path} is a pickle checkpoint, which can run code when opened; convert it to .safetensors first")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a .safetensors file")
     with open(path, "rb") as file:
         start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = file.read(length) if length < _LARGEST_HEADER_BYTES else b""
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
-        first = 8 + length
-        tensors = {
-            name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), first + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-        end = first + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        sizes_agree = all(
-            entry["data_offsets"][1] - entry["data_offsets"][0] == tensors[name].num_bytes for name, entry in entries.items()
+        try:
+            with safe_open(
+                path, framework="numpy"
+            ):  # the library's rules: no gap, no overlap, no other length, all metadata text
+                pass
+        except (SafetensorError, OSError) as error:
+            if start[:2] in (b"PK", b"\x80\x02"):
+                raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
+            raise ValueError(
+                f"{path} is not a safetensors file, or is cut short or damaged ({one_line(error)}); download it again"
+            ) from error
+        (length,) = struct.unpack("<Q", start)
+        entries = parse_json(file.read(length).decode(), path, max_chars=_LARGEST_HEADER_BYTES)
+    metadata = entries.pop("__metadata__", None) or {}
+    if unknown := {entry["dtype"] for entry in entries.values()} - _BYTES.keys():
+        raise ValueError(
+            f"{path} holds tensors in {min(unknown)}, which is not read here; convert them to one of {', '.join(_BYTES)}"
         )
-        if not sizes_agree or end != path.stat().st_size:
-            raise ValueError(f"its header tells of {end:,} bytes, the file has {path.stat().st_size:,}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if start[:2] in (b"PK", b"\x80\x02"):
-            raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
-        reason = str(error) if isinstance(error, ValueError) and "bytes" in str(error) else "no readable header"
-        raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged ({reason}); get it again") from error
+    if odd := [entry["shape"] for entry in entries.values() if prod(max(1, size) for size in entry["shape"]) >= 2**63]:
+        raise ValueError(f"{path} holds an empty tensor of shape {one_line(odd[0])}, which is too large; download it again")
+    first = 8 + length
+    tensors = {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), first + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
     return Header(tensors, metadata)
 
 
@@ -199,8 +208,9 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        made = temporary / path.name
+        _clear_abandoned(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".tmp", dir=path.parent))
+        made = temporary / "made"  # without a suffix by which a UI would list what is half written
         yield made
         replaced = path.rename(temporary / "replaced") if path.is_dir() else None
         try:
@@ -214,6 +224,48 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _host() -> str:
+    """Eight hex digits that tell this machine, or container, from another."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.\d{1,9}\.[a-z0-9_]{8}\.tmp")
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what writes into a folder left that were killed; see `_clear_abandoned`."""
+    found = [match[1] for entry in (folder.iterdir() if folder.is_dir() else ()) if (match := _TEMPORARY.fullmatch(entry.name))]
+    for name in sorted({*found}):
+        _clear_abandoned(folder / name)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove what writes to a path left that were killed, but a folder they had moved aside, which goes back to its place."""
+    found = ((entry, _TEMPORARY.fullmatch(entry.name)) for entry in path.parent.iterdir())
+    for left in [entry for entry, match in found if match and match[1] == path.name]:
+        if left.is_symlink() or not left.is_dir() or _may_be_written(left):
+            continue
+        if (left / "replaced").is_dir() and not path.exists():
+            (left / "replaced").rename(path)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _may_be_written(temporary: Path) -> bool:
+    """Whether the process that made a temporary folder lives; for one of another machine, whether it wrote within a day."""
+    import psutil
+
+    host, pid = temporary.name.split(".")[-4:-2]
+    try:
+        if host != _host():
+            return time.time() - max(part.lstat().st_mtime for part in (temporary, *temporary.rglob("*"))) < _DAY_S
+        # In a container that is started again the same number stands for another process.
+        return psutil.Process(int(pid)).create_time() <= temporary.stat().st_mtime
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def write_text(path: Path | str, text: str, *, overwrite: bool = True) -> None:
@@ -232,18 +284,27 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, contiguous and durable, holding one tensor in memory at a time.
 
+    ``ValueError`` for what no reader would open: metadata that are not text, a precision the format does not have.
     codes: precision to write for the tensors named in it, as the format spells it; the others stay as they are.
     ``on_bytes(done, total)`` is called after each tensor.
     """
+    metadata = {"format": "pt", **(metadata or {})}
+    if odd := [name for name, value in metadata.items() if not (isinstance(name, str) and isinstance(value, str))]:
+        raise ValueError(f"metadata {odd[0]!r} of {path} must be text, got {metadata[odd[0]]!r}")
     codes = {name: (codes or {}).get(name) or _code(tensor) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-_BYTES[codes[name]], name))  # every tensor is aligned to its own size
-    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    header, offset = {"__metadata__": metadata}, 0
     for name in order:
         end = offset + prod(tensors[name].shape) * _BYTES[codes[name]]
         header[name] = {"dtype": codes[name], "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    # A file name that is not UTF-8, and ends up in the metadata, comes with halves of characters that no reader takes.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)
+    if len(text) > _LARGEST_HEADER_BYTES:
+        raise ValueError(
+            f"the header of {path} would have {len(text):,} bytes, of {_LARGEST_HEADER_BYTES:,} at most; shorten the metadata"
+        )
     with atomic(path, overwrite=overwrite) as made, open(made, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
@@ -258,6 +319,8 @@ def _code(tensor: Tensor | StoredTensor) -> str:
     if isinstance(tensor, StoredTensor):
         return "F16" if tensor.scale else tensor.code
     name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _TORCH.values():
+        raise ValueError(f"tensors in {name} cannot be written; convert them to one of {', '.join(_TORCH.values())}")
     return next(code for code, theirs in _TORCH.items() if theirs == name)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .documents import one_line, read_json
 from .files import UNetFile, open_unet
 from .lora import kohya_names
 from .ranges import MOST_RANGES, TimestepRanges
@@ -67,11 +68,11 @@ class Students:
     def read(cls, folder: Path | str) -> Students:
         """Read a folder; ``ValueError`` if it is unfinished, or holds files that do not belong together."""
         folder = Path(folder)
-        table = _read_json(folder)
+        table = _read_manifest(folder)
         students, base = table.pop("students", None), table.pop("base", None)
         if table.get("version") != VERSION:
             raise ValueError(
-                f"{folder / MANIFEST} is of version {table.get('version')!r}, this library reads version {VERSION}; update it, or train again"
+                f"{folder / MANIFEST} is of version {one_line(repr(table.get('version')))}, this library reads version {VERSION}; update it, or train again"
             )
         if not isinstance(students, list) or not all(isinstance(entry, dict) for entry in [*students, base or {}]):
             raise ValueError(f"{folder / MANIFEST}: students must list one table for each range; train again")
@@ -193,24 +194,20 @@ def _describe(path: Path, steps: int | None, *, lora: bool) -> Member:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _read_json(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"{folder} holds no {MANIFEST}: it is no folder of students, or its training has not finished")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {error}; get it again") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} is not what its name says; get it again")
-    return table
+    return read_json(path)
 
 
 def _member(entry: dict, folder: Path) -> Member:
     entry = {name: value for name, value in entry.items() if value is not None}
     member = from_mapping(Member, entry, str(folder / MANIFEST))
     if not _PLAIN_NAME.fullmatch(member.file):
-        raise ValueError(f"{folder / MANIFEST} names {member.file!r}, which is no .safetensors file in its folder; train again")
+        raise ValueError(
+            f"{folder / MANIFEST} names {one_line(member.file)!r}, which is no .safetensors file in its folder; train again"
+        )
     return member
 
 

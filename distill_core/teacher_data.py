@@ -16,7 +16,7 @@ from .cache import DTYPES, CachedDataset, CacheWriter, Entry, key, text_key
 from .dataset import Caption, conditions, generator
 from .denoiser import Denoiser
 from .disk import check_room
-from .encoders import TextEncoders
+from .encoders import TextEncoders, warn_of_cut
 from .images import Size
 from .recipe import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings
 from .sampling import sample, timesteps
@@ -142,6 +142,7 @@ def make_dataset(
     writer = CacheWriter(folder, dtype=dtype)
     texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
     missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
+    warn_of_cut(missing, encoders)
     try:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]

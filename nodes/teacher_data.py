@@ -5,6 +5,7 @@ import time
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
+from ..distill_core.documents import lines
 from ..distill_core.teacher_data import Making
 from . import bridge
 from .inputs import seed_input, size_inputs
@@ -92,7 +93,7 @@ class TeacherDataset(io.ComfyNode):
     @classmethod
     def execute(cls, teacher, clip, prompts, name, width, height, images_per_prompt, steps, guidance, seed,
                 trajectory_states, batch_size) -> io.NodeOutput:  # fmt: skip
-        prompts = [line for text in prompts for line in text.splitlines()]
+        prompts = [line for text in prompts for line in lines(text)]
         if not any(map(str.strip, prompts)):
             raise ValueError("there are no prompts; write what the teacher is to draw, one prompt a line")
         making = Making(

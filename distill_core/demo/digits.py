@@ -72,9 +72,14 @@ VOCABULARY = ("", "<unknown>", "the", "a", "digit", "number", "handwritten", *WO
 TOKEN_IDS = {word: i for i, word in enumerate(VOCABULARY)} | {str(i): VOCABULARY.index(w) for i, w in enumerate(WORDS)}
 
 
+def token_ids(caption: str) -> list[int]:
+    """Word ids of a caption, as many as it has words."""
+    return [TOKEN_IDS.get(word, 1) for word in re.findall(r"[a-z0-9]+", caption.lower())]
+
+
 def tokenize(caption: str) -> list[int]:
     """Word ids of a caption, padded or cut to ``NUM_TOKENS``; the empty caption is all padding: the null prompt."""
-    ids = [TOKEN_IDS.get(word, 1) for word in re.findall(r"[a-z0-9]+", caption.lower())][:NUM_TOKENS]
+    ids = token_ids(caption)[:NUM_TOKENS]
     return ids + [0] * (NUM_TOKENS - len(ids))
 
 

@@ -399,7 +399,19 @@ def test_what_others_put_into_a_cache_stays(pictures, tmp_path):
     assert (tmp_path / "cache" / "notes.txt").exists() and (tmp_path / "cache" / "shard-mine.safetensors").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"format": "distill cache 1"}'])
+LATENT = "0" * 32
+INDEX = {"format": "distill cache 1", "null": None, "timesteps": None, "examples": [[LATENT, LATENT, [1, 2, 3, 4, 5, 6]]]}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 200_000, '{"format": "other"}', '{"format": "distill cache 1"}', *[
+    json.dumps(INDEX | change) for change in (
+        {"null": 3}, {"timesteps": 3}, {"timesteps": [1.5]}, {"timesteps": [2**31]}, {"timesteps": [True]}, {"examples": {}},
+        *({"examples": [example]} for example in (
+            {}, [], "ab", [LATENT], [LATENT, 3], [LATENT, LATENT, []], [LATENT, LATENT, [1, 2, 3, 4, 5, "6"]],
+            [LATENT, LATENT, [1, 2, 3, 4, 5, 2**40]], [LATENT, LATENT, None, None],
+        )),
+    )
+]])  # fmt: skip
 def test_an_index_of_something_else_is_refused(text, pictures, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "index.json").write_text(text)
@@ -408,6 +420,17 @@ def test_an_index_of_something_else_is_refused(text, pictures, tmp_path):
             use()
         assert "\n" not in str(caught.value)
     assert (tmp_path / "cache" / "index.json").read_text() == text
+
+
+def test_one_warning_counts_the_captions_that_are_cut(pictures, tmp_path, caplog):
+    for number in range(20):
+        add_picture(pictures / f"long{number}.png", 100 + number, caption=f"the digit {number} " * 5)
+    encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    cut = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
+    assert len(cut) == 1 and cut[0].startswith("20 of ")
+    caplog.clear()
+    encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    assert "longer" not in caplog.text
 
 
 def test_an_unknown_precision_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill_core.demo import digits
-from distill_core.encoders import DiffusersEncoders, DigitsEncoders
+from distill_core.encoders import DiffusersEncoders, DigitsEncoders, warn_of_cut
 
 CAPTIONS = ["a cat", "", "a photo of a cat, on a mat", "long " * 40]
 LENGTH = 16
@@ -117,6 +117,24 @@ def test_captions_are_those_of_the_sdxl_pipeline(sdxl):
     assert torch.equal(torch.stack([caption.context for caption in captions]), contexts)
     assert torch.equal(torch.stack([caption.pooled for caption in captions]), pooled)
     assert contexts.shape == (4, LENGTH, 40) and pooled.shape == (4, 20)
+
+
+def test_captions_that_are_cut_are_counted_in_one_warning(sd, sdxl, caplog):
+    for encoders in (DiffusersEncoders.from_folder(sd), DiffusersEncoders.from_folder(sdxl)):
+        caplog.clear()
+        whole, longer = "cat " * (LENGTH - 2), "cat " * (LENGTH - 1)
+        warn_of_cut([whole, ""], encoders)
+        assert not caplog.records
+        warn_of_cut([whole, "", *[longer] * 3], encoders)
+        (record,) = caplog.records
+        assert f"3 of 5 captions are longer than the text encoder's {LENGTH} tokens and are cut there" in record.getMessage()
+        cut, not_cut = (encoders.captions([text, f"{text} cat"]) for text in (longer, whole[:-4]))
+        assert torch.equal(cut[0].context, cut[1].context) and not torch.equal(not_cut[0].context, not_cut[1].context)
+
+
+def test_the_demo_counts_words(caplog):
+    warn_of_cut(["the digit seven", "the digit seven " * 3], DigitsEncoders())
+    assert "1 of 2 captions are longer than the text encoder's 8 tokens" in caplog.text
 
 
 def test_a_caption_has_the_same_embedding_in_any_company(sdxl):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distill_core.files import open_unet, save_unet
 from distill_core.layouts import LAYOUTS
-from distill_core.plan import PruningPlan, name_map, preset
+from distill_core.plan import PruningPlan, name_map, preset, preset_names, pruned
 from distill_core.prune import prune_file
 from distill_core.schedule import PREDICTIONS
 from distill_core.storage import atomic, write_tensors
@@ -121,6 +121,46 @@ def test_a_bad_file_is_refused_in_one_sentence(make, message, teacher_path, tmp_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "gone,named",
+    [
+        ("down.0.resnet.0.conv1.bias", "input_blocks.1.0.in_layers.2.bias is missing"),
+        ("down.0.resnet.0.conv1", "input_blocks.1.0.in_layers.2.bias is missing, and 1 more"),
+        ("down.1.attn.0.block.0.attn2.to_k", r"transformer_blocks.0.attn2.to_k.weight is missing"),
+        ("down.2.resnet.0.conv_shortcut", "down.2.resnet.0.conv_shortcut.weight is missing"),
+        ("conv_out.bias", "out.2.bias is missing"),
+        ("mid.attn.0.block.0", "mid.attn.0.block.0 is missing"),
+        ("up", "up.0 is missing"),
+        ("down.1.resnet.1", "input_blocks.5.0.in_layers.2.bias is missing"),
+    ],
+)
+def test_a_unet_that_is_not_whole_is_refused(gone, named, small_teacher, tmp_path):
+    weights = {n: w.detach() for n, w in small_teacher.named_parameters().items()}
+    names = LAYOUTS["ldm"].from_canonical(weights)
+    kept = {names[n]: w for n, w in weights.items() if not f"{n}.".startswith(f"{gone}.")}
+    save_file(kept, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"the UNet is not whole: .*{named}.*download it again") as caught:
+        open_unet(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_published_students_are_whole(published):
+    for name in preset_names():
+        teacher = published[preset(name).teacher]
+        pruned(teacher, name_map(teacher, preset(name))).check_whole()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 2, 2)])
+def test_a_weight_of_an_impossible_shape_is_named(shape, small_teacher, tmp_path):
+    weights = {n: w.detach() for n, w in small_teacher.named_parameters().items()} | {
+        "mid.resnet.0.conv1.weight": torch.ones(shape)
+    }
+    names = LAYOUTS["ldm"].from_canonical(weights)
+    save_file({names[n]: w for n, w in weights.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="mid.resnet.0.conv1.weight has shape"):
+        open_unet(tmp_path / "x.safetensors")
+
+
 def test_a_model_of_another_family_is_refused(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.safetensors")
     with pytest.raises(ValueError, match="flux.safetensors.*no Stable Diffusion UNet"):
@@ -172,7 +212,7 @@ def test_a_broken_config_is_named(teacher_path, tmp_path):
     for text in ("{", "[]", "{}"):
         (tmp_path / "s" / "config.json").write_text(text)
         with pytest.raises(
-            ValueError, match="config.json (cannot be read|is not the config of a diffusers UNet|is not what its name says)"
+            ValueError, match="config.json (is not valid JSON|is not the config of a diffusers UNet|must be an object)"
         ):
             open_unet(tmp_path / "s")
 

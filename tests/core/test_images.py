@@ -1,11 +1,15 @@
 import io
+import os
+import struct
+import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from distill_core import images
 from distill_core.images import RESOLUTIONS, SSD_1B_SIZES, Picture, best_size, bucket_sizes, crop, fit, folder, sizes
@@ -174,7 +178,106 @@ def test_a_damaged_picture_is_named_in_one_sentence():
         assert "BytesIO" not in str(caught.value)
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n0 0 64 64 rectfill\nshowpage\n%%EOF\n"
+
+
+def test_an_eps_under_another_name_starts_no_ghostscript(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match="it is no BMP, JPEG, PNG or WebP"):
+        Picture("cat.png", "", lambda: EPS).open()
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "PPM", "ICO", "TGA", "PCX"])
+def test_formats_that_are_not_named_are_not_decoded(format):
+    for use in (Picture.open, Picture.size):
+        with pytest.raises(ValueError, match="it is no BMP, JPEG, PNG or WebP"):
+            use(picture(Image.new("RGB", (16, 16)), format))
+
+
+def test_a_drawing_in_svg_is_no_picture():
+    with pytest.raises(ValueError, match="it is no BMP"):
+        Picture("x.png", "", lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>').open()
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "JPEG"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8193, 10_000, 60_000])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(side, format):
+    """Its header is changed alone, so that decoding it would say something else."""
+    data = bytearray(picture(Image.new("RGB", (8, 8)), format).read())
+    at, form = {"PNG": (16, ">II"), "BMP": (18, "<ii"), "JPEG": (data.find(b"\xff\xc0") + 5, ">HH")}[format]
+    struct.pack_into(form, data, at, side, side)
+    if format == "PNG":
+        struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    for use in (Picture.open, Picture.size):
+        with pytest.raises(ValueError, match="more than 67,108,864 pixels; make it smaller first"):
+            use(Picture("x", "", lambda: bytes(data)))
+
+
+def test_text_in_a_picture_does_not_unpack_without_end():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("a", "x" * (64 << 20), zip=True)
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        picture(Image.new("RGB", (8, 8)), pnginfo=info).open()
+
+
+def test_of_an_animation_the_first_picture_is_taken():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for format in ("PNG", "WEBP"):
+        moving = picture(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+        assert moving.open().getpixel((0, 0)) == (255, 0, 0)
+
+
 # --- folders
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names, and links only for administrators")
+def test_links_to_files_are_pictures_and_captions_as_files_are(tmp_path):
+    """A data set is commonly a folder of links into a store."""
+    save(tmp_path / "store" / "x.png")
+    (tmp_path / "store" / "x.txt").write_text("a cat")
+    (tmp_path / "set").mkdir()
+    for name in ("x.png", "x.txt"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "store" / name)
+    (found,) = folder(tmp_path / "set")
+    assert found.caption == "a cat" and found.open().size == (8, 6)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+@pytest.mark.parametrize("name", ["a.txt", "metadata.csv", "metadata.jsonl"])
+def test_pipes_in_a_folder_are_not_waited_for(name, tmp_path):
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    assert len(folder(tmp_path)) == 1
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a device or a pipe, not a file"):
+        folder(tmp_path)
+
+
+def test_a_picture_that_became_a_pipe_is_not_waited_for(tmp_path):
+    (found,) = folder(save(tmp_path / "a.png").parent)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(ValueError, match="a.png cannot be read as a picture"):
+        found.open()
+
+
+def test_captions_that_are_not_read_and_repeats_are_told_in_one_warning(tmp_path, caplog):
+    for name in ("10_cat/a.png", "10_cat/b.png", "c.png", "2024_trip/d.png"):
+        save(tmp_path / name)
+    used = ("10_cat/a.txt", "c.txt", "metadata.csv")
+    unused = ("10_cat/a.caption", "10_cat/b.caption.txt", "10_cat/metadata.jsonl", "c.png.txt", "c.json")
+    beside = ("notes.txt", "recipe.json", ".hidden/metadata.csv")
+    for name in (*used, *unused, *beside):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("file_name,text\n" if name.endswith("csv") else "x")
+    folder(tmp_path)
+    _, unread = (record.getMessage() for record in caplog.records)
+    assert unread == (
+        f"in {tmp_path} 5 files with captions are not read, such as 10_cat/a.caption; repeats are not applied, as in 10_cat; "
+        "captions are read from .txt files named as the pictures, or from metadata.csv or .jsonl at the top"
+    )
 
 
 def test_a_folder_is_read_in_order_with_its_captions(tmp_path, caplog):
@@ -219,9 +322,11 @@ def test_captions_from_metadata(kind, tmp_path, caplog):
     [
         ("metadata.csv", b"name,text\na.png,x\n", "entry 1 must have file_name and text or caption, got name, text"),
         ("metadata.csv", b"file_name,words\na.png,x\n", "got file_name, words"),
-        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{', "line 2 is not JSON"),
-        ("metadata.jsonl", b"[1]", "line 1 is not an object"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{', "line 2 is not valid JSON"),
+        ("metadata.jsonl", b"[1]", "line 1 must be an object, got a list"),
         ("metadata.jsonl", b"{}", "got nothing"),
+        ("metadata.jsonl", b"[" * 200_000, "line 1 is not valid JSON .it nests too deeply"),
+        ("metadata.csv", b"file_name,text\na.png," + b"x" * 200_000, "line 2: field larger than field limit"),
         ("a.txt", b"\xff\xfe\x00", "not text in UTF-8"),
     ],
 )

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -209,12 +211,79 @@ def test_keep_that_has_no_effect_is_refused(keep, message, sd15):
 
 
 @pytest.mark.parametrize(
-    "text", ["garbage", "{}", "[]", '{"teacher": 3, "kept": [0, 3], "mid": true}', '{"teacher": "x", "kept": 1, "mid": 1}']
+    "text",
+    [
+        "garbage",
+        "{}",
+        "[]",
+        "[" * 100_000,
+        '{"teacher": "x", "kept": 1, "mid": 1}',
+        '{"teacher": 3, "kept": [0, 3], "mid": true}',
+        '{"teacher": 3, "kept": [-1, 0], "mid": true}',
+        '{"teacher": 3, "kept": [1, 0], "mid": true}',
+        '{"teacher": 3, "kept": [0, 0], "mid": true}',
+        '{"teacher": 3, "kept": [0.0], "mid": true}',
+        '{"teacher": 3, "kept": [false], "mid": true}',
+        '{"teacher": 3, "kept": ["0"], "mid": true}',
+        '{"teacher": 3.0, "kept": [], "mid": true}',
+        '{"teacher": "3", "kept": [], "mid": true}',
+        '{"teacher": 3, "kept": [], "mid": 1}',
+        '{"teacher": 1e999, "kept": [], "mid": true}',
+        '{"teacher": 1000000000000, "kept": [0], "mid": true}',
+    ],
 )
 def test_a_damaged_note_of_skip_connections_is_one_sentence(text):
     with pytest.raises(ValueError, match="note of skip connections") as caught:
         KeptSkips.from_text(text)
     assert "\n" not in str(caught.value)
+
+
+@given(kept=st.sets(st.integers(0, 11)), mid=st.booleans())
+def test_a_note_of_skip_connections_is_read_as_it_was_written(kept, mid):
+    skips = KeptSkips(12, tuple(sorted(kept)), mid)
+    assert KeptSkips.from_text(skips.to_text()) == skips
+
+
+PLAN = {"name": "p", "remove": ["mid"], "keep": {"down.0.attn.0": [0]}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": None},
+        {"name": 3},
+        {"name": "x" * 2001},
+        {"title": 3},
+        {"source": []},
+        {"remove": "mid"},
+        {"remove": {"mid": 1}},
+        {"remove": [3]},
+        {"remove": [None]},
+        {"remove": ["mid"] * 501},
+        {"remove": ["*" * 101]},
+        {"keep": []},
+        {"keep": {"down.0.attn.0": 3}},
+        {"keep": {"down.0.attn.0": "012"}},
+        {"keep": {"down.0.attn.0": [True]}},
+        {"keep": {"down.0.attn.0": [[0]]}},
+        {"teacher": ["sd1"]},
+        {"teacher": 3},
+        {"unknown": 1},
+    ],
+)
+def test_a_part_of_a_plan_that_is_no_such_thing_is_one_sentence(change):
+    assert PruningPlan.from_json(json.dumps(PLAN)).name == "p"
+    with pytest.raises(ValueError, match="plan") as caught:
+        PruningPlan.from_json(json.dumps(PLAN | change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["*" * 100, "*a*b*c*d*e" * 10, "d*w*.*.r*e*n*t.*9", "*e" * 50, ".*" * 50, "down.*.resnet.1"])
+def test_no_pattern_takes_long(pattern, published):
+    began = time.monotonic()
+    with contextlib.suppress(ValueError):
+        name_map(published["sdxl"], PruningPlan(name="p", remove=("down.1.resnet.1",) + (pattern,) * 499))
+    assert time.monotonic() - began < 3
 
 
 def test_skip_connections_are_kept_through_two_prunings(sd15):

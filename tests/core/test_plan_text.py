@@ -1,3 +1,6 @@
+import re
+import time
+
 import pytest
 
 from distill_core.plan import name_map, preset, preset_names, pruned
@@ -61,6 +64,36 @@ def test_what_cannot_be_read_is_named(text, message, sd15):
     with pytest.raises(ValueError, match=message) as caught:
         read_plan(text, sd15)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "keep" + " " * 200_000 + "x",
+        "keep down " + "1," * 100_000,
+        "keep down " + "[" * 100_000,
+        "keep down 1:" + "1+" * 100_000,
+        "keep mid " + "1" * 100_000,
+        "keep down " + "1," * 900,
+        "keep down " + "[1," * 600,
+        "keep down " + "9" * 1900,
+        "keep mid [" + "0," * 900 + "0]",
+        "{" * 1_000_000,
+    ],
+)
+def test_a_long_text_is_refused_at_once_and_in_few_words(text, sd15):
+    began = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        read_plan(text, sd15)
+    assert time.monotonic() - began < 0.5 and len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("space", ["", " ", "   ", "\t", "\n"])
+def test_space_around_signs_does_not_matter(space, sd15):
+    tight = "keep down 2:1+1,[0]:1,1,1 mid none"
+    spaced = re.sub("[,+:]", rf"{space}\g<0>{space}", tight)
+    one, other = read_plan(tight, sd15), read_plan(spaced, sd15)
+    assert (one.remove, one.keep) == (other.remove, other.keep)
 
 
 def test_the_example_in_the_message_can_be_read(sd15):

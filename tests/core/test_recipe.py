@@ -5,9 +5,10 @@ from typing import get_type_hints
 import pytest
 
 from distill_core import analyse, quickstart
+from distill_core.documents import read_toml
 from distill_core.job import DataSettings, SampleSettings
 from distill_core.one_to_many import StudentsSettings
-from distill_core.recipe import RANGES, Recipe, check_range, from_mapping, read_toml, to_toml
+from distill_core.recipe import RANGES, Recipe, check_range, from_mapping, to_toml
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_a_whole_number_will_do_where_a_number_is_asked():
 @pytest.mark.parametrize("text", ["total_steps = ", "\x00"])
 def test_a_damaged_file_is_one_sentence(text, tmp_path):
     (tmp_path / "r.toml").write_text(text)
-    with pytest.raises(ValueError, match="cannot read .*r.toml"):
+    with pytest.raises(ValueError, match="r.toml is not valid TOML"):
         read_toml(tmp_path / "r.toml")
 
 

@@ -1,6 +1,12 @@
 import json
+import os
 import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from distill_core.files import open_unet, save_unet
 from distill_core.plan import preset
 from distill_core.prune import prune_file
-from distill_core.storage import fingerprint, read_header, write_tensors
+from distill_core.storage import _host, atomic, fingerprint, read_header, write_tensors
 
 DTYPES = [
     torch.float32,
@@ -78,12 +84,151 @@ def _file(path, header, data=b""):
         ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, b""),
         ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)),  # a hole
+        ({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}, bytes(4)),  # an overlap
+        ({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
+        (b"[" * 200_000, b""),
+        ({"__metadata__": 5}, b""),
+        ({"__metadata__": {"a": 5}}, b""),
+        ({"__metadata__": {"a": ["b"]}}, b""),
     ],
 )
 def test_a_damaged_header_is_one_sentence(header, data, tmp_path):
     with pytest.raises(ValueError, match="cut short or damaged") as caught:
         read_header(_file(tmp_path / "x.safetensors", header, data))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", [None, {}])
+def test_metadata_may_be_missing(metadata, tmp_path):
+    assert read_header(_file(tmp_path / "x.safetensors", {"__metadata__": metadata})) == ({}, {})
+
+
+def test_the_end_of_a_file_that_is_too_short_or_too_long_is_not_read_as_a_weight(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.ones(9)})
+    whole = (tmp_path / "x").read_bytes()
+    for damaged in (whole[:-1], whole + b"\0", whole[:7], b""):
+        (tmp_path / "x").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            read_header(tmp_path / "x")
+
+
+@pytest.mark.parametrize("code,num_bytes", [("F8_E8M0", 1), ("U16", 2), ("C64", 8)])
+def test_a_precision_that_is_not_read_here_is_named(code, num_bytes, tmp_path):
+    file = _file(tmp_path / "x", {"a": {"dtype": code, "shape": [1], "data_offsets": [0, num_bytes]}}, bytes(num_bytes))
+    with pytest.raises(ValueError, match=f"holds tensors in {code}, .*convert them to one of F64, F32"):
+        read_header(file)
+
+
+def test_an_empty_tensor_too_large_for_torch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too large"):
+        read_header(_file(tmp_path / "x", {"a": {"dtype": "F32", "shape": [2**62, 2, 0], "data_offsets": [0, 0]}}))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="a device or a pipe, not a file"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [{"a": 5}, {"a": None}, {"a": {"b": "c"}}, {5: "a"}])
+def test_metadata_no_reader_takes_are_not_written(metadata, tmp_path):
+    with pytest.raises(ValueError, match="must be text"):
+        write_tensors(tmp_path / "x", {"a": torch.ones(1)}, metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_the_format_does_not_have_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="complex128 cannot be written"):
+        write_tensors(tmp_path / "x", {"a": torch.ones(1, dtype=torch.complex128)})
+
+
+@settings(max_examples=50, deadline=None)
+@given(metadata=st.dictionaries(st.text(st.characters()), st.text(st.characters())))
+def test_whatever_text_is_written_the_library_reads(metadata, tmp_path_factory):
+    """Halves of characters too, as the name of a file has that is not UTF-8."""
+    path = tmp_path_factory.getbasetemp() / "text"
+    write_tensors(path, {"a": torch.ones(1)}, metadata, overwrite=True)
+    with safe_open(path, "pt") as file:
+        assert {"format", *(name.encode(errors="replace").decode() for name in metadata)} == file.metadata().keys()
+
+
+# --- killed writes
+
+
+def _killed(path):
+    """Leave behind what a killed write leaves: the process says when it is half done."""
+    script = f"""
+import os, sys
+from distill_core.storage import atomic
+with atomic({str(path)!r}) as made:
+    made.write_bytes(b"half")
+    print(made, flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    made = Path(process.stdout.readline().strip())
+    assert made.read_bytes() == b"half"
+    return process, made
+
+
+def test_what_a_killed_write_leaves_is_no_model_and_goes_with_the_next(tmp_path):
+    path = tmp_path / "x.safetensors"
+    process, made = _killed(path)
+    write_tensors(path, {"a": torch.ones(1)})  # while another writes: its file stays
+    assert made.read_bytes() == b"half"
+    process.kill()
+    process.wait()
+    process.stdin.close(), process.stdout.close()
+    assert not [file for file in tmp_path.rglob("*") if file.suffix and file != path and file.is_file()]
+    write_tensors(path, {"a": torch.ones(1)}, overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def _left(path, host=None, pid=None):
+    left = path.parent / f".{path.name}.{host or _host()}.{pid or os.getpid()}.abcdefgh.tmp"
+    left.mkdir()
+    (left / "made").write_text("half")
+    return left
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path):
+    """As in a container that is started again."""
+    before_us = psutil.Process().create_time() - 60
+    os.utime(_left(tmp_path / "x"), (before_us, before_us))
+    write_tensors(tmp_path / "x", {"a": torch.ones(1)})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("hours,stays", [(1, True), (25, False)])
+def test_what_another_machine_writes_is_left_alone_for_a_day(hours, stays, tmp_path):
+    left = _left(tmp_path / "x", host="00000000")
+    for part in (left / "made", left):
+        os.utime(part, (time.time() - 3600 * hours,) * 2)
+    write_tensors(tmp_path / "x", {"a": torch.ones(1)})
+    assert left.exists() == stays
+
+
+def test_only_our_own_leftovers_go(tmp_path):
+    (tmp_path / ".x.original").mkdir()
+    (tmp_path / "precious").mkdir()
+    link = tmp_path / f".x.{_host()}.999999999.abcdefgh.tmp"
+    link.symlink_to(tmp_path / "precious", target_is_directory=True)
+    other = _left(tmp_path / "y", pid=999999999)
+    write_tensors(tmp_path / "x", {"a": torch.ones(1)})
+    assert (tmp_path / ".x.original").exists() and link.is_symlink() and (tmp_path / "precious").exists() and other.exists()
+
+
+def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
+    left = _left(tmp_path / "folder", pid=999999999)
+    (left / "replaced").mkdir()
+    (left / "replaced" / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), atomic(tmp_path / "folder", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "folder" / "config.json").read_text() == "old" and not left.exists()
 
 
 def test_a_header_that_begins_like_a_pickle_is_still_read(tmp_path):
@@ -273,7 +418,7 @@ def test_damaged_json_beside_a_unet_is_one_sentence(text, teacher, tmp_path):
     for place in places:
         before = place.read_text() if place.exists() else '{"prediction_type": ["odd"]}'
         place.write_text(text)
-        with pytest.raises(ValueError, match=f"{place.name} (cannot be read|is not what its name says)") as caught:
+        with pytest.raises(ValueError, match=f"{place.name} (is not valid JSON|must be an object)") as caught:
             open_unet(folder)
         assert "\n" not in str(caught.value)
         place.write_text(before)

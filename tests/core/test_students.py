@@ -139,7 +139,7 @@ def test_a_name_outside_the_folder_is_refused(who, name, shared):
     (lambda m: m.pop("version"), "version None"),
     (lambda m: m.update(boundaries=[250]), "1 boundaries make 2 ranges, but there are 3 students"),
     (lambda m: m.update(boundaries=[500, 250]), "leave a range without a timestep"),
-    (lambda m: m.update(boundaries=[250, 1e999]), "leave a range without a timestep"),
+    (lambda m: m.update(boundaries=[250, 1e999]), "Infinity is not a finite number"),
     (lambda m: m.update(boundaries="250, 500"), "boundaries must be a list"),
     (lambda m: m.update(num_timesteps=400), "leave a range without a timestep"),
     (lambda m: m.update(students=3), "students must list"),
@@ -163,7 +163,7 @@ def test_a_manifest_that_does_not_fit_is_refused(edit, message, three):
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x80", "[" * 100_000])
 def test_a_manifest_that_is_none_is_refused(text, three):
     (three.folder / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="cannot read|not what its name says"):
+    with pytest.raises(ValueError, match="is not valid JSON|must be an object|is not text in UTF-8"):
         Students.read(three.folder)
 
 

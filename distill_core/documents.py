@@ -1,0 +1,198 @@
+"""Text beside weights: JSON, JSON Lines, TOML, CSV and plain text, written by people and by programs, ours or not.
+
+All of it is untrusted. Every reader here raises ``ValueError`` in one sentence that names the file and says what to do,
+whatever is in it: nothing nests too deeply, no number overflows, no pipe is waited for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import math
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 1 << 20
+"""Of a text: a recipe, a plan, a manifest, a caption. A hundred times what people write."""
+MAX_LIST_BYTES = 256 << 20
+"""Of a text with an entry for each picture or step: two million examples of a cache."""
+MAX_TOML_BYTES, _MAX_TOML_DOTS = 128 << 10, 400
+"""Of a recipe, and of one line of it: TOML is parsed in the square of the parts of a dotted key."""
+_MAX_WHOLE = 2**64
+_MAX_REASON = 200
+_WORDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+_BACKSLASHES = "write paths with forward slashes (\"C:/pictures\") or in single quotes ('C:\\pictures')"
+_WINDOWS_PATH = re.compile(r'^[^#\n]*"(?:[A-Za-z]:|\.\.?)\\(?!\\)', re.MULTILINE)
+"""A drive, or dots, and one backslash between double quotes, where TOML takes it for the beginning of a line break or a tab."""
+
+
+def one_line(error: object) -> str:
+    """What an error says, short and on one line."""
+    said = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, Exception) else "")
+    return said if len(said) <= _MAX_REASON else f"{said[:_MAX_REASON]} …"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def check_regular(path: Path) -> None:
+    """``ValueError`` unless a path is a regular file, or a link to one.
+
+    Links are followed: data sets are commonly folders of links into a store. A pipe or a device has no end to wait for.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:  # a name too long, or with a zero in it
+        raise ValueError(
+            f"cannot read {one_line(path)} ({one_line(getattr(error, 'strerror', error))}); give another name"
+        ) from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise ValueError(f"{path} is {kind}, not a file; give a file")
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """What a regular file holds."""
+    check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror or error}); check its permissions and its disk") from error
+    if len(content) > max_bytes:
+        raise ValueError(f"{path} is larger than {max_bytes / 2**20:g} MiB; give the right file, or split it")
+    return content
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """Text in UTF-8, or in UTF-16 as Windows PowerShell writes it, without the mark it may begin with."""
+    content = read_bytes(path, max_bytes)
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8; save it as UTF-8") from error
+
+
+def lines(text: str) -> list[str]:
+    """Lines as editors count them; `str.splitlines` also breaks at characters that belong into a caption, such as U+2028."""
+    return re.split(r"\r\n?|\n", text)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, kind: type = dict, max_bytes: int = MAX_BYTES) -> Any:
+    """What a JSON file holds, of a kind: ``dict`` or ``list``."""
+    return parse_json(read_text(path, max_bytes), path, kind, max_bytes)
+
+
+def parse_json(text: str, where: object, kind: type = dict, max_chars: int = MAX_BYTES) -> Any:
+    """What JSON says, of a kind, all numbers finite. where: what errors call it."""
+    if len(text) > max_chars:
+        raise ValueError(f"{where} has {len(text):,} characters, of {max_chars:,} at most; shorten it")
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        if "\\u" in text:  # half a character, which no text can hold
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({_why(error)}); correct it, or download it again") from error
+    return expect(value, kind, where)
+
+
+def expect(value: Any, kind: type, where: object) -> Any:
+    """The value, if it is of a kind; true and false are no numbers."""
+    if type(value) is not kind:
+        raise ValueError(
+            f"{where} must be {_WORDS[kind]}, got {_WORDS.get(type(value), 'nothing')}; correct it, or download it again"
+        )
+    return value
+
+
+def numbers(value: Any, where: object, kinds: tuple[type, ...] = (int, float)) -> list:
+    """The value, if it is a list of numbers."""
+    if odd := [entry for entry in expect(value, list, where) if type(entry) not in kinds]:
+        raise ValueError(f"{where} must be numbers, got {one_line(repr(odd[0]))}; correct it, or download it again")
+    return value
+
+
+def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, one a line; empty lines are left out."""
+    for number, line in enumerate(lines(read_text(path, max_bytes)), 1):
+        if line.strip():
+            yield parse_json(line, f"{path}: line {number}")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 21 or abs(number := int(digits)) >= _MAX_WHOLE:
+        raise ValueError(f"a whole number of {len(digits)} digits is too large")
+    return number
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{one_line(digits)} is not a finite number")
+    return number
+
+
+def _why(error: Exception) -> str:
+    return "it nests too deeply" if isinstance(error, RecursionError) else one_line(error)
+
+
+# --- TOML and CSV ---------------------------------------------------------------------------------------------------
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds, all numbers finite."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+    text = read_text(path, MAX_TOML_BYTES)
+    if any(line.count(".") > _MAX_TOML_DOTS for line in lines(text)):
+        raise ValueError(f"{path} has more than {_MAX_TOML_DOTS} dots in a line; break that line into several")
+    try:
+        table = tomllib.loads(text, parse_float=_finite)
+        _check_whole_numbers(table)
+    except (ValueError, RecursionError) as error:
+        remedy = _BACKSLASHES if "\\" in text else "correct it"
+        raise ValueError(f"{path} is not valid TOML ({_why(error)}); {remedy}") from error
+    if _WINDOWS_PATH.search(text):
+        raise ValueError(
+            f"{path} has a path with backslashes between double quotes, which TOML reads as line breaks; {_BACKSLASHES}"
+        )
+    return table
+
+
+def _check_whole_numbers(value: Any) -> None:
+    """``ValueError`` for a whole number beyond 64 bits, which TOML leaves to the reader."""
+    if type(value) is int and abs(value) >= _MAX_WHOLE:
+        raise ValueError("a whole number is too large")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_whole_numbers(inner)
+
+
+def read_csv(path: Path, max_bytes: int = MAX_LIST_BYTES) -> list[dict[str, str]]:
+    """Rows of a CSV file by the names in its first line."""
+    return parse_csv(read_text(path, max_bytes), path)
+
+
+def parse_csv(text: str, where: object) -> list[dict[str, str]]:
+    """Rows of CSV by the names in its first line. where: what errors call it."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        found = list(rows)
+    except csv.Error as error:
+        raise ValueError(f"{where} is not valid CSV (line {rows.line_num + 1}: {one_line(error)}); correct that line") from error
+    if longer := [number for number, row in enumerate(found, 1) if None in row]:
+        raise ValueError(
+            f"{where}: entry {longer[0]} has more parts than there are columns; put text with commas into double quotes"
+        )
+    return found
