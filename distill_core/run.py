@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .checkpoints import TRAINING, checkpoints_in, drop, own_folder, result_of, settle, write_checksums
-from .documents import check_regular, read_toml
+from .documents import check_regular, expect, parse_json, read_toml
 from .locks import locked
 from .recipe import Recipe, to_toml
 from .storage import WriteError, atomic, read_header, write_tensors, write_text
@@ -33,6 +33,7 @@ log = logging.getLogger("distill")
 
 METRICS, RECIPE = "metrics.csv", "recipe.toml"
 _SETTINGS = "distill.run"
+_MAX_REST_CHARS = 64 << 20
 _OWN = {"checkpoints", "samples", "tensorboard", "wandb", METRICS, RECIPE}
 
 
@@ -94,7 +95,9 @@ def stored_settings(folder: Path, warn: bool = False) -> Mapping[str, Any]:
         raise ValueError(f"{folder / RECIPE} is lost or damaged ({reason}); put it back, or give the new run another name")
     if warn:
         log.warning("%s is lost or damaged; the run goes on by what its checkpoint tells", folder / RECIPE)
-    return json.loads(text)
+    table = parse_json(text, f"{_SETTINGS} of {checkpoints[-1]}")
+    expect(table.get("origin", {}), dict, f"origin of {checkpoints[-1]}")
+    return table
 
 
 class Run:
@@ -236,9 +239,11 @@ class Run:
         """The newest checkpoint; None before the first."""
         if not self.checkpoints:
             return None
-        header = read_header(self.checkpoints[-1] / TRAINING)
+        newest = self.checkpoints[-1]
+        header = read_header(newest / TRAINING)
+        rest = parse_json(header.metadata.get("distill.training", ""), f"distill.training of {newest}", max_chars=_MAX_REST_CHARS)
         tensors = {name: tensor.read() for name, tensor in header.tensors.items()}
-        return State(self.step, trained.read(self.result_file), tensors, json.loads(header.metadata["distill.training"]))
+        return State(self.step, trained.read(self.result_file), tensors, rest)
 
     # --- metrics
 

@@ -417,6 +417,16 @@ class Training:
         """Go on from the newest checkpoint, if there is one."""
         if (state := self.run.load(self.trained)) is None:
             return
+        try:
+            self._take(state)
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:  # libraries have errors of their own
+            raise ValueError(
+                f"checkpoint {state.step} of run {self.run.folder.name!r} does not fit what is trained ({error}); give the new run "
+                "another name"
+            ) from error
+
+    def _take(self, state: State) -> None:
+        """The weights, the optimizer and all else of a checkpoint."""
         own = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
         self._put({name: shared_like(weight, self.parameters[name]) for name, weight in (own or state.weights).items()})
         if self.average:

@@ -47,7 +47,7 @@ def run(whole, tmp_path, small_teacher, small_data):
 
 
 def _origin(folder):
-    from distill_core.recipe import read_toml
+    from distill_core.documents import read_toml
 
     return read_toml(folder / "recipe.toml")["origin"]
 

@@ -144,11 +144,12 @@ def as_safetensors(data: bytes, random: Random) -> bytes:
 
 
 def _other_metadata(metadata: dict, random: Random) -> dict:
-    name = random.choice([*metadata, "distill.plan", "distill.skips", "distill.head_channels", "distill.padding"])
+    name = random.choice([*metadata, "distill.plan", "distill.skips", "distill.head_channels", "distill.padding", "distill.sampling",
+                          "distill.run", "distill.training"])  # fmt: skip
     told = metadata.get(name, "{}")
     try:
         told = as_json(told.encode(), random).decode("utf-8", "replace")
-    except ValueError:
+    except (ValueError, RecursionError):  # it is text, or was made to nest before
         told = string(told, random)
     return metadata | {name: told}
 

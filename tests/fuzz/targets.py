@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,11 +22,13 @@ from distill_core.dataset import Caption
 from distill_core.demo.teacher import teacher_file
 from distill_core.files import open_unet, save_unet
 from distill_core.job import EXAMPLES, Job
+from distill_core.model_sampling import EDM, ZERO_SNR, ModelSampling
 from distill_core.plan import KeptSkips, name_map, preset, pruned
 from distill_core.plan_text import read_plan
 from distill_core.prune import prune_file
 from distill_core.ranges import TimestepRanges, read_ranges
-from distill_core.run import METRICS, read_metrics
+from distill_core.recipe import Recipe
+from distill_core.run import METRICS, Run, read_metrics
 from distill_core.schedule import scaled_linear
 from distill_core.storage import fingerprint, read_header, write_tensors
 from distill_core.students import MANIFEST, Students, write_students
@@ -72,7 +75,14 @@ def _unets(folder: Path) -> list[bytes]:
     save_unet(teacher, _weights(small_shapes()), small_unet(), dtype="fp16")
     prune_file(open_unet(teacher), folder / "s.safetensors", preset("bk-sdm-tiny"))
     save_unet(folder / "d", _weights(small_shapes()), small_unet(), form="diffusers", dtype="fp16")
-    files = (teacher, folder / "s.safetensors", *(folder / "d").glob("*.safetensors"))
+    means = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
+    for name, sampling in {
+        "v": ModelSampling(prediction="v", noise=ZERO_SNR),
+        "vedm": ModelSampling(prediction="v", noise=EDM, sigmas=(0.002, 120.0)),
+        "edm": ModelSampling(prediction="edm", noise=EDM, sigmas=(0.002, 80.0), **means),
+    }.items():
+        save_unet(folder / f"{name}.safetensors", _weights(small_shapes()), small_unet(), dtype="fp16", sampling=sampling)
+    files = (*folder.glob("*.safetensors"), *(folder / "d").glob("*.safetensors"))
     return [file.read_bytes() for file in files]
 
 
@@ -95,7 +105,9 @@ def _configs(folder: Path) -> list[bytes]:
     save_unet(folder / "d", _weights(small_shapes()), small_unet(), form="diffusers", dtype="fp16")
     return [
         (folder / "d" / "config.json").read_bytes(),
-        b'{"prediction_type": "v_prediction"}',
+        b'{"prediction_type": "v_prediction", "rescale_betas_zero_snr": true, "beta_start": 0.00085, "trained_betas": null}',
+        b'{"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "prediction_type": "epsilon"}',
+        b'{"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "sigma_max": 700}',
         b'{"weight_map": {"a": "x.safetensors"}}',
     ]
 
@@ -318,7 +330,41 @@ def _read_picture(data: bytes, folder: Path) -> None:
     images.fit(picture.open(), (16, 16))
 
 
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+RECIPE = Recipe(total_steps=2, batch_size=1)
+
+
+def _checkpoint(folder: Path) -> Path:
+    """What else than the student a run goes on from, in a run's folder."""
+    checkpoint = folder / "run" / "checkpoints" / "00000001"
+    if not checkpoint.exists():
+        run = Run(folder / "run", RECIPE, {"data": "some"})
+        save_unet(checkpoint / "student.safetensors", _weights(small_shapes()), small_unet())
+        told = {"distill.training": '{"optimizer": {}, "scaler": {}}', "distill.run": json.dumps(run._settings())}
+        write_tensors(checkpoint / "training.safetensors", {"optimizer/conv_in.weight/exp_avg": torch.zeros(4)}, told)
+    return checkpoint / "training.safetensors"
+
+
+def _read_run(data: bytes, folder: Path) -> None:
+    file = _checkpoint(folder)
+    file.write_bytes(data)
+    run = Run(folder / "run", RECIPE, {"data": "some"})
+    with run.training():
+        run.load(_Anything())
+    for aside in file.parents[1].glob("*.damaged*"):
+        shutil.rmtree(aside)
+
+
+class _Anything:
+    """Stands where what is trained reads its own file."""
+
+    def read(self, path: Path) -> dict:
+        return {name: tensor.read() for name, tensor in read_header(path).tensors.items()}
+
+
 TARGETS = {
+    "run": Target(lambda folder: [_checkpoint(folder).read_bytes()], mutations.as_safetensors, _read_run),
     "unet": Target(_unets, mutations.as_safetensors, _read_unet),
     "config": Target(_configs, mutations.as_json, _read_configs),
     "plan": Target(_plans, mutations.as_json, _read_plan),

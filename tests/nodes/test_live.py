@@ -1,6 +1,7 @@
 """The live view of a training: what a page is told of it, and the chart in a browser where one is installed."""
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -101,6 +102,43 @@ def test_nothing_else_can_be_asked_for(drawn, server):
 
 def test_a_run_that_has_not_begun_is_no_error(server):
     assert asked(server, "no such run") == (204, None)
+
+
+def _metrics_become(content):
+    def change(folder):
+        (folder / "metrics.csv").write_bytes(content)
+
+    return change
+
+
+def _pipe(folder):
+    (folder / "metrics.csv").unlink()
+    os.mkfifo(folder / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    "change,status",
+    [
+        (lambda folder: (folder / "recipe.toml").write_text("a=" + "[" * 100000), 200),
+        (lambda folder: (folder / "recipe.toml").write_bytes(b"\xff\xfe\xff"), 200),
+        (lambda folder: (folder / "recipe.toml").write_text('total_steps = "many"'), 200),
+        (_metrics_become(b"step,total\n1,oops\n2,0.5\n"), 200),
+        (_metrics_become(b"step,total\n1," + b"9" * 200000 + b"\n"), 204),
+        (_metrics_become(b"\xff\xfe\x00,,\n\x00"), 204),
+        (_metrics_become(b"total\n1\n"), 204),
+        (_pipe, 204),
+        (lambda folder: shutil.rmtree(folder), 204),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_shown_as_far_as_it_can_be_and_never_an_error(change, status, drawn, server):
+    folder = server.output / "distill_runs" / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(server.output / "distill_runs" / "live view", folder)
+    whole = asked(server, "damaged")
+    change(folder)
+    got = asked(server, "damaged")
+    assert whole[0] == 200 and got[0] == status, got
+    assert "Traceback" not in server.log.read_text()[-2000:]
 
 
 # --- events

@@ -1,5 +1,6 @@
 """The nodes in a running ComfyUI, on the demo."""
 
+import shutil
 import time
 
 import pytest
@@ -110,6 +111,19 @@ def test_the_graph_trains_saves_and_goes_on(server):
     assert all(torch.equal(in_one[n], on_disk[n]) for n in on_disk)
 
 
+def test_a_finished_run_that_was_deleted_is_trained_again(server):
+    prompt = {**PROMPT, "train": train("deleted", steps_per_queue=6), "s": save(["train", 0], "deleted")}
+    folder = server.output / "distill_runs" / "deleted"
+    assert server.run(prompt).succeeded and "train" in server.run(prompt).cached
+    before = load_file(folder / "checkpoints" / "00000006" / "student.safetensors")
+    shutil.rmtree(folder)
+    again = server.run(prompt)
+    assert again.succeeded and not {"train", "s"} & again.cached
+    after = load_file(folder / "checkpoints" / "00000006" / "student.safetensors")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert "train" in server.run(prompt).cached
+
+
 def test_cancel_keeps_every_finished_step(server):
     long = {"total_steps": 400, "steps_per_queue": 400, "save_every_steps": 500, "lr_schedule": "constant"}
     prompt = {**PROMPT, "train": train("cancelled", **long), "save": save(["train", 0], "cancelled")}
@@ -215,6 +229,9 @@ SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64,
         ({"x": save(["again", 0], "x"), "again": TWICE}, "has been pruned already"),
         ({"x": save(["teacher", 0], "../../evil")}, "leads out of the output folder"),
         ({"x": save(["t", 0], "x"), "t": train("../evil")}, "must be a plain name"),
+        *[({"x": save(["prune", 0], prefix)}, "leads into a folder of runs or data") for prefix in
+          ("distill_runs/a/checkpoints/00000004/extra", "x/../Distill_Data/y", "./distill_runs/y", "distill_runs\\y")],
+        *[({"x": save(["prune", 0], prefix)}, "has no name for the file") for prefix in ("", " ", ".", "folder/", "folder/..")],
         ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not belong together: they are swapped"),
         ({"x": save(["t", 0], "x"), "t": train("a", student=["teacher", 0])}, "student and teacher are the same model"),
         ({"x": save(["t", 0], "x"), "t": train("a", batch_size=["billion", 0]), "billion": BILLION}, "batch_size must be between 1 and 65,536"),
