@@ -31,10 +31,10 @@ _WINDOWS_PATH = re.compile(r'^[^#\n]*"(?:[A-Za-z]:|\.\.?)\\(?!\\)', re.MULTILINE
 """A drive, or dots, and one backslash between double quotes, where TOML takes it for the beginning of a line break or a tab."""
 
 
-def one_line(error: object) -> str:
+def one_line(error: object, max_chars: int = _MAX_REASON) -> str:
     """What an error says, short and on one line."""
     said = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, Exception) else "")
-    return said if len(said) <= _MAX_REASON else f"{said[:_MAX_REASON]} …"
+    return said if len(said) <= max_chars else f"{said[:max_chars]} …"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

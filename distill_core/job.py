@@ -37,7 +37,7 @@ from .architecture import Architecture
 from .cache import CachedDataset, encode
 from .dataset import Dataset, largest_example, num_examples
 from .denoiser import Denoiser, DiffusersDenoiser, check_trainable
-from .documents import MAX_LIST_BYTES, lines, read_text, read_toml
+from .documents import MAX_LIST_BYTES, lines, one_line, read_text, read_toml
 from .encoders import DiffusersEncoders, DigitsEncoders, Encoders, warn_of_cut
 from .files import UNetFile, open_unet
 from .images import folder, hugging_face, sizes
@@ -209,7 +209,7 @@ class Job:
             if name not in table:
                 raise ValueError(f"{path}: {name} is missing")
         if not isinstance(table["run"], str) or not table["run"]:
-            raise ValueError(f"{path}: run must be the name of a folder, got {table['run']!r}")
+            raise ValueError(f"{path}: run must be the name of a folder, got {one_line(repr(table['run']))}")
         teachers = table.get("teacher", [])
         teachers = teachers if isinstance(teachers, list) else [teachers]
 

@@ -77,7 +77,7 @@ class _Reader:
                 self.read_side(side, _entries(entry))
         if not self.remove and not self.keep:
             raise self.error("it keeps everything")
-        return PruningPlan(name=self.text, remove=tuple(self.remove), keep=self.keep)
+        return PruningPlan(name=" ".join(self.text.split()), remove=tuple(self.remove), keep=self.keep)
 
     def error(self, reason: str) -> ValueError:
         example = write_plan(example_plan(self.teacher), self.teacher)

@@ -264,6 +264,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample_every_steps": OR_NONE,
 }
 """Smallest and largest value of settings that are numbers."""
+_MAX_REASON = 1000
+"""Characters of what is wrong with a table."""
 _BESIDE = {
     "save_every_steps", "keep_checkpoints", "keep_best", "sample_every_steps", "trackers", "compile", "accumulation_steps",
     "gradient_checkpointing",
@@ -277,7 +279,7 @@ def check_settings(settings: object, ranges: Mapping[str, tuple[float, float]]) 
     """
     for name, hint in get_type_hints(type(settings)).items():
         if _is_plain(hint) and not _fits(value := getattr(settings, name), hint):
-            raise ValueError(f"{name} must be {_words(hint)}, got {value!r}")
+            raise ValueError(f"{name} must be {_words(hint)}, got {one_line(repr(value))}")
     for name, bounds in ranges.items():
         if (value := getattr(settings, name)) is not None:
             check_range(name, value, bounds)
@@ -310,7 +312,7 @@ def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> 
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {one_line(error, _MAX_REASON)}") from error
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
