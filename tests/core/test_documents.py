@@ -4,7 +4,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill_core.documents import (
@@ -36,6 +36,7 @@ def refused(read, *arguments, said):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 and time.monotonic() - began < 1
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(value=st.dictionaries(TEXT, VALUES))
 def test_json_is_read_as_it_was_written(value):
     assert parse_json(json.dumps(value), "x") == parse_json(json.dumps(value, ensure_ascii=False), "x") == value
