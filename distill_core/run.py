@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .checkpoints import TRAINING, checkpoints_in, drop, own_folder, result_of, settle, write_checksums
-from .documents import check_regular, expect, parse_json, read_toml
+from .documents import check_regular, expect, one_line, parse_json, read_toml
 from .locks import locked
 from .recipe import Recipe, to_toml
 from .storage import WriteError, atomic, read_header, write_tensors, write_text
@@ -33,7 +33,6 @@ log = logging.getLogger("distill")
 
 METRICS, RECIPE = "metrics.csv", "recipe.toml"
 _SETTINGS = "distill.run"
-_MAX_REST_CHARS = 64 << 20
 _OWN = {"checkpoints", "samples", "tensorboard", "wandb", METRICS, RECIPE}
 
 
@@ -241,7 +240,10 @@ class Run:
             return None
         newest = self.checkpoints[-1]
         header = read_header(newest / TRAINING)
-        rest = parse_json(header.metadata.get("distill.training", ""), f"distill.training of {newest}", max_chars=_MAX_REST_CHARS)
+        try:  # optimizers keep infinities, which `documents` takes for damage
+            rest = json.loads(header.metadata.get("distill.training", ""))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{newest / TRAINING} is damaged ({one_line(error)}); give the new run another name") from error
         tensors = {name: tensor.read() for name, tensor in header.tensors.items()}
         return State(self.step, trained.read(self.result_file), tensors, rest)
 
