@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"{path} does not exist") from error
+        raise ValueError(f"cannot read {path}: {path.name} does not exist") from error
     except (OSError, ValueError) as error:  # a name too long, or with a zero in it
         raise ValueError(
             f"cannot read {one_line(path)} ({one_line(getattr(error, 'strerror', error))}); give another name"
@@ -63,10 +64,11 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     check_regular(path)
     try:
         with open(path, "rb") as file:
-            content = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size) if size <= max_bytes else b""
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror or error}); check its permissions and its disk") from error
-    if len(content) > max_bytes:
+    if size > max_bytes:
         raise ValueError(f"{path} is larger than {max_bytes / 2**20:g} MiB; give the right file, or split it")
     return content
 
@@ -99,7 +101,7 @@ def parse_json(text: str, where: object, kind: type = dict, max_chars: int = MAX
     if len(text) > max_chars:
         raise ValueError(f"{where} has {len(text):,} characters, of {max_chars:,} at most; shorten it")
     try:
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_distinct)
         if "\\u" in text:  # half a character, which no text can hold
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -128,6 +130,13 @@ def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str
     for number, line in enumerate(lines(read_text(path, max_bytes)), 1):
         if line.strip():
             yield parse_json(line, f"{path}: line {number}")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of distinct keys: of two that are one key, readers take either."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def _whole(digits: str) -> int:

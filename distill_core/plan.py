@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .architecture import Architecture, nodes
-from .documents import expect, one_line, parse_json, read_text
+from .documents import expect, lines, one_line, parse_json, read_text
 from .layouts import heads, kind
 
 PRESETS = Path(__file__).parent / "presets"
@@ -80,7 +80,7 @@ class PruningPlan:
                 expect(fields.setdefault(name, ""), str, f"'{name}'")
             remove, keep = expect(fields["remove"], list, "'remove'"), expect(fields["keep"], dict, "'keep'")
             kept = {attention: tuple(expect(blocks, list, f"'keep' of {attention!r}")) for attention, blocks in keep.items()}
-            fields |= {"remove": tuple(remove), "keep": kept}
+            fields |= {"name": " ".join(lines(fields["name"])), "remove": tuple(remove), "keep": kept}
             if unknown := fields.keys() - cls.__dataclass_fields__.keys():
                 raise ValueError(f"{one_line(min(unknown))!r} is no part of a plan")
         except ValueError as error:

@@ -20,11 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from .documents import check_regular, one_line, parse_json
+from .documents import check_regular, expect, numbers, one_line, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +47,8 @@ _BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+_UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "U16", "U32", "U64"}
+"""Precisions of the format that nothing here computes with."""
 OVERWRITABLE = {
     "checksums.json", "config.json", "diffusion_pytorch_model.safetensors", "lora.safetensors", "student.safetensors",
     "training.safetensors",
@@ -122,32 +122,62 @@ def read_header(path: Path | str) -> Header:
         raise ValueError(f"{path} is a pickle checkpoint, which can run code when opened; convert it to .safetensors first")
     with open(path, "rb") as file:
         start = file.read(8)
-        try:
-            with safe_open(
-                path, framework="numpy"
-            ):  # the library's rules: no gap, no overlap, no other length, all metadata text
-                pass
-        except (SafetensorError, OSError) as error:
-            if start[:2] in (b"PK", b"\x80\x02"):
-                raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
-            raise ValueError(
-                f"{path} is not a safetensors file, or is cut short or damaged ({one_line(error)}); download it again"
-            ) from error
-        (length,) = struct.unpack("<Q", start)
-        entries = parse_json(file.read(length).decode(), path, max_chars=_LARGEST_HEADER_BYTES)
-    metadata = entries.pop("__metadata__", None) or {}
-    if unknown := {entry["dtype"] for entry in entries.values()} - _BYTES.keys():
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = file.read(length) if length <= _LARGEST_HEADER_BYTES else b""
+        num_bytes = os.fstat(file.fileno()).st_size - 8 - length
+    try:
+        entries, metadata = _entries(text, num_bytes)
+    except ValueError as error:
+        if start[:2] in (b"PK", b"\x80\x02"):
+            raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
         raise ValueError(
-            f"{path} holds tensors in {min(unknown)}, which is not read here; convert them to one of {', '.join(_BYTES)}"
+            f"{path} is not a safetensors file, or is cut short or damaged ({one_line(error)}); download it again"
+        ) from error
+    if unread := {entry["dtype"] for entry in entries.values()} & _UNREAD:
+        raise ValueError(
+            f"{path} holds tensors in {min(unread)}, which is not read here; convert them to one of {', '.join(_BYTES)}"
         )
-    if odd := [entry["shape"] for entry in entries.values() if prod(max(1, size) for size in entry["shape"]) >= 2**63]:
-        raise ValueError(f"{path} holds an empty tensor of shape {one_line(odd[0])}, which is too large; download it again")
-    first = 8 + length
     tensors = {
-        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), first + entry["data_offsets"][0])
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
     }
     return Header(tensors, metadata)
+
+
+def _entries(text: bytes, num_bytes: int) -> tuple[dict[str, dict], dict[str, str]]:
+    """Tensors and metadata of a header in front of so many bytes; ``ValueError`` by the rules of the safetensors library.
+
+    The library itself would import numpy or torch to open a file, and map all of it.
+    """
+    entries = parse_json(text.decode(), "its header", max_chars=_LARGEST_HEADER_BYTES)
+    metadata = entries.pop("__metadata__", None)
+    for name, value in expect({} if metadata is None else metadata, dict, "its metadata").items():
+        expect(value, str, f"its metadata {name!r}")
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: _offsets(*item)):
+        start, previous = _offsets(name, entry)[0], end
+        end, shape = _offsets(name, entry)[1], numbers(entry.get("shape"), f"the shape of {name!r}", (int,))
+        code = expect(entry.get("dtype"), str, f"the dtype of {name!r}")
+        if code not in _BYTES.keys() | _UNREAD:
+            raise ValueError(f"{name!r} is in {code!r}, which is no dtype")
+        if start != previous or end < start:
+            raise ValueError(f"{name!r} does not begin where the tensor before it ends")
+        if min(shape, default=0) < 0 or prod(max(1, size) for size in shape) >= 2**63:
+            raise ValueError(f"{name!r} has no possible shape, or is too large")
+        if code in _BYTES and end - start != prod(shape) * _BYTES[code]:
+            raise ValueError(f"{name!r} has {end - start:,} bytes, which its shape does not fill")
+    if end != num_bytes:
+        raise ValueError(f"its header declares {end:,} bytes of tensors, the file has {num_bytes:,}")
+    return entries, metadata or {}
+
+
+def _offsets(name: str, entry: Any) -> list[int]:
+    """First byte and end of a tensor, counted from the end of the header."""
+    where = f"data_offsets of {name!r}"
+    found = numbers(expect(entry, dict, repr(name)).get("data_offsets"), where, (int,))
+    if len(found) != 2:
+        raise ValueError(f"{where} must be two numbers")
+    return found
 
 
 def fingerprint(tensors: Mapping[str, Tensor | StoredTensor]) -> str:

@@ -96,6 +96,11 @@ def test_space_around_signs_does_not_matter(space, sd15):
     assert (one.remove, one.keep) == (other.remove, other.keep)
 
 
+def test_a_plan_of_several_lines_is_named_in_one(sd15):
+    for text in ("keep down 1\nmid none", '{"name": "keep down 1\\nmid none", "remove": ["mid"]}'):
+        assert read_plan(text, sd15).name == "keep down 1 mid none"
+
+
 def test_the_example_in_the_message_can_be_read(sd15):
     assert pruned(sd15, name_map(sd15, read_plan(EXAMPLE, sd15))).num_parameters == 482_346_884
 
