@@ -93,35 +93,33 @@ def lines(text: str) -> list[str]:
 
 def read_json(path: Path, kind: type = dict, max_bytes: int = MAX_BYTES) -> Any:
     """What a JSON file holds, of a kind: ``dict`` or ``list``."""
-    return parse_json(read_text(path, max_bytes), path, kind, max_bytes)
+    return _parse_stored(read_text(path, max_bytes), path, kind, max_bytes)
 
 
 def parse_json(text: str, where: object, kind: type = dict, max_chars: int = MAX_BYTES) -> Any:
-    """What JSON says, of a kind, all numbers finite. where: what errors call it."""
+    """What JSON says, of a kind, all numbers finite. where: what errors call it; who calls says what to do."""
     if len(text) > max_chars:
-        raise ValueError(f"{where} has {len(text):,} characters, of {max_chars:,} at most; shorten it")
+        raise ValueError(f"{where} has {len(text):,} characters, of {max_chars:,} at most")
     try:
         value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_distinct)
         if "\\u" in text:  # half a character, which no text can hold
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({_why(error)}); correct it, or download it again") from error
+        raise ValueError(f"{where} is not valid JSON ({_why(error)})") from error
     return expect(value, kind, where)
 
 
 def expect(value: Any, kind: type, where: object) -> Any:
     """The value, if it is of a kind; true and false are no numbers."""
     if type(value) is not kind:
-        raise ValueError(
-            f"{where} must be {_WORDS[kind]}, got {_WORDS.get(type(value), 'nothing')}; correct it, or download it again"
-        )
+        raise ValueError(f"{where} must be {_WORDS[kind]}, got {_WORDS.get(type(value), 'nothing')}")
     return value
 
 
 def numbers(value: Any, where: object, kinds: tuple[type, ...] = (int, float)) -> list:
     """The value, if it is a list of numbers."""
     if odd := [entry for entry in expect(value, list, where) if type(entry) not in kinds]:
-        raise ValueError(f"{where} must be numbers, got {one_line(repr(odd[0]))}; correct it, or download it again")
+        raise ValueError(f"{where} must be numbers, got {one_line(repr(odd[0]))}")
     return value
 
 
@@ -129,7 +127,15 @@ def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str
     """The objects of a JSON Lines file, one a line; empty lines are left out."""
     for number, line in enumerate(lines(read_text(path, max_bytes)), 1):
         if line.strip():
-            yield parse_json(line, f"{path}: line {number}")
+            yield _parse_stored(line, f"{path}: line {number}", dict, MAX_BYTES)
+
+
+def _parse_stored(text: str, where: object, kind: type, max_chars: int) -> Any:
+    """As `parse_json`, of a file, of which one can say what to do."""
+    try:
+        return parse_json(text, where, kind, max_chars)
+    except ValueError as error:
+        raise ValueError(f"{error}; correct it, or download it again") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from distill_core.documents import (
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**64) + 1, 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
-    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -36,8 +37,8 @@ def refused(read, *arguments, said):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 and time.monotonic() - began < 1
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(value=st.dictionaries(TEXT, VALUES))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(value=st.dictionaries(TEXT, VALUES, max_size=4))
 def test_json_is_read_as_it_was_written(value):
     assert parse_json(json.dumps(value), "x") == parse_json(json.dumps(value, ensure_ascii=False), "x") == value
 
@@ -120,6 +121,7 @@ def test_a_file_larger_than_it_should_be_is_refused(tmp_path):
     assert len(read_bytes(tmp_path / "x")) == MAX_BYTES
 
 
+@settings(deadline=None)
 @given(captions=st.lists(TEXT, min_size=1))
 def test_a_line_of_json_holds_any_caption(captions, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "x.jsonl"

@@ -238,6 +238,7 @@ def test_a_damaged_note_of_skip_connections_is_one_sentence(text):
     assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(kept=st.sets(st.integers(0, 11)), mid=st.booleans())
 def test_a_note_of_skip_connections_is_read_as_it_was_written(kept, mid):
     skips = KeptSkips(12, tuple(sorted(kept)), mid)
