@@ -115,14 +115,24 @@ def check(checkpoint: Path) -> None:
 def settle(folder: Path) -> None:
     """Set aside what is damaged, newest first, until a checkpoint is sound, so that the run goes on from that one.
 
-    What a killed write left is removed. Call it while the folder is locked.
+    What a killed write left is removed. ``ValueError`` if none is sound, and then all stay: a run does not silently begin anew.
+    Call it while the folder is locked.
     """
     clear_abandoned(folder)
     clear_abandoned(own_folder(folder / "checkpoints"))
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(_named(folder)):
-        reason = _damage(path)
-        if reason is None:
-            return
+        if (reason := _damage(path)) is None:
+            break
+        damaged.append((path, reason))
+    else:
+        if damaged:
+            path, reason = damaged[0]
+            raise ValueError(
+                f"no checkpoint of run {folder.name!r} is whole ({path.name}: {reason}); put one back, or give the new run "
+                "another name"
+            )
+    for path, reason in damaged:
         aside = _free_name(path)
         path.rename(aside)
         log.warning("checkpoint %s of run %r is damaged (%s); it is set aside as %s", path.name, folder.name, reason, aside.name)

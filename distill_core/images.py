@@ -175,8 +175,8 @@ def _warn_of_missing(captions: Sequence[str | None], where: Path) -> None:
 def _listed_captions(folder: Path) -> dict[str, str | None]:
     """Captions by file name from the metadata at the top of a folder."""
     captions: dict[str, str | None] = {}
-    for name, read in _LISTS.items():
-        file = folder / name
+    for listing, read in _LISTS.items():
+        file = folder / listing
         for number, row in enumerate(read(file) if file.exists() else (), 1):
             column = next((column for column in _CAPTION_COLUMNS if column in row), None)
             if not isinstance(row.get("file_name"), str) or column is None:

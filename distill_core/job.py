@@ -297,8 +297,8 @@ class Prepared:
     def _check_run(self) -> None:
         """Refuse what can be refused before data are read."""
         recipe, folder, settings = self.job.training, self.job.path(self.job.run), self.job.students
-        theirs = {(fingerprint(file.tensors), file.prediction) for file in self.teacher_files}
-        ours = self.student_file and (fingerprint(self.student_file.tensors), self.student_file.prediction)
+        theirs = {(fingerprint(file.tensors), file.sampling) for file in self.teacher_files}
+        ours = self.student_file and (fingerprint(self.student_file.tensors), self.student_file.sampling)
         check_lesson(recipe, self.teacher_files[0].architecture, self.architecture, not settings and theirs == {ours})
         if settings is None:
             check_run(folder, recipe, self.architecture.shapes)

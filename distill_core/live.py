@@ -137,9 +137,9 @@ def _stages(folder: Path) -> list[Path]:
 
 def _number(stage: Path) -> int:
     number = stage.name.rpartition("_")[2]
-    return int(number) if number.isdigit() else 0
+    return int(number) if number.isdecimal() else 0
 
 
 def newest_sample(folder: Path) -> Path | None:
     """The sample picture a run has drawn last."""
-    return max((path for path in (folder / "samples").glob("*.png") if path.stem.isdigit()), default=None)
+    return max((path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()), default=None)

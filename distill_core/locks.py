@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .documents import read_json
 from .storage import write_text
 
 log = logging.getLogger("distill")
@@ -32,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ValueError(f"{folder} is in use by {_owner(folder)}; wait until that ends, or choose another name") from error
-    except NotImplementedError:
+    except (NotImplementedError, OSError):  # some network drives refuse every lock
         log.warning("%s is on a file system without locks; do not train in it from two processes", folder)
     try:
         write_text(folder / OWNER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": time.time()}))
@@ -45,8 +46,8 @@ def locked(folder: Path) -> Iterator[None]:
 def _owner(folder: Path) -> str:
     """Who holds a folder, in words."""
     try:
-        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        owner = read_json(folder / OWNER)
         minutes = max(0, int((time.time() - float(owner["since"])) // 60))
         return f"process {int(owner['pid'])} on {str(owner['host'])[:100]}, for {minutes} min"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return "another process"

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-REQUIRED = ("diffusers>=0.30", "einops", "filelock", "matplotlib", "peft", "safetensors", "tomli_w", "tqdm") + ("tomli",) * (
-    sys.version_info < (3, 11)
-)
+REQUIRED = ("diffusers>=0.30", "einops", "filelock", "matplotlib", "peft", "psutil", "safetensors", "tomli_w", "tqdm") + (
+    "tomli",
+) * (sys.version_info < (3, 11))
 """What nodes and library need besides torch, as pip takes it."""
 
 

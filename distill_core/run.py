@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .checkpoints import TRAINING, checkpoints_in, drop, own_folder, result_of, settle, write_checksums
-from .documents import check_regular, expect, one_line, parse_json, read_toml
+from .documents import check_regular, expect, lines, one_line, parse_json, read_toml
 from .locks import locked
 from .recipe import Recipe, to_toml
 from .storage import WriteError, atomic, read_header, write_tensors, write_text
@@ -59,8 +59,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     check_regular(folder / METRICS)
     with open(folder / METRICS, newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    names, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]  # a row that is being written is left out
-    rows = [_row(names, line) for line in lines]
+    names, *written = lines(text[: text.rfind("\n") + 1])[:-1] or [""]  # a row that is being written is left out
+    rows = [_row(names, line) for line in written]
     if unreadable := rows.count(None):
         log.warning("%d of %d rows of %s cannot be read and are left out", unreadable, len(rows), folder / METRICS)
     return [row for row in rows if row is not None]

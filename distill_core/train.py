@@ -160,9 +160,8 @@ class Training:
         if recipe.weight_dtype == "bf16":
             nn.Module.to(network, torch.bfloat16)  # that of diffusers warns of modules to keep, of which there are none
         if self.aim.uses_teacher:
-            teacher = self.teachers.at(
-                self.run.step
-            )  # one that shares the student's network is frozen before what is trained is not
+            # One that shares the student's network is frozen before what is trained is not.
+            teacher = self.teachers.at(self.run.step)
             if not self.run.step:
                 same = len(self.teachers) == 1 and _same(teacher, self.student)
                 check_lesson(recipe, teacher.architecture, self.student.architecture, same)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...distill_core.plan import KeptSkips
 from .model import ORIGIN, Origin
 from .router import CONTROL
+from .weights import shapes_of
 
 
 def with_control(student: ModelPatcher, origin: Origin) -> ModelPatcher:
@@ -73,7 +74,7 @@ def _check_control_lora(control: comfy.controlnet.ControlLora, model: ModelPatch
 
 def _missing(control_weights: Mapping[str, Tensor], model: ModelPatcher) -> list[str]:
     """Layers that a Control-LoRA changes and a model does not have, or has in another shape."""
-    shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+    shapes = shapes_of(model.model.diffusion_model)
     found = []
     for name, up in control_weights.items():
         layer = name.removesuffix(".up")

@@ -1,5 +1,6 @@
 """What a run's folder survives: damage, links, a second process, signals."""
 
+import errno
 import json
 import logging
 import os
@@ -98,6 +99,28 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_an_older_one
     assert bool(aside) == ("set aside" in caplog.text)
     if begins_at == 2:
         assert aside == ["00000004.damaged"] and "checkpoint 00000004" in caplog.text
+
+
+def test_a_run_without_a_sound_checkpoint_is_refused_and_kept_as_it_is(run):
+    folder, go_on = run
+    for checkpoint in checkpoints_in(folder):
+        (checkpoint / "training.safetensors").unlink()
+    before = sorted(folder.rglob("*safetensors"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no checkpoint of run 'run' is whole \(00000004: it lacks a file"):
+            go_on()
+    assert sorted(folder.rglob("*safetensors")) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()], ids=["refused", "absent"])
+def test_on_a_drive_without_locks_a_run_goes_on_with_a_warning(error, tmp_path, monkeypatch, caplog):
+    def acquire(self, *_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with locked(tmp_path):
+        assert (tmp_path / ".owner.json").exists()
+    assert "without locks" in caplog.text
 
 
 def test_after_falling_back_the_run_is_as_if_it_had_never_been_further(run, small_teacher, small_data, tmp_path):

@@ -125,6 +125,12 @@ def test_history_of_several_students_is_their_stages_one_after_another(tmp_path)
     assert live.history(tmp_path)["step"] == 14
 
 
+def test_a_folder_named_in_superscript_digits_does_not_hide_a_history(tmp_path):
+    table(tmp_path / "range_0", rows_of(3))
+    (tmp_path / "range_²").mkdir()
+    assert live.history(tmp_path)["step"] == 3
+
+
 def test_a_folder_without_a_step_has_no_history(tmp_path):
     assert live.history(tmp_path) is None and live.history(tmp_path / "nothing") is None
     table(tmp_path / "begun", [])
@@ -144,6 +150,6 @@ def test_a_row_that_is_being_written_is_not_read(tmp_path):
 def test_the_newest_sample_is_that_of_the_last_step(tmp_path):
     assert live.newest_sample(tmp_path) is None
     (tmp_path / "samples").mkdir()
-    for name in ("00000900.png", "00001000.png", "notes.png", ".00002000.png"):
+    for name in ("00000900.png", "00001000.png", "notes.png", "².png", ".00002000.png"):
         (tmp_path / "samples" / name).touch()
     assert live.newest_sample(tmp_path).name == "00001000.png"
