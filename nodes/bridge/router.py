@@ -118,8 +118,9 @@ def sample_routed(model: ModelPatcher, latent: Mapping[str, Any], **settings) ->
     """What KSampler does, and which model was asked at which noise level. settings: those of KSampler."""
     import nodes
 
-    for name, bounds in {"steps": (1, 10_000), "cfg": (0, 100), "denoise": (0, 1), "seed": (0, SEEDS[1])}.items():
-        check_range(name, settings[name], bounds)
+    bounds = {"steps": (1, 10_000), "cfg": (0, 100), "denoise": (0, 1), "seed": (0, SEEDS[1])}
+    for name in bounds.keys() & settings.keys():
+        check_range(name, settings[name], bounds[name])
     traced, evaluations = model.clone(), []
     traced.set_attachments(TRACE, evaluations)
     (drawn,) = nodes.common_ksampler(traced, latent=latent, **settings)

@@ -133,8 +133,7 @@ def equalities(out):
     same("attention patches", draw(bench.route([_patched(m, i) for i, m in enumerate(both)], 0.5)),
          bench.handed_over([_patched(m, i) for i, m in enumerate(both)]))  # fmt: skip
     same("an attention patch behind the router", draw(_patched(half, 3)), bench.handed_over([_patched(m, 3) for m in both]))
-    v_student = student.clone()
-    v_student.add_object_patch("model_sampling", _sampling(student, "v"))
+    (v_student,) = advanced.ModelSamplingDiscrete().patch(student, "v_prediction", False)
     same("eps and v together", draw(bench.route([teacher, v_student], 0.5)), bench.handed_over([teacher, v_student]))
     controlled = [[bench.positive[0][0], {"control": _control(bench), "control_apply_to_uncond": False}]]
     same("ControlNet", draw(half, positive=controlled), bench.handed_over(both, positive=controlled))
@@ -202,12 +201,6 @@ def _patched(model, number):
     patched = model.clone()
     patched.set_model_attn2_output_patch(lambda x, options: x * (1 + 0.1 * number))
     return patched
-
-
-def _sampling(model, prediction):
-    import pack.nodes.bridge.build as build
-
-    return build._sampling(model, prediction, zsnr=False)
 
 
 def _control(bench):

@@ -148,9 +148,9 @@ def test_full_checkpoints_open_in_load_checkpoint(teachers, server):
     """Written by the CLI from one file to another, and by the node from MODEL, CLIP and VAE; drawn from by stock nodes."""
     folder, models = teachers("sd1"), server.base / "models"
     file = open_unet(folder / "teacher.safetensors")
-    write_tensors(
-        folder / "full.safetensors", {**{file.names[n]: tensor for n, tensor in file.tensors.items()}, **standins.clip()}
-    )
+    unet = {file.names[name]: tensor for name, tensor in file.tensors.items()}
+    vae = {f"first_stage_model.{name}": tensor for name, tensor in standins.vae().items()}
+    write_tensors(folder / "full.safetensors", {**unet, **standins.clip(), **vae})
     (models / "checkpoints").mkdir(parents=True, exist_ok=True)
     (models / "vae").mkdir(parents=True, exist_ok=True)
     save_file(standins.vae(), models / "vae" / "vae.safetensors")
