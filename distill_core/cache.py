@@ -8,12 +8,13 @@ example names any more stays, until the folder is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from math import lcm
 from pathlib import Path
@@ -28,6 +29,7 @@ from .denoiser import Label
 from .documents import MAX_LIST_BYTES, expect, numbers, read_json
 from .encoders import Encoders, warn_of_cut
 from .images import Picture, Size, best_size, crop, fit
+from .locks import locked
 from .storage import StoredTensor, ignore, read_header, write_tensors, write_text
 
 log = logging.getLogger("distill")
@@ -38,6 +40,7 @@ MAX_TOKENS = 60 * 77
 """Longest embedding captions of different lengths may need to become equally long: enough for lengths of 1 to 6 times 77."""
 SHARD_ENTRIES, SHARD_BYTES = 256, 64 << 20  # of a full shard, whichever comes first
 OPEN_SHARDS = 256  # memory maps, not files: an open shard holds no file descriptor
+_WAIT_S = 30
 _INDEX, _FORMAT = "index.json", "distill cache 1"
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
 
@@ -277,6 +280,7 @@ class CacheWriter:
 
     dtype: precision to store, a key of `DTYPES`. verify: read all that is there, and not only the headers, to find damage.
     Damaged shards are deleted with a warning. ``ValueError`` if the folder holds other things and is no cache.
+    Where another process may write too, use `writing`.
     """
 
     def __init__(self, folder: Path | str, *, dtype: str = "fp16", verify: bool = False):
@@ -361,6 +365,21 @@ class CacheWriter:
         return CachedDataset.open(self.folder)
 
 
+@contextlib.contextmanager
+def writing(folder: Path | str, *, dtype: str = "fp16", verify: bool = False) -> Iterator[CacheWriter]:
+    """Hold a cache's folder while adding to it, as in `CacheWriter`; at the end what waits is written, however it ends.
+
+    ``ValueError`` if another process writes in it for longer than it takes to see that nothing is missing.
+    """
+    _check_ours(Path(folder))
+    with locked(Path(folder), wait_s=_WAIT_S):
+        writer = CacheWriter(folder, dtype=dtype, verify=verify)
+        try:
+            yield writer
+        finally:
+            writer.flush()
+
+
 def _check_ours(folder: Path) -> None:
     """``ValueError`` for a folder that is no cache, finished or begun, and not empty either."""
     if folder.exists() and not folder.is_dir():
@@ -407,7 +426,20 @@ def encode(
     sizes: each picture is cropped to the one nearest its shape. flip: each picture also comes mirrored. dtype, verify: as
     in `CacheWriter`. ``on_item(done, total)`` is called after each picture. If it is interrupted, what was encoded stays.
     """
-    writer = CacheWriter(folder, dtype=dtype, verify=verify)
+    with writing(folder, dtype=dtype, verify=verify) as writer:
+        return _encode(writer, pictures, encoders, sizes, batch_size, flip, on_item)
+
+
+def _encode(
+    writer: CacheWriter,
+    pictures: Sequence[Picture],
+    encoders: Encoders,
+    sizes: Sequence[Size],
+    batch_size: int,
+    flip: bool,
+    on_item: Callable[[int, int], None],
+) -> CachedDataset:
+    """What `encode` does, once the folder is held."""
 
     def encode_texts(captions: dict[str, str]) -> None:
         for name, caption in zip(captions, encoders.captions([*captions.values()]), strict=True):
@@ -420,31 +452,28 @@ def encode(
             writer.add_latent(name, latent)
 
     def named(caption: str) -> str:
-        name = text_key(caption, encoders.fingerprint, dtype)
+        name = text_key(caption, encoders.fingerprint, writer.dtype)
         if not writer.has(name):
             texts.add(name, caption)
         return name
 
     captions = {picture.caption for picture in pictures}
-    warn_of_cut([text for text in captions if not writer.has(text_key(text, encoders.fingerprint, dtype))], encoders)
+    warn_of_cut([text for text in captions if not writer.has(text_key(text, encoders.fingerprint, writer.dtype))], encoders)
     texts = _Queue(batch_size, encode_texts)
     queues = {size: _Queue(batch_size, partial(encode_pictures, size)) for size in sizes}
     entries, null, num_enlarged = [], named(""), 0
-    try:
-        for number, picture in enumerate(pictures, 1):
-            content, original = picture.content(), picture.size()
-            size = best_size(original, sizes)
-            num_enlarged += original[0] < size[0] or original[1] < size[1]
-            for mirrored in (False, True) if flip else (False,):
-                name = latent_key(content, encoders.fingerprint, dtype, size, mirrored)
-                if not writer.has(name):
-                    queues[size].add(name, (picture, mirrored))
-                entries.append(Entry(name, named(picture.caption), crop(original, size).sizes))
-            on_item(number, len(pictures))
-        for queue in (texts, *queues.values()):
-            queue.empty()
-    finally:
-        writer.flush()
+    for number, picture in enumerate(pictures, 1):
+        content, original = picture.content(), picture.size()
+        size = best_size(original, sizes)
+        num_enlarged += original[0] < size[0] or original[1] < size[1]
+        for mirrored in (False, True) if flip else (False,):
+            name = latent_key(content, encoders.fingerprint, writer.dtype, size, mirrored)
+            if not writer.has(name):
+                queues[size].add(name, (picture, mirrored))
+            entries.append(Entry(name, named(picture.caption), crop(original, size).sizes))
+        on_item(number, len(pictures))
+    for queue in (texts, *queues.values()):
+        queue.empty()
     if num_enlarged:
         log.warning("%d of %d pictures are smaller than what they are trained at, and are enlarged", num_enlarged, len(pictures))
     return writer.finish(entries, null)

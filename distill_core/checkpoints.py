@@ -31,12 +31,10 @@ def is_link(path: Path) -> bool:
     return path.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path)
 
 
-def own_folder(path: Path) -> Path:
-    """A folder within a run's; ``ValueError`` if it is a link, by which a run would delete and write elsewhere."""
+def own(path: Path) -> Path:
+    """A file or folder within a run's; ``ValueError`` if it is a link, by which a run would read, delete and write elsewhere."""
     if is_link(path):
-        raise ValueError(
-            f"{path} is a link to another place; a run keeps its files in its own folder, so replace the link by a folder"
-        )
+        raise ValueError(f"{path} is a link to another place; a run keeps its files in its own folder, so replace the link")
     return path
 
 
@@ -112,6 +110,17 @@ def check(checkpoint: Path) -> None:
 # --- what is not whole ----------------------------------------------------------------------------------------------
 
 
+def sound(file: Path) -> Path:
+    """A result in a checkpoint; ``ValueError`` if it is not what was written."""
+    try:
+        check(file.parent)
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {file.parent} is damaged ({error}); put it back, or train again in another folder"
+        ) from error
+    return file
+
+
 def settle(folder: Path) -> None:
     """Set aside what is damaged, newest first, until a checkpoint is sound, so that the run goes on from that one.
 
@@ -119,7 +128,7 @@ def settle(folder: Path) -> None:
     Call it while the folder is locked.
     """
     clear_abandoned(folder)
-    clear_abandoned(own_folder(folder / "checkpoints"))
+    clear_abandoned(own(folder / "checkpoints"))
     damaged: list[tuple[Path, str]] = []
     for path in reversed(_named(folder)):
         if (reason := _damage(path)) is None:

@@ -35,6 +35,7 @@ import torch
 from .adapter import WithoutLora
 from .architecture import Architecture
 from .cache import CachedDataset, encode
+from .checkpoints import own
 from .dataset import Dataset, largest_example, num_examples
 from .denoiser import Denoiser, DiffusersDenoiser, check_trainable
 from .documents import MAX_LIST_BYTES, lines, one_line, read_text, read_toml
@@ -49,7 +50,7 @@ from .plan_text import read_plan
 from .preflight import check_run, check_students_run
 from .previews import Previews
 from .processes import Processes
-from .prune import prune_file
+from .prune import pruned_file
 from .quantised import QUANTISED, computes, kept_bytes, quantise
 from .recipe import (
     BATCH,
@@ -417,11 +418,8 @@ class Prepared:
             return self.teacher(self.teacher_settings[0], self.teacher_files[0])
         file = self.student_file
         if file is None:
-            pruned = self.run.folder / f"{name}.safetensors"
             with self.processes.main_first():
-                if not pruned.exists():
-                    prune_file(self.teacher_files[0], pruned, plan or self.plan)
-            file = open_unet(pruned)
+                file = pruned_file(self.teacher_files[0], own(self.run.folder / f"{name}.safetensors"), plan or self.plan)
         dtype = DTYPES[self.job.training.weight_dtype]
         return DiffusersDenoiser.of_file(file, load_unet(file, dtype).to(self.device))
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints import is_link, own
 from .documents import read_toml
 from .run import METRICS, RECIPE, read_metrics
 
@@ -92,7 +93,7 @@ def history(folder: Path) -> dict[str, Any] | None:
 
     ``run``, ``step``, ``total_steps`` (None where it is not known), ``points``. Worked out anew where a file has changed.
     """
-    written = [folder / RECIPE, *(stage / METRICS for stage in _stages(folder))]
+    written = [folder / RECIPE, *(stage / METRICS for stage in stages_in(folder))]
     stamps = tuple((path, stat.st_size, stat.st_mtime_ns) for path in written if (stat := _stat(path)))
     return _history(folder, stamps)
 
@@ -109,7 +110,7 @@ def _history(folder: Path, stamps: tuple) -> dict[str, Any] | None:
     if not (rows := metrics_of(folder)):
         return None
     try:
-        total_steps = read_toml(folder / RECIPE).get("total_steps")
+        total_steps = read_toml(own(folder / RECIPE)).get("total_steps")
     except (ValueError, RecursionError):  # of a training of several, or damaged
         total_steps = None
     known = total_steps if type(total_steps) is int else None
@@ -127,12 +128,13 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 
 def metrics_by_stage(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Metrics of a run by its folder's name; of a training of several students those of its stages, in their order."""
-    return {path.name: rows for path in _stages(folder) if (rows := read_metrics(path))}
+    return {path.name: rows for path in stages_in(folder) if (rows := read_metrics(path))}
 
 
-def _stages(folder: Path) -> list[Path]:
-    """A run's folder, and those of its stages in their order."""
-    return [folder, *(path for stage in ("joint*", "range_*") for path in sorted(folder.glob(stage), key=_number))]
+def stages_in(folder: Path) -> list[Path]:
+    """A run's folder, and those of its stages in their order; what leads elsewhere is none."""
+    found = (path for stage in ("joint*", "range_*") for path in sorted(folder.glob(stage), key=_number))
+    return [folder, *(path for path in found if not is_link(path))]
 
 
 def _number(stage: Path) -> int:
@@ -142,4 +144,5 @@ def _number(stage: Path) -> int:
 
 def newest_sample(folder: Path) -> Path | None:
     """The sample picture a run has drawn last."""
-    return max((path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()), default=None)
+    drawn = () if is_link(folder / "samples") else (folder / "samples").glob("*.png")
+    return max((path for path in drawn if path.stem.isdecimal() and not is_link(path)), default=None)

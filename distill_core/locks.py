@@ -20,15 +20,15 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder while open; ``ValueError`` tells which process holds it, and since when.
+def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """Hold a folder while open; ``ValueError`` tells which process holds it, and since when. wait_s: how long to wait for it.
 
     The operating system lets go of the lock of a process that ends, however it ends.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FileLock(folder / LOCK, timeout=wait_s)
     try:
         lock.acquire()
     except Timeout as error:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoints import checkpoints_in, own_folder
+from .checkpoints import checkpoints_in, own, sound
 from .dataset import Dataset
 from .denoiser import Denoiser
 from .documents import numbers, read_json
@@ -136,8 +136,8 @@ class OneToMany:
             raise ValueError(f"{what}, so all students need one plan, got {len(self.plans)}")
         names = [path.name for path in self.folder.iterdir() if path.name[0] != "."] if self.folder.exists() else []
         for name in names:
-            if name == "students" or name.startswith(("joint", "range_")):
-                own_folder(self.folder / name)
+            if name in ("students", "ranges.json", "base.safetensors") or name.startswith(("joint", "range_", "pruned")):
+                own(self.folder / name)
         if names and not any(name.startswith(("joint", "range_", "pruned")) for name in names):
             raise ValueError(f"{self.folder} exists and is not a training of several students; choose another name")
         for path in self.folder.glob("joint*"):
@@ -290,7 +290,7 @@ class OneToMany:
         plan, make = self.starts[number]
         student = make()
         if not stage.startswith("joint") and self.settings.joint_steps:
-            student.load_state_dict(open_unet(self._result(self._joint_of(number))).state_dict)
+            student.load_state_dict(open_unet(sound(self._result(self._joint_of(number)))).state_dict)
         with self.processes.main_first():
             run = self.run(stage, main=self.processes.main)
             (self.folder / "students" / MANIFEST).unlink(missing_ok=True)  # what it tells of is no more
@@ -342,7 +342,7 @@ class OneToMany:
 
     def _measure(self) -> None:
         """Write boundaries by the error of the jointly distilled student, once."""
-        path, file = self.folder / "ranges.json", open_unet(self._result("joint"))
+        path, file = self.folder / "ranges.json", open_unet(sound(self._result("joint")))
         joint = fingerprint(file.tensors)
         with self.processes.main_first():
             if not self.processes.main or (path.exists() and read_json(path).get("joint") == joint):
@@ -369,7 +369,7 @@ class OneToMany:
         if self.processes.main:
             steps = [self.recipe.total_steps] * len(self)
             base = self._base() if self.recipe.lora_rank else None
-            files = [self._result(f"range_{number}") for number in range(len(self))]
+            files = [sound(self._result(f"range_{number}")) for number in range(len(self))]
             options = {"base": base, "teacher": self.teacher, "steps": steps, "base_steps": self.settings.joint_steps}
             write_students(self.folder / "students", self.ranges, files, **options)
         self.processes.wait()
@@ -377,7 +377,7 @@ class OneToMany:
     def _base(self) -> Path:
         """The file all LoRAs are on."""
         if self.settings.joint_steps:
-            return self._result("joint")
+            return sound(self._result("joint"))
         path, student = self.folder / "base.safetensors", self.starts[0].make()
         save_unet(
             path,

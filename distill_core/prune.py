@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .architecture import Architecture
-from .files import UNetFile, save_unet
+from .files import UNetFile, open_unet, save_unet
 from .plan import NameMap, PruningPlan, name_map, pruned
 from .stock import check_opens, padding_blocks
 from .storage import OnBytes, fingerprint, ignore, zeros_like
@@ -106,6 +106,19 @@ def prune_file(
         metadata={**carried, **pruning_metadata(pruning, teacher.tensors, teacher.architecture)},
     )
     return pruning
+
+
+def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
+    """The file of a student as it begins: that which is there, or where it is of another plan or teacher, one made now."""
+    try:
+        file = open_unet(path)
+        same = file.origin.get("distill.teacher") == fingerprint(teacher.tensors) and file.sampling == teacher.sampling
+        if same and file.metadata.get("distill.plan") == plan.to_json():
+            return file
+    except (ValueError, OSError):  # it is not there, or damaged
+        pass
+    prune_file(teacher, path, plan, overwrite=True)
+    return open_unet(path)
 
 
 def pruning_metadata(pruning: Pruning, teacher: Mapping[str, Weight], architecture: Architecture) -> dict[str, str]:

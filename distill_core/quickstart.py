@@ -19,9 +19,9 @@ from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_fil
 from .denoiser import Denoiser
 from .disk import check_writable
 from .evaluate import count_macs, frechet_distance
-from .files import open_unet, save_unet
+from .files import save_unet
 from .plan import preset
-from .prune import prune_file
+from .prune import pruned_file
 from .recipe import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, Recipe, check_settings
 from .run import Run
 from .sampling import sample
@@ -106,10 +106,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         save_every_steps=100,
     )
     run = Run(out / "run", recipe, {"plan": plan.name, "data": dataset.fingerprint})
-    start = out / "pruned.safetensors"
-    if not start.exists():
-        prune_file(file, start, plan)
-    student = load_denoiser(open_unet(start))
+    student = load_denoiser(pruned_file(file, out / "pruned.safetensors", plan))
 
     rows, pictures = [], {}
     for name, denoiser in (("teacher", teacher), ("pruned only", student), ("distilled", student)):

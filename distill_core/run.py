@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checkpoints import TRAINING, checkpoints_in, drop, own_folder, result_of, settle, write_checksums
+from .checkpoints import TRAINING, checkpoints_in, drop, own, result_of, settle, write_checksums
 from .documents import check_regular, expect, lines, one_line, parse_json, read_toml
 from .locks import locked
 from .recipe import Recipe, to_toml
@@ -54,7 +54,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     Also ``norm`` of the gradient, the mean total by timestep as in ``timesteps/0-99``, and ``validation``; what was not
     measured in a step is left out of it. Empty where nothing was written.
     """
-    if not (folder / METRICS).exists():
+    if not own(folder / METRICS).exists():
         return []
     check_regular(folder / METRICS)
     with open(folder / METRICS, newline="", encoding="utf-8", errors="replace") as file:
@@ -82,7 +82,7 @@ def stored_settings(folder: Path, warn: bool = False) -> Mapping[str, Any]:
     Empty where there is neither. ``ValueError`` for a damaged recipe beside checkpoints that do not tell. warn: of a lost recipe.
     """
     try:
-        table = read_toml(folder / RECIPE)
+        table = read_toml(own(folder / RECIPE))
         if isinstance(table.get("origin", {}), dict):
             return table
         reason = "its origin is no table"
@@ -110,8 +110,9 @@ class Run:
         folder holds a run with other settings. Nothing is written before `training`.
         """
         self.folder, self.recipe, self.origin, self.main = Path(folder), recipe, dict(origin), main
-        for name in ("checkpoints", "samples"):
-            own_folder(self.folder / name)
+        self._holds = False
+        for name in _OWN:
+            own(self.folder / name)
         if self.checkpoints:  # nothing is lost by changing a run that never finished a step
             self._check_same(stored_settings(self.folder))
         elif others := self._others():
@@ -136,7 +137,11 @@ class Run:
             if self.checkpoints:
                 self._check_same(stored_settings(self.folder, warn=True))
             write_text(self.folder / RECIPE, to_toml(self._settings()))
-            yield
+            self._holds = True
+            try:
+                yield
+            finally:
+                self._holds = False
 
     def _settings(self) -> dict[str, Any]:
         """What the run was started with, as a table."""
@@ -209,13 +214,24 @@ class Run:
         return result_of(best[0]) if best else self.result_file
 
     def save(self, state: State, trained: Trained) -> None:
-        """Write a checkpoint whole or not at all, then drop those that need not stay."""
-        inside, settings = own_folder(self.folder / "checkpoints"), json.dumps(self._settings())
-        with atomic(inside / f"{state.step:08d}", overwrite=True) as folder:
-            folder.mkdir()
-            trained.write(folder / trained.file_name, state.weights, self._about(state.step))
-            write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest), _SETTINGS: settings})
-            write_checksums(folder)
+        """Write a checkpoint whole or not at all, then drop those that need not stay.
+
+        `WriteError` tells which step is kept where it cannot be written; ``ValueError`` that the folder was deleted.
+        """
+        if self._holds and not (self.folder / RECIPE).exists():
+            raise ValueError(
+                f"the folder of run {self.folder.name!r} was deleted or moved while it trained; start it again, which begins at "
+                "step 0, or put the folder back first"
+            )
+        inside, settings = own(self.folder / "checkpoints"), json.dumps(self._settings())
+        try:
+            with atomic(inside / f"{state.step:08d}", overwrite=True) as folder:
+                folder.mkdir()
+                trained.write(folder / trained.file_name, state.weights, self._about(state.step))
+                write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest), _SETTINGS: settings})
+                write_checksums(folder)
+        except WriteError as error:
+            raise WriteError(error.path, error.reason, f"the run keeps step {self.step}") from error
         keep = {*self.checkpoints[-self.recipe.keep_checkpoints :], *self._best(self.recipe.keep_best)}
         for old in set(self.checkpoints) - keep:
             drop(old)

@@ -56,6 +56,7 @@ OVERWRITABLE = {
 """What a folder may hold to be overwritten: what is written into folders here."""
 _CHUNK_BYTES = 8 << 20
 _LARGEST_HEADER_BYTES = 100_000_000  # safetensors reads no larger one
+_MOST_BRACKETS = 1_000_000  # each tensor has three; what Python makes of them is ten times as large as the text
 _DAY_S = 24 * 3600
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -125,6 +126,8 @@ def read_header(path: Path | str) -> Header:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         text = file.read(length) if length <= _LARGEST_HEADER_BYTES else b""
         num_bytes = os.fstat(file.fileno()).st_size - 8 - length
+    if text.count(b"{") + text.count(b"[") > _MOST_BRACKETS:
+        raise ValueError(f"{path} declares more tensors than any model has; download it again, from somewhere you trust")
     try:
         entries, metadata = _entries(text, num_bytes)
     except ValueError as error:
@@ -218,9 +221,10 @@ def ignore(done: int, total: int) -> None:
 class WriteError(OSError):
     """Something could not be written; one sentence says what and why."""
 
-    def __init__(self, path: Path, reason: str):
-        super().__init__(f"cannot write {path}: {reason}; free some space or choose another folder")
-        self.reason = reason
+    def __init__(self, path: Path, reason: str, kept: str = ""):
+        """kept: what is there all the same."""
+        super().__init__(f"cannot write {path}: {reason}; free some space or choose another folder{kept and f' ({kept})'}")
+        self.path, self.reason = path, reason
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import DTYPES, CachedDataset, CacheWriter, Entry, key, text_key
+from .cache import DTYPES, CachedDataset, CacheWriter, Entry, key, text_key, writing
 from .dataset import Caption, conditions, generator
 from .denoiser import Denoiser
 from .disk import check_room
@@ -139,20 +139,18 @@ def make_dataset(
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("a teacher-made dataset needs at least one prompt")
-    writer = CacheWriter(folder, dtype=dtype)
-    texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
-    missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
-    warn_of_cut(missing, encoders)
-    try:
+    with writing(folder, dtype=dtype) as writer:
+        texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
+        missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
+        warn_of_cut(missing, encoders)
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
             for prompt, caption in zip(part, encoders.captions(part), strict=True):
                 writer.add_text(texts[prompt], caption)
             on_caption(start + len(part), len(missing))
-    finally:
         writer.flush()
-    captions = [(prompt, texts[prompt]) for prompt in prompts]
-    return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item)
+        captions = [(prompt, texts[prompt]) for prompt in prompts]
+        return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item)
 
 
 def draw_dataset(
@@ -170,15 +168,16 @@ def draw_dataset(
 ) -> CachedDataset:
     """The same of captions that are encoded already, and an empty caption or negative prompt."""
     check_range("batch_size", batch_size, BATCH)
-    writer, texts = CacheWriter(folder, dtype=dtype), []
-    for caption in [*captions, null]:
-        content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in caption if part is not None)
-        texts.append(key("caption", *content, writer.dtype))
-        if not writer.has(texts[-1]):
-            writer.add_text(texts[-1], caption)
-    writer.flush()
-    named = [(name, name) for name in texts[:-1]]
-    return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item)
+    texts = []
+    with writing(folder, dtype=dtype) as writer:
+        for caption in [*captions, null]:
+            content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in caption if part is not None)
+            texts.append(key("caption", *content, writer.dtype))
+            if not writer.has(texts[-1]):
+                writer.add_text(texts[-1], caption)
+        writer.flush()
+        named = [(name, name) for name in texts[:-1]]
+        return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item)
 
 
 class _Job(NamedTuple):

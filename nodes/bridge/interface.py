@@ -61,7 +61,7 @@ def losses_written(run_name: str) -> list[int]:
         folder = run_folder(run_name)
     except ValueError:  # execute will say what is wrong with the name
         return []
-    return [path.stat().st_mtime_ns for path in sorted(folder.rglob(METRICS))]
+    return [file.stat().st_mtime_ns for stage in live.stages_in(folder) if (file := stage / METRICS).is_file()]
 
 
 def newest_step(run_name: str) -> int:
@@ -70,7 +70,7 @@ def newest_step(run_name: str) -> int:
         folder = run_folder(run_name)
     except ValueError:  # execute will say what is wrong with the name
         return 0
-    newest = (checkpoints_in(stage)[-1:] for stage in (folder, *folder.glob("*")))
+    newest = (checkpoints_in(stage)[-1:] for stage in live.stages_in(folder))
     step = sum(int(checkpoint.name) for found in newest for checkpoint in found)
     if step < _seen.get(folder, 0):
         _lost[folder] = _lost.get(folder, 0) + 1
@@ -105,21 +105,27 @@ def students_folder(name: str) -> Path:
 
 def output_path(prefix: str, suffix: str) -> Path:
     """The next free numbered path under ComfyUI's output folder, as its own Save nodes count."""
-    root = folder_paths.get_output_directory()
-    inside = os.path.normpath(prefix.replace("\\", "/")).split(os.sep)
-    if inside[0].casefold() in OWN_FOLDERS:
-        raise ValueError(
-            f"filename_prefix {prefix!r} leads into a folder of runs or data, which holds nothing else; choose another"
-        )
-    if not inside[-1].strip(". ") or prefix.endswith(("/", "\\")):
-        raise ValueError(f"filename_prefix {prefix!r} has no name for the file; write one, such as diffusion_models/student")
-    if not folder_paths.is_within_directory(root, os.path.join(root, os.path.dirname(os.path.normpath(prefix)))):
-        raise ValueError(f"filename_prefix {prefix!r} leads out of the output folder; keep it inside")
+    root, said = folder_paths.get_output_directory(), f"filename_prefix {prefix!r}"
+    prefix = prefix.replace("\\", "/")  # a graph made on Windows
+    name, target = prefix.rpartition("/")[2], os.path.join(root, os.path.dirname(os.path.normpath(prefix)))
+    if any(_is_within(target, os.path.join(root, folder)) for folder in OWN_FOLDERS):
+        raise ValueError(f"{said} leads into a folder of runs or data, which holds nothing else; choose another")
+    if not name.strip(". "):
+        raise ValueError(f"{said} has no name for the file; write one, such as diffusion_models/student")
+    if name.startswith("."):
+        raise ValueError(f"{said} would make a hidden file, which no loader lists; begin the name with a letter")
+    if not folder_paths.is_within_directory(root, target):
+        raise ValueError(f"{said} leads out of the output folder; keep it inside")
     try:
         folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, root)
     except OSError as error:
         raise WriteError(Path(root) / prefix, error.strerror) from error
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, links followed, and on disks that tell no case apart too."""
+    return folder_paths.is_within_directory(os.path.realpath(folder).casefold(), os.path.realpath(path).casefold())
 
 
 def file_in(folder: str, name: str) -> Path:

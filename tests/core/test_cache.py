@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distill_core import cache
-from distill_core.cache import CachedDataset, CacheWriter, Entry, encode, latent_key, text_key, tile
+from distill_core.cache import CachedDataset, CacheWriter, Entry, encode, latent_key, text_key, tile, writing
 from distill_core.dataset import Caption
 from distill_core.encoders import DigitsEncoders
 from distill_core.images import fit, folder
@@ -135,6 +135,14 @@ def test_encoding_twice_is_encoding_once(pictures, tmp_path, small_shards):
     assert same(dataset, other) and same(dataset, CachedDataset.open(tmp_path / "cache"))
     assert dataset.fingerprint == other.fingerprint and done == [(i + 1, 9) for i in range(9)]
     assert before == {path: path.stat().st_mtime_ns for path in shards(tmp_path / "cache")}
+
+
+def test_one_process_at_a_time_writes_and_the_second_is_told_which(pictures, tmp_path, monkeypatch):
+    """Otherwise the index of one names what the other has not written."""
+    monkeypatch.setattr("distill_core.cache._WAIT_S", 0.1)
+    with writing(tmp_path / "cache"), pytest.raises(ValueError, match=r"cache is in use by process \d+ on"):
+        encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    assert len(encoded(pictures, DigitsEncoders(), tmp_path / "cache").entries) == 9
 
 
 @pytest.mark.parametrize("after", [1, 4, 8])

@@ -1,5 +1,6 @@
 """What a run's folder survives: damage, links, a second process, signals."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -14,8 +15,8 @@ import time
 import pytest
 import torch
 
-from distill_core import checkpoints
-from distill_core.checkpoints import checkpoints_in, own_folder
+from distill_core import checkpoints, live
+from distill_core.checkpoints import checkpoints_in, own
 from distill_core.locks import locked
 from distill_core.recipe import Recipe
 from distill_core.run import Run, read_metrics
@@ -174,7 +175,7 @@ def test_looking_at_a_run_writes_nothing(whole):
 # --- links
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "samples"])
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "tensorboard", "wandb"])
 def test_a_folder_of_a_run_that_leads_elsewhere_is_refused_and_nothing_there_is_touched(name, run, tmp_path):
     folder, go_on = run
     outside = tmp_path / "home"
@@ -193,6 +194,62 @@ def test_a_folder_of_a_run_that_leads_elsewhere_is_refused_and_nothing_there_is_
     assert sorted(outside.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["recipe.toml", "metrics.csv"])
+def test_a_file_of_a_run_that_leads_elsewhere_is_neither_read_nor_written(name, run, tmp_path):
+    folder, go_on = run
+    secret = tmp_path / "secret"
+    shutil.move(folder / name, secret)
+    before = secret.read_bytes()
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name} is a link to another place"):
+        go_on()
+    with contextlib.suppress(ValueError):
+        assert live.history(folder)["total_steps"] is None
+    assert secret.read_bytes() == before and not secret.is_symlink()
+
+
+def test_what_a_chart_shows_stays_in_the_folder(run, tmp_path):
+    """Stages and samples that are links are not shown."""
+    folder, _ = run
+    (folder / "range_0").symlink_to(folder)
+    assert live.stages_in(folder) == [folder]
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path / "elsewhere", folder / "samples"):
+        place.mkdir(exist_ok=True)
+        (place / "00000009.png").write_bytes(b"")
+    assert live.newest_sample(folder) == folder / "samples/00000009.png"
+    (folder / "samples/00000010.png").symlink_to(tmp_path / "elsewhere/00000009.png")
+    assert live.newest_sample(folder) == folder / "samples/00000009.png"
+    shutil.rmtree(folder / "samples")
+    (folder / "samples").symlink_to(tmp_path / "elsewhere")
+    assert live.newest_sample(folder) is None
+
+
+# --- while it trains
+
+
+def test_a_full_disk_tells_which_step_is_kept(run, monkeypatch):
+    folder, go_on = run
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("distill_core.run.write_tensors", full)
+    with pytest.raises(OSError, match=r"cannot write .*00000006: No space left on device; .* \(the run keeps step 4\)"):
+        go_on()
+    assert [path.name for path in checkpoints_in(folder)] == ["00000002", "00000004"]
+
+
+def test_a_run_whose_folder_is_deleted_while_it_trains_says_so(tmp_path, small_teacher, small_data):
+    def delete(progress):
+        if progress.step == 1:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(ValueError, match="the folder of run 'run' was deleted or moved while it trained"):
+        train(tmp_path / "run", small_teacher, small_data, RECIPE, on_step=delete)
+    assert not (tmp_path / "run").exists()
+
+
 def test_old_checkpoints_are_dropped_file_by_file(run):
     """What somebody else put into one stays; only what a run wrote goes."""
     folder, go_on = run
@@ -201,7 +258,7 @@ def test_old_checkpoints_are_dropped_file_by_file(run):
     assert [path.name for path in (folder / "checkpoints/00000002").iterdir()] == ["notes.txt"]
     checkpoints.drop(folder / NEWEST)
     assert not (folder / NEWEST).exists()
-    assert own_folder(folder) == folder
+    assert own(folder) == folder
 
 
 # --- several processes

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from distill_core.files import open_unet, save_unet
 from distill_core.layouts import LAYOUTS
 from distill_core.plan import PruningPlan, name_map, preset, preset_names, pruned
-from distill_core.prune import prune_file
+from distill_core.prune import prune_file, pruned_file
 from distill_core.schedule import PREDICTIONS
-from distill_core.storage import atomic, write_tensors
+from distill_core.storage import atomic, fingerprint, write_tensors
 from distill_core.unet import load_unet
 
 from ..conftest import SMALL
@@ -310,3 +310,19 @@ def test_buffers_of_a_schedule_are_no_vae(small_teacher, tmp_path):
     assert not open_unet(tmp_path / "t.safetensors").is_whole_checkpoint
     save_file(weights | beside | vae | {"cond_stage_model.x": torch.ones(1)}, tmp_path / "t.safetensors")
     assert open_unet(tmp_path / "t.safetensors").is_whole_checkpoint
+
+
+def test_a_pruned_file_is_used_again_only_for_the_plan_and_teacher_it_is_of(teacher_path, tmp_path):
+    teacher, path = open_unet(teacher_path), tmp_path / "pruned.safetensors"
+    pruned_file(teacher, path, preset("bk-sdm-base"))
+    written = path.stat().st_mtime_ns
+    assert pruned_file(teacher, path, preset("bk-sdm-base")).plan.name == "bk-sdm-base"
+    assert path.stat().st_mtime_ns == written
+    assert pruned_file(teacher, path, preset("bk-sdm-tiny")).plan.name == "bk-sdm-tiny"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert pruned_file(teacher, path, preset("bk-sdm-tiny")).plan.name == "bk-sdm-tiny"
+    weights = {name: tensor + 1 for name, tensor in teacher.state_dict.items()}
+    save_unet(tmp_path / "other.safetensors", weights, teacher.architecture, sampling=teacher.sampling)
+    other = open_unet(tmp_path / "other.safetensors")
+    again = pruned_file(other, path, preset("bk-sdm-tiny"))
+    assert again.origin["distill.teacher"] == fingerprint(other.tensors) != fingerprint(teacher.tensors)

@@ -215,6 +215,17 @@ def test_trained_on_the_folder_of_students_is_written_anew(training, tmp_path):
         training(tmp_path / "x", replace(TWO, joint_steps=9), replace(recipe, total_steps=2))
 
 
+def test_students_do_not_begin_as_a_damaged_student(training, tmp_path):
+    begun = training(tmp_path / "x", TWO)
+    begun.train(num_steps=2)
+    file = begun.run("joint").result_file
+    content = bytearray(file.read_bytes())
+    content[-400] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint .*joint.checkpoints.00000002 is damaged \(student.safetensors has changed"):
+        training(tmp_path / "x", TWO).train()
+
+
 @pytest.mark.parametrize("joint_steps", [0, 1])
 def test_one_student_that_was_trained_is_not_passed_over(joint_steps, training, tmp_path):
     recipe = replace(RECIPE, lr_schedule="constant")

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -309,6 +310,17 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
     with pytest.raises(RuntimeError), atomic(tmp_path / "folder", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "folder" / "config.json").read_text() == "old" and not left.exists()
+
+
+def test_a_header_of_more_tensors_than_memory_is_refused_before_it_is_parsed(tmp_path):
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    text = "{" + ",".join(f'"{number}":{entry}' for number in range(400_000)) + "}"
+    file = _file(tmp_path / "x.safetensors", text.encode())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="declares more tensors than any model has"):
+        read_header(file)
+    assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    tracemalloc.stop()
 
 
 def test_a_header_that_begins_like_a_pickle_is_still_read(tmp_path):

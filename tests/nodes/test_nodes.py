@@ -232,6 +232,7 @@ SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64,
         *[({"x": save(["prune", 0], prefix)}, "leads into a folder of runs or data") for prefix in
           ("distill_runs/a/checkpoints/00000004/extra", "x/../Distill_Data/y", "./distill_runs/y", "distill_runs\\y")],
         *[({"x": save(["prune", 0], prefix)}, "has no name for the file") for prefix in ("", " ", ".", "folder/", "folder/..")],
+        ({"x": save(["prune", 0], "folder/.hidden")}, "would make a hidden file"),
         ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not belong together: they are swapped"),
         ({"x": save(["t", 0], "x"), "t": train("a", student=["teacher", 0])}, "student and teacher are the same model"),
         ({"x": save(["t", 0], "x"), "t": train("a", batch_size=["billion", 0]), "billion": BILLION}, "batch_size must be between 1 and 65,536"),
@@ -243,6 +244,13 @@ def test_bad_input_is_one_clear_sentence(change, message, server):
     result = server.run({**PROMPT, **change})
     assert message in result.error and "\n" not in result.error
     assert [p for p in sorted(server.output.rglob("*")) if p not in before and p.is_file()] == []
+
+
+def test_a_link_does_not_lead_what_is_saved_into_a_run(server):
+    (server.output / "distill_runs").mkdir(exist_ok=True)
+    (server.output / "shortcut").symlink_to(server.output / "distill_runs")
+    result = server.run({**PROMPT, "x": save(["prune", 0], "shortcut/student")})
+    assert "leads into a folder of runs or data" in result.error
 
 
 def test_a_run_with_other_settings_is_refused(server):
