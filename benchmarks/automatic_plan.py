@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from distill_core.analyse import CRITERIA, Planner, examples, score
 from distill_core.demo import digits
 from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
-from distill_core.denoiser import DiffusersDenoiser
-from distill_core.evaluate import count_macs
-from distill_core.plan import preset
-from distill_core.plan_text import write_plan
-from distill_core.prune import prune
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.diffusion.macs import count_macs
+from distill_core.networks.build import build_unet
+from distill_core.pruning.analyse import CRITERIA, Planner, examples, score
+from distill_core.pruning.plan import preset
+from distill_core.pruning.plan_text import write_plan
+from distill_core.pruning.prune import prune
 from distill_core.quickstart import Settings, judge
-from distill_core.recipe import Recipe
-from distill_core.run import Run
-from distill_core.train import distill
-from distill_core.unet import build_unet
+from distill_core.training.loop import distill
+from distill_core.training.run import Run
+from distill_core.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -84,10 +84,10 @@ def _judged(teacher, dataset, plan, seed: int, steps: int) -> tuple[float, float
     """Accuracy and Fréchet distance, straight after pruning and after distillation."""
     student, settings = _student(teacher, plan), Settings(num_samples=300, seed=seed)
     before, _ = judge("pruned", student, settings)
-    recipe = Recipe(total_steps=steps, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
+    recipe = TrainingSettings(total_steps=steps, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
                     weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", recipe, {})
+        run = Run(Path(folder) / "run", recipe)
         distill(run, student=student, teacher=teacher, plan=plan, dataset=dataset)
     after, _ = judge("distilled", student, settings)
     return before.accuracy, before.frechet_distance, after.accuracy, after.frechet_distance

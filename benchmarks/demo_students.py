@@ -1,4 +1,4 @@
-"""Students of the demo teacher, made and trained the same way in every benchmark."""
+"""Experts of the demo teacher, made and trained the same way in every benchmark."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from distill_core.dataset import Dataset, LatentDataset, num_examples
+from distill_core.base.storage import fingerprint
+from distill_core.data.dataset import Dataset, LatentDataset, num_examples
+from distill_core.data.teacher_data import Making, make_dataset
 from distill_core.demo import digits
+from distill_core.demo.encoders import DigitsEncoders
 from distill_core.demo.teacher import load_denoiser, teacher_file
-from distill_core.denoiser import DiffusersDenoiser
-from distill_core.encoders import DigitsEncoders
-from distill_core.plan import PruningPlan
-from distill_core.prune import prune
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.diffusion.schedule import scaled_linear
+from distill_core.networks.build import build_unet
+from distill_core.pruning.plan import PruningPlan
+from distill_core.pruning.prune import prune
 from distill_core.quickstart import Settings
-from distill_core.recipe import Recipe
-from distill_core.run import Run
-from distill_core.schedule import scaled_linear
-from distill_core.storage import fingerprint
-from distill_core.teacher_data import Making, make_dataset
-from distill_core.train import distill
-from distill_core.unet import build_unet
+from distill_core.training.loop import distill
+from distill_core.training.run import Run
+from distill_core.training.settings import TrainingSettings
 
 BATCH_SIZE = 64
 
@@ -50,9 +50,9 @@ def train(
     student: DiffusersDenoiser, teacher: DiffusersDenoiser, plan: PruningPlan, dataset: Dataset, steps: int, seed: int, **changes
 ) -> None:
     """Train a student in place by the quickstart's settings; ``changes`` are other settings of the recipe."""
-    recipe = Recipe(**settings_of(steps, seed), **changes)
+    recipe = TrainingSettings(**settings_of(steps, seed), **changes)
     with tempfile.TemporaryDirectory() as folder:
-        distill(Run(Path(folder) / "run", recipe, {}), student=student, teacher=teacher, plan=plan, dataset=dataset)
+        distill(Run(Path(folder) / "run", recipe), student=student, teacher=teacher, plan=plan, dataset=dataset)
 
 
 def settings_of(steps: int, seed: int) -> dict[str, Any]:

@@ -20,15 +20,15 @@ from report import Kept, device_words, mean_and_margin, publish, table
 from torch import Tensor
 from tqdm import tqdm
 
-from distill_core.adapter import WithoutLora
-from distill_core.dataset import Caption
 from distill_core.demo import digits
 from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
-from distill_core.denoiser import Denoiser
-from distill_core.recipe import Recipe
-from distill_core.run import Run
-from distill_core.sampling import sample
-from distill_core.train import distill
+from distill_core.diffusion.conditioning import Caption
+from distill_core.diffusion.denoiser import Denoiser
+from distill_core.diffusion.sampling import sample
+from distill_core.lora.layers import WithoutLora
+from distill_core.training.loop import distill
+from distill_core.training.run import Run
+from distill_core.training.settings import TrainingSettings
 
 DATA = {"real digits, noised": "real", "the teacher's guided sampling": "states"}
 UNGUIDED, GUIDED = "teacher, one pass", "teacher, guided"
@@ -86,11 +86,11 @@ def _student(data: str, seed: int, arguments: argparse.Namespace) -> Denoiser:
     """The teacher's network with a LoRA on it that was trained against the same network without."""
     student = load_denoiser(teacher_file())
     dataset = load_dataset() if data == "real" else teacher_made(seed, arguments.guidance)[data]
-    recipe = Recipe(objective="guidance", guidance=arguments.guidance, caption_dropout=0.0, lora_rank=arguments.rank, lora_targets=("*",),
+    recipe = TrainingSettings(objective="guidance", guidance=arguments.guidance, caption_dropout=0.0, lora_rank=arguments.rank, lora_targets=("*",),
                     total_steps=arguments.steps, batch_size=BATCH_SIZE, learning_rate=arguments.rate, lr_schedule="cosine", warmup_steps=20,
                     weight_decay=0.0, seed=seed, save_every_steps=arguments.steps)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", recipe, {})
+        run = Run(Path(folder) / "run", recipe)
         distill(run, student=student, teacher=WithoutLora(student), plan=None, dataset=dataset)
     return student
 

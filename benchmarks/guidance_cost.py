@@ -15,15 +15,16 @@ import time
 import torch
 from report import device_words, publish, table
 
-from distill_core.adapter import Lora
-from distill_core.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
-from distill_core.dataset import Caption
-from distill_core.denoiser import DiffusersDenoiser
-from distill_core.memory import STATE_BYTES, Forecast, MemorySettings, forecast, gib
-from distill_core.recipe import Recipe
-from distill_core.sampling import sample
-from distill_core.trained import trained
-from distill_core.unet import build_unet
+from distill_core.base.sizes import gib
+from distill_core.diffusion.conditioning import Caption
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.diffusion.sampling import sample
+from distill_core.evaluation.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
+from distill_core.lora.layers import Lora
+from distill_core.networks.build import build_unet
+from distill_core.training.exports import trained
+from distill_core.training.memory import STATE_BYTES, Forecast, MemorySettings, forecast
+from distill_core.training.settings import TrainingSettings
 
 FAMILY = "sd1"
 GUIDED = {"objective": "guidance", "guidance": 7.5}
@@ -73,13 +74,13 @@ def _forecast(shares_base: bool, **recipe) -> Forecast:
         plan=None,
         latent_shape=LATENT_SHAPES[FAMILY],
         num_tokens=NUM_TOKENS,
-        settings=MemorySettings(recipe=Recipe(batch_size=1, **recipe), teacher_dtype="fp16", shares_base=shares_base),
+        settings=MemorySettings(training=TrainingSettings(batch_size=1, **recipe), teacher_dtype="fp16", shares_base=shares_base),
     )
 
 
 def _kept(told: Forecast) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer, counted on networks without contents."""
-    recipe, shares_base = told.settings.recipe, told.settings.shares_base
+    recipe, shares_base = told.settings.training, told.settings.shares_base
     with torch.device("meta"):
         network = build_unet(published_teacher(FAMILY))
     torch.nn.Module.to(network, torch.float16 if shares_base else torch.float32)  # that of diffusers warns
@@ -87,7 +88,7 @@ def _kept(told: Forecast) -> dict[str, int]:
     learning = (
         trained(DiffusersDenoiser(network=network, architecture=published_teacher(FAMILY)), recipe, None).parameters().values()
     )
-    teacher = 2 * size if recipe.aim.uses_teacher and not shares_base else 0
+    teacher = 2 * size if recipe.weighted_objective.uses_teacher and not shares_base else 0
     return {
         "weights": teacher + sum(weight.numel() * weight.element_size() for weight in network.parameters()),
         "gradients": sum(weight.numel() * weight.element_size() for weight in learning),

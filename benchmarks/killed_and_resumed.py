@@ -28,12 +28,12 @@ import torch
 from report import device_words, publish, table
 from tqdm import tqdm
 
-from distill_core.checkpoints import TRAINING, checkpoints_in
+from distill_core.base.settings import to_toml
+from distill_core.base.storage import read_header
 from distill_core.cli import main as main_of_distill
 from distill_core.demo import digits
-from distill_core.files import open_unet
-from distill_core.recipe import to_toml
-from distill_core.storage import read_header
+from distill_core.networks.files import open_unet
+from distill_core.training.checkpoints import TRAINING, checkpoints_in
 
 ROOT = Path(__file__).parents[1]
 TRAINED = {
@@ -166,11 +166,11 @@ def _steps(folder: Path) -> int:
 def _same_parts(one: Path, other: Path) -> list[str]:
     """Which of `PARTS` are the same, bit for bit."""
     a, b = (checkpoints_in(folder)[-1] for folder in (one, other))
-    students = [open_unet(folder / "student.safetensors").state_dict for folder in (a, b)]
+    experts = [open_unet(folder / "student.safetensors").state_dict for folder in (a, b)]
     states = [read_header(folder / TRAINING) for folder in (a, b)]
     tensors = [{name: tensor.read() for name, tensor in state.tensors.items()} for state in states]
     same = {
-        "student": a.name == b.name and _equal(*students),
+        "student": a.name == b.name and _equal(*experts),
         "optimiser and weights": states[0].metadata == states[1].metadata and _equal(*tensors),
         "metrics": _table_of_metrics(one) == _table_of_metrics(other),
     }
@@ -197,7 +197,7 @@ class Command:
     def __init__(self, job: Path):
         self._log = job.with_suffix(".log")
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["distill_core.job", "diffusers.models.unets.unet_2d_condition"])
+        processes.set_forkserver_preload(["distill_core.recipe", "diffusers.models.unets.unet_2d_condition"])
         self._process = processes.Process(target=_train, args=(job, self._log))
         self._process.start()
 

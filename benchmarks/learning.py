@@ -1,6 +1,6 @@
 """What distillation is worth on the demo: ``python benchmarks/learning.py``.
 
-Students of one size, trained for as many steps on as many examples, several seeds each: distilled, without the teacher's
+Experts of one size, trained for as many steps on as many examples, several seeds each: distilled, without the teacher's
 answers, from random weights, and distilled on pictures the teacher made. Writes ``results/learning.md``, every figure
 measured in that run. Each student's figures are kept in ``results/learning.jsonl`` as they come, so that an interrupted
 run goes on; the finished one deletes it.
@@ -15,10 +15,10 @@ from demo_students import BATCH_SIZE, NUM_MADE, pruned_student, random_student, 
 from report import Kept, device_words, mean_and_margin, publish, share_interval, table
 from tqdm import tqdm
 
-from distill_core.dataset import LatentDataset, num_examples
+from distill_core.data.dataset import LatentDataset, num_examples
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
-from distill_core.denoiser import DiffusersDenoiser
-from distill_core.plan import PruningPlan, preset, preset_names
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.pruning.plan import PruningPlan, preset, preset_names
 from distill_core.quickstart import Settings, judge
 
 WORDS = {"pruned": "the teacher's weights", "random": "random weights", "bk-sdm": "data and teacher", "task": "data alone",
@@ -64,7 +64,7 @@ def main() -> None:
     architecture = pruned_student(teacher, plan).architecture
     publish("learning", [
         *_figures(found, arguments), "", *_differences(found, arguments), "",
-        f"Students of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
+        f"Experts of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
         f"{teacher.architecture.num_parameters:,}; {arguments.steps} steps of batch {BATCH_SIZE} on {num_examples(real):,} real "
         f"or {NUM_MADE:,} teacher-made digits, all by the same settings. Means over {arguments.seeds} seeds, "
         f"± half the 95 % interval by Student's t; {arguments.samples} digits judged for each seed, and for all of them together "

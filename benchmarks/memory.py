@@ -14,19 +14,22 @@ from typing import NamedTuple
 
 import torch
 
-from distill_core.adapter import WithoutLora
-from distill_core.architecture import Architecture
-from distill_core.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
-from distill_core.dataset import Bucket, LatentDataset
-from distill_core.denoiser import DiffusersDenoiser, Label
-from distill_core.memory import Forecast, MemorySettings, forecast, gib
-from distill_core.plan import PruningPlan, name_map, preset, pruned
-from distill_core.processes import ALONE
-from distill_core.recipe import DTYPES, Recipe
-from distill_core.run import Run
-from distill_core.teachers import Teachers
-from distill_core.train import Training
-from distill_core.unet import build_unet
+from distill_core.base.precision import DTYPES
+from distill_core.base.sizes import gib
+from distill_core.data.dataset import Bucket, LatentDataset
+from distill_core.diffusion.conditioning import Label
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.evaluation.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
+from distill_core.lora.layers import WithoutLora
+from distill_core.networks.architecture import Architecture
+from distill_core.networks.build import build_unet
+from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
+from distill_core.training.loop import Training
+from distill_core.training.memory import Forecast, MemorySettings, forecast
+from distill_core.training.processes import ALONE
+from distill_core.training.run import Run
+from distill_core.training.settings import TrainingSettings
+from distill_core.training.teachers import Teachers
 
 RESULTS = Path(__file__).parent / "results"
 NUM_STEPS = 3  # the first makes the optimiser's state
@@ -39,7 +42,7 @@ class Case(NamedTuple):
     family: str
     preset: str | None
     """Of the student; None for a LoRA on the teacher's own weights."""
-    recipe: Recipe
+    recipe: TrainingSettings
 
     @property
     def heading(self) -> str:
@@ -53,7 +56,7 @@ class Case(NamedTuple):
 
     @property
     def settings(self) -> MemorySettings:
-        return MemorySettings(recipe=self.recipe, teacher_dtype="fp16", shares_base=self.preset is None)
+        return MemorySettings(training=self.recipe, teacher_dtype="fp16", shares_base=self.preset is None)
 
     @property
     def architectures(self) -> tuple[Architecture, Architecture]:
@@ -64,15 +67,15 @@ class Case(NamedTuple):
 
 SMALL_GPU = dict(precision="bf16", optimizer="adamw8bit")
 CASES = [
-    Case("ssd-1b of sdxl with adamw8bit, for a GPU of 24 GiB", "sdxl", "ssd-1b", Recipe(**SMALL_GPU, batch_size=1)),
-    Case("bk-sdm-small of sd1 with adamw8bit, for a GPU of 8 GiB", "sd1", "bk-sdm-small", Recipe(**SMALL_GPU, batch_size=2)),
+    Case("ssd-1b of sdxl with adamw8bit, for a GPU of 24 GiB", "sdxl", "ssd-1b", TrainingSettings(**SMALL_GPU, batch_size=1)),
+    Case("bk-sdm-small of sd1 with adamw8bit, for a GPU of 8 GiB", "sd1", "bk-sdm-small", TrainingSettings(**SMALL_GPU, batch_size=2)),
     Case("workflow prune_distil_sdxl", "sdxl", "ssd-1b",
-         Recipe(batch_size=8, accumulation_steps=4, objective="ssd-1b", optimizer="adafactor", precision="bf16", weight_dtype="bf16",
+         TrainingSettings(batch_size=8, accumulation_steps=4, objective="ssd-1b", optimizer="adafactor", precision="bf16", weight_dtype="bf16",
                 gradient_checkpointing=True)),
     Case("workflow prune_distil_sd15", "sd1", "bk-sdm-small",
-         Recipe(batch_size=8, accumulation_steps=2, precision="bf16", gradient_checkpointing=True)),
+         TrainingSettings(batch_size=8, accumulation_steps=2, precision="bf16", gradient_checkpointing=True)),
     Case("workflow bake_guidance_sd15", "sd1", None,
-         Recipe(batch_size=8, objective="guidance", guidance=7.5, caption_dropout=0.0, lora_rank=32, lora_targets=("*attn*",))),
+         TrainingSettings(batch_size=8, objective="guidance", guidance=7.5, caption_dropout=0.0, lora_rank=32, lora_targets=("*attn*",))),
 ]  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def main() -> None:
         took = f"The forecast took {time.process_time() - started:.1f} s of one processor core."
         sections.append("\n".join([f"## {case.heading}", "", "```", told.describe(), "```", "", took, _measured(case, told)]))
         print(sections[-1], end="\n\n")
-    settings = "Teachers in fp16. Students compute in bf16, with weights in float32 (prune_distil_sdxl: bf16); a LoRA as its base, in fp16."
+    settings = "Teachers in fp16. Experts compute in bf16, with weights in float32 (prune_distil_sdxl: bf16); a LoRA as its base, in fp16."
     (RESULTS / "memory.md").write_text("\n\n".join([settings, *sections]) + "\n", encoding="utf-8")
 
 
@@ -110,12 +113,12 @@ def _measured(case: Case, told: Forecast) -> str:
 
 def _peak_bytes(case: Case, device: torch.device) -> int:
     """The most torch allocates at once in a few steps."""
-    (theirs, ours), recipe = case.architectures, case.settings.recipe
+    (theirs, ours), recipe = case.architectures, case.settings.training
     teacher = _random(theirs, device, DTYPES[case.settings.teacher_dtype])
     student = _random(ours, device, DTYPES[recipe.weight_dtype]) if case.plan else teacher
     teachers = Teachers.single(teacher if case.plan else WithoutLora(student), recipe)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", recipe, {})
+        run = Run(Path(folder) / "run", recipe)
         data = _data(theirs, LATENT_SHAPES[case.family])
         training = Training(run, student, teachers, case.plan, data, ALONE)
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""What students of their own range are worth on the demo: ``python benchmarks/one_to_many.py``.
+"""What experts of their own range are worth on the demo: ``python benchmarks/one_to_many.py``.
 
-One, two and four students of one size, so that a sampling step costs the same; as many training steps for each student,
-and one student trained for as long as four together. Then, at equal total steps: what students begin as, where the
-boundaries are, and one base with an adapter per range in place of whole students. Writes ``results/one_to_many.md``,
+One, two and four experts of one size, so that a sampling step costs the same; as many training steps for each student,
+and one student trained for as long as four together. Then, at equal total steps: what experts begin as, where the
+boundaries are, and one base with an adapter per range in place of whole experts. Writes ``results/one_to_many.md``,
 every figure measured in that run. Figures are kept in ``results/one_to_many.jsonl`` as they come, and unfinished runs in
 ``results/one_to_many.runs``, so that an interrupted benchmark goes on; the finished one deletes both.
 """
@@ -19,15 +19,15 @@ from demo_students import BATCH_SIZE, pruned_student, settings_of
 from report import RESULTS, Kept, device_words, mean_and_margin, publish, table
 from tqdm import tqdm
 
+from distill_core.base.storage import atomic
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
-from distill_core.evaluate import output_error
-from distill_core.files import open_unet
-from distill_core.one_to_many import OneToMany, Start, StudentsSettings
-from distill_core.plan import preset, preset_names
+from distill_core.evaluation.metrics import output_error
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import preset, preset_names
 from distill_core.quickstart import Settings, judge
-from distill_core.recipe import Recipe
-from distill_core.router import Routed
-from distill_core.storage import atomic
+from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
+from distill_core.routing.router import ExpertDenoiser
+from distill_core.training.settings import TrainingSettings
 
 RUNS = RESULTS / "one_to_many.runs"
 ERROR_SEED = 999  # of no training
@@ -36,11 +36,11 @@ NUM_BINS = 10
 
 
 class Row(NamedTuple):
-    """Students of one row; steps are in parts of those one student has."""
+    """Experts of one row; steps are in parts of those one student has."""
 
     count: int = 4
     joint: float = 0.5
-    """Over all timesteps, before the students part."""
+    """Over all timesteps, before the experts part."""
     each: float = 0.5
     """Of each student in its range."""
     split: str = "timesteps"
@@ -55,7 +55,7 @@ class Row(NamedTuple):
         return joint + self.count * each
 
 
-ONE, TWO, FOUR, LONG = "one student", "two students", "four students", "one student, as long as all four"
+ONE, TWO, FOUR, LONG = "one student", "two experts", "four experts", "one student, as long as all four"
 APART, HALF = "begun apart", "half together"
 LOG_SNR, ERROR, LORA = "even log-SNR", "even error", "base and adapters"
 ROWS = {
@@ -69,7 +69,7 @@ ROWS = {
     LOG_SNR: Row(joint=1.25, each=0.3125, split="log-snr"),
     LORA: Row(joint=1.25, each=0.3125, lora={"lora_rank": 8, "lora_targets": ("*",)}),
 }
-"""One, two and four students have as many steps behind each, those it had as one with the others included; of four students
+"""One, two and four experts have as many steps behind each, those it had as one with the others included; of four experts
 all rows have as many in total, and so has the one that is trained as long."""
 
 
@@ -105,11 +105,11 @@ def main() -> None:
     shutil.rmtree(RUNS, ignore_errors=True)
 
 
-# --- students
+# --- experts
 
 
 class Demo:
-    """The demo's teacher and data, and students of them."""
+    """The demo's teacher and data, and experts of them."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.unit = arguments, arguments.steps
@@ -128,8 +128,8 @@ class Demo:
             if row.joint == ROWS[HALF].joint:
                 self.begin_with(self.training(HALF, ROWS[HALF], seed), training)
             training.train()
-            student = Routed.open(training.students, self.teacher.device)
-            num_bytes, boundaries = training.students.num_bytes, training.students.ranges.boundaries
+            student = ExpertDenoiser.open(training.experts, self.teacher.device)
+            num_bytes, boundaries = training.experts.num_bytes, training.experts.ranges.boundaries
         errors = output_error(student, self.teacher, self.dataset, num_bins=NUM_BINS, num_batches=ERROR_BATCHES, seed=ERROR_SEED)
         judged, _ = judge(name, student, Settings(num_samples=self.arguments.samples, seed=seed))
         if name != HALF:
@@ -140,8 +140,8 @@ class Demo:
         joint, each = row.steps(self.unit)
         return OneToMany(
             RUNS / f"{name.replace(' ', '_')}_{seed}",
-            StudentsSettings(count=row.count, split=row.split, joint_steps=joint),
-            Recipe(**settings_of(max(1, each), seed), **row.lora),
+            ExpertsSettings(count=row.count, split=row.split, joint_steps=joint),
+            TrainingSettings(**settings_of(max(1, each), seed), **row.lora),
             starts=[Start(self.plan, partial(pruned_student, self.teacher, self.plan))],
             teachers=[lambda: self.teacher],
             teacher="demo",
@@ -208,23 +208,23 @@ def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace
 
     main_rows, each_bin = [ONE, TWO, FOUR, LONG], 1000 // NUM_BINS
     return [
-        f"Students at equal cost per sampling step, {unit} training steps behind each but the last:", "",
+        f"Experts at equal cost per sampling step, {unit} training steps behind each but the last:", "",
         *rows({name: name for name in main_rows}, ONE), "",
         "Output error over timesteps:", "",
         *table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))], map(bins, main_rows)), "",
-        "What four students begin as, by as many steps in total:", "",
+        "What four experts begin as, by as many steps in total:", "",
         *rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps", HALF: "the same, for half of all steps"},
               APART), "",
         "What is even between their boundaries:", "",
         *rows({HALF: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, HALF), "",
         *table(["what is even", "boundaries, seed by seed where they differ"],
                [["timesteps", boundaries(HALF)], ["log-SNR", boundaries(LOG_SNR)], ["error of the one student", boundaries(ERROR)]]), "",
-        "One base and an adapter for each range in place of whole students:", "",
-        *rows({HALF: "four whole students", LORA: _adapter_words()}, HALF), "",
-        f"Students of {arguments.preset}, batch {BATCH_SIZE}, real digits, all by the same settings; steps are those of one student "
+        "One base and an adapter for each range in place of whole experts:", "",
+        *rows({HALF: "four whole experts", LORA: _adapter_words()}, HALF), "",
+        f"Experts of {arguments.preset}, batch {BATCH_SIZE}, real digits, all by the same settings; steps are those of one student "
         "over all timesteps, then of each in its range, and in each part the learning rate falls to 0. Output error: mean squared "
         "distance to the teacher's answer, the noise being of no training step, "
-        f"{ERROR_BATCHES * BATCH_SIZE} examples in each of {NUM_BINS} bins of timesteps (`evaluate.output_error`). Means over "
+        f"{ERROR_BATCHES * BATCH_SIZE} examples in each of {NUM_BINS} bins of timesteps (`metrics.output_error`). Means over "
         f"{arguments.seeds} seeds, ± half the 95 % interval by Student's t; differences seed by seed; {arguments.samples} digits "
         f"judged for each row and seed. {device}.",
     ]  # fmt: skip

@@ -74,9 +74,9 @@ def _copy(source: Path, target: Path) -> float:
 def _make_teacher(path: Path) -> None:
     import torch
 
-    from distill_core.catalog import published_teacher
-    from distill_core.layouts import LAYOUTS
-    from distill_core.storage import write_tensors
+    from distill_core.base.storage import write_tensors
+    from distill_core.evaluation.catalog import published_teacher
+    from distill_core.networks.layouts import LAYOUTS
 
     shapes = published_teacher("sdxl").shapes
     names = LAYOUTS["ldm"].from_canonical(shapes)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distill_core.plan import preset_names
+from distill_core.pruning.plan import preset_names
 from distill_core.quickstart import COLUMNS, Settings, cells, quickstart, work
 
 RESULTS = Path(__file__).parent / "results"

@@ -57,9 +57,9 @@ class Bench:
         import nodes
 
         bridge = pack()
-        from pack.distill_core.catalog import published_teacher
-        from pack.distill_core.plan import preset
-        from pack.distill_core.ranges import Boundary
+        from pack.distill_core.diffusion.ranges import Boundary
+        from pack.distill_core.evaluation.catalog import published_teacher
+        from pack.distill_core.pruning.plan import preset
         from pack.nodes.bridge.build import build_model
 
         architecture, random = published_teacher("sd1"), torch.Generator().manual_seed(0)

@@ -27,19 +27,20 @@ from report import device_words, publish, table
 from torch import Tensor
 from tqdm import tqdm
 
-from distill_core.architecture import Architecture
-from distill_core.cache import CachedDataset, CacheWriter, Entry
-from distill_core.catalog import NUM_TOKENS, TEACHER_CONFIGS
-from distill_core.dataset import Batch, Caption, LatentDataset, draw
-from distill_core.denoiser import DiffusersDenoiser, tap
-from distill_core.memory import Ledger
-from distill_core.plan import preset
-from distill_core.processes import ALONE
-from distill_core.recipe import Recipe
-from distill_core.run import Run
-from distill_core.schedule import NoiseSchedule
-from distill_core.teachers import Teachers
-from distill_core.train import Training
+from distill_core.data.cache import CachedDataset, CacheWriter, Entry
+from distill_core.data.dataset import Batch, LatentDataset, draw
+from distill_core.diffusion.conditioning import Caption
+from distill_core.diffusion.denoiser import DiffusersDenoiser, tap
+from distill_core.diffusion.schedule import NoiseSchedule
+from distill_core.evaluation.catalog import NUM_TOKENS, TEACHER_CONFIGS
+from distill_core.networks.architecture import Architecture
+from distill_core.pruning.plan import preset
+from distill_core.training.loop import Training
+from distill_core.training.memory import Ledger
+from distill_core.training.processes import ALONE
+from distill_core.training.run import Run
+from distill_core.training.settings import TrainingSettings
+from distill_core.training.teachers import Teachers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = preset("bk-sdm-small")
@@ -137,7 +138,7 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
     student = pruned_student(teacher, PLAN)
     encoders = Encoders(case) if case.encodes else None
     dataset = encoders.cached(folder / "cache") if encoders else _noise(case)
-    recipe = Recipe(total_steps=2 + rounds, batch_size=case.batch_size)
+    recipe = TrainingSettings(total_steps=2 + rounds, batch_size=case.batch_size)
     batch = draw(dataset, 0, student.schedule, recipe.drawing)
 
     student.network.train().requires_grad_(True)
@@ -145,7 +146,7 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
     bare_bytes = _peak(lambda: _bare_sum(teacher, student, optimizer, batch), teacher, student, optimizer)
     del optimizer
 
-    training = Training(Run(folder / "run", recipe, {}), student, Teachers.single(teacher, recipe), PLAN, dataset, ALONE)
+    training = Training(Run(folder / "run", recipe), student, Teachers.single(teacher, recipe), PLAN, dataset, ALONE)
     with training.open():
         (optimizer,), step = training.optimizer.parts, partial(next, map(training.step, range(recipe.total_steps)))
         step_bytes = _peak(step, teacher, student, optimizer)

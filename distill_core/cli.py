@@ -1,4 +1,4 @@
-"""The ``distill`` command. Bad input ends in one sentence on stderr and exit status 2."""
+"""The ``distill`` command. Invalid input gives one sentence on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .architecture import Architecture
-    from .plan import PruningPlan
+    from .networks.architecture import Architecture
+    from .pruning.plan import PruningPlan
 
 
 def presets(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .catalog import measure_presets
-    from .plan import preset_names
+    from .evaluation.catalog import measure_presets
+    from .pruning.plan import preset_names
 
     with tqdm(total=len(preset_names()), desc="measuring", file=sys.stderr, delay=1, leave=False) as progress:
         rows = measure_presets(progress.update)
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'preset':<17}{'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what goes")
+    print(f"{'preset':<17}{'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what is removed")
     for row in rows:
         print(
             f"{row['name']:<17}{row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
@@ -38,9 +38,10 @@ def presets(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from .files import open_unet
+    from .networks.files import open_unet
+    from .pruning.prune import describe
 
-    facts = open_unet(arguments.file).describe()
+    facts = describe(open_unet(arguments.file))
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return
@@ -53,7 +54,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def _words(value: object) -> str:
-    """A fact for a person: ``yes``, ``859,520,964``, ``none``."""
+    """A value as text: ``yes``, ``859,520,964``, ``none``."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -62,8 +63,8 @@ def _words(value: object) -> str:
 def prune(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .files import open_unet
-    from .prune import prune_file
+    from .networks.files import open_unet
+    from .pruning.prune import prune_file
 
     if arguments.layout != "diffusers":
         _check_suffix(arguments.out)
@@ -88,14 +89,14 @@ def prune(arguments: argparse.Namespace) -> None:
     before, after = teacher.architecture.num_parameters, pruning.student.num_parameters
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
     if pruning.padding:
-        print(f"Put back as identities, so that ComfyUI opens the file: {', '.join(pruning.padding)}")
+        print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(pruning.padding)}")
     if note := "" if arguments.layout == "diffusers" else teacher.sampling.loading_note(pruning.student.family):
         print(note)
-    print("It still has to be distilled: straight after pruning its samples are poor.")
+    print("Distil the student next: directly after pruning its images are poor.")
 
 
 def recipes(arguments: argparse.Namespace) -> None:
-    from .job import example, example_names
+    from .recipe import example, example_names
 
     if arguments.name:
         print(example(arguments.name), end="")
@@ -107,16 +108,16 @@ def recipes(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .checkpoints import checkpoints_in
-    from .job import Job, Prepared
-    from .memory import free_bytes
-    from .one_to_many import has_begun
-    from .processes import Processes
-    from .train import Progress
+    from .recipe import Prepared, Recipe
+    from .routing.one_to_many import has_begun
+    from .training.checkpoints import checkpoints_in
+    from .training.loop import Progress
+    from .training.memory import free_bytes
+    from .training.processes import Processes
 
-    job, processes = Job.read(arguments.recipe), Processes.launched()
-    if (started := job.path(job.run)) and not arguments.resume and (checkpoints_in(started) or has_begun(started)):
-        raise ValueError(f"{started} holds a run that has begun; go on with --resume, or give the new one another folder")
+    recipe, processes = Recipe.read(arguments.recipe), Processes.launched()
+    if (started := recipe.path(recipe.run)) and not arguments.resume and (checkpoints_in(started) or has_begun(started)):
+        raise ValueError(f"{started} already holds a run; resume it with --resume, or give the new run another folder")
     bars: dict[str, tqdm] = {}
     quiet = arguments.json or not processes.main
     with contextlib.ExitStack() as stack:
@@ -126,7 +127,7 @@ def train(arguments: argparse.Namespace) -> None:
                 bars[what] = stack.enter_context(tqdm(total=total, desc=what, file=sys.stderr, disable=quiet, leave=False))
             bars[what].update(done - bars[what].n)
 
-        prepared = Prepared(job, processes, on_item)
+        prepared = Prepared(recipe, processes, on_item)
     run = prepared.run
     if processes.main and not arguments.json:
         print(prepared.describe())
@@ -147,9 +148,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def remap_lora(arguments: argparse.Namespace) -> None:
-    from .files import open_unet
-    from .lora import remap_lora_file
-    from .plan import name_map
+    from .lora.remap import remap_lora_file
+    from .networks.files import open_unet
+    from .pruning.plan import name_map
 
     _check_suffix(arguments.out)
     teacher = open_unet(arguments.teacher).architecture
@@ -165,8 +166,8 @@ def remap_lora(arguments: argparse.Namespace) -> None:
 
 
 def convert_lora(arguments: argparse.Namespace) -> None:
-    from .files import open_unet
-    from .lora import convert_lora_file
+    from .lora.remap import convert_lora_file
+    from .networks.files import open_unet
 
     _check_suffix(arguments.out)
     model = open_unet(arguments.model).architecture
@@ -174,23 +175,24 @@ def convert_lora(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"file": str(arguments.out), "num_layers": num_layers}, indent=2))
     else:
-        print(f"{arguments.out}: {num_layers} layer{'s' * (num_layers != 1)}, in diffusers' own form")
+        print(f"{arguments.out}: {num_layers} layer{'s' * (num_layers != 1)}, in diffusers' format")
 
 
 def compare(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from .compare import COLUMNS, Settings, save_chart, table_text, work
-    from .compare import compare as measure
-    from .disk import check_writable
-    from .files import open_unet
+    from .base.disk import check_writable
+    from .evaluation.compare import Settings, save_chart, work
+    from .evaluation.compare import compare as measure
+    from .evaluation.comparison import COLUMNS, table_text
+    from .networks.files import open_unet
 
     names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
     if not len({*names} - {""}) == len(names) == len(arguments.files):
-        raise ValueError(f"--names: {len(arguments.files)} models need as many names that differ, got {', '.join(names)}")
+        raise ValueError(f"--names: give one unique name per model ({len(arguments.files)}), got {', '.join(names)}")
     if arguments.out.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.out} exists already; choose another --out, or --overwrite")
+        raise ValueError(f"{arguments.out} exists already; choose another --out, or add --overwrite")
     check_writable(arguments.out, overwrite=arguments.overwrite)
     settings = Settings(
         size_px=(arguments.size, arguments.size),
@@ -205,29 +207,27 @@ def compare(arguments: argparse.Namespace) -> None:
         try:
             comparison = measure(files, settings, progress.update)
         except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                "the device is out of memory, which all models share; lower --size or --batch, or compare fewer"
-            ) from error
+            raise MemoryError("the device is out of memory; lower --size or --batch, or compare fewer models") from error
     save_chart(arguments.out, comparison, overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps(comparison.facts() | {"picture": str(arguments.out)}, indent=2))
         return
     print(table_text(COLUMNS, comparison.rows()))
-    bins = [[model.name, *(f"{distance:.3g}" for distance in model.distances)] for model in comparison.models[1:]]
+    bins = [[model.name, *(f"{distance:.3g}" for distance in model.distances or ())] for model in comparison.models[1:]]
     width = 1000 // len(bins[0][1:])
-    print("\nDistance by timestep, 0 being a clean picture:")
+    print("\nDistance by timestep (0: clean image):")
     print(table_text(["model", *(f"{start}-{start + width - 1}" for start in range(0, 1000, width))], bins))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in comparison.settings.items()))
-    print(f"picture: {arguments.out}")
+    print(f"image: {arguments.out}")
 
 
 def _check_suffix(out: Path) -> None:
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors, which is what is written; choose such a name")
+        raise ValueError(f"{out} must end in .safetensors, the format of the file; choose such a name")
 
 
 def _distinct_names(files: Sequence[Path]) -> list[str]:
-    """Names of files, as much of their paths as tells them apart."""
+    """Unique names of files: as much of each path as needed."""
     paths = [file.resolve() for file in files]
     without = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in paths]
     for parts in ([path.parts for path in without], [path.parts for path in paths]):
@@ -235,14 +235,14 @@ def _distinct_names(files: Sequence[Path]) -> list[str]:
             names = ["/".join(part[-count:]) for part in parts]
             if len({*names}) == len(names):
                 return names
-    raise ValueError("one file is given twice; compare it with another, or give --names")
+    raise ValueError("a file is given twice; give another file, or --names")
 
 
 def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
-    """The plan of --preset, or of --plan: a file, or the text itself; with the blocks of --keep."""
-    from .documents import read_text
-    from .plan import preset
-    from .plan_text import read_plan
+    """The plan of --preset with the blocks of --keep, or of --plan: a file, or the text itself."""
+    from .base.documents import read_text
+    from .pruning.plan import preset
+    from .pruning.plan_text import read_plan
 
     if arguments.preset:
         return preset(arguments.preset).with_keep(dict(arguments.keep)) if arguments.keep else preset(arguments.preset)
@@ -253,8 +253,8 @@ def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    from .plan import preset_names
-    from .plan_text import EXAMPLE
+    from .pruning.plan import preset_names
+    from .pruning.plan_text import EXAMPLE
 
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--preset", choices=preset_names(), help="a published plan")
@@ -264,7 +264,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         type=_kept_blocks,
         action="append",
         metavar="ATTENTIONS=BLOCKS",
-        help="other transformer blocks for a preset that thins out stacks, such as 'down.2.attn.*=0,3,6,9'; may be repeated",
+        help="transformer blocks to keep, in place of those of the preset, such as 'down.2.attn.*=0,3,6,9'; may be repeated",
     )
 
 
@@ -283,11 +283,11 @@ def quickstart(arguments: argparse.Namespace) -> None:
     from .quickstart import quickstart as run_quickstart
 
     settings = Settings(preset=arguments.preset, train_steps=arguments.steps, num_samples=arguments.samples, seed=arguments.seed)
-    bar = "{desc:<22} {percentage:3.0f}% |{bar:30}| {elapsed} so far, {remaining} left"
+    bar = "{desc:<22} {percentage:3.0f}% |{bar:30}| {elapsed} elapsed, {remaining} left"
     with tqdm(total=work(settings), bar_format=bar, file=sys.stderr, delay=1) as progress:
         rows = run_quickstart(arguments.out, settings, progress)
     print(summary(rows))
-    print(f"Look at {arguments.out / 'report.html'} (or report.png): digits, loss curves and figures of all three models.")
+    print(f"Open {arguments.out / 'report.html'} (or report.png): digits, loss curves and figures of all three models.")
     print(
         f"Next: distill inspect {arguments.out / 'student.safetensors'}, or prune a model of your own: "
         "distill prune YOUR_SD15.safetensors small.safetensors --preset bk-sdm-small"
@@ -297,14 +297,14 @@ def quickstart(arguments: argparse.Namespace) -> None:
 def _how_to_go_on(argv: Sequence[str] | None) -> str:
     command = next(iter(sys.argv[1:] if argv is None else argv), "")
     kept = {
-        "train": "every finished step is kept; go on with the same command and --resume",
-        "quickstart": "a quickstart goes on from there with the same command",
+        "train": "every finished step is kept; resume with the same command and --resume",
+        "quickstart": "resume with the same command",
     }
     return kept.get(command, "nothing was written")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
-    """A whole number that is not below ``minimum``, for argparse."""
+    """An integer of at least ``minimum``, for argparse."""
 
     def number(text: str) -> int:
         if int(text) < minimum:
@@ -315,7 +315,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
 
 def _size_px(text: str) -> int:
-    """A side of a picture, for argparse."""
+    """Side of an image in pixels, for argparse."""
     if int(text) < 64 or int(text) % 64:
         raise argparse.ArgumentTypeError(f"must be a multiple of 64, got {text}")
     return int(text)
@@ -323,30 +323,34 @@ def _size_px(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
-    from .files import FORMS
-    from .layouts import LAYOUTS
-    from .plan import preset_names
-    from .storage import DTYPES
+    from .base.storage import CODES
+    from .networks.files import FORMS
+    from .networks.layouts import LAYOUTS
+    from .pruning.plan import preset_names
 
     parser = argparse.ArgumentParser(prog="distill", description="Make a diffusion checkpoint smaller and faster.")
     parser.add_argument("--version", action="version", version=f"distill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("quickstart", help="the whole story on bundled digits, in minutes on a CPU, with a report")
+    command = commands.add_parser("quickstart", help="prune and distil a bundled digits model in minutes on a CPU, with a report")
     command.set_defaults(function=quickstart)
     command.add_argument("--out", type=Path, default=Path("distill-quickstart"), help="folder to write (default: %(default)s)")
     command.add_argument(
-        "--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="what to prune (default: %(default)s)"
+        "--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="plan to prune with (default: %(default)s)"
     )
     command.add_argument("--steps", type=_at_least(1), default=800, help="distillation steps (default: %(default)s)")
-    command.add_argument("--samples", type=_at_least(50), default=500, help="digits to judge by (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="for training and sampling (default: %(default)s)")
+    command.add_argument(
+        "--samples", type=_at_least(50), default=500, help="digits to sample from each model (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed for training and sampling (default: %(default)s)")
 
-    command = commands.add_parser("presets", help="every published plan, with what it costs, measured on the built network")
+    command = commands.add_parser(
+        "presets", help="list every published plan with its size and cost, measured on the built network"
+    )
     command.set_defaults(function=presets)
     command.add_argument("--json", action="store_true", help="print JSON")
 
-    command = commands.add_parser("inspect", help="what a checkpoint is; reads its header only")
+    command = commands.add_parser("inspect", help="show what a checkpoint contains; reads only its header")
     command.set_defaults(function=inspect)
     command.add_argument("file", type=Path, help=".safetensors file or diffusers folder")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -362,72 +366,76 @@ def _parser() -> argparse.ArgumentParser:
         default="ldm",
         help="; ".join(f"{name}: {what}" for name, what in FORMS.items()) + " (default: %(default)s)",
     )
-    command.add_argument("--dtype", choices=DTYPES, help="precision to write (default: the teacher's)")
+    command.add_argument("--dtype", choices=CODES, help="precision to write (default: the teacher's)")
     command.add_argument(
         "--pad",
         action="store_true",
-        help="put removed blocks back as identities where ComfyUI could not open the student otherwise",
+        help="replace removed blocks by identity blocks where ComfyUI could not open the student otherwise",
     )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
-    command = commands.add_parser("recipes", help="example recipes for distill train, the published ones among them")
+    command = commands.add_parser("recipes", help="list example recipes for distill train, including published ones")
     command.set_defaults(function=recipes)
-    command.add_argument("name", nargs="?", help="print this one, to write it to a file of your own")
+    command.add_argument("name", nargs="?", help="print this recipe, to save it to a file of your own")
     command.add_argument("--json", action="store_true", help="print the list as JSON")
 
     command = commands.add_parser(
-        "train", help="train a student by a recipe; also: accelerate launch -m distill_core train RECIPE.toml"
+        "train", help="train a student from a recipe; also: accelerate launch -m distill_core train RECIPE.toml"
     )
     command.set_defaults(function=train)
     command.add_argument("recipe", type=Path, help="TOML file with run, teacher, student, data and training")
-    command.add_argument("--resume", action="store_true", help="go on with a run that has begun")
+    command.add_argument("--resume", action="store_true", help="resume a run")
     command.add_argument(
         "--range",
         type=_at_least(0),
         metavar="N",
-        help="of several students ([students]), train that of range N alone, 0 being the least noisy, and what it begins with",
+        help="train only expert N of [experts], 0 is the noisiest (and the joint stage it starts from)",
     )
-    command.add_argument("--json", action="store_true", help="print JSON at the end, and no progress")
+    command.add_argument("--json", action="store_true", help="print JSON at the end, without progress")
 
-    command = commands.add_parser("remap-lora", help="turn a teacher's LoRA into one for its student")
+    command = commands.add_parser("remap-lora", help="convert a teacher's LoRA to one for its student")
     command.set_defaults(function=remap_lora)
-    command.add_argument("lora", type=Path, help="LoRA made for the teacher: kohya's, diffusers' or ComfyUI's names, any kind")
+    command.add_argument("lora", type=Path, help="LoRA for the teacher, of any kind, with kohya's, diffusers' or ComfyUI's names")
     command.add_argument("out", type=Path, help="file to write")
     command.add_argument("--teacher", type=Path, required=True, help=".safetensors file or diffusers folder of the full model")
     _add_plan(command)
     command.add_argument(
-        "--layout", choices=LAYOUTS, help="names to write (default: as they came, where ComfyUI reads them right)"
+        "--layout", choices=LAYOUTS, help="names to write (default: as in the input, if ComfyUI reads them correctly)"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
-    command = commands.add_parser("convert-lora", help="write a plain LoRA of a UNet as diffusers does, for diffusers and peft")
+    command = commands.add_parser(
+        "convert-lora", help="convert a plain LoRA of a UNet to diffusers' format, for diffusers and peft"
+    )
     command.set_defaults(function=convert_lora)
     command.add_argument("lora", type=Path, help="LoRA in any format, such as the lora.safetensors of a run")
     command.add_argument("out", type=Path, help="file to write")
-    command.add_argument("--model", type=Path, required=True, help=".safetensors file or diffusers folder of what it is for")
+    command.add_argument("--model", type=Path, required=True, help=".safetensors file or diffusers folder of its model")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
     command = commands.add_parser(
         "compare",
-        help="parameters, GMACs, latency, memory of models, and how far their answers are from the first one's",
-        description="Measures UNets side by side and draws a picture. Distances are from the answers of the first model, to random "
-        "latents and random captions that follow from the seed: they tell models apart, not how good pictures are.",
+        help="measure parameters, GMACs, latency, memory, and distance of the predictions from the first model's",
+        description="Measures UNets and draws a chart. Distances are from the predictions of the first model, for random latents "
+        "and random captions determined by the seed: they show how much models differ, not how good their images are.",
     )
     command.set_defaults(function=compare)
     command.add_argument(
         "files", type=Path, nargs="+", metavar="MODEL", help=".safetensors file or diffusers folder, the teacher first"
     )
-    command.add_argument("--names", metavar="A,B", help="what to call them (default: by their files)")
-    command.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture to write (default: %(default)s)")
+    command.add_argument("--names", metavar="A,B", help="names of the models (default: from their files)")
+    command.add_argument("--out", type=Path, default=Path("comparison.png"), help="image to write (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    command.add_argument("--size", type=_size_px, default=512, help="side of the pictures in pixels (default: %(default)s)")
-    command.add_argument("--batch", type=_at_least(1), default=1, help="pictures in a step (default: %(default)s)")
+    command.add_argument("--size", type=_size_px, default=512, help="side of the images in pixels (default: %(default)s)")
+    command.add_argument("--batch", type=_at_least(1), default=1, help="images per step (default: %(default)s)")
     command.add_argument("--rounds", type=_at_least(1), default=10, help="timed steps of each model (default: %(default)s)")
-    command.add_argument("--examples", type=_at_least(1), default=4, help="to measure distances on (default: %(default)s)")
-    command.add_argument("--dtype", choices=DTYPES, help="precision to compute in (default: fp16 on a GPU, else fp32)")
-    command.add_argument("--seed", type=int, default=0, help="for latents and captions (default: %(default)s)")
+    command.add_argument(
+        "--examples", type=_at_least(1), default=4, help="examples per timestep bin for the distance (default: %(default)s)"
+    )
+    command.add_argument("--dtype", choices=CODES, help="precision to compute in (default: fp16 on a GPU, else fp32)")
+    command.add_argument("--seed", type=int, default=0, help="seed for latents and captions (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -438,7 +446,7 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """While open, SIGTERM ends the work as Ctrl+C does: what is done is kept, what is half written goes."""
+    """While open, SIGTERM ends the work like Ctrl+C: completed work is kept, half-written files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -454,7 +462,7 @@ def _ended_in_order() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted, 143 when terminated."""
+    """Run a command; returns the exit status: 0, 2 for invalid input, 130 if interrupted, 143 if terminated."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         arguments = _parser().parse_args(argv)

@@ -1,4 +1,4 @@
-"""The whole story on the bundled digits: sample the teacher, prune it, distil the student, compare, report."""
+"""Demonstration on the bundled digits: sample the teacher, prune it, distil the student, compare, and write a report."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import plots, report
-from .compare import in_rounds, seconds_of
-from .dataset import Caption
+from .base.disk import check_writable
+from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, check_settings
+from .base.storage import atomic, write_text
 from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
-from .denoiser import Denoiser
-from .disk import check_writable
-from .evaluate import count_macs, frechet_distance
-from .files import save_unet
-from .plan import preset
-from .prune import pruned_file
-from .recipe import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, Recipe, check_settings
-from .run import Run
-from .sampling import sample
-from .storage import atomic, write_text
-from .train import distill
+from .diffusion.conditioning import Caption
+from .diffusion.denoiser import Denoiser
+from .diffusion.macs import count_macs
+from .diffusion.sampling import sample
+from .evaluation import plots, report
+from .evaluation.measuring import in_rounds, seconds_of
+from .evaluation.metrics import frechet_distance
+from .networks.files import save_unet
+from .pruning.plan import preset
+from .pruning.prune import pruned_file
+from .training.loop import distill
+from .training.run import Inputs, Run
+from .training.settings import TrainingSettings
 
-NUM_SHOWN = 80  # digits per model in the picture, eight of each
+NUM_SHOWN = 80  # digits per model in the image, eight of each
 SAMPLE_BATCH = 100
 TIMED_STEPS, TIMED_ROUNDS = 2, 5
 RANGES = {
@@ -43,7 +45,7 @@ RANGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a quickstart does; the defaults take a few minutes on two CPU cores."""
+    """Settings of a quickstart; the defaults take a few minutes on two CPU cores."""
 
     preset: str = "bk-sdm-base"
     """Plan to prune with."""
@@ -52,13 +54,13 @@ class Settings:
     batch_size: int = 64
     """Digits per distillation step."""
     num_samples: int = 500
-    """Digits sampled from each model to judge it."""
+    """Digits sampled from each model to measure it."""
     sample_steps: int = 20
-    """Sampler steps a digit."""
+    """Sampler steps per digit."""
     guidance: float = 2.0
     """Classifier-free guidance scale."""
     seed: int = 0
-    """Decides training and sampling noise."""
+    """Seed of training and sampling noise."""
 
     def __post_init__(self):
         check_settings(self, RANGES)
@@ -73,29 +75,29 @@ class Row:
     gmacs: float
     """Multiply-accumulates of one network evaluation, in units of 1e9."""
     accuracy: float
-    """Share of samples the digit classifier takes for what was asked."""
+    """Share of samples that the classifier recognises as the requested digit."""
     frechet_distance: float
-    """Between the classifier's features of samples and of all real digits; lower is closer."""
+    """Distance between the classifier's features of samples and of all real digits; lower is closer."""
     ms_per_image: float | None = None
-    """Of drawing one in a batch; None where it was not timed."""
+    """Time per image when sampling a batch; None if not measured."""
 
 
 def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
-    """Run the story into the folder ``out``; returns the table.
+    """Run the quickstart in the folder ``out``; returns the table.
 
-    progress: anything with ``tqdm``'s ``update`` and ``set_description``, whose total is `work`. An interrupted
-    quickstart goes on where it was; ``ValueError`` if ``out`` holds a finished one.
+    progress: an object with ``tqdm``'s ``update`` and ``set_description``, whose total is `work`. An interrupted quickstart
+    resumes; ``ValueError`` if ``out`` holds a finished one.
     """
     if out.is_file():
-        raise ValueError(f"{out} is a file; --out takes a folder")
+        raise ValueError(f"{out} is a file; choose a folder as --out")
     if (out / "report.html").exists():
         raise ValueError(f"{out} holds a finished quickstart; choose another --out, or delete it")
     if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
-        raise ValueError(f"{out} exists and is not an unfinished quickstart; choose another --out")
+        raise ValueError(f"{out} exists but is not an unfinished quickstart; choose another --out")
     check_writable(out / "report.html")
     file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
     teacher = load_denoiser(file)
-    recipe = Recipe(
+    training = TrainingSettings(
         total_steps=settings.train_steps,
         batch_size=settings.batch_size,
         learning_rate=1e-3,
@@ -105,7 +107,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         seed=settings.seed,
         save_every_steps=100,
     )
-    run = Run(out / "run", recipe, {"plan": plan.name, "data": dataset.fingerprint})
+    run = Run(out / "run", training, Inputs(plan=plan.name, data=dataset.fingerprint))
     student = load_denoiser(pruned_file(file, out / "pruned.safetensors", plan))
 
     rows, pictures = [], {}
@@ -127,14 +129,12 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     progress.set_description("timing")
     of_teacher, of_student = _ms_per_image([teacher, student], settings)
     rows = [replace(row, ms_per_image=ms) for row, ms in zip(rows, (of_teacher, of_student, of_student), strict=True)]
-    title = f"Handwritten digits, distilled by {plan.name}"
     save_unet(
         out / "student.safetensors",
         student.named_parameters(),
         student.architecture,
         dtype="fp16",
-        title=title,
-        metadata=student.origin,
+        metadata={"modelspec.title": f"Handwritten digits, distilled by {plan.name}", **student.origin},
         overwrite=True,
     )
     write_report(out, rows, pictures, run.metrics(), settings)
@@ -142,17 +142,17 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
 
 
 def work(settings: Settings) -> int:
-    """Length of the whole story in network evaluations, for a progress bar."""
+    """Length of a quickstart in network evaluations, for a progress bar."""
     return 3 * settings.num_samples * settings.sample_steps * 2 + settings.train_steps * _train_cost(settings)
 
 
 def _train_cost(settings: Settings) -> int:
-    """One evaluation by the teacher; by the student one, and two more for its gradient."""
+    """Evaluations per training step: one by the teacher, one by the student, and two more for the gradient."""
     return 4 * settings.batch_size
 
 
 def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: None) -> tuple[Row, Tensor]:
-    """Sample a digits model and measure it; also returns the pictures (N, 1, 16, 16), labels 0..9 in turn."""
+    """Sample a digits model and measure it; also returns the images (N, 1, 16, 16), with labels 0..9 in turn."""
     classifier, asked = digits.DigitsClassifier.bundled(), _Asked.of(settings)
     latents = [
         part.drawn_by(denoiser, settings, settings.sample_steps, partial(on_step, 2 * len(part.noise))).cpu()
@@ -172,7 +172,7 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
 
 
 def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[float]:
-    """Median over rounds of drawing a batch by a few steps, the models in turn, so that what slows the machine slows all."""
+    """Time per image of each model: the median over rounds in which the models take turns to sample a batch."""
     asked = next(iter(_Asked.of(settings).split(SAMPLE_BATCH)))
     timed = [partial(seconds_of, partial(asked.drawn_by, one, settings, TIMED_STEPS), one.device) for one in denoisers]
     return [1000 * each / len(asked.noise) * settings.sample_steps / TIMED_STEPS for each in in_rounds(timed, TIMED_ROUNDS)]
@@ -180,7 +180,7 @@ def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[flo
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What every model is to draw, and from which noise."""
+    """Digits that every model has to draw, and the noise to start from."""
 
     labels: Tensor
     contexts: Tensor
@@ -204,8 +204,15 @@ class _Asked:
 
     def drawn_by(self, denoiser: Denoiser, settings: Settings, num_steps: int, on_step=lambda: None) -> Tensor:
         """Latents (N, C, H, W)."""
-        options = {"noise": self.noise, "guidance": settings.guidance, "num_steps": num_steps}
-        return sample(denoiser, self.contexts, self.null, **options, on_step=on_step)
+        return sample(
+            denoiser,
+            self.contexts,
+            self.null,
+            noise=self.noise,
+            guidance=settings.guidance,
+            num_steps=num_steps,
+            on_step=on_step,
+        )
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -219,13 +226,13 @@ COLUMNS = {
     "ms_per_image": "ms per image",
 }
 MEANINGS = {
-    "accuracy": "share of samples that a digit classifier takes for the digit that was asked for.",
-    "Fréchet distance": "how far samples lie from the 1,797 real digits in the classifier's features; lower is closer.",
+    "accuracy": "share of samples that a classifier recognises as the requested digit.",
+    "Fréchet distance": "distance of the samples from the 1,797 real digits in the classifier's features; lower is closer.",
     "GMACs": "billions of multiply-accumulates in one evaluation of the network.",
-    "ms per image": "time of drawing one in a batch, the models in turn, so that what slows the machine slows all of them.",
+    "ms per image": "time per image in a batch; the models take turns, so that a slowdown of the machine affects all of them.",
 }
 FILES = {
-    "student.safetensors": "the distilled student, fp16. distill inspect student.safetensors shows what is in it.",
+    "student.safetensors": "the distilled student, fp16. distill inspect student.safetensors shows its contents.",
     "pruned.safetensors": "the same network before distillation.",
     "run/": "recipe, loss of every step (metrics.csv), checkpoints.",
     "report.json": "the figures above.",
@@ -246,9 +253,9 @@ def cells(row: Row) -> list[str]:
 def draw_report(rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, settings: Settings):
     drawing = plots.figure(11, 8)
     drawing.suptitle(f"Distill quickstart: {settings.preset} on handwritten digits, guidance {settings.guidance:g}", fontsize=13)
-    top, bottom = drawing.subfigures(2, 1, height_ratios=(1, 0.95))
+    (top,), (bottom,) = drawing.subfigures(2, 1, squeeze=False, height_ratios=(1, 0.95))
     for axes, row in zip(top.subplots(1, len(rows)), rows, strict=True):
-        subtitle = f"{row.model}\n{row.parameters / 1e6:.2f} M parameters, {row.accuracy:.1%} read right"
+        subtitle = f"{row.model}\n{row.parameters / 1e6:.2f} M parameters, {row.accuracy:.1%} correct"
         # Ten columns, one for each digit.
         plots.draw_grid(axes, pictures[row.model][:NUM_SHOWN], 10, subtitle)
     curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.25))
@@ -268,7 +275,7 @@ def write_report(out: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor],
     page = report.page(
         "Distill quickstart",
         report.paragraph(summary(rows)),
-        report.picture(drawn, "Digits of teacher, pruned and distilled model, loss curves and table"),
+        report.picture(drawn, "Digits by the teacher, the pruned and the distilled model, loss curves and table"),
         report.heading("Figures"),
         report.table(list(COLUMNS.values()), map(cells, rows)),
         report.listing(MEANINGS),
@@ -281,10 +288,10 @@ def write_report(out: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor],
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What came out, in one sentence."""
+    """The result in one sentence."""
     teacher, before, after = rows
     return (
         f"The student has {1 - after.parameters / teacher.parameters:.0%} fewer parameters and needs "
-        f"{1 - after.gmacs / teacher.gmacs:.0%} less arithmetic; {after.accuracy:.1%} of its digits are read right "
-        f"(teacher {teacher.accuracy:.1%}, straight after pruning {before.accuracy:.1%})."
+        f"{1 - after.gmacs / teacher.gmacs:.0%} fewer multiply-accumulates; {after.accuracy:.1%} of its digits are correct "
+        f"(teacher {teacher.accuracy:.1%}, directly after pruning {before.accuracy:.1%})."
     )

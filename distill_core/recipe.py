@@ -1,347 +1,610 @@
-"""Every setting of a run, as a file people write and share."""
+"""A recipe: one TOML file that describes a whole training: teachers, student, data, settings, and folder of the run.
+
+```toml
+run = "runs/small"
+
+[teacher]                       # use [[teacher]] for several teachers; leave out to fine-tune a student
+file = "sd15.safetensors"
+dtype = "fp16"
+
+[student]
+preset = "bk-sdm-small"
+
+[data]
+images = "pictures"             # or prompts = "prompts.txt", and the teacher draws them
+encoders = "sd15-diffusers"
+
+[training]                      # `settings.TrainingSettings`
+total_steps = 50000
+
+[experts]                       # `one_to_many.ExpertsSettings`: several experts, each for a range of timesteps
+count = 4
+```
+"""
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, TypeVar, Union, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .dataset import TIMESTEPS, Drawing
-from .documents import one_line
-from .objective import OBJECTIVES, UNWEIGHTED, WEIGHTINGS, Objective
-from .optim import OPTIMIZERS
+from .base.documents import MAX_LIST_BYTES, lines, one_line, read_text, read_toml
+from .base.packages import check_installed
+from .base.precision import DTYPES
+from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings, from_mapping
+from .base.storage import fingerprint
+from .data.cache import CachedDataset, encode
+from .data.dataset import Dataset, largest_example, num_examples
+from .data.encoders import DiffusersEncoders, Encoders, warn_of_cut
+from .data.images import folder, hugging_face, sizes
+from .data.teacher_data import MOST_PICTURES, Making, make_dataset
+from .demo.encoders import DigitsEncoders
+from .diffusion.denoiser import Denoiser, DiffusersDenoiser, Load, check_trainable
+from .diffusion.schedule import of_sampling
+from .lora.layers import without_lora
+from .networks.architecture import Architecture
+from .networks.build import load_unet
+from .networks.files import UNetFile, open_unet
+from .networks.quantised import QUANTISED, computes, kept_bytes, quantise
+from .pruning.plan import PruningPlan, name_map, plan_between, plan_in, preset, preset_names, pruned
+from .pruning.plan_text import read_plan
+from .pruning.prune import pruned_file
+from .routing.one_to_many import ExpertsSettings, OneToMany, Start
+from .training.checkpoints import own
+from .training.loop import Progress, check_lesson, distill
+from .training.memory import Forecast, MemorySettings, forecast
+from .training.preflight import check_experts_run, check_run
+from .training.previews import Previews
+from .training.processes import Processes
+from .training.run import Inputs, Run
+from .training.settings import TrainingSettings
+from .training.teachers import Teachers
 
-LR_SCHEDULES = ("constant", "cosine", "linear")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-"""What the words for a precision mean."""
-PRECISIONS = ("fp32", "bf16", "fp16")
-WEIGHT_DTYPES = ("fp32", "bf16")
-TEACHER_MODES = ("sequence", "mixture")
-TRACKERS = ("tensorboard", "wandb")
-Settings = TypeVar("Settings")
+DEMO = "demo"
+"""Name of the bundled digits, in place of a file."""
+OnItem = Callable[[str, int, int], None]
+DATA_RANGES = {
+    "encode_batch_size": BATCH,
+    "guidance": GUIDANCE,
+    "sampler_steps": SAMPLER_STEPS,
+    "images_per_prompt": (1, MOST_PICTURES),
+    "trajectory_states": (0, SAMPLER_STEPS[1]),
+}
+EXAMPLES = Path(__file__).parent / "recipes"
+
+
+def example_names() -> list[str]:
+    """Names of the bundled example recipes."""
+    return sorted(path.stem for path in EXAMPLES.glob("*.toml"))
+
+
+def example(name: str) -> str:
+    """Text of an example recipe; ``ValueError`` lists the choices."""
+    if name not in example_names():
+        raise ValueError(f"unknown recipe {name!r}; choose from {example_names()}")
+    return (EXAMPLES / f"{name}.toml").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """One teacher."""
+
+    file: str
+    """Checkpoint or diffusers folder, or ``demo``."""
+    dtype: str = "fp32"
+    """``fp32``, ``bf16``, ``fp16``; or stored in fewer bits and computed in bf16: ``fp8``, ``int8``, or ``nf4`` (4 bits)."""
+    offload: bool = False
+    """Keep the teacher in system memory, with each layer on the GPU only while it computes."""
+
+    def __post_init__(self):
+        if self.dtype not in (choices := (*DTYPES, *QUANTISED)):
+            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(choices)}")
+        if self.offload and self.dtype in QUANTISED:
+            raise ValueError(f"an {self.dtype} teacher cannot be offloaded; set offload to false, or use fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """The student: a pruned teacher, a file, or, without settings, the teacher itself (fine-tuning)."""
+
+    preset: str | None = None
+    """Name of a published plan, as `distill presets` lists them."""
+    plan: str | None = None
+    """A plan as text or JSON, or a file with one."""
+    file: str | None = None
+    """A finished student to go on from; its plan is read from the file."""
+
+    def __post_init__(self):
+        if sum(given is not None for given in (self.preset, self.plan, self.file)) > 1:
+            raise ValueError("give one of preset, plan and file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Training data: ``images``, ``dataset`` or ``prompts``; or only a finished ``cache``."""
+
+    images: str | None = None
+    """Folder of images with .txt captions, metadata.csv or metadata.jsonl."""
+    dataset: str | None = None
+    """Folder of a Hugging Face dataset."""
+    image_column: str = "image"
+    """Column of the dataset with the images."""
+    caption_column: str = "text"
+    """Column of the dataset with the captions."""
+    prompts: str | None = None
+    """Text file with one prompt per line, from which the teacher draws the images."""
+    encoders: str | None = None
+    """Diffusers pipeline folder with the autoencoder and text encoders; default: the teacher, if it is such a folder."""
+    cache: str = "cache"
+    """Folder for latents and embeddings."""
+    resolution: str = "512"
+    """``512``, ``768x512,512x768``, ``buckets-768``, ``ssd-1b``."""
+    flip: bool = False
+    """Add a mirrored copy of each image."""
+    encode_batch_size: int = 8
+    """Images or captions that are encoded at once."""
+    guidance: float = 7.5
+    """Guidance scale of teacher-made images."""
+    sampler_steps: int = 25
+    """Sampling steps of teacher-made images."""
+    images_per_prompt: int = 1
+    """Teacher-made images for each prompt, each from its own noise."""
+    trajectory_states: int = 0
+    """Number of noisy states of the teacher's trajectory to train on; 0 adds random noise to the images instead."""
+
+    def __post_init__(self):
+        check_settings(self, DATA_RANGES)
+        _check_sides(self.resolution)
+        if sum(given is not None for given in (self.images, self.dataset, self.prompts)) > 1:
+            raise ValueError("give one of images, dataset and prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Sample images during training, every ``sample_every_steps``."""
+
+    prompts: tuple[str, ...] = ()
+    """What to draw; one image for each prompt."""
+    guidance: float = 7.5
+    """Guidance scale; 1 = no guidance."""
+    steps: int = 20
+    """Sampling steps."""
+    seed: int = 0
+    """Seed of the noise, the same each time."""
+    resolution: str = "512"
+    """One size, as in `[data]`."""
+
+    def __post_init__(self):
+        check_settings(self, {"guidance": (0, GUIDANCE[1]), "steps": SAMPLER_STEPS, "seed": SEEDS})
+        _check_sides(self.resolution)
+
+
+def _check_sides(resolution: str) -> None:
+    for size in sizes(resolution):
+        for side in size:
+            check_range("resolution", side, SIDE_PX)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of a run. Defaults are BK-SDM's (arXiv 2305.15798, Sec. 4.1) where it names one."""
+    """All inputs of ``distill train``. Paths are relative to the folder of the file."""
 
-    total_steps: int = 50_000
-    """Optimiser steps until the run is complete."""
-    objective: str = "bk-sdm"
-    """Losses, their weights and where features are compared: a key of `objective.OBJECTIVES`."""
-    task_weight: float | None = None
-    """Weight of the loss against the data; None for the objective's own."""
-    output_weight: float | None = None
-    """Weight of the distance to the teacher's output; None for the objective's own."""
-    feature_weight: float | None = None
-    """Weight of the distance to the teacher's features; None for the objective's own."""
-    weighting: str = UNWEIGHTED
-    """How much each timestep counts, in every loss: ``none``, or a key of `objective.WEIGHTINGS`."""
-    snr_gamma: float = 5.0
-    """Where min-SNR caps the signal-to-noise ratio."""
-    timesteps: str = "uniform"
-    """How timesteps are drawn: a key of `dataset.TIMESTEPS`."""
-    timestep_range: tuple[int, ...] = ()
-    """Train an expert for some timesteps alone: the first, and that after the last (`ranges.TimestepRanges`); empty for all."""
-    noise_offset: float = 0.0
-    """Deviation of a constant added to each channel of the noise, for darker darks and lighter lights."""
-    input_perturbation: float = 0.0
-    """Extra noise in what the networks see, as a share of the noise they are to find."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty caption, so that guidance is distilled too."""
-    guidance: float = 1.0
-    """Scale of the classifier-free guidance in the teacher's answers, which the student then gives in one pass; 1 for none."""
-    guidance_min: float | None = None
-    """Least of a range of scales up to ``guidance``: each example has one of them, and the LoRA at a strength of
-    ``(scale - 1) / (guidance - 1)``, so that its strength sets the guidance while sampling. None for the one scale."""
+    folder: Path
+    run: str
+    teachers: tuple[TeacherSettings, ...]
+    """Empty for fine-tuning, which needs the objective ``task``."""
+    student: StudentSettings
+    data: DataSettings
+    training: TrainingSettings
+    samples: SampleSettings
+    experts: ExpertsSettings | None = None
+    """None for a single student."""
 
-    batch_size: int = 64
-    """Examples per optimiser step, over all accumulation steps and all processes."""
-    accumulation_steps: int = 1
-    """Parts a batch is cut into, one after another, to need less memory. The result is the same."""
-    teacher_mode: str = "sequence"
-    """With several teachers: ``sequence``, one after another, or ``mixture``, one drawn for each step."""
-    teacher_shares: tuple[float, ...] = ()
-    """Each teacher's share of the steps; empty for equal shares."""
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read a recipe; ``ValueError`` names a setting that is misspelt, missing or of the wrong type."""
+        table = read_toml(path)
+        known = {"run", "teacher", "student", "data", "training", "samples", "experts"}
+        if unknown := table.keys() - known:
+            from_mapping(_Sections, {min(unknown): None}, str(path))
+        for name in ("run", "data"):
+            if name not in table:
+                raise ValueError(f"{path}: {name} is missing")
+        if not isinstance(table["run"], str) or not table["run"]:
+            raise ValueError(f"{path}: run must be the name of a folder, got {one_line(repr(table['run']))}")
+        teachers = table.get("teacher", [])
+        teachers = teachers if isinstance(teachers, list) else [teachers]
 
-    lora_rank: int = 0
-    """Train a LoRA of this rank on the student in place of its weights, which then stay as they are; 0 trains the weights."""
-    lora_alpha: float | None = None
-    """What the LoRA counts, over its rank; None for the rank itself, which counts it once."""
-    lora_targets: tuple[str, ...] = ("*.attn1.to_*", "*.attn2.to_*")
-    """Patterns of the layers it sits on, in block names such as ``mid.*``."""
-    lora_dora: bool = False
-    """Make it a DoRA, which learns the lengths of the weights' columns apart from their directions (arXiv 2402.09353)."""
+        def section(kind: type, name: str, value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{path}: {name} must be a section, [{name}]")
+            return from_mapping(kind, value, f"{path}, [{name}]")
 
-    optimizer: str = "adamw"
-    """A key of `optim.OPTIMIZERS`."""
-    learning_rate: float = 5e-5
-    """Peak learning rate. Prodigy finds its own: give it 1."""
-    lr_schedule: str = "constant"
-    """``constant``, ``cosine`` or ``linear`` decay to 0 over ``total_steps``, after the warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 1e-2
-    """Decoupled weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    ema_decay: float = 0.0
-    """Decay of the moving average of the weights, which is then what the run gives out; 0 for none."""
-
-    precision: str = "fp32"
-    """What the student computes in: ``fp32``, ``bf16`` or ``fp16``; its weights stay as ``weight_dtype`` says."""
-    weight_dtype: str = "fp32"
-    """What the student's weights are kept in. ``bf16`` halves weights and gradients and rounds stochastically; a LoRA stays
-    float32 on weights of either."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
-    compile: bool = False
-    """Compile the student with torch.compile."""
-
-    seed: int = 0
-    """Decides data order, noise and timesteps."""
-    save_every_steps: int = 500
-    """Steps between checkpoints; the end, a cancel and an error save as well."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
-    keep_best: int = 0
-    """How many of those with the lowest validation loss stay besides."""
-    validate_every_steps: int = 0
-    """Steps between validations on held-out examples; 0 for none."""
-    validation_share: float = 0.0
-    """Share of the examples held out for validation."""
-    sample_every_steps: int = 0
-    """Steps between sample pictures, at fixed seeds, beside the teacher's; 0 for none."""
-    trackers: tuple[str, ...] = ()
-    """Where metrics go besides metrics.csv: ``tensorboard``, ``wandb``."""
-
-    def __post_init__(self):
-        check_settings(self, RANGES)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; choose from {sorted(choices)}")
-        if unknown := set(self.trackers) - set(TRACKERS):
-            raise ValueError(f"trackers: unknown {min(unknown)!r}; choose from {list(TRACKERS)}")
-        for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
-        if self.batch_size % self.accumulation_steps:
+        recipe = cls(
+            folder=path.parent,
+            run=table["run"],
+            teachers=tuple(section(TeacherSettings, "teacher", teacher) for teacher in teachers),
+            student=section(StudentSettings, "student", table.get("student", {})),
+            data=section(DataSettings, "data", table["data"]),
+            training=section(TrainingSettings, "training", table.get("training", {})),
+            samples=section(SampleSettings, "samples", table.get("samples", {})),
+            experts=section(ExpertsSettings, "experts", table["experts"]) if "experts" in table else None,
+        )
+        if not recipe.teachers and recipe.training.weighted_objective.uses_teacher:
+            raise ValueError(f'{path}: teacher is missing; add [teacher], or use objective "task", which needs none')
+        if not recipe.teachers and recipe.student.file is None:
+            raise ValueError(f"{path}: [student] needs a file if there is no teacher")
+        if recipe.experts and recipe.experts.plans and recipe.student != StudentSettings():
+            raise ValueError(f"{path}: give either a plan in [student] or plans in [experts], not both")
+        guidance = recipe.training.guidance
+        if recipe.data.prompts and recipe.data.trajectory_states and guidance not in (1, recipe.data.guidance):
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be cut into {self.accumulation_steps} equal parts; "
-                "choose accumulation_steps that divide it"
+                f"{path}: [training] learns guidance {guidance:g}, but [data] samples trajectories with "
+                f"{recipe.data.guidance:g}; set both to the same guidance"
             )
-        if bool(self.validate_every_steps) != bool(self.validation_share):
-            raise ValueError("validation needs both validate_every_steps and validation_share above 0")
-        if self.keep_best and not self.validate_every_steps:
-            raise ValueError("keep_best needs a validation loss: set validate_every_steps and validation_share")
-        if any(not 0 < share < math.inf for share in self.teacher_shares):
-            raise ValueError(f"teacher_shares must be numbers above 0, got {list(self.teacher_shares)}")
-        if self.weight_dtype == "bf16" and self.precision == "fp16":
-            raise ValueError("weight_dtype bf16 computes in bf16 as well; set precision to bf16")
-        if self.timestep_range and not (len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1]):
+        return recipe
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sections:
+    """Top-level names of a recipe, to suggest the nearest one for a misspelt name."""
+
+    run: str = ""
+    teacher: str = ""
+    student: str = ""
+    data: str = ""
+    training: str = ""
+    samples: str = ""
+    experts: str = ""
+
+
+class Prepared:
+    """A recipe with its files open and its data encoded, ready to train."""
+
+    def __init__(self, recipe: Recipe, processes: Processes, on_item: OnItem = lambda what, done, total: None):
+        """on_item: called with (task, done, total) while data are encoded or made."""
+        self.recipe, self.processes, self.device = recipe, processes, processes.device
+        processes.check(recipe.training)
+        if any(teacher.dtype in QUANTISED for teacher in recipe.teachers):
+            check_installed(["bitsandbytes"], f"a teacher in {' or '.join(QUANTISED)}")
+        # When fine-tuning, sample images are compared with those of the untrained student.
+        self.teacher_settings = recipe.teachers
+        if not self.teacher_settings:
+            assert recipe.student.file is not None  # `Recipe.read` asks for it
+            self.teacher_settings = (TeacherSettings(file=recipe.student.file),)
+        self.teacher_files = [_open(recipe, settings.file) for settings in self.teacher_settings]
+        first = self.teacher_files[0]
+        for settings, file in zip(self.teacher_settings, self.teacher_files, strict=True):
+            if dict(file.architecture.shapes) != dict(first.architecture.shapes):
+                raise ValueError(
+                    f"teacher {settings.file} has another architecture than {recipe.teachers[0].file}; use teachers of one"
+                    " architecture"
+                )
+            _check_trainable(file)
+        self.plans = [self._plan(text, first) for text in recipe.experts.plans] if recipe.experts else []
+        self.plan, self.student_file = (self._largest(first), None) if self.plans else self._student(first)
+        if self.student_file is not None:
+            _check_trainable(self.student_file)
+        if recipe.experts and self.shares_base and self.teacher_settings[0].dtype in QUANTISED:
             raise ValueError(
-                f"timestep_range must be the first timestep and that after the last, such as [0, 500], got {list(self.timestep_range)}"
+                f"a shared base is saved to disk, and {self.teacher_settings[0].dtype} weights cannot be saved; use fp8"
             )
-        if self.rounds and not OPTIMIZERS[self.optimizer].one_by_one:
-            raise ValueError(f"{self.optimizer} looks at all weights at once, so it needs weight_dtype fp32; or take another")
-        if self.aim.feature_loss and self.guidance != 1:  # weights that leave no loss are refused by the first
-            raise ValueError(
-                f"guidance combines two answers of the teacher, objective {self.objective} compares features, of which there is a "
-                "pair of each; take objective guidance"
-            )
-        if self.guidance_min is not None and not (self.guidance_min < self.guidance and self.lora_rank):
-            raise ValueError(
-                "guidance_min is the lower end of a range of scales that the strength of a LoRA sets: it must be below guidance, "
-                f"with lora_rank above 0; got {self.guidance_min:g} to {self.guidance:g}, rank {self.lora_rank}"
+        self._encoders: Encoders | None = None
+        self._check_run()
+        with processes.main_first():
+            self.dataset = self._dataset(on_item)
+        inputs = Inputs(
+            teachers=tuple(fingerprint(file.tensors) for file in self.teacher_files),
+            student="" if self.student_file is None else fingerprint(self.student_file.tensors),
+            data=self.dataset.fingerprint,
+        )
+        with processes.main_first():
+            self.run = self._several(recipe.experts, inputs) if recipe.experts else self._one(inputs)
+
+    def _check_run(self) -> None:
+        """Raise errors that can be found before data are read."""
+        training, folder, settings = self.recipe.training, self.recipe.path(self.recipe.run), self.recipe.experts
+        theirs = {(fingerprint(file.tensors), file.sampling) for file in self.teacher_files}
+        ours = self.student_file and (fingerprint(self.student_file.tensors), self.student_file.sampling)
+        check_lesson(training, self.teacher_files[0].architecture, self.architecture, not settings and theirs == {ours})
+        if settings is None:
+            check_run(folder, training, self.architecture.shapes)
+        else:
+            check_experts_run(
+                folder, training, self.architecture.shapes, settings.num_experts(of_sampling(self.teacher_files[0].sampling))
             )
 
-        if self.lora_dora and not self.lora_rank:
-            raise ValueError("lora_dora makes a DoRA of a LoRA: set lora_rank above 0, or lora_dora to false")
-        if self.lora_dora and self.guidance_min is not None:
-            raise ValueError(
-                "guidance_min learns a LoRA at many strengths, and what a DoRA does at a strength is not in proportion to it: "
-                "turn dora off (lora_dora in a recipe), or learn one scale"
-            )
+    def _one(self, inputs: Inputs) -> Run:
+        inputs = replace(inputs, plan=self.plan.name if self.plan else "")
+        return Run(self.recipe.path(self.recipe.run), self.recipe.training, inputs, main=self.processes.main)
 
-    @property
-    def aim(self) -> Objective:
-        """The objective with this recipe's weights."""
-        return OBJECTIVES[self.objective].with_weights(self.task_weight, self.output_weight, self.feature_weight)
-
-    @property
-    def scales(self) -> tuple[float, float]:
-        """Least and largest scale of guidance that is learnt."""
-        return self.guidance if self.guidance_min is None else self.guidance_min, self.guidance
-
-    @property
-    def compute_dtype(self) -> str:
-        """What the student computes in, a key of `DTYPES`."""
-        return "bf16" if self.weight_dtype == "bf16" else self.precision
-
-    @property
-    def rounds(self) -> bool:
-        """Whether what is trained is kept in bfloat16, and so rounded."""
-        return self.weight_dtype == "bf16" and not self.lora_rank
-
-    @property
-    def drawing(self) -> Drawing:
-        """How batches are drawn."""
-        return Drawing(
-            batch_size=self.batch_size,
-            seed=self.seed,
-            caption_dropout=self.caption_dropout,
-            timesteps=self.timesteps,
-            within=self.timestep_range or None,
-            noise_offset=self.noise_offset,
-            input_perturbation=self.input_perturbation,
-            held_out=self.validation_share,
-            scales=None if self.guidance_min is None else self.scales,
+    def _several(self, settings: ExpertsSettings, inputs: Inputs) -> OneToMany:
+        starts = [Start(plan, partial(self.student, plan, f"pruned_{number}")) for number, plan in enumerate(self.plans)]
+        return OneToMany(
+            self.recipe.path(self.recipe.run),
+            settings,
+            self.recipe.training,
+            starts=starts or [Start(self.plan, self.student)],
+            teachers=None if self.shares_base else self._teacher_loads,
+            schedule=of_sampling(self.teacher_files[0].sampling),
+            dataset=self.dataset,
+            inputs=inputs,
+            processes=self.processes,
         )
 
-    def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at a step, counted from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[self.lr_schedule]
+    def describe(self) -> str:
+        """What will be trained, one line per topic."""
+        examples = num_examples(self.dataset)
+        teachers = ", ".join(f"{teacher.file} ({teacher.dtype})" for teacher in self.recipe.teachers)
+        training = self.recipe.training
+        share = f"{self.processes.count} processes share each batch" + " and the student's weights" * self.processes.shards
+        return "\n".join([
+            *([share] if self.processes.count > 1 else []),
+            f"teacher   {teachers or 'none'}",
+            f"student   {self.architecture.num_parameters:,} parameters, plan {self.plan.name if self.plan else 'none'}",
+            *filter(None, [self.run.describe()]),
+            f"data      {examples:,} examples, image sizes: {len(self.dataset.bucket_sizes)}",
+            f"training  {training.objective}{f', LoRA of rank {training.lora_rank}' * bool(training.lora_rank)}, {training.total_steps:,} steps of batch {training.batch_size}, {training.optimizer} at "
+            f"{training.learning_rate:g}, from step {self.run.step}",
+            f"run       {self.run.folder}",
+        ])  # fmt: skip
 
-    def may_change(self, several_teachers: bool) -> set[str]:
-        """Settings that may be other when a run goes on: those that decide no step, and the end where no step depends on it."""
-        depends_on_end = self.lr_schedule != "constant" or (several_teachers and self.teacher_mode == "sequence")
-        return _BESIDE | (set() if depends_on_end else {"total_steps"})
+    def describe_memory(self, free_bytes: int | None) -> str:
+        """The memory of a step on the device, part by part, and advice if that exceeds the free memory.
 
-    def to_mapping(self) -> dict[str, Any]:
-        """As a TOML table; what is None is left out, for TOML has no word for it."""
-        return {name: _plain(value) for name, value in asdict(self).items() if value is not None}
+        free_bytes: as returned by `memory.free_bytes`.
+        """
+        told = self.forecast()
+        return "\n".join(filter(None, [told.describe(), told.describe_shortage(free_bytes)]))
+
+    def forecast(self) -> Forecast:
+        """Forecast of the memory a step needs on the device."""
+        example, teachers = largest_example(self.dataset), self.teacher_settings
+        _, channels, height, width = example.latents.shape
+        settings = MemorySettings(
+            training=self.run.heaviest_settings,
+            teacher_dtype=max(
+                (teacher.dtype for teacher in teachers), key=partial(kept_bytes, self.teacher_files[0].architecture.shapes)
+            ),
+            teacher_offloaded=self.device.type != "cpu" and all(teacher.offload for teacher in teachers),
+            shares_base=self.shares_base,
+            num_teachers=len(teachers),
+            num_processes=self.processes.count,
+            shards=self.processes.shards,
+            device=self.device.type,
+        )
+        return forecast(
+            teacher=self.teacher_files[0].architecture,
+            student=self.architecture,
+            plan=self.plan,
+            latent_shape=(channels, height, width),
+            num_tokens=example.contexts.shape[1],
+            settings=settings,
+        )
+
+    # --- teacher and student
+
+    @property
+    def architecture(self) -> Architecture:
+        """Architecture of the student."""
+        if self.student_file is not None:
+            return self.student_file.architecture
+        teacher = self.teacher_files[0].architecture
+        assert self.plan is not None  # else the student has a file
+        return pruned(teacher, name_map(teacher, self.plan))
+
+    def _student(self, teacher: UNetFile) -> tuple[PruningPlan | None, UNetFile | None]:
+        """The plan from teacher to student, and the student's file if it has its own."""
+        settings = self.recipe.student
+        if settings.file is not None:
+            file = _open(self.recipe, settings.file)
+            if not self.recipe.teachers:
+                return plan_in(file.metadata), file
+            return plan_between(teacher.architecture, file.architecture, plan_in(file.metadata)), file
+        if settings.preset is not None:
+            return preset(settings.preset), None
+        if settings.plan is not None:
+            return self._plan(settings.plan, teacher), None
+        return None, teacher
+
+    def _plan(self, text: str, teacher: UNetFile) -> PruningPlan:
+        """A plan from a preset's name, from text or JSON, or from a file."""
+        if text in preset_names():
+            return preset(text)
+        words = text.startswith(("keep ", "{"))
+        return read_plan(text if words else read_text(self.recipe.path(text)), teacher.architecture)
+
+    def _largest(self, teacher: UNetFile) -> PruningPlan:
+        """The plan of the largest student."""
+        shape = teacher.architecture
+        return max(self.plans, key=lambda plan: pruned(shape, name_map(shape, plan)).num_parameters)
+
+    def student(self, plan: PruningPlan | None = None, name: str = "pruned") -> Denoiser:
+        """The untrained student on the device. plan, name: of an expert with its own plan, and the name of its file."""
+        if self.shares_base:
+            return self.teacher(self.teacher_settings[0], self.teacher_files[0])
+        file = self.student_file
+        if file is None:
+            plan = plan or self.plan
+            assert plan is not None  # else the student has a file
+            with self.processes.main_first():
+                file = pruned_file(self.teacher_files[0], own(self.run.folder / f"{name}.safetensors"), plan)
+        dtype = DTYPES[self.recipe.training.weight_dtype]
+        return DiffusersDenoiser.of_file(file, load_unet(file, dtype).to(self.device))
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether the students are LoRAs on their only teacher, so that its weights are in memory once."""
+        same = self.student_file is self.teacher_files[0] and len(self.recipe.teachers) == 1
+        parted = self.recipe.experts is None or self.recipe.experts.joint_steps == 0
+        return same and parted and bool(self.recipe.training.lora_rank)
+
+    def teachers(self, student: Denoiser) -> Teachers:
+        """The teachers of a student."""
+        loads = [without_lora(student)] if self.shares_base else self._teacher_loads
+        return Teachers(loads, self.recipe.training)
+
+    @property
+    def _teacher_loads(self) -> list[Load]:
+        pairs = zip(self.teacher_settings, self.teacher_files, strict=True)
+        return [partial(self.teacher, settings, file) for settings, file in pairs]
+
+    def teacher(self, settings: TeacherSettings, file: UNetFile) -> Denoiser:
+        """Load a teacher in the dtype of its settings, offloaded if they say so."""
+        compute = DTYPES[computes(settings.dtype)]
+        network = load_unet(file, compute)
+        if settings.dtype in QUANTISED:
+            quantise(network, settings.dtype)
+        if settings.dtype == "fp8":
+            from diffusers.hooks import apply_layerwise_casting
+
+            apply_layerwise_casting(network, storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
+        if settings.offload:
+            from diffusers.hooks import apply_group_offloading
+
+            apply_group_offloading(
+                network,
+                onload_device=self.device,
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level",
+                use_stream=self.device.type == "cuda",
+            )
+        else:
+            network.to(self.device)
+        return replace(DiffusersDenoiser.of_file(file, network), computes=(self.device, compute))
+
+    # --- data
+
+    @property
+    def encoders(self) -> Encoders:
+        """Autoencoder and text encoders, opened when first needed."""
+        if self._encoders is None:
+            name, first = self.recipe.data.encoders, self.teacher_settings[0].file
+            if name is None and first == DEMO:
+                name = DEMO
+            if name is None and self.recipe.path(first).is_dir() and (self.recipe.path(first) / "vae").is_dir():
+                name = first
+            if name is None:
+                raise ValueError(
+                    "[data]: encoders is missing; give a diffusers folder with the teacher's autoencoder and text encoders"
+                )
+            self._encoders = (
+                DigitsEncoders() if name == DEMO else DiffusersEncoders.from_folder(self.recipe.path(name), self.device)
+            )
+        return self._encoders
+
+    def _dataset(self, on_item: OnItem) -> Dataset:
+        data, cache = self.recipe.data, self.recipe.path(self.recipe.data.cache)
+        if data.prompts is not None:
+            return self._made(data.prompts, cache, on_item)
+        if data.images is not None:
+            pictures = folder(self.recipe.path(data.images))
+        elif data.dataset is not None:
+            path = self.recipe.path(data.dataset)
+            pictures = hugging_face(path, image_column=data.image_column, caption_column=data.caption_column)
+        else:
+            return CachedDataset.open(cache)
+        return encode(
+            pictures,
+            self.encoders,
+            sizes(data.resolution),
+            cache,
+            batch_size=data.encode_batch_size,
+            flip=data.flip,
+            on_item=partial(on_item, "encoding"),
+        )
+
+    def _made(self, prompts: str, cache: Path, on_item: OnItem) -> Dataset:
+        data = self.recipe.data
+        (size, *others) = sizes(data.resolution)
+        if others:
+            raise ValueError(f"[data]: teacher-made images must all have one size, got resolution {data.resolution!r}")
+        making = Making(
+            size=size,
+            guidance=data.guidance,
+            guidance_min=self.recipe.training.guidance_min if data.trajectory_states else None,
+            num_steps=data.sampler_steps,
+            num_per_prompt=data.images_per_prompt,
+            num_states=data.trajectory_states,
+            seed=self.recipe.training.seed,
+        )
+        file = self.teacher_files[0]
+        return make_dataset(
+            partial(self.teacher, self.teacher_settings[0], file),
+            fingerprint(file.tensors),
+            self.encoders,
+            lines(read_text(self.recipe.path(prompts), MAX_LIST_BYTES)),
+            making,
+            cache,
+            schedule=of_sampling(file.sampling),
+            batch_size=data.encode_batch_size,
+            on_item=partial(on_item, "drawing"),
+        )
+
+    def previews(self) -> Previews | None:
+        """Sample images, if the recipe asks for them."""
+        samples = self.recipe.samples
+        if not self.recipe.training.sample_every_steps:
+            return None
+        if not samples.prompts:
+            raise ValueError("[samples]: prompts is missing; give prompts, or set sample_every_steps to 0")
+        warn_of_cut(samples.prompts, self.encoders)
+        *captions, null = self.encoders.captions([*samples.prompts, ""])
+        height, width = sizes(samples.resolution)[0]
+        channels = self.teacher_files[0].architecture.channels("conv_in")[0]
+        return Previews(
+            captions=captions,
+            null=null,
+            latent_shape=(channels, height // 8, width // 8),
+            decode=self.encoders.decode,
+            guidance=samples.guidance,
+            num_steps=samples.steps,
+            seed=samples.seed,
+        )
+
+    def train(
+        self,
+        on_step: Callable[[Progress], None],
+        only: int | None = None,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        """Train to the end. only, on_stage: for several experts, as in `OneToMany.train`."""
+        if isinstance(self.run, OneToMany):
+            self.run.train(only, on_step=on_step, on_stage=on_stage)
+            return
+        if only is not None:
+            raise ValueError("this recipe trains a single student; add [experts] to train one for a range")
+        student = self.student()
+        distill(
+            self.run,
+            student=student,
+            teacher=self.teachers(student),
+            plan=self.plan,
+            dataset=self.dataset,
+            previews=self.previews(),
+            on_step=on_step,
+            processes=self.processes,
+        )
 
 
-CHOICES: dict[str, Collection[str]] = {
-    "objective": OBJECTIVES,
-    "weighting": (UNWEIGHTED, *WEIGHTINGS),
-    "timesteps": TIMESTEPS,
-    "teacher_mode": TEACHER_MODES,
-    "optimizer": OPTIMIZERS,
-    "lr_schedule": LR_SCHEDULES,
-    "precision": PRECISIONS,
-    "weight_dtype": WEIGHT_DTYPES,
-}
-"""Settings that are one of several words -> the words."""
-MOST_STEPS = 100_000_000
-STEPS = (1, MOST_STEPS)
-OR_NONE = (0, MOST_STEPS)  # steps between two of something, where 0 is none at all
-BATCH = (1, 65_536)
-SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
-SAMPLER_STEPS = (1, 1000)
-GUIDANCE = (1, 100)
-SIDE_PX = (8, 16_384)
-RANGES: dict[str, tuple[float, float]] = {
-    "total_steps": STEPS,
-    "task_weight": (0, 1_000_000),
-    "output_weight": (0, 1_000_000),
-    "feature_weight": (0, 1_000_000),
-    "noise_offset": (0, 1),
-    "input_perturbation": (0, 1),
-    "caption_dropout": (0, 1),
-    "guidance": GUIDANCE,
-    "guidance_min": GUIDANCE,
-    "batch_size": BATCH,
-    "accumulation_steps": BATCH,
-    "warmup_steps": OR_NONE,
-    "lora_rank": (0, 4096),
-    "lora_alpha": (0, 1_000_000),
-    "weight_decay": (0, 1000),
-    "ema_decay": (0, 0.999999),
-    "seed": SEEDS,
-    "save_every_steps": STEPS,
-    "keep_checkpoints": (1, 100_000),
-    "keep_best": (0, 100_000),
-    "validate_every_steps": OR_NONE,
-    "validation_share": (0, 0.5),
-    "sample_every_steps": OR_NONE,
-}
-"""Smallest and largest value of settings that are numbers."""
-_MAX_REASON = 1000
-"""Characters of what is wrong with a table."""
-_BESIDE = {
-    "save_every_steps", "keep_checkpoints", "keep_best", "sample_every_steps", "trackers", "compile", "accumulation_steps",
-    "gradient_checkpointing",
-}  # fmt: skip
-
-
-def check_settings(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """``ValueError`` naming a field of a dataclass that is of another type than it says, or out of its range.
-
-    Whoever makes one may have its values from anywhere: a file, or a link in a graph, which no widget holds within bounds.
-    """
-    for name, hint in get_type_hints(type(settings)).items():
-        if _is_plain(hint) and not _fits(value := getattr(settings, name), hint):
-            raise ValueError(f"{name} must be {_words(hint)}, got {one_line(repr(value))}")
-    for name, bounds in ranges.items():
-        if (value := getattr(settings, name)) is not None:
-            check_range(name, value, bounds)
-
-
-def check_range(name: str, value: float, bounds: tuple[float, float]) -> None:
-    """``ValueError`` for what is no number, or none between its bounds."""
-    low, high = bounds
-    if not (type(value) in (int, float) and low <= value <= high):
-        raise ValueError(f"{name} must be between {_spelt(low)} and {_spelt(high)}, got {_spelt(value)}")
-
-
-def _spelt(value: Any) -> str:
-    return f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else repr(value)
-
-
-def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:
-    """A dataclass of settings from a table; ``ValueError`` names a field that is misspelt, missing or of another type."""
-    known, hints = {field.name: field for field in fields(kind)}, get_type_hints(kind)
-    for name, value in table.items():
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {nearest[0]!r}?" if nearest else f"the settings are {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: there is no setting {one_line(name)!r}; {meant}")
-        if not _fits(value, hints[name]):
-            raise ValueError(f"{where}: {name} must be {_words(hints[name])}, got {one_line(repr(value))}")
-    for name, field in known.items():
-        if name not in table and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{where}: {name} is missing")
+def _check_trainable(file: UNetFile) -> None:
+    """Raise ``ValueError`` naming a file that cannot be trained, before data are encoded."""
     try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+        check_trainable(file.architecture, file.sampling)
     except ValueError as error:
-        raise ValueError(f"{where}: {one_line(error, _MAX_REASON)}") from error
+        raise ValueError(f"{file.path}: {error}") from error
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def _open(recipe: Recipe, name: str) -> UNetFile:
+    if name == DEMO:
+        from .demo.teacher import teacher_file
 
-
-def _is_plain(hint: Any) -> bool:
-    """Whether `_fits` can tell: numbers, texts and switches, tuples of them, and what may be None besides."""
-    return bool(getattr(hint, "__origin__", None) in (None, tuple, Union) and _words(hint))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if (parts := getattr(hint, "__args__", None)) is None:
-        return type(value) is hint or (hint is float and type(value) is int)
-    if getattr(hint, "__origin__", None) is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(entry, parts[0]) for entry in value)
-    return any(_fits(value, part) for part in parts)
-
-
-def _words(hint: Any) -> str:
-    if getattr(hint, "__origin__", None) is tuple:
-        return f"a list, each entry {_words(hint.__args__[0])}"
-    return " or ".join(_WORDS[part] for part in getattr(hint, "__args__", (hint,)) if part in _WORDS)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def to_toml(table: Mapping[str, Any]) -> str:
-    import tomli_w
-
-    return tomli_w.dumps(table)
+        return teacher_file()
+    return open_unet(recipe.path(name))

@@ -1,8 +1,8 @@
-"""The nodes, one topic a file."""
+"""The nodes, one topic per file."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, compare, demo, lora, prune, recipe, router, save, shared_base, students, teacher_data, train
+from . import bridge, compare, demo, experts, lora, prune, recipe, router, save, shared_base, teacher_data, train
 
 
 class DistillExtension(ComfyExtension):
@@ -10,5 +10,5 @@ class DistillExtension(ComfyExtension):
         bridge.serve_runs()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        topics = (demo, prune, teacher_data, recipe, train, save, lora, shared_base, router, students, compare)
+        topics = (demo, prune, teacher_data, recipe, train, save, lora, shared_base, router, experts, compare)
         return [node for topic in topics for node in topic.NODES]

@@ -1,11 +1,12 @@
-"""Models side by side, and a report to keep."""
+"""Nodes that compare models side by side and write a report."""
 
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..distill_core import compare, plots
-from ..distill_core.disk import check_writable
-from ..distill_core.evaluate import distance_metrics
+from ..distill_core.base.disk import check_writable
+from ..distill_core.base.image_grid import stacked
+from ..distill_core.evaluation import compare, plots
+from ..distill_core.evaluation.metrics import distance_metrics
 from . import bridge
 from .inputs import sampler_inputs, seed_input
 
@@ -17,7 +18,7 @@ class CompareModels(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         template = io.Autogrow.TemplateNames(
-            io.Model.Input("model", tooltip="model_1 is the one the others are held against: usually the teacher."),
+            io.Model.Input("model", tooltip="model_1 is the reference for the others: usually the teacher."),
             names=[f"model_{number}" for number in range(1, MAX_MODELS + 1)],
             min=2,
         )
@@ -25,49 +26,52 @@ class CompareModels(io.ComfyNode):
             node_id="DistillCompareModels",
             display_name="Compare Models",
             category="distill",
-            description="Draws the same seeds with several models, side by side, and measures what each costs: parameters, GMACs, "
-            "time of a step, peak memory, size, and how far its answers are from the first model's at every noise level. Any MODEL "
-            "works: students, routed models, models with LoRAs.",
+            description="Samples the same seeds with several models, side by side, and measures what each costs: parameters, "
+            "GMACs, time per step, peak memory, size, and how far its predictions are from the first model's at every noise "
+            "level. Any MODEL works: experts, routed models, models with LoRAs.",
             search_aliases=["compare", "benchmark", "side by side", "xy plot", "speed test", "teacher student", "distill"],
             is_output_node=True,
             inputs=[
                 io.Autogrow.Input(
                     "models",
                     template=template,
-                    tooltip="The models to compare, the teacher first. Another input appears for each that is connected.",
+                    tooltip="The models to compare, the teacher first. A new input appears as you connect models.",
                 ),
-                io.Conditioning.Input("positive", tooltip="What the pictures should show."),
-                io.Conditioning.Input("negative", tooltip="What they should not."),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size to draw; its batch is drawn of each seed."),
-                io.Vae.Input("vae", tooltip="Turns latents into pictures; the same for all models."),
+                io.Conditioning.Input("positive", tooltip="What the images should show."),
+                io.Conditioning.Input("negative", tooltip="What the images should not show."),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent of the image size; the whole batch is sampled for every seed."
+                ),
+                io.Vae.Input("vae", tooltip="Decodes latents into images; the same for all models."),
                 io.String.Input(
                     "names",
                     default="",
-                    tooltip="What to call the models, with commas between: teacher, pruned, distilled (Latin letters in pictures). Empty: model_1, model_2 ...",
+                    tooltip="Names of the models, separated by commas: teacher, pruned, distilled (images can show only Latin "
+                    "letters). Empty: model_1, model_2 ...",
                 ),
                 io.Int.Input(
                     "num_seeds",
                     default=4,
                     min=1,
                     max=10_000,
-                    tooltip="Seeds each model draws, from seed on; also how often it is timed. The grid shows the first 8 pictures.",
+                    tooltip="Number of seeds per model, starting at seed; each is also timed. The grid shows the first 8 images.",
                 ),
-                seed_input("The first seed. Every model draws the same seeds; each picture is what KSampler draws of its seed."),
+                seed_input("The first seed. Every model uses the same seeds; each image is what KSampler makes from its seed."),
                 *sampler_inputs(),
                 io.String.Input(
                     "cfg_of_each",
                     default="",
                     advanced=True,
-                    tooltip="Where the models need different guidance: a cfg for each, with commas between. 7.5, 1 holds a teacher "
-                    "against a student that has learnt its guidance. Empty: cfg for all.",
+                    tooltip="For models that need different guidance: one cfg per model, separated by commas. 7.5, 1 compares a "
+                    "teacher with a student that has learnt its guidance. Empty: cfg for all.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="A row for each model, a column for each picture; the first 8."),
+                io.Image.Output(display_name="grid", tooltip="A row for each model, a column for each of the first 8 images."),
                 io.Image.Output(
-                    display_name="table", tooltip="The figures, and the distance from the first model over timesteps."
+                    display_name="table", tooltip="The measurements, and the distance from the first model over timesteps."
                 ),
-                Compared.Output(display_name="comparison", tooltip="All of it, for Distillation Report."),
+                Compared.Output(display_name="comparison", tooltip="All results, for Distillation Report."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -89,7 +93,7 @@ class CompareModels(io.ComfyNode):
 def _names(text: str, default: list[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")] if text.strip() else default
     if not len({*names} - {""}) == len(names) == len(default):
-        raise ValueError(f"names: {len(default)} models need as many names that differ, got {text!r}; or leave it empty")
+        raise ValueError(f"names: give one unique name per model ({len(default)}), got {text!r}; or leave it empty")
     return names
 
 
@@ -101,7 +105,7 @@ def _cfgs(text: str, cfg: float, count: int) -> list[float]:
     except ValueError:
         cfgs = []
     if len(cfgs) != count or not all(0 <= one <= 100 for one in cfgs):
-        raise ValueError(f"cfg_of_each: {count} models need as many numbers from 0 to 100, got {text!r}; or leave it empty")
+        raise ValueError(f"cfg_of_each: give one number from 0 to 100 per model ({count}), got {text!r}; or leave it empty")
     return cfgs
 
 
@@ -112,9 +116,9 @@ class DistillationReport(io.ComfyNode):
             node_id="DistillReport",
             display_name="Distillation Report",
             category="distill",
-            description="Writes a comparison as one HTML page into the output folder: pictures, figures, distances and settings, and "
-            "the loss curve of a run. With CLIP models you have it also judges the pictures: Fréchet and kernel distance, and CLIP "
-            "score. Nothing is downloaded.",
+            description="Writes a comparison as one HTML page into the output folder: images, measurements, distances and "
+            "settings, and the loss curve of a run. With your own CLIP models it also evaluates the images: Fréchet and kernel "
+            "distance, and CLIP score. Nothing is downloaded.",
             search_aliases=["report", "fid", "kid", "clip score", "html", "metrics", "evaluate", "distill"],
             is_output_node=True,
             inputs=[
@@ -123,7 +127,7 @@ class DistillationReport(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="distill/report",
-                    tooltip="Name under the output folder; a number is added. No file is ever overwritten.",
+                    tooltip="Name under the output folder; a number is added. It never overwrites a file.",
                 ),
                 io.String.Input(
                     "run_name",
@@ -133,26 +137,26 @@ class DistillationReport(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="From Load CLIP Vision. With it the pictures are judged: Fréchet and kernel distance of each model's "
-                    "from those of the first model, or from real_images.",
+                    tooltip="From Load CLIP Vision. With it the report evaluates the images: Fréchet and kernel distance of each "
+                    "model's images from the first model's, or from real_images.",
                 ),
                 io.Image.Input(
                     "real_images",
                     optional=True,
-                    tooltip="Pictures to hold those of all models against, in place of the first model's. A few hundred, of the "
-                    "same subjects, tell something.",
+                    tooltip="Images to compare all models with, instead of the first model's. Use a few hundred of the same "
+                    "subjects for meaningful numbers.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For the CLIP score, with clip_vision the other half of the same CLIP: SDXL's CLIP with CLIP ViT-bigG, "
-                    "SD2's with CLIP ViT-H. SD1.x checkpoints lack what it needs.",
+                    tooltip="For the CLIP score. Must be the text encoder that belongs to clip_vision: SDXL's CLIP with CLIP "
+                    "ViT-bigG, SD2's with CLIP ViT-H. SD1.x checkpoints lack the projection it needs.",
                 ),
-                io.String.Input("prompt", default="", tooltip="What the pictures should show, for the CLIP score."),
+                io.String.Input("prompt", default="", tooltip="What the images should show, for the CLIP score."),
             ],
             outputs=[
-                io.Image.Output(display_name="report", tooltip="The report as one picture."),
-                io.String.Output(display_name="path", tooltip="Where the page was written. Open it in a browser."),
+                io.Image.Output(display_name="report", tooltip="The report as one image."),
+                io.String.Output(display_name="path", tooltip="Path of the page. Open it in a browser."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -179,16 +183,16 @@ class DistillationReport(io.ComfyNode):
         curves = [plots.loss_curve(losses, name) for name, losses in bridge.losses_of(run_name).items()] if run_name else []
         if clip_vision is None and (clip is not None or real_images is not None):
             raise ValueError(
-                "pictures are judged by a CLIP Vision model: connect clip_vision, or disconnect clip and real_images"
+                "evaluating images needs a CLIP Vision model: connect clip_vision, or disconnect clip and real_images"
             )
         if clip is not None and not prompt.strip():
             raise ValueError(
-                "prompt is empty: the CLIP score tells how well pictures show a prompt; write it, or disconnect clip"
+                "prompt is empty: the CLIP score measures how well images match a prompt; write one, or disconnect clip"
             )
         judged, by = (
             _judged(comparison, clip_vision, real_images, clip, prompt, cls.hidden.unique_id) if clip_vision else ((), {})
         )
-        losses = plots.stacked(curves) if curves else None
+        losses = stacked(curves) if curves else None
         picture = compare.write_report(path, comparison, title=title, judged=judged, judged_by=by, losses=losses)
         bridge.show_text(f"Saved {path}", cls.hidden.unique_id)
         image = bridge.to_image(picture)
@@ -196,23 +200,23 @@ class DistillationReport(io.ComfyNode):
 
 
 def _judged(comparison, clip_vision, real_images, clip, prompt: str, node_id: str) -> tuple[list[compare.Judged], dict[str, str]]:
-    """The pictures of every model judged, and how, in words."""
-    real = None if real_images is None else bridge.pictures_of(real_images)
+    """The evaluation of every model's images, and a description of how it was done."""
+    real = None if real_images is None else bridge.pixels_of(real_images)
     total = sum(map(len, comparison.pictures.values())) + (0 if real is None else len(real))
     bar = ProgressBar(total, node_id=node_id)
-    bridge.show_text(f"judging {total} pictures", node_id)
+    bridge.show_text(f"evaluating {total} images", node_id)
     first, pictures = next(iter(comparison.pictures.items()))
     text = None
-    if real is not None or len(comparison.pictures) > 1:  # refused before the long work, as a clip that does not go with it
+    if real is not None or len(comparison.pictures) > 1:  # refuse before the long work, like a clip that does not match
         distance_metrics(len(pictures if real is None else real), len(pictures))
     if clip is not None:
         width = bridge.picture_features(clip_vision, pictures[:1]).shape[1]
         text = bridge.text_features(clip, prompt, width)
     features = {name: bridge.picture_features(clip_vision, seen, bar.update) for name, seen in comparison.pictures.items()}
     of_real = None if real is None else bridge.picture_features(clip_vision, real, bar.update)
-    held_against = f"{len(pictures)} pictures by {first}" if real is None else f"{len(real)} real pictures"
+    held_against = f"{len(pictures)} images by {first}" if real is None else f"{len(real)} real images"
     return compare.judge(features, of_real, text), {
-        "judged": f"{len(pictures)} pictures of each model, held against {held_against}",
+        "judged": f"{len(pictures)} images of each model, compared with {held_against}",
         **({"prompt": prompt} if clip is not None else {}),
     }
 

@@ -1,4 +1,4 @@
-"""The bundled demo in the graph."""
+"""The node that loads the bundled demo."""
 
 from comfy_api.latest import io
 
@@ -14,13 +14,13 @@ class LoadDemoTeacher(io.ComfyNode):
             category="distill",
             description="A small Stable-Diffusion-shaped model of handwritten digits, with its text encoder, VAE and training "
             "data. Use it to see a whole distillation in minutes, on any computer, with nothing to download. Prompts are words "
-            'such as "the digit seven"; pictures are 64 by 64 pixels.',
+            'such as "the digit seven"; images are 64 by 64 pixels.',
             search_aliases=["demo", "digits", "example model", "distill demo", "mnist"],
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The teacher, 2.2 million parameters. Samples well at cfg 2."),
                 io.Clip.Output(display_name="clip", tooltip='Its text encoder. Knows "the digit zero" to "the digit nine".'),
-                io.Vae.Output(display_name="vae", tooltip="Turns its latents into pictures of 64 by 64 pixels."),
+                io.Vae.Output(display_name="vae", tooltip="Decodes its latents into images of 64 by 64 pixels."),
                 io.Latent.Output(display_name="latents", is_output_list=True, tooltip="The 1,797 digits it was trained on."),
                 io.Conditioning.Output(
                     display_name="captions", is_output_list=True, tooltip="The caption of each digit, encoded."

@@ -1,65 +1,66 @@
-"""Inputs and outputs that several nodes have."""
+"""Inputs and outputs that several nodes share."""
 
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..distill_core.objective import OBJECTIVES
-from ..distill_core.recipe import LR_SCHEDULES
+from ..distill_core.training.objective import OBJECTIVES
+from ..distill_core.training.settings import LR_SCHEDULES
 from .recipe import RecipeSettings
 
 SEED_OF_TRAINING = "Decides data order, noise and timesteps. The same seed gives the same student."
 
 
 def data_inputs() -> list[io.Input]:
-    """Who learns from whom, and on what."""
+    """Inputs for the models and the data."""
     return [
-        io.Model.Input("teacher", tooltip="The full model, as it went into Prune UNet Blocks. It is only read."),
-        io.Model.Input("student", tooltip="The pruned model, as it came out of Prune UNet Blocks."),
-        io.Latent.Input("latents", tooltip="Training images as latents: Make Training Dataset, a batch, or the demo's."),
+        io.Model.Input("teacher", tooltip="The full model: the input of Prune UNet Blocks. It is only read."),
+        io.Model.Input("student", tooltip="The pruned model: the output of Prune UNet Blocks."),
+        io.Latent.Input("latents", tooltip="Training images as latents: from Make Training Dataset, a batch, or the demo."),
         io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
         io.Conditioning.Input(
             "null_caption",
             optional=True,
-            tooltip="The empty prompt, encoded. With it some captions are left out while training, so that the student "
-            "learns the unconditional answer that guidance (cfg above 1) needs. Without it captions are never left out.",
+            tooltip="The empty prompt, encoded. With it, training drops some captions, so that the student learns the "
+            "unconditional prediction that guidance (cfg above 1) needs. Without it, captions are never dropped.",
         ),
-        RecipeSettings.Input("recipe", optional=True, tooltip="Finer settings, from Distillation Recipe."),
+        RecipeSettings.Input("recipe", optional=True, tooltip="Advanced settings, from Distillation Recipe."),
     ]
 
 
 def run_inputs(name: str) -> list[io.Input]:
-    """Which run, and how long it is."""
+    """Inputs for the name and the length of a run."""
     return [
         io.String.Input(
             "run_name",
             default=name,
-            tooltip="Folder of the run under output/distill_runs. The same name goes on with the run; a new name starts anew.",
+            tooltip="Folder of the run under output/distill_runs. The same name continues the run; a new name starts a new one.",
         ),
         io.Int.Input("total_steps", default=1000, min=1, max=10_000_000, tooltip="Steps until the run is complete."),
     ]
 
 
 def run_outputs() -> list[io.Output]:
-    """How a run went."""
+    """Outputs that show the progress of a run."""
     return [
         io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."),
-        io.Image.Output(display_name="loss_curve", tooltip="The loss curve as a picture."),
+        io.Image.Output(display_name="loss_curve", tooltip="The loss curve as an image."),
         io.Int.Output(display_name="step", tooltip="Steps done so far."),
         io.String.Output(display_name="run_name", tooltip="The run's name, for Distillation Report."),
     ]
 
 
 def learning_inputs() -> list[io.Input]:
-    """How a student learns."""
+    """Inputs that set how a student learns."""
     return [
         *pace_inputs("0.00005 for Stable Diffusion, 0.001 for the demo.", default=5e-5),
         io.Combo.Input(
             "objective",
             options=list(OBJECTIVES),
             default="bk-sdm",
-            tooltip="What the student learns by. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
-            "the same and the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
-            "laptop-diff: features of even weight. guidance: the teacher's output alone. task: plain fine-tuning without the teacher.",
+            tooltip="What the student learns from. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
+            "the same plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
+            "laptop-diff: features of equal weight. guidance: only the teacher's output. task: plain fine-tuning without a "
+            "teacher.",
         ),
         seed_input(SEED_OF_TRAINING),
         io.Float.Input(
@@ -69,23 +70,23 @@ def learning_inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             advanced=True,
-            tooltip="Share of captions replaced by the null caption, where one is connected.",
+            tooltip="Share of captions replaced by the null caption, if one is connected.",
         ),
         *keeping_inputs(),
     ]
 
 
 def pace_inputs(usual_rates: str, default: float) -> list[io.Input]:
-    """How many steps, of how much."""
+    """Inputs for steps, batch size and learning rate."""
     return [
         io.Int.Input(
             "steps_per_queue",
             default=1000,
             min=1,
             max=10_000_000,
-            tooltip="Steps each execution trains. Fewer than the total: the graph shows a result sooner, queue it again to go on.",
+            tooltip="Training steps per execution. Fewer than the total show a result sooner; queue again to continue.",
         ),
-        io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images a step. Lower it if memory runs out."),
+        io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images per step. Lower it if memory runs out."),
         io.Float.Input(
             "learning_rate",
             default=default,
@@ -99,7 +100,7 @@ def pace_inputs(usual_rates: str, default: float) -> list[io.Input]:
             "lr_schedule",
             options=list(LR_SCHEDULES),
             default="constant",
-            tooltip="How the learning rate goes down over total_steps. With constant, total_steps may be raised later.",
+            tooltip="How the learning rate decreases over total_steps. With constant, you can raise total_steps later.",
         ),
     ]
 
@@ -117,7 +118,7 @@ def seed_input(tooltip: str, **options) -> io.Input:
 
 
 def keeping_inputs() -> list[io.Input]:
-    """Seldom changed: how a run begins, and how often it is kept."""
+    """Rarely changed inputs: warm-up and checkpoints."""
     return [
         io.Int.Input(
             "warmup_steps",
@@ -133,13 +134,13 @@ def keeping_inputs() -> list[io.Input]:
             min=1,
             max=1_000_000,
             advanced=True,
-            tooltip="Steps between checkpoints. The end, Cancel and errors save as well.",
+            tooltip="Steps between checkpoints. The run also saves at the end, on Cancel and on errors.",
         ),
     ]
 
 
 def size_inputs() -> list[io.Input]:
-    """Width and height of the pictures a teacher draws."""
+    """Width and height of the images a teacher makes."""
     return [
         io.Int.Input(
             "width",
@@ -147,17 +148,17 @@ def size_inputs() -> list[io.Input]:
             min=64,
             max=4096,
             step=8,
-            tooltip="Width in pixels: what the teacher was trained at. 512 for SD1.x, 768 or 512 for SD2, 1024 for SDXL, "
+            tooltip="Width in pixels: the size the teacher was trained at. 512 for SD1.x, 768 or 512 for SD2, 1024 for SDXL, "
             "64 for the demo.",
         ),
-        io.Int.Input("height", default=512, min=64, max=4096, step=8, tooltip="Height in pixels, as width."),
+        io.Int.Input("height", default=512, min=64, max=4096, step=8, tooltip="Height in pixels; choose it like width."),
     ]
 
 
 def sampler_inputs() -> list[io.Input]:
-    """How KSampler draws, less the seed."""
+    """The settings of KSampler, except the seed."""
     return [
-        io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Steps of the sampler."),
+        io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Number of sampling steps."),
         io.Float.Input(
             "cfg",
             default=8.0,
@@ -165,8 +166,10 @@ def sampler_inputs() -> list[io.Input]:
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip="Strength of the guidance by the prompt.",
+            tooltip="Guidance scale: how strongly the prompt counts.",
         ),
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="How the noise is taken off."),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the steps are spread."),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Sampling algorithm."),
+        io.Combo.Input(
+            "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise levels are spread over the steps."
+        ),
     ]

@@ -1,10 +1,10 @@
-"""A teacher's LoRA on its student."""
+"""A node that applies a teacher's LoRA to its student."""
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill_core.lora import remap_lora
-from ..distill_core.storage import read_header
+from ..distill_core.base.storage import read_header
+from ..distill_core.lora.remap import remap_lora
 from . import bridge
 
 
@@ -15,18 +15,19 @@ class RemapLoRAToStudent(io.ComfyNode):
             node_id="DistillRemapLoRAToStudent",
             display_name="Remap LoRA to Student",
             category="distill",
-            description="Applies a LoRA that was made for the teacher to a pruned student. The stock loader would put it on the "
-            "wrong blocks without a word: the student's are numbered anew. What belongs to removed blocks is left out and counted.",
+            description="Applies a LoRA made for the teacher to a pruned student. The student's blocks have new numbers, so the "
+            "stock loader would put the LoRA on the wrong blocks without a warning. Layers of removed blocks are left out and "
+            "counted.",
             search_aliases=["lora", "load lora", "lora for pruned model", "convert lora", "lycoris", "distill"],
             inputs=[
-                io.Model.Input("teacher", tooltip="The full model the LoRA was made for, as it went into Prune UNet Blocks."),
+                io.Model.Input("teacher", tooltip="The full model the LoRA was made for: the input of Prune UNet Blocks."),
                 io.Model.Input(
-                    "student", tooltip="The student: out of Prune UNet Blocks, Distill Train Step or Load Distilled Model."
+                    "student", tooltip="The student: from Prune UNet Blocks, Distill Train Step or Load Distilled Model."
                 ),
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="LoRA, LoHa, LoKr or DoRA under models/loras, in kohya's, diffusers' or ComfyUI's names.",
+                    tooltip="LoRA, LoHa, LoKr or DoRA under models/loras, with the layer names of kohya, diffusers or ComfyUI.",
                 ),
                 io.Float.Input(
                     "strength_model",
@@ -34,9 +35,9 @@ class RemapLoRAToStudent(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How strongly the student is changed. 0 leaves it as it is, below 0 turns the effect round.",
+                    tooltip="How strongly the LoRA changes the student. 0 changes nothing; below 0 reverses the effect.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="Connect it if the LoRA changes the text encoder too."),
+                io.Clip.Input("clip", optional=True, tooltip="Connect it if the LoRA also changes the text encoder."),
                 io.Float.Input(
                     "strength_clip",
                     default=1.0,
@@ -44,13 +45,13 @@ class RemapLoRAToStudent(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="How strongly the text encoder is changed, where one is connected.",
+                    tooltip="How strongly the LoRA changes the text encoder, if one is connected.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The student with the LoRA."),
                 io.Clip.Output(
-                    display_name="clip", tooltip="The text encoder with its part of the LoRA; as it came if it has none."
+                    display_name="clip", tooltip="The text encoder with its part of the LoRA; unchanged if the LoRA has none."
                 ),
                 io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The remapped LoRA, for Save LoRA Weights."),
                 io.String.Output(display_name="summary", tooltip="How many layers fit, and how many were left out."),

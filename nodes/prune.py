@@ -1,13 +1,13 @@
-"""Removing blocks, and finding out which."""
+"""Nodes that remove blocks and find out which blocks to remove."""
 
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..distill_core import plots
-from ..distill_core.analyse import CRITERIA, MEASURES, Planner, Settings, examples, output_error, report, score
-from ..distill_core.plan import preset, preset_names
-from ..distill_core.plan_text import EXAMPLE, read_plan, write_plan
+from ..distill_core.evaluation import plots
+from ..distill_core.pruning.analyse import CRITERIA, MEASURES, Planner, Settings, examples, output_error, report, score
+from ..distill_core.pruning.plan import preset, preset_names
+from ..distill_core.pruning.plan_text import EXAMPLE, read_plan, write_plan
 from . import bridge
 from .inputs import seed_input
 
@@ -20,7 +20,7 @@ class PruneUNetBlocks(io.ComfyNode):
             display_name="Prune UNet Blocks",
             category="distill",
             description="Removes blocks from a UNet and keeps the weights of the rest. The result is an ordinary MODEL, smaller "
-            "and faster; its pictures are poor until it has been distilled. The MODEL that goes in stays as it is.",
+            "and faster; its images are poor until you distil it. The input MODEL does not change.",
             search_aliases=["remove blocks", "prune", "block removal", "BK-SDM", "SSD-1B", "small model", "distill", "compress"],
             inputs=[
                 io.Model.Input(
@@ -30,22 +30,22 @@ class PruneUNetBlocks(io.ComfyNode):
                     "preset",
                     options=preset_names(),
                     default="bk-sdm-base",
-                    tooltip="Which blocks go. "
+                    tooltip="Which blocks to remove. "
                     + " ".join(f"{name} (for {preset(name).teacher}): {preset(name).title}." for name in preset_names()),
                 ),
                 io.String.Input(
                     "plan",
                     default="",
                     optional=True,
-                    tooltip=f"A plan of your own instead of the preset: one line such as '{EXAMPLE}', JSON, or what Analyse UNet "
-                    "Blocks puts out. Leave it empty to use the preset.",
+                    tooltip=f"A plan of your own instead of the preset: one line such as '{EXAMPLE}', JSON, or the output of "
+                    "Analyse UNet Blocks. Leave it empty to use the preset.",
                 ),
                 io.Boolean.Input(
                     "pad",
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Where stock ComfyUI could not open the student, put removed blocks back as identities: the pictures "
+                    tooltip="If stock ComfyUI cannot open the student, put removed blocks back as identity blocks: the images "
                     "stay the same, the file gets larger.",
                 ),
             ],
@@ -64,7 +64,9 @@ class PruneUNetBlocks(io.ComfyNode):
         before, after = (bridge.architecture_of(m).num_parameters for m in (model, student))
         summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
         bridge.show_text(summary, cls.hidden.unique_id)
-        return io.NodeOutput(student, summary, write_plan(bridge.plan_of(student), teacher))
+        own = bridge.plan_of(student)
+        assert own is not None  # it was pruned just now
+        return io.NodeOutput(student, summary, write_plan(own, teacher))
 
 
 class AnalyseUNetBlocks(io.ComfyNode):
@@ -74,35 +76,35 @@ class AnalyseUNetBlocks(io.ComfyNode):
             node_id="DistillAnalyseUNetBlocks",
             display_name="Analyse UNet Blocks",
             category="distill",
-            description="Passes over every removable part of a UNet in turn, without training, and measures how far its answers "
-            "move. Then puts out the plan that saves as much as asked for at the least summed error. Connect the plan to Prune "
-            "UNet Blocks.",
+            description="Skips each removable part of a UNet in turn, without training, and measures how much the predictions "
+            "change. Then outputs the plan that saves as much as you ask for with the smallest summed error. Connect the plan to "
+            "Prune UNet Blocks.",
             search_aliases=["importance", "sensitivity", "which blocks", "automatic plan", "LAPTOP-Diff", "analyze", "distill"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to be pruned. It is only read."),
-                io.Latent.Input("latents", tooltip="Pictures of the kind the model draws: a KSampler's output, or VAE Encode."),
-                io.Conditioning.Input("captions", tooltip="The caption of each picture, encoded; or one caption for all."),
+                io.Model.Input("model", tooltip="The model to prune. It is only read."),
+                io.Latent.Input("latents", tooltip="Images of the kind the model makes: a KSampler's output, or VAE Encode."),
+                io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
                 io.Float.Input(
                     "saving",
                     default=0.4,
                     min=0.01,
                     max=0.95,
                     step=0.01,
-                    tooltip="Share of the model the plan is to save at least: 0.4 is 40 % less.",
+                    tooltip="Share of the model to save, at least: 0.4 is 40 % less.",
                 ),
                 io.Combo.Input(
                     "measure",
                     options=list(MEASURES),
                     default="macs",
-                    tooltip="What is saved. macs: arithmetic, so time. parameters: file size and memory.",
+                    tooltip="What to save. macs: arithmetic, so time. parameters: file size and memory.",
                 ),
                 io.Combo.Input(
                     "criterion",
                     options=list(CRITERIA),
                     default="output error",
-                    tooltip=" ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report tells both.",
+                    tooltip=" ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report shows both.",
                 ),
                 io.Int.Input(
                     "num_timesteps",
@@ -110,7 +112,7 @@ class AnalyseUNetBlocks(io.ComfyNode):
                     min=1,
                     max=64,
                     advanced=True,
-                    tooltip="Timesteps the error is averaged over, spread evenly.",
+                    tooltip="Number of evenly spaced timesteps to average the error over.",
                 ),
                 io.Int.Input(
                     "num_examples",
@@ -118,14 +120,16 @@ class AnalyseUNetBlocks(io.ComfyNode):
                     min=1,
                     max=256,
                     advanced=True,
-                    tooltip="Pictures the error is averaged over. More takes longer, and more memory.",
+                    tooltip="Number of images to average the error over. More images need more time and memory.",
                 ),
-                seed_input("Decides which pictures are taken, and the noise.", advanced=True),
+                seed_input("Decides which images are used, and the noise.", advanced=True),
             ],
             outputs=[
                 io.String.Output(display_name="plan", tooltip="The plan as one line of text, for Prune UNet Blocks."),
-                io.Image.Output(display_name="chart", tooltip="The score of every part, and which of them go."),
-                io.String.Output(display_name="report", tooltip="What each criterion would remove, and how far they agree."),
+                io.Image.Output(display_name="chart", tooltip="The score of every part, and which parts are removed."),
+                io.String.Output(
+                    display_name="report", tooltip="What each criterion would remove, and how far the criteria agree."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

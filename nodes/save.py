@@ -1,10 +1,10 @@
-"""Students to disk and back."""
+"""Nodes that save students to disk and load them."""
 
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..distill_core.files import FORMS, save_unet
-from ..distill_core.storage import DTYPES
+from ..distill_core.base.storage import CODES
+from ..distill_core.networks.files import FORMS, save_unet
 from . import bridge
 
 STUDENT_FOLDER = "diffusion_models"  # where the stock Load Diffusion Model looks
@@ -18,23 +18,23 @@ class SaveDistilledModel(io.ComfyNode):
             node_id="DistillSaveDistilledModel",
             display_name="Save Distilled Model",
             category="distill",
-            description="Writes a student to ComfyUI's output folder. With the default name, the stock Load Diffusion Model node "
-            "lists the file after a refresh (press R). No file is ever overwritten.",
+            description="Saves a student in ComfyUI's output folder. With the default name, the stock Load Diffusion Model node "
+            "lists the file after a refresh (press R). It never overwrites a file.",
             search_aliases=["save student", "export model", "save unet", "save checkpoint", "distill"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The student to save, with whatever LoRA is applied to it."),
+                io.Model.Input("model", tooltip="The student to save, with any LoRA applied to it."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/student",
                     tooltip="Name under the output folder; a number is added. Keep diffusion_models/ in front for Load Diffusion "
-                    "Model; with another layout it becomes the folder of that layout.",
+                    "Model; another layout replaces it with its own folder.",
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(DTYPES),
+                    options=list(CODES),
                     default="fp16",
-                    tooltip="Precision of the weights. fp16 is half the size of fp32 and what published checkpoints use.",
+                    tooltip="Precision of the weights. fp16 is half the size of fp32; most published checkpoints use it.",
                 ),
                 io.Combo.Input(
                     "layout",
@@ -46,14 +46,14 @@ class SaveDistilledModel(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="The teacher's text encoder, for the checkpoint layout."),
                 io.Vae.Input("vae", optional=True, tooltip="The teacher's VAE, for the checkpoint layout."),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="Where the student was written.")],
+            outputs=[io.String.Output(display_name="path", tooltip="Path of the saved student.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, filename_prefix: str, dtype: str, layout: str, clip=None, vae=None) -> io.NodeOutput:
         if layout == "checkpoint" and (clip is None or vae is None):
-            raise ValueError("the checkpoint layout holds CLIP and VAE too: connect both, or choose the ldm layout")
+            raise ValueError("the checkpoint layout also needs CLIP and VAE: connect both, or choose the ldm layout")
         first, slash, rest = filename_prefix.partition("/")
         if slash and first in DEFAULT_FOLDERS.values():
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
@@ -66,9 +66,8 @@ class SaveDistilledModel(io.ComfyNode):
             form=layout,
             dtype=dtype,
             sampling=sampling,
-            plan=origin and origin.plan,
             others=bridge.vae_and_text_encoders(model, clip, vae) if layout == "checkpoint" else None,
-            metadata=origin and origin.metadata,
+            metadata=None if origin is None else origin.metadata,
         )
         note = "\n".join(
             filter(None, [f"Saved {path}", "" if layout == "diffusers" else sampling.loading_note(architecture.family)])
@@ -84,8 +83,9 @@ class LoadDistilledModel(io.ComfyNode):
             node_id="DistillLoadDistilledModel",
             display_name="Load Distilled Model",
             category="distill",
-            description="Loads a student with all that its file tells: its plan, so that training goes on and LoRAs and "
-            "ControlNets of the teacher fit; what it predicts; and students of the demo, which the stock node does not know.",
+            description="Loads a student with everything its file records: its prediction type, and its plan, so that you can "
+            "continue training and use the teacher's LoRAs and ControlNets. Also opens students of the demo, which the stock "
+            "node does not recognise.",
             search_aliases=["load student", "load pruned model", "load unet", "load diffusion model", "distill"],
             inputs=[
                 io.Combo.Input(
@@ -96,7 +96,7 @@ class LoadDistilledModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="student", tooltip="An ordinary MODEL, as it came out of Prune UNet Blocks or training."
+                    display_name="student", tooltip="An ordinary MODEL, the same as after Prune UNet Blocks or training."
                 ),
                 io.String.Output(display_name="summary", tooltip="Family, size, prediction type and plan."),
             ],

@@ -1,12 +1,12 @@
-"""Training data without images: the teacher draws it."""
+"""A node that makes training data without images: the teacher samples it."""
 
 import time
 
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..distill_core.documents import lines
-from ..distill_core.teacher_data import Making
+from ..distill_core.base.documents import lines
+from ..distill_core.data.teacher_data import Making
 from . import bridge
 from .inputs import seed_input, size_inputs
 
@@ -18,9 +18,9 @@ class TeacherDataset(io.ComfyNode):
             node_id="DistillTeacherDataset",
             display_name="Teacher Dataset",
             category="distill",
-            description="Training data without images: the teacher draws a picture of each prompt, for Distill Train Step. Every "
-            "picture is kept under output/distill_data, so that cancelled, or queued again with more prompts, it draws only what "
-            "is missing.",
+            description="Training data without images: the teacher makes an image for each prompt, for Distill Train Step. Every "
+            "image is kept under output/distill_data: after a cancel, or with more prompts, the node makes only the missing "
+            "ones.",
             search_aliases=[
                 "synthetic data",
                 "training data",
@@ -31,25 +31,25 @@ class TeacherDataset(io.ComfyNode):
             ],
             is_input_list=True,
             inputs=[
-                io.Model.Input("teacher", tooltip="The model that is to be distilled. It is only read."),
+                io.Model.Input("teacher", tooltip="The model to distil. It is only read."),
                 io.Clip.Input("clip", tooltip="The teacher's own text encoder."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="What to draw, one prompt a line. Prompts of the kind the student will be used with; the more, the "
-                    "better. A list of texts may be connected too.",
+                    tooltip="What the images should show, one prompt per line. Use prompts of the kind the student will be used "
+                    "with; more are better. You can also connect a list of texts.",
                 ),
                 io.String.Input(
                     "name",
                     default="teacher_data",
-                    tooltip="Folder under output/distill_data that keeps what was drawn. Pictures of all settings may share one.",
+                    tooltip="Folder under output/distill_data for the images. Images of different settings can share a folder.",
                 ),
                 *size_inputs(),
                 io.Int.Input(
-                    "images_per_prompt", default=1, min=1, max=10_000, tooltip="Pictures of each prompt, from different noise."
+                    "images_per_prompt", default=1, min=1, max=10_000, tooltip="Images per prompt, each from different noise."
                 ),
-                io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Sampler steps for each picture (DDIM)."),
+                io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Sampling steps for each image (DDIM)."),
                 io.Float.Input(
                     "guidance",
                     default=7.5,
@@ -57,17 +57,18 @@ class TeacherDataset(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="cfg the teacher draws with: 7.5 for Stable Diffusion, 2 for the demo. 1 is off, and twice as fast.",
+                    tooltip="cfg the teacher samples with: 7.5 for Stable Diffusion, 2 for the demo. 1 = no guidance, twice as "
+                    "fast.",
                 ),
-                seed_input("Decides the noise. The same seed gives the same pictures."),
+                seed_input("Decides the noise. The same seed gives the same images."),
                 io.Int.Input(
                     "trajectory_states",
                     default=0,
                     min=0,
                     max=1000,
                     advanced=True,
-                    tooltip="Noisy pictures kept of each on its way through the sampler, at most as many as steps. The student then "
-                    "learns from those instead of noise that is added; each takes as much memory as the picture. 0 is off.",
+                    tooltip="Noisy states kept from the sampling of each image, at most as many as steps. The student then "
+                    "learns from them instead of added noise; each takes as much memory as the image. 0 turns them off.",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -75,14 +76,16 @@ class TeacherDataset(io.ComfyNode):
                     min=1,
                     max=256,
                     advanced=True,
-                    tooltip="Pictures drawn at once. Lower it if memory runs out. A cancel or a crash loses at most so many.",
+                    tooltip="Images made at once. Lower it if memory runs out. A cancel or a crash loses at most one batch.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(
-                    display_name="latents", is_output_list=True, tooltip="What was drawn, for Distill Train Step or VAE Decode."
+                    display_name="latents", is_output_list=True, tooltip="The images, for Distill Train Step or VAE Decode."
                 ),
-                io.Conditioning.Output(display_name="captions", is_output_list=True, tooltip="The prompt of each, encoded."),
+                io.Conditioning.Output(
+                    display_name="captions", is_output_list=True, tooltip="The prompt of each image, encoded."
+                ),
                 io.Conditioning.Output(
                     display_name="null_caption", tooltip="The empty prompt, encoded, for null_caption of Distill Train Step."
                 ),
@@ -95,7 +98,7 @@ class TeacherDataset(io.ComfyNode):
                 trajectory_states, batch_size) -> io.NodeOutput:  # fmt: skip
         prompts = [line for text in prompts for line in lines(text)]
         if not any(map(str.strip, prompts)):
-            raise ValueError("there are no prompts; write what the teacher is to draw, one prompt a line")
+            raise ValueError("there are no prompts; write what the images should show, one prompt per line")
         making = Making(
             size=(height[0], width[0]),
             guidance=guidance[0],
@@ -122,10 +125,11 @@ class TeacherDataset(io.ComfyNode):
 
 
 class DrawingProgress:
-    """Shows how far the work has come, and ends it where it is cancelled."""
+    """Shows the progress on the node, and stops the work on Cancel."""
 
     def __init__(self, node_id: str):
-        self._node_id, self._began = node_id, None
+        self._node_id = node_id
+        self._began: tuple[int, float] | None = None
 
     def captions(self, done: int, total: int) -> None:
         bridge.show_text(f"{done} of {total} prompts encoded", self._node_id)
@@ -137,7 +141,7 @@ class DrawingProgress:
             self._began, self._bar = (done, now), ProgressBar(total, node_id=self._node_id)
         first, started = self._began
         left = f", {bridge.duration((total - done) * (now - started) / (done - first))} left" if first < done < total else ""
-        bridge.show_text(f"{done} of {total} pictures{left}", self._node_id)
+        bridge.show_text(f"{done} of {total} images{left}", self._node_id)
         self._bar.update_absolute(done)
         bridge.throw_if_cancelled()
 

@@ -1,4 +1,4 @@
-"""Distillation inside the graph."""
+"""The node that distils a student, and what all nodes that train share."""
 
 import logging
 import time
@@ -8,16 +8,17 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..distill_core import plots
-from ..distill_core.files import open_unet
-from ..distill_core.live import Live
-from ..distill_core.memory import Forecast, gib
-from ..distill_core.preflight import check_run
-from ..distill_core.previews import Previews
-from ..distill_core.recipe import Recipe
-from ..distill_core.run import Run
-from ..distill_core.teachers import Teachers
-from ..distill_core.train import Progress, check_lesson, check_trajectories, distill
+from ..distill_core.base.sizes import gib
+from ..distill_core.evaluation import plots
+from ..distill_core.networks.files import open_unet
+from ..distill_core.training.live import Live
+from ..distill_core.training.loop import Progress, check_lesson, check_trajectories, distill
+from ..distill_core.training.memory import Forecast
+from ..distill_core.training.preflight import check_run
+from ..distill_core.training.previews import Previews
+from ..distill_core.training.run import Inputs, Run
+from ..distill_core.training.settings import TrainingSettings
+from ..distill_core.training.teachers import Teachers
 from . import bridge
 from .inputs import data_inputs, learning_inputs, run_inputs, run_outputs
 
@@ -31,9 +32,9 @@ class DistillTrainStep(io.ComfyNode):
             node_id="DistillTrainStep",
             display_name="Distill Train Step",
             category="distill",
-            description="Teaches a pruned student to answer as its teacher does. Each execution trains some steps of a named run "
-            "and saves it under output/distill_runs; queue again to go on. Cancel at any time: every finished step is kept. "
-            "A run that is complete returns its student at once.",
+            description="Trains a pruned student to predict what its teacher predicts. Each execution trains some steps of a "
+            "named run and saves it under output/distill_runs; queue again to continue. Cancel at any time: every finished step "
+            "is kept. A complete run returns its student at once.",
             search_aliases=["distill", "train student", "knowledge distillation", "BK-SDM", "finetune"],
             is_input_list=True,
             inputs=[
@@ -42,12 +43,10 @@ class DistillTrainStep(io.ComfyNode):
                     "teacher_2",
                     optional=True,
                     tooltip="A second teacher of the same architecture, such as a fine-tune; "
-                    "Distillation Recipe says who teaches when.",
+                    "Distillation Recipe sets how the teachers take turns.",
                 ),
                 io.Model.Input("teacher_3", optional=True, tooltip="A third teacher."),
-                io.Vae.Input(
-                    "vae", optional=True, tooltip="For sample pictures while it trains, where the recipe asks for them."
-                ),
+                io.Vae.Input("vae", optional=True, tooltip="For sample images during training, if the recipe asks for them."),
                 *run_inputs("student"),
                 *learning_inputs(),
             ],
@@ -80,19 +79,22 @@ class DistillTrainStep(io.ComfyNode):
     ) -> io.NodeOutput:
         teacher, student, run_name, steps_per_queue = teacher[0], student[0], run_name[0], steps_per_queue[0]
         teachers = [teacher, *teacher_2, *teacher_3]
-        recipe = Recipe(**{name: values[0] for name, values in settings.items()}, **recipe[0])
+        recipe = TrainingSettings(**{name: values[0] for name, values in settings.items()}, **recipe[0])
         folder, architecture = bridge.run_folder(run_name), bridge.architecture_of(student)
         check_run(folder, recipe, architecture.shapes)
         check_lesson(recipe, bridge.architecture_of(teacher), architecture, same=False)
         plan = bridge.plan_between(student, teacher)
         bridge.check_trainable(student, *teachers)
         with torch.inference_mode(False), torch.enable_grad():
-            weights = {f"teacher {n}" if n > 1 else "teacher": bridge.model_fingerprint(m) for n, m in enumerate(teachers, 1)}
-            weights["student"] = bridge.model_fingerprint(student)
-            check_lesson(recipe, None, None, same=bridge.answer_alike([student, *teachers], weights.values()))
+            of_student, *of_teachers = map(bridge.model_fingerprint, (student, *teachers))
+            same = bridge.predict_alike([student, *teachers], [of_student, *of_teachers])
+            check_lesson(recipe, None, None, same=same)
             data = bridge.dataset(latents, captions, null_caption, teacher)
             check_trajectories(recipe, data)
-            run = Run(folder, recipe, {**weights, "data": data.fingerprint, "plan": plan.name if plan else "none"})
+            inputs = Inputs(
+                teachers=tuple(of_teachers), student=of_student, plan=plan.name if plan else "", data=data.fingerprint
+            )
+            run = Run(folder, recipe, inputs)
             if not run.complete:
                 previews = bridge.previews(data, vae[0], teacher) if recipe.sample_every_steps else None
                 _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
@@ -102,37 +104,36 @@ class DistillTrainStep(io.ComfyNode):
 
 
 def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
-    """How far a run is, on the node; its losses for Plot Loss Graph, and their curve as a picture."""
+    """Show the progress of a run on the node; returns its losses for Plot Loss Graph, and their curve as an image."""
     metrics = run.metrics()
     curve = bridge.to_image(plots.loss_curve(metrics, title(run)))
-    bridge.newest_step(run.folder.name)  # so that it is noticed if they are gone next time
+    bridge.newest_step(run.folder.name)  # so that the next call notices if they are gone
     state = "complete" if run.complete else "queue again to go on"
-    bridge.show_text(f"step {run.step} of {run.recipe.total_steps}: {state}", node_id)
+    bridge.show_text(f"step {run.step} of {run.settings.total_steps}: {state}", node_id)
     return {"loss": [row["total"] for row in metrics]}, curve
 
 
 def last_step(run_name, total_steps, steps_per_queue, **_) -> str | float:
-    """The step an execution ends at: a run that can go on is executed again, a complete one is not, unless it was deleted.
+    """The step an execution ends at: an unfinished run is executed again, a complete one is not, unless it was deleted.
 
-    NaN, which is never as before, where one of the three is linked: it is not known yet.
+    NaN, which never equals the last value, if one of the three inputs is linked: its value is not known yet.
     """
     if None in (run_name[0], total_steps[0], steps_per_queue[0]):
-        return float("nan")  # one of its own each time: ComfyUI takes one object for the same
+        return float("nan")  # a new object each time: ComfyUI takes the same object for the same value
     newest = bridge.newest_step(run_name[0])
     return f"{min(total_steps[0], newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
 
 
 def _train(run: Run, models, student, plan, data, previews, num_steps: int, node_id: str) -> None:
-    last = min(run.recipe.total_steps, run.step + num_steps)
+    last = min(run.settings.total_steps, run.step + num_steps)
     watch = Watch(run.folder.name, run.step, last, node_id, previews)
-    tell_memory(bridge.forecast_memory(models, student, plan, data, run.recipe), bridge.free_bytes(student), node_id)
+    tell_memory(bridge.forecast_memory(models, student, plan, data, run.settings), bridge.free_bytes(student), node_id)
+    architecture = bridge.architecture_of(student)
     try:
-        learning = bridge.trainable(student)
-        teachers = Teachers([partial(bridge.denoiser, model, learning.architecture) for model in models], run.recipe)
         distill(
             run,
-            student=learning,
-            teacher=teachers,
+            student=bridge.trainable(student),
+            teacher=Teachers([partial(bridge.denoiser, model, architecture) for model in models], run.settings),
             plan=plan,
             dataset=data,
             num_steps=num_steps,
@@ -140,29 +141,28 @@ def _train(run: Run, models, student, plan, data, previews, num_steps: int, node
             on_step=watch,
         )
     finally:
-        learning = teachers = None
         bridge.release_memory()
 
 
 class Watch:
-    """Called after each step: tells the bar and the chart on the node how far it is, and heeds Cancel."""
+    """Called after each step: updates the progress bar and the chart on the node, and stops on Cancel."""
 
     def __init__(self, run_name: str, first: int, last: int, node_id: str, previews: Previews | None = None):
-        self.stage = ""  # what is trained, in a training of several
+        self.stage = ""  # what is being trained, when there are several experts
         self._live, self._first, self._node_id, self._previews = Live(run_name, last), first, node_id, previews
         self._bar = ProgressBar(last - first, node_id=node_id)
 
     def __call__(self, progress: Progress) -> None:
         self._bar.update_absolute(progress.step - self._first)
         if message := self._live.tell(progress, time.monotonic()):
-            sample = self._previews and self._previews.latest
+            sample = None if self._previews is None else self._previews.latest
             memory = bridge.memory_in_use()
             bridge.tell_chart(message | {"stage": self.stage, "memory": memory}, sample, self._node_id)
         bridge.throw_if_cancelled()
 
 
 def tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
-    """The total on the node, with advice where it is too much; the parts in the log."""
+    """Show the total on the node, with advice if it is too much, and write the parts to the log."""
     log.info("%s", told.describe())
     shortage = told.describe_shortage(free_bytes, of_teacher=False)
     if shortage:
@@ -171,7 +171,7 @@ def tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
 
 
 def title(run: Run) -> str:
-    return f"{run.folder.name}, {run.recipe.objective}"
+    return f"{run.folder.name}, {run.settings.objective}"
 
 
 NODES = [DistillTrainStep]

@@ -8,9 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait f
 import pytest
 import torch
 
-from distill_core.architecture import Architecture
-from distill_core.dataset import LatentDataset
-from distill_core.denoiser import DiffusersDenoiser, Label
+from distill_core.data.dataset import LatentDataset
+from distill_core.diffusion.conditioning import Label
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.networks.architecture import Architecture
 
 from .offline.sitecustomize import refuse
 
@@ -86,7 +87,7 @@ def small_xl_teacher() -> DiffusersDenoiser:
 @pytest.fixture(scope="session")
 def published() -> dict[str, Architecture]:
     """SD1.5, SD2 and SDXL at their real sizes, shapes alone."""
-    from distill_core.catalog import TEACHER_CONFIGS, published_teacher
+    from distill_core.evaluation.catalog import TEACHER_CONFIGS, published_teacher
 
     return {family: published_teacher(family) for family in TEACHER_CONFIGS}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distill_core.architecture import Architecture
-from distill_core.layouts import LAYOUTS
+from distill_core.networks.architecture import Architecture
+from distill_core.networks.layouts import LAYOUTS
 
 
 def unet(architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def narrow_sdxl() -> Architecture:
     """SDXL with each level as wide as the first: ComfyUI knows it by the first and by the depths."""
     from diffusers import UNet2DConditionModel
 
-    from distill_core.catalog import TEACHER_CONFIGS
+    from distill_core.evaluation.catalog import TEACHER_CONFIGS
 
     changes = {"block_out_channels": (320,) * 3, "attention_head_dim": [5] * 3}
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Train the bundled demo from nothing: digits, classifier, then teacher and text encoder together.
+"""Train the bundled demo from scratch: digits, classifier, then teacher and text encoder together.
 
 ``python -m distill_core.demo.build OUT`` writes the four files of ``distill_core/demo/data`` into OUT. Needs
 scikit-learn. About 35 minutes on two CPU cores; stages whose file is already in OUT are skipped.
@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import trange
 
-from ..architecture import Architecture
-from ..denoiser import DiffusersDenoiser
-from ..files import save_unet
-from ..objective import example_weights
-from ..schedule import scaled_linear
+from ..diffusion.denoiser import DiffusersDenoiser
+from ..diffusion.schedule import scaled_linear
+from ..networks.architecture import Architecture
+from ..networks.files import save_unet
+from ..training.weighting import example_weights
 from . import digits
 
 UNET_CONFIG = dict(
@@ -33,7 +33,7 @@ UNET_CONFIG = dict(
     cross_attention_dim=digits.CONTEXT_WIDTH,
     attention_head_dim=(1, 2, 2),  # the number of heads, despite its name: 32 channels each
 )
-"""SD1.x in small: three levels, the innermost without attention, two layers a level, one mid block."""
+"""A small SD1.x: three levels, the innermost without attention, two layers per level, one mid block."""
 
 CAPTION_DROPOUT = 0.15
 
@@ -47,7 +47,7 @@ def build_digits(path: Path) -> None:
 
 
 def jitter(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, turn and scale each picture a little, so that 1,437 examples train a judge that generalises."""
+    """Shift, rotate and scale each image a little, so that a classifier of 1,437 examples generalises."""
     n = len(pictures)
     angle, size = 0.2 * torch.randn(n, generator=generator), 1 + 0.08 * torch.randn(n, generator=generator)
     shift = 0.08 * torch.randn(n, 2, 1, generator=generator)
@@ -100,7 +100,7 @@ def build_teacher(teacher_path: Path, text_path: Path, *, num_steps: int, batch_
         x0, eps = latents[pick], torch.randn(latents[pick].shape, generator=generator)
         t = torch.randint(schedule.num_timesteps, (batch_size,), generator=generator)
         error = unet(schedule.add_noise(x0, eps, t), t, text(token_ids)).sample - eps
-        # Unweighted, the small errors at high noise, which sampling magnifies most, are lost in the large ones at low noise.
+        # Without weights, the large errors at low noise hide the small ones at high noise, which sampling amplifies most.
         loss = (example_weights("min-snr", "eps", schedule, t) * error.square().flatten(1).mean(1)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -118,7 +118,7 @@ def build_teacher(teacher_path: Path, text_path: Path, *, num_steps: int, batch_
 def export_teacher(unet, path: Path) -> None:
     architecture = Architecture.from_state_dict(unet.state_dict(), head_channels=32)
     weights = DiffusersDenoiser(network=unet, architecture=architecture).named_parameters()
-    save_unet(path, weights, architecture, dtype="fp16", title="Distill demo teacher: handwritten digits")
+    save_unet(path, weights, architecture, dtype="fp16", metadata={"modelspec.title": "Distill demo teacher: handwritten digits"})
 
 
 def main() -> None:

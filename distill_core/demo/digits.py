@@ -1,8 +1,8 @@
-"""Handwritten digits as Stable-Diffusion-shaped latents, their captions, and the classifier that judges samples.
+"""Handwritten digits as Stable-Diffusion-shaped latents, their captions, and the classifier that evaluates samples.
 
-Pictures are (B, 1, 16, 16) in [-1, 1], ink = 1. Latents are (B, 4, 8, 8) with about unit variance: the 8x8 scans of the
+Images are (B, 1, 16, 16) in [-1, 1], ink = 1. Latents are (B, 4, 8, 8) with about unit variance: the 8x8 scans of the
 UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998; scikit-learn's ``load_digits``), enlarged
-twice and folded space-to-depth, the shape an SD autoencoder would give a 64x64 picture.
+to twice their size and folded space-to-depth, the latent shape of a 64x64 image in SD.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 LATENT_MEAN, LATENT_STD = -0.39, 0.64  # of the 1,797 enlarged scans
 
 
-# --- pictures and latents -------------------------------------------------------------------------------------------
+# --- images and latents ---------------------------------------------------------------------------------------------
 
 
 @cache
 def load_digits() -> tuple[Tensor, Tensor]:
-    """All 1,797 scans as pictures (1797, 1, 16, 16) in [-1, 1] and their labels (1797,) int64."""
+    """All 1,797 scans as images (1797, 1, 16, 16) in [-1, 1] and their labels (1797,) int64."""
     data = load_file(DATA / "digits.safetensors")
     return enlarge(data["images"]), data["labels"].long()
 
 
 def enlarge(scans: Tensor) -> Tensor:
-    """Scans (B, 8, 8) of ink counts 0..16 -> pictures (B, 1, 16, 16) in [-1, 1]."""
+    """Scans (B, 8, 8) of ink counts 0..16 -> images (B, 1, 16, 16) in [-1, 1]."""
     return F.interpolate(scans[:, None].float() / 8 - 1, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def encode(pictures: Tensor) -> Tensor:
-    """Pictures (B, 1, 16, 16) -> latents (B, 4, 8, 8); exact inverse of `decode`."""
+    """Images (B, 1, 16, 16) -> latents (B, 4, 8, 8); exact inverse of `decode`."""
     return (rearrange(pictures, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2) - LATENT_MEAN) / LATENT_STD
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Latents (B, 4, 8, 8) -> pictures (B, 1, 16, 16), unclamped."""
+    """Latents (B, 4, 8, 8) -> images (B, 1, 16, 16), unclamped."""
     return rearrange(latents * LATENT_STD + LATENT_MEAN, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
 
 
 class DigitsAutoencoder(nn.Module):
-    """The same change of shape behind an autoencoder's interface: RGB (B, 3, 8h, 8w) in [-1, 1] <-> (B, 4, h, w)."""
+    """The same conversion with an autoencoder's interface: RGB (B, 3, 8h, 8w) in [-1, 1] <-> (B, 4, h, w)."""
 
-    scale = 4  # screen pixels per picture pixel, so that one latent pixel covers 8x8 as in Stable Diffusion
+    scale = 4  # RGB pixels per digit pixel, so that one latent pixel covers 8x8 as in Stable Diffusion
 
     def __init__(self):
         super().__init__()
@@ -73,12 +73,12 @@ TOKEN_IDS = {word: i for i, word in enumerate(VOCABULARY)} | {str(i): VOCABULARY
 
 
 def token_ids(caption: str) -> list[int]:
-    """Word ids of a caption, as many as it has words."""
+    """Word ids of a caption, one per word."""
     return [TOKEN_IDS.get(word, 1) for word in re.findall(r"[a-z0-9]+", caption.lower())]
 
 
 def tokenize(caption: str) -> list[int]:
-    """Word ids of a caption, padded or cut to ``NUM_TOKENS``; the empty caption is all padding: the null prompt."""
+    """Word ids of a caption, padded or truncated to ``NUM_TOKENS``; the empty caption (the null prompt) is only padding."""
     ids = token_ids(caption)[:NUM_TOKENS]
     return ids + [0] * (NUM_TOKENS - len(ids))
 
@@ -110,11 +110,11 @@ class DigitsTextEncoder(nn.Module):
         return self(torch.tensor([tokenize(text) for text in captions]))
 
 
-# --- the judge ------------------------------------------------------------------------------------------------------
+# --- classifier -----------------------------------------------------------------------------------------------------
 
 
 class DigitsClassifier(nn.Module):
-    """Small convolutional classifier of pictures (B, 1, 16, 16); its 64 features also measure the Fréchet distance."""
+    """Small convolutional classifier of images (B, 1, 16, 16); its 64 features also measure the Fréchet distance."""
 
     def __init__(self):
         super().__init__()
@@ -157,6 +157,6 @@ def held_out_split(num_examples: int = 1797, fraction: float = 0.2, seed: int = 
 
 
 def accuracy(classifier: DigitsClassifier, pictures: Tensor, labels: Tensor) -> float:
-    """Fraction of pictures (B, 1, 16, 16) the classifier takes for their labels (B,)."""
+    """Fraction of images (B, 1, 16, 16) that the classifier assigns to their labels (B,)."""
     with torch.no_grad():
         return (classifier(pictures.clamp(-1, 1)).argmax(1) == labels).float().mean().item()

@@ -1,12 +1,12 @@
-"""The bundled teacher as a denoiser, and its data as a training set."""
+"""The bundled teacher as a denoiser, and its data as a dataset."""
 
 from __future__ import annotations
 
 import torch
 
-from ..dataset import LatentDataset
-from ..denoiser import DiffusersDenoiser
-from ..files import UNetFile, open_unet
+from ..data.dataset import LatentDataset
+from ..diffusion.denoiser import DiffusersDenoiser
+from ..networks.files import UNetFile, open_unet
 from . import digits
 
 LATENT_SHAPE = (4, 8, 8)
@@ -18,7 +18,7 @@ def teacher_file() -> UNetFile:
 
 def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
     """A denoiser in float32, on the GPU if there is one."""
-    from ..unet import load_unet
+    from ..networks.build import load_unet
 
     network = load_unet(file).to("cuda" if torch.cuda.is_available() else "cpu")
     return DiffusersDenoiser.of_file(file, network)

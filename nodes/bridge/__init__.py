@@ -4,20 +4,21 @@ from .build import demo_teacher, load_student, make_student, prune_model
 from .compare import Drawing, compare_models, picture_features, text_features
 from .data import calibration, dataset, make_data, previews, told_captions
 from .demo import DigitsVAE, demo_clip, demo_data
+from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
     data_folder,
     duration,
+    experts_folder,
+    experts_folders,
     file_in,
     losses_of,
     losses_written,
     newest_step,
     output_path,
-    pictures_of,
+    pixels_of,
     run_folder,
     serve_runs,
     show_text,
-    students_folder,
-    students_folders,
     tell_chart,
     throw_if_cancelled,
     times_lost,
@@ -37,14 +38,13 @@ from .model import (
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
 from .sampling import prediction_of, sampling_of, sampling_words, schedule_of
 from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
-from .students import load_students, route_students, with_lora_file
 from .training import (
-    answer_alike,
     check_trainable,
     denoiser,
     forecast_memory,
     free_bytes,
     memory_in_use,
+    predict_alike,
     release_memory,
     trainable,
 )
@@ -52,7 +52,7 @@ from .training import (
 __all__ = [
     "DigitsVAE",
     "Drawing",
-    "answer_alike",
+    "predict_alike",
     "architecture_of",
     "boundary_sigmas",
     "calibration",
@@ -72,7 +72,7 @@ __all__ = [
     "forecast_shared_base",
     "free_bytes",
     "load_student",
-    "load_students",
+    "load_experts",
     "losses_of",
     "losses_written",
     "make_data",
@@ -85,7 +85,7 @@ __all__ = [
     "origin_of",
     "output_path",
     "picture_features",
-    "pictures_of",
+    "pixels_of",
     "plan_between",
     "plan_of",
     "prediction_of",
@@ -93,7 +93,7 @@ __all__ = [
     "prune_model",
     "release_memory",
     "route_models",
-    "route_students",
+    "route_experts",
     "run_folder",
     "sample_routed",
     "sampling_of",
@@ -105,8 +105,8 @@ __all__ = [
     "show_text",
     "sorted_boundaries",
     "state_dict_of",
-    "students_folder",
-    "students_folders",
+    "experts_folder",
+    "experts_folders",
     "tell_chart",
     "text_features",
     "throw_if_cancelled",

@@ -1,4 +1,4 @@
-"""MODELs made of weights: pruned, loaded from a student's file, finished after training."""
+"""MODELs built from weights: pruned, loaded from a student's file, or trained."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...distill_core.architecture import Architecture
 from ...distill_core.demo.teacher import teacher_file
-from ...distill_core.files import open_unet
-from ...distill_core.plan import PruningPlan
-from ...distill_core.prune import prune, pruning_metadata
+from ...distill_core.networks.architecture import Architecture
+from ...distill_core.networks.files import open_unet
+from ...distill_core.pruning.plan import PruningPlan
+from ...distill_core.pruning.prune import describe, prune, pruning_metadata
 from .control import with_control
 from .demo import DigitsModelConfig, build_digits, is_demo
 from .model import LDM, ORIGIN, Origin, architecture_of, origin_of, state_dict_of
@@ -30,10 +30,10 @@ def build_model(
     dtype: torch.dtype | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    """A MODEL of its own from canonical weights, through ComfyUI's own loader, so that what builds here loads there.
+    """A new MODEL from canonical weights, built by ComfyUI's own loader, so that stock ComfyUI can load it too.
 
-    config_class: class of the teacher's model config; it matters for the demo's alone, which ComfyUI does not detect. markers:
-    tensors by which ComfyUI knows how it is sampled.
+    config_class: class of the teacher's model config; it matters only for the demo's, which ComfyUI does not detect. markers:
+    tensors by which ComfyUI recognises how the model is sampled.
     """
     names = LDM.from_canonical(architecture.shapes)
     weights = dict(markers or {}) | {names[name]: weight for name, weight in state_dict.items()}
@@ -44,7 +44,7 @@ def build_model(
         model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, disable_dynamic=disable_dynamic)
         if model is None:
             raise ValueError(
-                "ComfyUI does not recognise this UNet; if it is a student, prune the teacher with another plan, or padded"
+                "ComfyUI does not recognise this UNet; if it is a student, prune the teacher with another plan, or with pad"
             )
     return model
 
@@ -52,15 +52,17 @@ def build_model(
 def make_student(
     state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, origin: Origin | None
 ) -> ModelPatcher:
-    """A finished student MODEL: the teacher's precision and sampling, and ready to be reloaded by ComfyUI."""
+    """A finished student MODEL with the teacher's precision and sampling, which ComfyUI can reload."""
     config_class, sampling = type(teacher.model.model_config), sampling_of(teacher)
     own_sampling, latent_format = (teacher.get_model_object(name) for name in ("model_sampling", "latent_format"))
     dtype = teacher.model.get_dtype_inference()
     state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
-        options = {"markers": sampling.markers(architecture.family), "dtype": dtype, "disable_dynamic": disable_dynamic}
-        student = build_model(state_dict, architecture, config_class, **options)
+        markers = sampling.markers(architecture.family)
+        student = build_model(
+            state_dict, architecture, config_class, markers=markers, dtype=dtype, disable_dynamic=disable_dynamic
+        )
         student.model.latent_format = latent_format
         student.add_object_patch("model_sampling", own_sampling)
         name_type(student, sampling)
@@ -70,7 +72,7 @@ def make_student(
 
 
 def _with_origin(student: ModelPatcher, origin: Origin | None) -> ModelPatcher:
-    """Attach where a student comes from, and have it take ControlNets of its teacher."""
+    """Attach a student's origin, and make it accept ControlNets of its teacher."""
     if origin is not None:
         student.set_attachments(ORIGIN, origin)
         with_control(student, origin)
@@ -78,14 +80,14 @@ def _with_origin(student: ModelPatcher, origin: Origin | None) -> ModelPatcher:
 
 
 def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
-    """A MODEL that ComfyUI can load again, to train a LoRA on it, compile it, or copy it to a second GPU."""
+    """A MODEL that ComfyUI can reload to train a LoRA on it, compile it, or copy it to a second GPU."""
     model = load()
     model.cached_patcher_init = (load, ())
     return model
 
 
 def prune_model(teacher: ModelPatcher, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
-    """The teacher less the blocks a plan removes; the teacher is left as it is. pad: see `prune.prune`."""
+    """The teacher without the blocks that a plan removes; the teacher does not change. pad: see `prune.prune`."""
     architecture, weights = architecture_of(teacher), state_dict_of(teacher)
     pruning = prune(architecture, plan, pad=pad)
     metadata, skips = pruning_metadata(pruning, weights, architecture), pruning.mapping.skips(architecture)
@@ -96,18 +98,17 @@ def prune_model(teacher: ModelPatcher, plan: PruningPlan, pad: bool = False) -> 
 
 
 def load_student(path: Path) -> tuple[ModelPatcher, dict]:
-    """A student's file as a MODEL, with all that ComfyUI's own loaders leave out, and what the file tells of itself."""
+    """A student's file as a MODEL, with everything that ComfyUI's own loaders leave out, and a description of the file."""
     file = open_unet(path)
     config_class = DigitsModelConfig if is_demo(file.architecture) else None
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
-        weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept beside the MODEL's own
-        options = {"markers": file.markers, "disable_dynamic": disable_dynamic}
-        student = build_model(weights, file.architecture, config_class, **options)
+        weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept in memory besides the MODEL's own
+        student = build_model(weights, file.architecture, config_class, markers=file.markers, disable_dynamic=disable_dynamic)
         put_sampling(student, file.sampling)
         return _with_origin(student, Origin.of_file(file))
 
-    return _reloadable(load), file.describe()
+    return _reloadable(load), describe(file)
 
 
 def demo_teacher() -> ModelPatcher:

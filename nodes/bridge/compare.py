@@ -1,4 +1,4 @@
-"""Any MODELs side by side, each drawing as KSampler would, and their pictures judged by the user's own CLIP models."""
+"""Comparison of any MODELs, each sampled as by KSampler, and evaluation of their images with the user's CLIP models."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...distill_core.compare import NUM_BINS, NUM_WARM_UPS, Comparison, Measured, in_rounds, synchronize, watched_memory
-from ...distill_core.evaluate import counted_macs
-from ...distill_core.recipe import SEEDS, check_range, check_settings
-from .interface import pictures_of, show_text, throw_if_cancelled, to_images
+from ...distill_core.base.settings import SEEDS, check_range, check_settings
+from ...distill_core.diffusion.macs import counted_macs
+from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
+from ...distill_core.evaluation.comparison import Comparison, Measured
+from ...distill_core.evaluation.measuring import in_rounds, synchronize, watched_memory
+from .interface import pixels_of, show_text, throw_if_cancelled, to_images
 from .training import PLAIN_ATTENTION
 
-KEY = "distill_compare"  # of the wrappers that measure
-NUM_EXAMPLES = 8  # pictures the distances are measured on
+KEY = "distill_compare"  # key of the wrappers that measure
+NUM_EXAMPLES = 8  # images that the distances are measured on
 CLIP_BATCH = 16
 PROJECTING = (comfy.sdxl_clip.SDXLClipG, comfy.text_encoders.sd2_clip.SD2ClipHModel)
-"""Text encoders whose files have CLIP's projection. Where a file lacks it, ComfyUI leaves the matrix as memory was, or makes it 1."""
+"""Text encoders whose files have CLIP's projection. If a file lacks it, ComfyUI leaves the matrix uninitialised or sets it to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What every model draws, and how: the settings of KSampler."""
+    """What every model samples: the conditioning, the latents, and the settings of KSampler."""
 
     positive: list
     negative: list
     latent: Mapping[str, Any]
-    """LATENT of one seed."""
+    """LATENT for one seed."""
     vae: comfy.sd.VAE
     seed: int
     num_seeds: int
     steps: int
     cfgs: Sequence[float]
-    """One for each model."""
+    """One per model."""
     sampler_name: str
     scheduler: str
 
@@ -66,21 +68,21 @@ class Drawing:
 
     @property
     def num_parts(self) -> int:
-        """In how many the distance of a bin is measured, none of them larger than a batch that is drawn."""
+        """Number of parts in which the distance of a bin is measured, so that no part is larger than a sampled batch."""
         count = len(self.latent["samples"])
         return math.ceil(min(NUM_EXAMPLES, self.num_seeds * count) / count)
 
     @property
     def places(self) -> list[str]:
-        """What tells the pictures of a model apart."""
+        """Labels of a model's images: seed, and place in the batch."""
         count = len(self.latent["samples"])
         return [f"seed {seed}" + f" #{n + 1}" * (count > 1) for seed in self.seeds for n in range(count)]
 
 
 def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id: str) -> Comparison:
-    """Draw with every model from the same noise, and measure what that costs; the given MODELs stay as they are.
+    """Sample every model from the same noise, and measure what that costs; the given MODELs do not change.
 
-    Distances are of what the sampler is told, guidance included: of the noise, or of the velocity of a flow. ``ValueError`` for
+    Distances compare what the sampler receives, guidance included: the noise, or the velocity of a flow. ``ValueError`` for
     models that do not share latents.
     """
     _check(models)
@@ -107,7 +109,9 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
                 gmacs=artist.macs / 1e9,
                 ms_per_step=1000 * of_a_step,
                 peak_bytes=artist.peak_bytes,
-                distances=answers and tuple((answers[i] - reference[i]).square().mean().item() for i in range(NUM_BINS)),
+                distances=None
+                if answers is None or reference is None
+                else tuple((ours - theirs).square().mean().item() for ours, theirs in zip(answers, reference, strict=True)),
             )
         )
     pictures = {artist.name: artist.pictures() for artist in artists}
@@ -120,7 +124,7 @@ def _check(models: Mapping[str, ModelPatcher]) -> None:
     (first, model), *others = models.items()
     form = model.model.latent_format
     if form.latent_dimensions != 2:
-        raise ValueError(f"{first} ({type(model.model).__name__}) is no model of pictures, which alone are compared here")
+        raise ValueError(f"{first} ({type(model.model).__name__}) is not an image model; only image models can be compared")
     for name, other in others:
         theirs = other.model.latent_format
         if type(theirs) is not type(form):
@@ -135,22 +139,23 @@ def _settings(artists: Sequence[Artist], pictures: Tensor) -> dict[str, str]:
     return {
         "device": comfy.model_management.get_torch_device_name(device),
         "precision": _each(precisions),
-        "pictures": f"{pictures.shape[3]} x {pictures.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
+        "images": f"{pictures.shape[3]} x {pictures.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
         "seeds": f"{drawing.seed}" if drawing.num_seeds == 1 else f"{drawing.seeds[0]} to {drawing.seeds[-1]}",
         "sampling": f"{drawing.sampler_name}, {drawing.scheduler}, {drawing.steps} steps",
         "cfg": _each(guidance),
-        "distance": f"{min(NUM_EXAMPLES, len(pictures))} pictures by {artists[0].name}, noised, in {NUM_BINS} bins of timesteps",
+        "distance": f"{min(NUM_EXAMPLES, len(pictures))} images by {artists[0].name} with added noise, in {NUM_BINS} bins of "
+        "timesteps",
     }
 
 
 def _each(words: Mapping[str, str]) -> str:
-    """One word where all are the same."""
+    """One word if all are the same, else one per name."""
     same = len({*words.values()}) == 1
     return next(iter(words.values())) if same else ", ".join(f"{name}: {word}" for name, word in words.items())
 
 
 class Progress:
-    """A bar over the whole comparison, with a preview of what is drawn."""
+    """A progress bar over the whole comparison, with a preview of the current image."""
 
     def __init__(self, total: int, node_id: str):
         self._bar, self._node_id, self.done = comfy.utils.ProgressBar(total, node_id=node_id), node_id, 0
@@ -166,7 +171,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class Artist:
-    """One model, what it drew, and what that took."""
+    """One model, the images it made, and what they cost."""
 
     name: str
     model: ModelPatcher
@@ -174,11 +179,11 @@ class Artist:
     drawing: Drawing
     progress: Progress
     latents: list[Tensor] = field(default_factory=list)
-    """Of one seed each."""
+    """One batch per seed."""
     macs: float = 0.0
-    """Of an evaluation for one picture; the mean of all evaluations where several networks take turns."""
+    """For one evaluation of one image; the mean over all evaluations if several networks take turns."""
     num_parameters: int = 0
-    """Of all networks that were asked."""
+    """Of all networks that ran."""
     weight_bytes: int = 0
     peak_bytes: int = 0
 
@@ -187,14 +192,14 @@ class Artist:
         return self.model.load_device
 
     def prepare(self) -> None:
-        """Count what an evaluation computes, warm up, and see how much memory a step needs."""
+        """Count the multiply-accumulates of an evaluation, warm up, and measure the memory of a step."""
         self.progress.tell(f"measuring {self.name}")
         networks = _Networks()
         counted = _wrapped(self.model, WrappersMP.APPLY_MODEL, networks)
         options = counted.model_options.get("transformer_options", {})
         counted.model_options["transformer_options"] = options | PLAIN_ATTENTION
         self._sample(counted, self.drawing.latent["samples"][:1], self.drawing.seed, "euler", cfg=1.0)
-        weights = networks.weights  # not kept: ComfyUI takes some off the network again, those a LoRA patches
+        weights = networks.weights  # not kept: ComfyUI removes those that a LoRA patches from the network again
         self.macs, self.num_parameters = networks.mean_macs, sum(weight.numel() for weight in weights)
         self.weight_bytes = sum(weight.nbytes for weight in weights)
         self.progress.add()
@@ -209,12 +214,12 @@ class Artist:
             return result
 
         watched = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, watch)
-        steps = NUM_WARM_UPS if networks.count == 1 else self.drawing.steps  # those of a routed MODEL are all to be asked
+        steps = NUM_WARM_UPS if networks.count == 1 else self.drawing.steps  # every network of a routed MODEL must run
         self._sample(watched, self.drawing.latent["samples"], self.drawing.seed, self.drawing.sampler_name, steps=steps)
         self.progress.add(NUM_WARM_UPS)
 
     def draw(self) -> float:
-        """Draw the pictures of the next seed; returns the seconds of a step."""
+        """Sample the images of the next seed; returns the seconds per step."""
         drawing, begun, aside, spent = self.drawing, self.progress.done, 0.0, 0.0
         seed = drawing.seeds[len(self.latents)]
         self.progress.tell(f"{self.name}, seed {seed}")
@@ -238,15 +243,15 @@ class Artist:
 
         timed = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, clock)
         self.latents.append(self._sample(timed, drawing.latent["samples"], seed, drawing.sampler_name, callback=show))
-        self.progress.add(begun + drawing.steps - self.progress.done)  # some samplers tell other numbers of steps
+        self.progress.add(begun + drawing.steps - self.progress.done)  # some samplers report another number of steps
         return (spent - aside) / drawing.steps
 
     def pictures(self) -> Tensor:
-        """What was drawn, (N, 3, H, W) in [-1, 1], float16."""
+        """The sampled images, (N, 3, H, W) in [-1, 1], float16."""
         made = []
         for latents in self.latents:
             throw_if_cancelled()
-            made.append(pictures_of(self.drawing.vae.decode(latents)).half())
+            made.append(pixels_of(self.drawing.vae.decode(latents)).half())
         return torch.cat(made)
 
     def _sample(
@@ -260,7 +265,7 @@ class Artist:
         cfg: float | None = None,
         callback: Callable | None = None,
     ) -> Tensor:
-        """What KSampler does."""
+        """Sample as KSampler does."""
         drawing = self.drawing
         ratios = (drawing.latent.get(f"downscale_ratio_{of}") for of in ("spacial", "temporal"))
         latents = comfy.sample.fix_empty_latent_channels(model, latents, *ratios)
@@ -281,9 +286,9 @@ class Artist:
         )
 
     def answers(self, latents: Tensor, first: ModelPatcher) -> list[Tensor] | None:
-        """What the sampler takes for the noise, or a flow's velocity, in the middle of each bin of timesteps, the least noisy first.
+        """The predicted noise, or a flow's velocity, in the middle of each bin of timesteps, the least noisy first.
 
-        None if by noise levels this model means something else than the first one.
+        None if this model and the first one use incompatible noise schedules.
         """
         sampling, firsts = (model.get_model_object("model_sampling") for model in (self.model, first))
         if isinstance(sampling, comfy.model_sampling.CONST) != isinstance(firsts, comfy.model_sampling.CONST):
@@ -297,7 +302,7 @@ class Artist:
         return [torch.cat(answers) for answers in zip(*parts, strict=True)]
 
     def _answers(self, latents: Tensor, noise: Tensor, sigmas: list[float]) -> list[Tensor]:
-        """At each noise level."""
+        """The predictions at each noise level."""
         sampling, clean = self.model.get_model_object("model_sampling"), self.model.model.process_latent_in(latents)
         found = []
 
@@ -332,9 +337,9 @@ def _wrapped(model: ModelPatcher, kind: str, wrapper: Callable) -> ModelPatcher:
 
 
 class _Networks:
-    """Around ``apply_model``: counts what each network computes the first time it is asked, and how often each is asked.
+    """A wrapper around ``apply_model`` that counts the MACs of each network in its first evaluation, and how often each runs.
 
-    What has been counted is not computed again, so a sampling with this draws nothing.
+    Later evaluations return zeros, so sampling with this wrapper gives no image.
     """
 
     def __init__(self):
@@ -366,13 +371,13 @@ class _Networks:
         return [weight for model in self._models.values() for weight in model.diffusion_model.parameters()]
 
 
-# --- pictures judged ------------------------------------------------------------------------------------------------
+# --- evaluation of images -------------------------------------------------------------------------------------------
 
 
 def picture_features(
     clip_vision: comfy.clip_vision.ClipVisionModel, pictures: Tensor, on_batch: Callable[[int], Any] = lambda count: None
 ) -> Tensor:
-    """Embeddings of pictures (N, 3, H, W), (N, D). ``on_batch`` is told how many were embedded."""
+    """Embeddings (N, D) of images (N, 3, H, W). ``on_batch`` receives the size of each finished batch."""
     found = []
     for part in pictures.split(CLIP_BATCH):
         throw_if_cancelled()
@@ -382,25 +387,25 @@ def picture_features(
 
 
 def text_features(clip: comfy.sd.CLIP, prompt: str, width: int) -> Tensor:
-    """Embedding of a prompt in the space of CLIP's picture embeddings, (width,); ``ValueError`` for a CLIP that has none."""
+    """Embedding of a prompt in the space of CLIP's image embeddings, (width,); ``ValueError`` for a CLIP that has none."""
     pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)[1]
     encoders = [module for module in clip.cond_stage_model.modules() if isinstance(module, PROJECTING)]
     projected = [encoder for encoder in encoders if encoder.return_projected_pooled and _is_projection(encoder, pooled.shape[-1])]
     if not projected:
         raise ValueError(
-            "clip: this text encoder came without CLIP's projection, as those of SD1.x and Flux do, so its texts cannot be held "
-            "against pictures; connect SDXL's CLIP with CLIP ViT-bigG as clip_vision, or SD2's with CLIP ViT-H"
+            "clip: this text encoder came without CLIP's projection, as in SD1.x and Flux, so its texts cannot be compared with "
+            "images; connect SDXL's CLIP with CLIP ViT-bigG as clip_vision, or SD2's with CLIP ViT-H"
         )
     if pooled.shape[-1] != width:
         raise ValueError(
-            f"clip gives texts {pooled.shape[-1]} numbers and clip_vision gives pictures {width}: they are no pair; connect the "
-            "two halves of one CLIP, such as SDXL's CLIP and CLIP ViT-bigG"
+            f"clip embeds texts in {pooled.shape[-1]} dimensions but clip_vision embeds images in {width}; connect the two "
+            "halves of one CLIP, such as SDXL's CLIP and CLIP ViT-bigG"
         )
     return pooled[0].float().cpu()
 
 
 def _is_projection(encoder: comfy.sd1_clip.SDClipModel, width: int) -> bool:
-    """Whether an encoder projects to a width, by a matrix that is not the one made where a file has none."""
+    """Whether an encoder projects to a width with a matrix from its file, not with ComfyUI's placeholder."""
     layer = getattr(encoder.transformer, "text_projection", None)
     if layer is None or layer.weight.shape[0] != width:
         return False

@@ -1,4 +1,4 @@
-"""ControlNets of the teacher on its student."""
+"""The teacher's ControlNets on its student."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...distill_core.plan import KeptSkips
+from ...distill_core.pruning.plan import KeptSkips
 from .model import ORIGIN, Origin
 from .router import CONTROL
 from .weights import shapes_of
 
 
 def with_control(student: ModelPatcher, origin: Origin) -> ModelPatcher:
-    """Lead a ControlNet's residuals to the blocks that stayed, and refuse Control-LoRAs that need those that did not."""
+    """Route a ControlNet's residuals to the kept blocks, and refuse Control-LoRAs that need removed blocks."""
     student.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ORIGIN, partial(_remap_control, origin.skips))
     student.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL, partial(_check_control, origin))
     return student
 
 
 def _remap_control(skips: KeptSkips, executor, x, timesteps, context, y=None, control=None, *args, **kwargs):
-    """Around ``UNetModel.forward``: give each kept block the residual that was made for it."""
+    """A wrapper around ``UNetModel.forward`` that gives each kept block the residual made for it."""
     return executor(x, timesteps, context, y, control and remapped_control(skips, control), *args, **kwargs)
 
 
 def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str, list]:
     """A ControlNet's or T2I-Adapter's residuals for the teacher as residuals for the student.
 
-    ComfyUI takes them off the ends of its lists: of ``output`` the deepest block's first, of ``input`` the outermost's.
-    Residuals that were made for the student are left as they are.
+    ComfyUI pops them from the ends of its lists: the deepest block's first from ``output``, the outermost's first from
+    ``input``. Residuals made for the student do not change.
     """
     output, inputs, middle = ([*control.get(key, [])] for key in ("output", "input", "middle"))
     if len(output) == len(skips.kept) or len(inputs) == len(skips.kept):
@@ -44,7 +44,7 @@ def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str,
 
 
 def _check_control(origin: Origin, executor, model: ModelPatcher, noise_shape, conds: Mapping[str, list], *args, **kwargs):
-    """Around ``prepare_sampling``: ComfyUI makes a Control-LoRA's network of the weights of the model that samples."""
+    """A wrapper around ``prepare_sampling``: ComfyUI builds a Control-LoRA's network from the weights of the sampled model."""
     for conditioning in conds.values():
         for control in _controls(conditioning):
             if isinstance(control, comfy.controlnet.ControlLora):
@@ -53,7 +53,7 @@ def _check_control(origin: Origin, executor, model: ModelPatcher, noise_shape, c
 
 
 def _controls(conditioning: list[dict]) -> Iterator[comfy.controlnet.ControlBase]:
-    """All ControlNets of a conditioning, those chained before others too."""
+    """All ControlNets of a conditioning, including chained ones."""
     for entry in conditioning:
         control = entry.get("control")
         while control is not None:
@@ -62,18 +62,18 @@ def _controls(conditioning: list[dict]) -> Iterator[comfy.controlnet.ControlBase
 
 
 def _check_control_lora(control: comfy.controlnet.ControlLora, model: ModelPatcher, origin: Origin) -> None:
-    """``ValueError`` unless the model has the encoder and mid block that a Control-LoRA is a difference to."""
+    """``ValueError`` unless the model has the encoder and mid block that a Control-LoRA modifies."""
     padding = [block for block in origin.metadata.get("distill.padding", "").split() if not block.startswith("up.")]
     missing = padding or _missing(control.control_weights, model)
     if missing:
         raise ValueError(
-            f"a Control-LoRA changes a copy of the model's encoder and mid block, and this student lacks a part of the teacher's "
+            f"a Control-LoRA changes a copy of the model's encoder and mid block, but this student lacks a part of the teacher's "
             f"({missing[0]}); use a full ControlNet, which works on every student"
         )
 
 
 def _missing(control_weights: Mapping[str, Tensor], model: ModelPatcher) -> list[str]:
-    """Layers that a Control-LoRA changes and a model does not have, or has in another shape."""
+    """Layers that a Control-LoRA changes but that the model lacks or has in another shape."""
     shapes = shapes_of(model.model.diffusion_model)
     found = []
     for name, up in control_weights.items():

@@ -1,4 +1,4 @@
-"""LATENTs and CONDITIONINGs as training data, and data made by the teacher as LATENTs and CONDITIONINGs."""
+"""LATENTs and CONDITIONINGs as training data, and a teacher's own data as LATENTs and CONDITIONINGs."""
 
 from __future__ import annotations
 
@@ -13,36 +13,34 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...distill_core.cache import CachedDataset, text_key
-from ...distill_core.dataset import Bucket, Caption, LatentDataset, tile
-from ...distill_core.denoiser import Label
-from ...distill_core.previews import Previews
-from ...distill_core.storage import fingerprint
-from ...distill_core.teacher_data import Making, make_dataset
+from ...distill_core.base.storage import fingerprint
+from ...distill_core.data.cache import CachedDataset, text_key
+from ...distill_core.data.dataset import Bucket, Dataset, LatentDataset
+from ...distill_core.data.teacher_data import Making, make_dataset
+from ...distill_core.diffusion.conditioning import Caption, Label, tile
+from ...distill_core.training.previews import Previews
 from .demo import is_demo
-from .interface import pictures_of
+from .interface import pixels_of
 from .model import architecture_of, model_fingerprint, unet_of
 from .sampling import sampling_words, schedule_of
 from .training import check_trainable, denoiser
 
-STATES = "distill_states"  # of a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
+STATES = "distill_states"  # in a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
 TIMESTEPS = "distill_timesteps"
-SCALES = "distill_scales"  # the scale of guidance each was drawn with, (B,)
+SCALES = "distill_scales"  # the guidance scale each was sampled with, (B,)
 STORED = "fp16"  # precision on disk
 NUM_PREVIEWS = 4
 
 
 def dataset(latents: list[dict], positive: list, null_caption: list | None, model: ModelPatcher) -> LatentDataset:
-    """Training data from ComfyUI's lists: one LATENT of many, many LATENTs of one, or buckets of several each.
+    """Training data from ComfyUI's lists: one LATENT with many images, many LATENTs with one each, or buckets of several.
 
-    Latents are scaled once as the model's sampler would; those of one size make a bucket. ``ValueError`` if they do not
-    fit the model, or there are not as many captions.
+    Latents are scaled once, as by the model's sampler; latents of one size form a bucket. ``ValueError`` if they do not fit
+    the model, or the number of captions differs.
     """
     timesteps = next((entry[TIMESTEPS] for entry in latents if TIMESTEPS in entry), None)
     if any(not torch.equal(entry.get(TIMESTEPS, torch.zeros(0)), timesteps) for entry in latents if timesteps is not None):
-        raise ValueError(
-            "some of the latents have stored trajectories, or of other steps, and some not; give those of one dataset"
-        )
+        raise ValueError("all latents must store the same trajectory steps; use one dataset")
     captions = _captions([*positive, *(null_caption or [])], model)
     null = captions.pop() if null_caption else None
     buckets = _buckets(latents, captions, model)
@@ -50,7 +48,7 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
 
 
 def told_captions(positive: list, null_caption: list, model: ModelPatcher) -> tuple[list[Caption], Caption]:
-    """Captions, and the empty caption or negative prompt, as one length of tokens; ``ValueError`` if they are not for a model."""
+    """Captions, and the empty caption or negative prompt, at one token length; ``ValueError`` if they do not fit the model."""
     *captions, null = (Caption(told.context, told.pooled) for told in _captions([*positive, *null_caption], model))
     return captions, null
 
@@ -58,64 +56,67 @@ def told_captions(positive: list, null_caption: list, model: ModelPatcher) -> tu
 def calibration(
     latents: list[dict], positive: list, model: ModelPatcher, num_examples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Label | None]:
-    """A few latents with their captions' conditioning, picked at random: (B, C, H, W), (B, L, D), and the label of an SDXL.
+    """A few random latents with their captions' conditioning: (B, C, H, W), (B, L, D), and the label of an SDXL.
 
-    They are of one size: that of which there are most.
+    All have one size: the most frequent one.
     """
     bucket = max(_buckets(latents, _captions(positive, model), model), key=lambda bucket: len(bucket.latents))
     if not bucket.latents.any():
-        raise ValueError("the latents are empty; connect images the model is to draw well: VAE Encode, or a KSampler")
+        raise ValueError("the latents are empty; connect images that the model should make well: VAE Encode, or a KSampler")
     return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
 
 
-def previews(data: LatentDataset, vae: comfy.sd.VAE | None, model: ModelPatcher) -> Previews:
-    """Sample pictures of a few captions while a run trains; ``ValueError`` without a VAE, or the empty caption."""
+def previews(data: Dataset, vae: comfy.sd.VAE | None, model: ModelPatcher) -> Previews:
+    """Sample images of a few captions while a run trains; ``ValueError`` without a VAE or the empty caption."""
     if vae is None or data.null is None:
         what = "a VAE" if vae is None else "null_caption (the empty prompt, encoded)"
-        raise ValueError(f"sample_every_steps asks for sample pictures, which need {what}; connect it, or set that to 0")
+        raise ValueError(
+            f"sample_every_steps asks for sample images, which need {what}; connect it, or set sample_every_steps to 0"
+        )
     examples = data.read(0, torch.arange(NUM_PREVIEWS) * data.bucket_sizes[0] // NUM_PREVIEWS)
+    _, channels, height, width = examples.latents.shape
     pooled = [None] * len(examples.contexts) if examples.label is None else examples.label.pooled
     captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
 
     def decode(latents: Tensor) -> Tensor:
-        return pictures_of(vae.decode(model.model.process_latent_out(latents)))
+        return pixels_of(vae.decode(model.model.process_latent_out(latents)))
 
     unet = unet_of(model)
     is_small = unet is not None and is_demo(unet)
     return Previews(
         captions=captions,
         null=data.null,
-        latent_shape=tuple(examples.latents.shape[1:]),
+        latent_shape=(channels, height, width),
         decode=decode,
         guidance=2.0 if is_small else 7.0,
     )
 
 
 class _Reads(NamedTuple):
-    """What a MODEL reads; None where any will do."""
+    """The inputs a MODEL reads; None where any value works."""
 
     channels: int
     context_width: int | None
     labelled: bool | None
-    """Whether captions have a pooled output."""
+    """Whether the MODEL needs a pooled output with each caption."""
 
 
 def _reads(model: ModelPatcher) -> _Reads:
     architecture = unet_of(model)
-    if architecture is None:  # which a LoRA may be trained on all the same
+    if architecture is None:  # a LoRA can still be trained on it
         return _Reads(model.model.latent_format.latent_channels, None, None)
     return _Reads(architecture.channels("conv_in")[0], architecture.context_width, bool(architecture.label_width))
 
 
 class _Told(NamedTuple):
-    """One caption with all its conditioning tells."""
+    """One caption with everything its conditioning holds."""
 
     context: Tensor
     pooled: Tensor | None
     options: dict
 
     def sizes(self, height: int, width: int) -> list[int]:
-        """SDXL's six numbers, those of the picture itself where none are given."""
+        """SDXL's six size numbers, by default those of the image itself."""
         options = self.options
         height, width = options.get("height", height), options.get("width", width)
         target = options.get("target_height", height), options.get("target_width", width)
@@ -123,20 +124,20 @@ class _Told(NamedTuple):
 
 
 def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
-    """Captions of all conditioning, of one length: a context that is repeated conditions as before."""
+    """Captions of all conditioning, at one length: repeating a context does not change the prediction."""
     reads = _reads(model)
     told = _told(conditioning, reads)
     if reads.context_width is None and len({caption.context.shape for caption in told}) > 1:
         raise ValueError(
-            "the captions are encoded to different lengths, which this family of models cannot take in one batch; shorten the "
-            "longest, or give captions that take as many tokens"
+            "the captions are encoded to different lengths, which this family of models cannot batch; shorten the longest, or "
+            "give captions with equally many tokens"
         )
     length = math.lcm(*{len(caption.context) for caption in told})
     return [caption._replace(context=tile(caption.context, length)) for caption in told]
 
 
 def _told(conditioning: list, reads: _Reads) -> list[_Told]:
-    """Captions of all conditioning, if they are for a model."""
+    """Captions of all conditioning; ``ValueError`` if they do not fit what the model reads."""
     told = []
     for embedding, options in (entry for one in conditioning for entry in one):
         if reads.context_width not in (None, embedding.shape[-1]):
@@ -155,12 +156,12 @@ def _told(conditioning: list, reads: _Reads) -> list[_Told]:
 
 
 def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) -> list[Bucket]:
-    """Latents by size, with their captions, if they fit the model."""
+    """Latents by size, with their captions; ``ValueError`` if they do not fit the model."""
     wanted = _reads(model).channels
     for samples in (entry["samples"] for entry in latents):
         if samples.ndim != 4:
             raise ValueError(
-                f"latents of pictures are (B, C, H, W), got {tuple(samples.shape)}; models of video are not trained here"
+                f"latents of images must be (B, C, H, W), got {tuple(samples.shape)}; video models cannot be trained here"
             )
         if samples.shape[1] != wanted:
             raise ValueError(
@@ -202,7 +203,7 @@ def _bucket(
 
 
 class ClipEncoders:
-    """The text encoders of a CLIP, with the LoRA and the clip skip that are on it."""
+    """The text encoders of a CLIP, with its LoRA and clip skip."""
 
     def __init__(self, clip: comfy.sd.CLIP, reads: _Reads):
         self._clip, self._reads = clip, reads
@@ -226,9 +227,9 @@ def make_data(
     on_caption: Callable[[int, int], None],
     on_item: Callable[[int, int], None],
 ) -> tuple[list[dict], list, list]:
-    """Pictures a teacher draws: LATENTs and CONDITIONINGs of one each, in the order of the prompts, and that of the empty prompt.
+    """Images a teacher samples: one LATENT and CONDITIONING each, in the order of the prompts, and the empty prompt's CONDITIONING.
 
-    What the folder holds already is not drawn again; see `teacher_data.make_dataset`.
+    Images that are already in the folder are not sampled again; see `teacher_data.make_dataset`.
     """
     check_trainable(teacher)
     architecture = architecture_of(teacher)
@@ -247,11 +248,12 @@ def make_data(
         on_caption=on_caption,
         on_item=on_item,
     )
+    assert data.null is not None  # encoded with the prompts
     return *_in_order(data, prompts, encoders, teacher), _conditioning(data.null.context.float(), data.null.pooled)
 
 
 def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, teacher: ModelPatcher) -> tuple[list, list]:
-    """LATENT and CONDITIONING of each example, in the order of the prompts; those of one prompt share the latter."""
+    """LATENT and CONDITIONING of each example, in the order of the prompts; examples of one prompt share a CONDITIONING."""
     order = {text_key(prompt.strip(), encoders.fingerprint, STORED): number for number, prompt in enumerate(prompts)}
     latents, captions, of_text = [], [], {}
     for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):

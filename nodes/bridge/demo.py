@@ -13,20 +13,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...distill_core.architecture import Architecture
 from ...distill_core.demo import digits
 from ...distill_core.demo.teacher import load_dataset
+from ...distill_core.networks.architecture import Architecture
 
 
 class DigitsLatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents of the demo have unit variance already; every channel is a quarter of the grey picture."""
+    """Latents of the demo have unit variance already; every channel is a quarter of the grey image."""
 
     latent_rgb_factors = [[0.16, 0.16, 0.16]] * 4
     latent_rgb_factors_bias = [-0.39, -0.39, -0.39]
 
 
 class DigitsModelConfig(comfy.supported_models.SD15):
-    """SD1.x in small: heads of 32 channels instead of eight heads."""
+    """A small SD1.x: heads of 32 channels instead of eight heads."""
 
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     latent_format = DigitsLatentFormat
@@ -34,7 +34,7 @@ class DigitsModelConfig(comfy.supported_models.SD15):
 
 
 def is_demo(architecture: Architecture) -> bool:
-    """Whether a UNet is the demo's, or a student of it: of its width, which no real model has."""
+    """Whether a UNet is the demo's or a student of it, by its width, which no real model has."""
     return architecture.context_width == digits.CONTEXT_WIDTH and architecture.channels("conv_in")[1] < 320
 
 
@@ -50,7 +50,7 @@ def build_digits(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatc
 
 
 class DigitsTokenizer:
-    """Words, not CLIP tokens; weights such as ``(seven:1.2)`` are ignored."""
+    """A tokenizer of words, not CLIP tokens; it ignores weights such as ``(seven:1.2)``."""
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
         pass
@@ -84,7 +84,7 @@ class DigitsClipModel(nn.Module):
 
 
 class DigitsVAE(comfy.sd.VAE):
-    """The demo's change of shape as a VAE."""
+    """The demo's reshaping between images and latents as a VAE."""
 
     def __init__(self):
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
@@ -102,7 +102,7 @@ def demo_clip() -> comfy.sd.CLIP:
 
 
 def demo_data() -> tuple[list[dict], list]:
-    """LATENT and CONDITIONING lists as "Make Training Dataset" gives them: one entry for each of the 1,797 digits."""
+    """LATENT and CONDITIONING lists as from "Make Training Dataset": one entry for each of the 1,797 digits."""
     (bucket,) = load_dataset().buckets
     latents = [{"samples": latent[None]} for latent in bucket.latents]
     conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in bucket.contexts]

@@ -1,4 +1,4 @@
-"""What people see and touch: folders and files, text on a node, pictures, the cancel button."""
+"""The user interface: folders and files, text on a node, images, the cancel button."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...distill_core import live
-from ...distill_core.checkpoints import checkpoints_in
-from ...distill_core.run import METRICS
-from ...distill_core.storage import WriteError
-from ...distill_core.students import MANIFEST
+from ...distill_core.base.storage import WriteError
+from ...distill_core.routing.experts import MANIFEST
+from ...distill_core.training import live
+from ...distill_core.training.checkpoints import checkpoints_in
+from ...distill_core.training.run import METRICS
 
 log = logging.getLogger("distill")
 
 RUNS_ROUTE = "/distill/runs/{name}"
-OWN_FOLDERS = ("distill_runs", "distill_data")  # under the output folder; what is saved elsewhere stays out of them
-_seen: dict[Path, int] = {}  # steps of each run when it was last looked at
+OWN_FOLDERS = ("distill_runs", "distill_data")  # under the output folder; saved models and reports stay out of them
+_seen: dict[Path, int] = {}  # steps of each run at the last look
 _lost: dict[Path, int] = {}
 
 
 def run_folder(name: str) -> Path:
-    """Folder of a run under ComfyUI's output folder; ``ValueError`` for a name that is no plain folder name."""
+    """Folder of a run under ComfyUI's output folder; ``ValueError`` for a name that is not a plain folder name."""
     return _output_folder("distill_runs", name, "run_name")
 
 
 def data_folder(name: str) -> Path:
-    """Folder of data under ComfyUI's output folder; ``ValueError`` for a name that is no plain folder name."""
+    """Folder of data under ComfyUI's output folder; ``ValueError`` for a name that is not a plain folder name."""
     return _output_folder("distill_data", name, "name")
 
 
@@ -48,27 +48,27 @@ def _output_folder(inside: str, name: str, setting: str) -> Path:
 
 
 def losses_of(run_name: str) -> dict[str, list[dict[str, float]]]:
-    """What a run wrote down of every step, by its stages where it has several; ``ValueError`` for a run that wrote nothing."""
+    """The metrics of every step of a run, by stage if it has several; ``ValueError`` for a run without metrics."""
     found = live.metrics_by_stage(run_folder(run_name))
     if not found:
-        raise ValueError(f"run_name {run_name!r}: there is no run of that name with losses; leave it empty, or name another")
+        raise ValueError(f"run_name {run_name!r}: no run of that name has losses; choose another, or leave it empty")
     return found
 
 
 def losses_written(run_name: str) -> list[int]:
-    """When a run wrote its losses; nothing for a run that has none, or a name that is none."""
+    """When a run wrote its losses; empty for a run without losses, or an invalid name."""
     try:
         folder = run_folder(run_name)
-    except ValueError:  # execute will say what is wrong with the name
+    except ValueError:  # execute raises the error about the name
         return []
     return [file.stat().st_mtime_ns for stage in live.stages_in(folder) if (file := stage / METRICS).is_file()]
 
 
 def newest_step(run_name: str) -> int:
-    """Steps a run has kept, of all its stages where it has several; 0 for a run that has none, or a name that is none."""
+    """Steps a run has kept, summed over its stages; 0 for a run without checkpoints, or an invalid name."""
     try:
         folder = run_folder(run_name)
-    except ValueError:  # execute will say what is wrong with the name
+    except ValueError:  # execute raises the error about the name
         return 0
     newest = (checkpoints_in(stage)[-1:] for stage in live.stages_in(folder))
     step = sum(int(checkpoint.name) for found in newest for checkpoint in found)
@@ -79,14 +79,14 @@ def newest_step(run_name: str) -> int:
 
 
 def times_lost(run_name: str) -> int:
-    """How often steps of a run were gone that this server had seen, as when its folder was deleted: then it is trained again."""
+    """How often steps that this server had seen disappeared, as when a run's folder was deleted; then the run trains again."""
     return next((count for folder, count in _lost.items() if folder.name == run_name), 0)
 
 
-def students_folders() -> dict[str, Path]:
-    """Folders of students by the name people choose them by: a run's own, or their place under models/diffusion_models."""
+def experts_folders() -> dict[str, Path]:
+    """Folders of experts by their name in the list: the run's name, or the path under models/diffusion_models."""
     runs = Path(folder_paths.get_output_directory()) / "distill_runs"
-    found = {path.parents[1].name: path.parent for path in sorted(runs.glob(f"*/students/{MANIFEST}"))}
+    found = {path.parents[1].name: path.parent for path in sorted(runs.glob(f"*/experts/{MANIFEST}"))}
     files = {Path(name).parent.as_posix(): name for name in folder_paths.get_filename_list("diffusion_models")}
     for name, file in files.items():
         folder = Path(folder_paths.get_full_path_or_raise("diffusion_models", file)).parent
@@ -95,23 +95,23 @@ def students_folders() -> dict[str, Path]:
     return found
 
 
-def students_folder(name: str) -> Path:
-    """A folder of students by its name in the list; ``ValueError`` for another."""
-    folders = students_folders()
+def experts_folder(name: str) -> Path:
+    """A folder of experts by its name in the list; ``ValueError`` for an unknown name."""
+    folders = experts_folders()
     if name not in folders:
-        raise ValueError(f"there is no folder of students {name!r}; press R to refresh the list")
+        raise ValueError(f"there is no folder of experts {name!r}; press R to refresh the list")
     return folders[name]
 
 
 def output_path(prefix: str, suffix: str) -> Path:
-    """The next free numbered path under ComfyUI's output folder, as its own Save nodes count."""
+    """The next free numbered path under ComfyUI's output folder, numbered like those of its own Save nodes."""
     root, said = folder_paths.get_output_directory(), f"filename_prefix {prefix!r}"
     prefix = prefix.replace("\\", "/")  # a graph made on Windows
     name, target = prefix.rpartition("/")[2], os.path.join(root, os.path.dirname(os.path.normpath(prefix)))
     if any(_is_within(target, os.path.join(root, folder)) for folder in OWN_FOLDERS):
-        raise ValueError(f"{said} leads into a folder of runs or data, which holds nothing else; choose another")
+        raise ValueError(f"{said} leads into a folder reserved for runs or data; choose another")
     if not name.strip(". "):
-        raise ValueError(f"{said} has no name for the file; write one, such as diffusion_models/student")
+        raise ValueError(f"{said} has no file name; add one, such as diffusion_models/student")
     if name.startswith("."):
         raise ValueError(f"{said} would make a hidden file, which no loader lists; begin the name with a letter")
     if not folder_paths.is_within_directory(root, target):
@@ -119,17 +119,17 @@ def output_path(prefix: str, suffix: str) -> Path:
     try:
         folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, root)
     except OSError as error:
-        raise WriteError(Path(root) / prefix, error.strerror) from error
+        raise WriteError(Path(root) / prefix, error.strerror or str(error)) from error
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
 def _is_within(path: str, folder: str) -> bool:
-    """Whether a path lies in a folder, links followed, and on disks that tell no case apart too."""
+    """Whether a path lies in a folder; follows links, and ignores case, as some disks do."""
     return folder_paths.is_within_directory(os.path.realpath(folder).casefold(), os.path.realpath(path).casefold())
 
 
 def file_in(folder: str, name: str) -> Path:
-    """Path of a file in one of ComfyUI's model folders; ``ValueError`` for a name that leads out of it, or to nothing."""
+    """Path of a file in one of ComfyUI's model folders; ``ValueError`` for a name outside the folder, or without a file."""
     for root in folder_paths.get_folder_paths(folder):
         path = os.path.join(root, name)
         if folder_paths.is_within_directory(root, path) and os.path.isfile(path):
@@ -142,14 +142,14 @@ def throw_if_cancelled() -> None:
 
 
 def show_text(text: str, node_id: str) -> None:
-    """A line of text on the node itself, replaced by the next."""
+    """Show a line of text on the node; the next one replaces it."""
     from server import PromptServer
 
     PromptServer.instance.send_progress_text(text, node_id)
 
 
 def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> None:
-    """How far a training is, for the charts of every page that is open; sample: the picture it has drawn last."""
+    """Send the progress of a training to the charts of all open pages; sample: its newest sample image."""
     from server import PromptServer
 
     message = message | {"node": node_id, "sample": _picture(sample)}
@@ -157,7 +157,7 @@ def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> No
 
 
 def serve_runs() -> None:
-    """Answer ``GET /distill/runs/NAME`` with what a chart shows of a run: 204 where there is none yet, 404 for what is no name."""
+    """Serve ``GET /distill/runs/NAME`` with the data of a run's chart: 204 if there is no run yet, 404 for an invalid name."""
     from aiohttp import web
     from server import PromptServer
 
@@ -174,7 +174,7 @@ def serve_runs() -> None:
         try:
             history = await asyncio.to_thread(live.history, folder)
             message = history and history | {"sample": _picture(live.newest_sample(folder))}
-        except (OSError, ValueError) as error:  # a folder that vanishes, or is not for us to read
+        except (OSError, ValueError) as error:  # the folder vanished, or is not readable
             log.warning("run %s cannot be shown: %s", folder.name, error)
             message = None
         if message is None:
@@ -183,7 +183,7 @@ def serve_runs() -> None:
 
 
 def _picture(path: Path | None) -> dict[str, Any] | None:
-    """What ComfyUI's ``/view`` has to be asked for a picture in the output folder; ``version`` changes with what is in it."""
+    """The parameters of ComfyUI's ``/view`` for an image in the output folder; ``version`` changes with its content."""
     if path is None:
         return None
     place = path.relative_to(folder_paths.get_output_directory())
@@ -192,23 +192,23 @@ def _picture(path: Path | None) -> dict[str, Any] | None:
 
 
 def duration(seconds: float) -> str:
-    """``2 min 10 s``."""
+    """A duration as text: ``2 min 10 s``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def to_image(picture) -> Tensor:
-    """A PIL picture as an IMAGE (1, H, W, 3) in [0, 1]."""
+    """A PIL image as an IMAGE (1, H, W, 3) in [0, 1]."""
     import numpy as np
 
     return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
 
 
 def to_images(pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as an IMAGE."""
+    """Pixels (B, 3, H, W) in [-1, 1] as an IMAGE."""
     return (pictures.float().movedim(1, -1) + 1).clamp(0, 2) / 2
 
 
-def pictures_of(image: Tensor) -> Tensor:
-    """An IMAGE as pictures (B, 3, H, W) in [-1, 1]."""
+def pixels_of(image: Tensor) -> Tensor:
+    """An IMAGE as pixels (B, 3, H, W) in [-1, 1]."""
     return image[..., :3].movedim(-1, 1) * 2 - 1

@@ -1,8 +1,8 @@
-"""One MODEL of several, each in charge of a range of noise levels, for any sampler.
+"""One routed MODEL of several models, each in charge of a range of noise levels, for any sampler.
 
-The sampler guides and steps with the routed MODEL; what it asks of the network is answered by the model in charge of the noise
-level it asks at. So patches of guidance belong on the routed MODEL, and those of a network (LoRA, attention) on each model, or
-on the routed MODEL for all of them.
+The sampler guides and steps with the routed MODEL. For each evaluation of the network, the model in charge of that noise level
+predicts. So put patches of guidance on the routed MODEL, and patches of a network (LoRA, attention) on each model, or on the
+routed MODEL to patch all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.hooks
 import comfy.model_management
@@ -20,26 +20,26 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, merge_nested_dicts
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...distill_core.plots import Evaluation
-from ...distill_core.ranges import Boundary
-from ...distill_core.recipe import SEEDS, check_range
+from ...distill_core.base.settings import SEEDS, check_range
+from ...distill_core.diffusion.ranges import Boundary, in_charge
+from ...distill_core.evaluation.plots import Evaluation
 from .weights import shapes_of
 
-ROUTE = "distill_route"  # attachment of a routed MODEL: its Route; and the key of all that a router adds
-CONTROL = "distill_control"  # key of what a student checks of its ControlNets; of the first model that holds for all
-TRACE = "distill_trace"  # attachment of a MODEL whose evaluations are noted: a list
+ROUTE = "distill_route"  # attachment of a routed MODEL: its Route; also the key of everything a router adds
+CONTROL = "distill_control"  # key of a student's check of its ControlNets; the first model's check holds for all
+TRACE = "distill_trace"  # attachment of a MODEL that records its evaluations: a list
 EVALUATION_OPTIONS = ("transformer_options", "model_function_wrapper")
 EVALUATION_WRAPPERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 SHAPE_SETTINGS = ("in_channels", "in_dim", "out_channels", "out_dim", "context_dim", "context_in_dim", "text_dim",
                   "adm_in_channels", "vec_in_dim")  # fmt: skip
-SIGMA_TOLERANCE = 1e-6  # a step that begins at a boundary meets it but for rounding
+SIGMA_TOLERANCE = 1e-6  # a step that begins at a boundary may miss it by a rounding error
 
 
 @dataclass(frozen=True)
 class Route:
-    """What a routed MODEL was made of, besides the other models it carries."""
+    """The first model and the boundaries of a routed MODEL; it carries the other models itself."""
 
     first: ModelPatcher
     """The first model as it was given; the routed MODEL shares its weights."""
@@ -48,13 +48,13 @@ class Route:
 
 
 def route_models(models: Sequence[ModelPatcher], boundaries: Sequence[Boundary]) -> ModelPatcher:
-    """One MODEL of several: the first draws from pure noise to the first boundary, the second on to the next, and so on.
+    """One MODEL of several: the first samples from pure noise to the first boundary, the second to the next, and so on.
 
-    A boundary belongs to the model on its less noisy side. The given models stay as they are. ``ValueError`` for models that
+    A boundary belongs to the model on its less noisy side. The given models do not change. ``ValueError`` for models that
     cannot share one sampling, or boundaries that do not descend.
     """
     if len(models) != len(boundaries) + 1:
-        raise ValueError(f"boundaries: {len(models)} models need {len(models) - 1} between them, got {len(boundaries)}")
+        raise ValueError(f"boundaries: {len(models)} models need one fewer boundary ({len(models) - 1}), got {len(boundaries)}")
     for number, model in enumerate(models[1:], 2):
         _check_together(model, models[0], number)
     _check_not_routed(models[0], 1)
@@ -62,7 +62,7 @@ def route_models(models: Sequence[ModelPatcher], boundaries: Sequence[Boundary])
     if sigmas != sorted(sigmas, reverse=True):
         raise ValueError(f"boundaries must go from noisy to clean, got noise levels {', '.join(f'{s:.4g}' for s in sigmas)}")
     routed = models[0].clone()
-    # What the first model does to evaluations stays its own: the other models have their own.
+    # Options of the first model's evaluations apply only to it: the other models have their own.
     routed.model_options = {name: value for name, value in routed.model_options.items() if name not in EVALUATION_OPTIONS}
     routed.model_options["transformer_options"] = {}
     for kind in EVALUATION_WRAPPERS:
@@ -76,27 +76,27 @@ def route_models(models: Sequence[ModelPatcher], boundaries: Sequence[Boundary])
 
 
 def share_boundaries(num_models: int, first_share: float) -> list[Boundary]:
-    """Boundaries where the first model does ``first_share`` (0 to 1) of the sampling, the others the rest in even parts."""
+    """Boundaries that give ``first_share`` (0 to 1) of the sampling to the first model and divide the rest evenly."""
     check_range("share", first_share, (0, 1))
     rest = (1 - first_share) / (num_models - 1)
     return [Boundary(100 * (first_share + rest * i), "percent") for i in range(num_models - 1)]
 
 
 def sorted_boundaries(model: ModelPatcher, boundaries: Sequence[Boundary]) -> list[Boundary]:
-    """From noisy to clean, whatever their units."""
+    """Boundaries from noisy to clean, in any units."""
     sampling = model.get_model_object("model_sampling")
     return sorted(boundaries, key=lambda boundary: _sigma(boundary, sampling), reverse=True)
 
 
 def boundary_sigmas(model: ModelPatcher) -> list[float]:
-    """Noise levels at which a routed MODEL changes hands while it samples."""
+    """Noise levels at which a routed MODEL changes from one model to the next while it samples."""
     sampling = model.get_model_object("model_sampling")
     sigmas = _sigmas(model.get_attachment(ROUTE).boundaries, sampling)
     return [sigma for sigma in sigmas if float(sampling.sigma_min) <= sigma < float(sampling.sigma_max)]
 
 
 def describe_route(model: ModelPatcher, names: Sequence[str]) -> str:
-    """A line a model, the noisiest first: its share of the sampling, noise levels, timesteps."""
+    """One line per model, the noisiest first: its share of the sampling, noise levels, timesteps."""
     sampling = model.get_model_object("model_sampling")
     highest, lowest = float(sampling.sigma_max), float(sampling.sigma_min)
     inner = [min(max(sigma, 0.0), highest) for sigma in _sigmas(model.get_attachment(ROUTE).boundaries, sampling)]
@@ -115,13 +115,14 @@ def describe_route(model: ModelPatcher, names: Sequence[str]) -> str:
 
 
 def sample_routed(model: ModelPatcher, latent: Mapping[str, Any], **settings) -> tuple[Mapping[str, Any], list[Evaluation]]:
-    """What KSampler does, and which model was asked at which noise level. settings: those of KSampler."""
+    """Sample as KSampler does; returns the latent, and which model ran at which noise level. settings: those of KSampler."""
     import nodes
 
     bounds = {"steps": (1, 10_000), "cfg": (0, 100), "denoise": (0, 1), "seed": (0, SEEDS[1])}
     for name in bounds.keys() & settings.keys():
         check_range(name, settings[name], bounds[name])
-    traced, evaluations = model.clone(), []
+    evaluations: list[Evaluation] = []
+    traced = model.clone()
     traced.set_attachments(TRACE, evaluations)
     (drawn,) = nodes.common_ksampler(traced, latent=latent, **settings)
     return drawn, evaluations
@@ -131,20 +132,20 @@ def sample_routed(model: ModelPatcher, latent: Mapping[str, Any], **settings) ->
 
 
 def _check_together(model: ModelPatcher, first: ModelPatcher, number: int) -> None:
-    """``ValueError`` if one sampling cannot pass from the first model to this one, with the reason."""
+    """``ValueError`` with the reason if one sampling cannot pass from the first model to this one."""
     _check_not_routed(model, number)
     theirs, others = _facts(model), _facts(first)
     differing = [name for name in {**theirs, **others} if theirs.get(name) != others.get(name)]
     if differing:
         words = (", ".join(f"{name} {facts.get(name)}" for name in differing) for facts in (theirs, others))
-        raise ValueError(f"model_{number} does not go with model_1: {' against '.join(words)}")
+        raise ValueError(f"model_{number} does not go with model_1: {' versus '.join(words)}")
     sampling, others = (m.get_model_object("model_sampling") for m in (model, first))
     is_flow, others_is_flow = (isinstance(s, comfy.model_sampling.CONST) for s in (sampling, others))
     if is_flow != others_is_flow:
         names = ("a flow model" if flow else "a diffusion model" for flow in (is_flow, others_is_flow))
-        raise ValueError(f"model_{number} does not go with model_1: {' and '.join(names)} mean different things by noise")
+        raise ValueError(f"model_{number} does not go with model_1: {' and '.join(names)} use incompatible noise schedules")
     spans = [(float(s.sigma_min), float(s.sigma_max)) for s in (sampling, others)]
-    if not is_flow and not torch.allclose(*(torch.tensor(span) for span in spans), rtol=1e-3):
+    if not is_flow and not torch.allclose(torch.tensor(spans[0]), torch.tensor(spans[1]), rtol=1e-3):
         words = (f"{low:.4g} to {high:.4g}" for low, high in spans)
         raise ValueError(f"model_{number} does not go with model_1: noise levels differ, {' and '.join(words)}")
     own = {name: value for name, value in model.model_options.items() if name not in EVALUATION_OPTIONS}
@@ -154,18 +155,18 @@ def _check_together(model: ModelPatcher, first: ModelPatcher, number: int) -> No
             patched.append(kind)
     if patched:
         raise ValueError(
-            f"model_{number} carries a patch that acts on the whole sampling ({', '.join(patched)}) and would be passed over; "
-            "put it behind the router"
+            f"model_{number} carries a patch that acts on the whole sampling ({', '.join(patched)}), which the router would "
+            "skip; put it after the router"
         )
 
 
 def _check_not_routed(model: ModelPatcher, number: int) -> None:
     if model.get_attachment(ROUTE) is not None:
-        raise ValueError(f"model_{number} is routed itself; connect the models it is made of")
+        raise ValueError(f"model_{number} is routed itself; connect the models it holds")
 
 
 def _facts(model: ModelPatcher) -> dict[str, Any]:
-    """What two models must have in common to be asked the same things."""
+    """The properties two models must share to run on the same inputs."""
     settings = model.model.model_config.unet_config
     shape = {name: settings[name] for name in SHAPE_SETTINGS if settings.get(name) is not None}
     return {"kind of model": type(model.model).__name__, "latents": type(model.model.latent_format).__name__, **shape}
@@ -174,12 +175,24 @@ def _facts(model: ModelPatcher) -> dict[str, Any]:
 # --- noise levels ---------------------------------------------------------------------------------------------------
 
 
-def _sigmas(boundaries: Sequence[Boundary], sampling: nn.Module) -> list[float]:
+class _Sampling(Protocol):
+    """What is read of a model_sampling of ComfyUI."""
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Noise level of a timestep."""
+        ...
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """Noise level after a share of the sampling."""
+        ...
+
+
+def _sigmas(boundaries: Sequence[Boundary], sampling: _Sampling) -> list[float]:
     return [_sigma(boundary, sampling) for boundary in boundaries]
 
 
-def _sigma(boundary: Boundary, sampling: nn.Module) -> float:
-    """Noise level of a boundary, as ComfyUI tells noise levels; below all where the whole sampling lies before it."""
+def _sigma(boundary: Boundary, sampling: _Sampling) -> float:
+    """Noise level of a boundary in ComfyUI's terms; -1, below all levels, if the whole sampling lies before it."""
     if boundary.unit == "sigma":
         return boundary.value
     if boundary.unit == "timestep":
@@ -187,7 +200,7 @@ def _sigma(boundary: Boundary, sampling: nn.Module) -> float:
     return float(sampling.percent_to_sigma(boundary.value / 100)) if boundary.value < 100 else -1.0
 
 
-def _percent(sigma: float, sampling: nn.Module) -> float:
+def _percent(sigma: float, sampling: _Sampling) -> float:
     """Share of the sampling above a noise level: the inverse of ``percent_to_sigma``, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -204,15 +217,15 @@ class Routing:
     """One sampling with a routed MODEL."""
 
     models: list[ModelPatcher]
-    """That which the sampler holds, then the others, with what was put on the routed MODEL behind the router."""
+    """The model the sampler holds, then the others, with the patches put on the routed MODEL after the router."""
     options: list[dict[str, Any]]
-    """What each does to evaluations of its own network."""
+    """Options of each model for evaluations of its own network."""
     sigmas: list[float]
     """Boundaries."""
     beside: list[ModelPatcher]
-    """Models that are needed whoever is in charge, such as ControlNets."""
+    """Models that every evaluation needs, such as ControlNets."""
     memory_bytes: Sequence[float]
-    """Room for one evaluation, at best and at least."""
+    """Preferred and minimum free memory for one evaluation."""
     trace: list[Evaluation] | None
     current: int | None = field(default=None, init=False)
 
@@ -233,7 +246,7 @@ class Routing:
         return cls(
             models=[routed, *others],
             options=options,
-            sigmas=_sigmas(route.boundaries, guider.inner_model.model_sampling),
+            sigmas=[sigma * (1 + SIGMA_TOLERANCE) for sigma in _sigmas(route.boundaries, guider.inner_model.model_sampling)],
             beside=[model for model in guider.loaded_models if isinstance(model, ModelPatcher)],
             memory_bytes=comfy.sampler_helpers.estimate_memory(routed, noise.shape, conds),
             trace=routed.get_attachment(TRACE),
@@ -241,26 +254,26 @@ class Routing:
 
     def evaluate(self, executor, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
         sigma = float(timestep.max())
-        number = sum(sigma <= boundary * (1 + SIGMA_TOLERANCE) for boundary in self.sigmas)
+        number = int(in_charge(timestep.max(), self.sigmas))
         if number != self.current:
             self._hand_over(number)
         if self.trace is not None:
             self.trace.append(Evaluation(sigma, number))
         own = self.options[number]
         options = {**own, **model_options}
-        options.pop("multigpu_clones", None)  # of the first model alone
+        options.pop("multigpu_clones", None)  # of the first model only
         options["transformer_options"] = merge_nested_dicts(own["transformer_options"], model_options["transformer_options"])
         return executor(self.models[number].model, conds, x_in, timestep, options)
 
     def _hand_over(self, number: int) -> None:
         model, (room, least) = self.models[number], self.memory_bytes
-        # Two models may be patches on one network: loading puts those of this one on it.
+        # Two models may share one network: loading applies the patches of this one.
         comfy.model_management.load_models_gpu([model, *self.beside], memory_required=room, minimum_memory_required=least)
         model.model.current_patcher = model
         self.current = number
 
     def cast(self, to: torch.device | str) -> None:
-        """Move what the models' patches hold to where they are used, or back."""
+        """Move the tensors in the models' patches to their devices, or back."""
         for model, own in zip(self.models, self.options, strict=True):
             device, dtype = (model.load_device, model.model_dtype()) if to == "load" else (model.offload_device, None)
             comfy.samplers.cast_to_load_options(own, device=device, dtype=dtype)
@@ -273,7 +286,7 @@ class Routing:
 
 
 def _own_options(model: ModelPatcher) -> dict[str, Any]:
-    """What a model's patches do to its evaluations, in the form ``calc_cond_batch`` takes."""
+    """A model's patches of its evaluations, as the options ``calc_cond_batch`` takes."""
     options = create_model_options_clone(model.model_options)
     options = {name: value for name, value in options.items() if name in EVALUATION_OPTIONS}
     comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
@@ -281,15 +294,15 @@ def _own_options(model: ModelPatcher) -> dict[str, Any]:
 
 
 def _with_late_patches(model: ModelPatcher, routed: ModelPatcher, first: ModelPatcher) -> ModelPatcher:
-    """A copy of a model with what was put on the routed MODEL behind the router; ``ValueError`` if that does not fit it."""
+    """A copy of a model with the patches put on the routed MODEL after the router; ``ValueError`` if they do not fit it."""
     model = model.clone()
     weights = {name: late for name, all_ in routed.patches.items() if (late := all_[len(first.patches.get(name, ())) :])}
     objects = {name: value for name, value in routed.object_patches.items() if first.object_patches.get(name) is not value}
     parts = weights or routed.injections.keys() - first.injections.keys() or any("diffusion_model" in name for name in objects)
     if parts and shapes_of(model.model.diffusion_model) != shapes_of(first.model.diffusion_model):
         raise ValueError(
-            "a patch of the network (such as a LoRA) was put on the routed MODEL, whose models are of different shapes; put one on "
-            "each model before the router, for a student after Remap LoRA to Student"
+            "a patch of the network (such as a LoRA) was put on the routed MODEL, but its models have different shapes; put one "
+            "on each model before the router, and for a student use Remap LoRA to Student"
         )
     for name, late in weights.items():
         model.patches[name] = [*model.patches.get(name, ()), *late]
@@ -302,7 +315,7 @@ def _with_late_patches(model: ModelPatcher, routed: ModelPatcher, first: ModelPa
 
 
 def _prepare(executor, model: ModelPatcher, *args, **kwargs):
-    """Around ``prepare_sampling``: the other models are loaded when their turn comes, not all at once."""
+    """A wrapper around ``prepare_sampling``: each other model loads when its turn comes, not all at once."""
     others = model.additional_models.pop(ROUTE)
     try:
         return executor(model, *args, **kwargs)
@@ -311,7 +324,7 @@ def _prepare(executor, model: ModelPatcher, *args, **kwargs):
 
 
 def _sample(executor, guider, sigmas: Tensor, extra_args: dict[str, Any], callback, noise: Tensor, *args, **kwargs):
-    """Around a sampler."""
+    """A wrapper around a sampler that opens and closes the routing."""
     routing = Routing.open(guider, noise)
     extra_args["model_options"]["transformer_options"][ROUTE] = routing
     routing.cast("load")
@@ -323,7 +336,7 @@ def _sample(executor, guider, sigmas: Tensor, extra_args: dict[str, Any], callba
 
 
 def _evaluate(executor, model, conds, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]):
-    """Around ``calc_cond_batch``, beneath all guidance."""
+    """A wrapper around ``calc_cond_batch``, below all guidance."""
     routing = model_options["transformer_options"].get(ROUTE)
     if routing is None:
         raise RuntimeError("a routed MODEL was evaluated outside a sampler; connect one of its models instead")

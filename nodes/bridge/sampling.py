@@ -1,6 +1,8 @@
-"""How a MODEL is sampled, as the core tells it, and put on another MODEL."""
+"""How a MODEL is sampled: read from one MODEL in the core's terms, and set on another."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import comfy.model_base
 import comfy.model_sampling
@@ -8,9 +10,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ...distill_core.model_sampling import DISCRETE, EDM, FLOW, OTHER, ZERO_SNR, ModelSampling
-from ...distill_core.schedule import NoiseSchedule, from_noise_ratio
-from ...distill_core.storage import fingerprint
+from ...distill_core.base.storage import fingerprint
+from ...distill_core.diffusion.schedule import NoiseSchedule, from_noise_ratio, of_sampling
+from ...distill_core.networks.model_sampling import DISCRETE, EDM, FLOW, OTHER, ZERO_SNR, ModelSampling
 
 _PREDICTIONS = {
     "v": comfy.model_sampling.V_PREDICTION,
@@ -33,12 +35,12 @@ _TYPES = {
     ("edm", EDM): comfy.model_base.ModelType.EDM,
     ("flow", FLOW): comfy.model_base.ModelType.FLOW,
 }
-"""What ComfyUI's own savers go by."""
+"""The model types by which ComfyUI's own savers decide."""
 _SIGMA_DATA = {"edm": 0.5}
 
 
 def sampling_of(model: ModelPatcher) -> ModelSampling:
-    """How a MODEL is sampled, with the patches that are on it; prediction or noise is ``other`` where no file could tell it."""
+    """How a MODEL is sampled, with its patches; prediction or noise is ``other`` if no file could record it."""
     sampling = model.get_model_object("model_sampling")
     prediction = next((name for name, base in _PREDICTIONS.items() if _computes_as(sampling, base)), OTHER)
     noise, form = _noise_of(sampling, prediction), model.get_model_object("latent_format")
@@ -48,7 +50,7 @@ def sampling_of(model: ModelPatcher) -> ModelSampling:
 
 
 def _computes_as(sampling: nn.Module, base: type) -> bool:
-    """Whether input and prediction mean what they mean for a kind of ComfyUI's: patches such as LCM's build on one and differ."""
+    """Whether input and prediction mean the same as in one of ComfyUI's kinds; patches such as LCM's build on one and differ."""
     kind = type(sampling)
     return all(getattr(kind, name, None) is getattr(base, name) for name in ("calculate_input", "calculate_denoised"))
 
@@ -57,7 +59,7 @@ def _noise_of(sampling: nn.Module, prediction: str) -> str:
     timestep = getattr(type(sampling), "timestep", None)
     if timestep is comfy.model_sampling.ModelSamplingDiscrete.timestep:
         return next(
-            (noise for noise in (DISCRETE, ZERO_SNR) if _same_levels(sampling, ModelSampling(noise=noise).schedule)), OTHER
+            (noise for noise in (DISCRETE, ZERO_SNR) if _same_levels(sampling, of_sampling(ModelSampling(noise=noise)))), OTHER
         )
     if timestep is comfy.model_sampling.ModelSamplingContinuousEDM.timestep and prediction in ("v", "edm"):
         return EDM if sampling.sigma_data == _SIGMA_DATA.get(prediction, 1.0) else OTHER
@@ -66,8 +68,8 @@ def _noise_of(sampling: nn.Module, prediction: str) -> str:
 
 
 def _same_levels(sampling: nn.Module, schedule: NoiseSchedule) -> bool:
-    levels = schedule.noise_ratio
-    return sampling.sigmas.shape == levels.shape and torch.allclose(sampling.sigmas.cpu().double(), levels, rtol=1e-3)
+    sigmas, levels = cast(torch.Tensor, sampling.sigmas), schedule.noise_ratio
+    return sigmas.shape == levels.shape and torch.allclose(sigmas.cpu().double(), levels, rtol=1e-3)
 
 
 def _numbers(values: torch.Tensor | None) -> tuple[float, ...]:
@@ -75,25 +77,23 @@ def _numbers(values: torch.Tensor | None) -> tuple[float, ...]:
 
 
 def put_sampling(model: ModelPatcher, sampling: ModelSampling) -> None:
-    """Have a MODEL that was just built sampled so, where its weights did not tell ComfyUI. ``ValueError`` where it cannot be."""
+    """Set the sampling of a newly built MODEL if ComfyUI could not see it from the weights; ``ValueError`` if ComfyUI has none."""
     if sampling_of(model).describe() == sampling.describe():
         return
     if sampling.noise not in _NOISE or sampling.prediction not in _PREDICTIONS:
-        raise ValueError(
-            f"ComfyUI has no sampling for this file ({sampling.describe()}); open it in diffusers with its own scheduler"
-        )
+        raise ValueError(f"ComfyUI cannot sample this file ({sampling.describe()}); open it in diffusers with its own scheduler")
     kind, config = _NOISE[sampling.noise], model.model.model_config
     built = type("ModelSampling", (kind, _PREDICTIONS[sampling.prediction]), {})
     options = {"zsnr": sampling.noise == ZERO_SNR} if kind is comfy.model_sampling.ModelSamplingDiscrete else {}
     made = built(config, **options)
-    if sampling.noise == EDM:
+    if sampling.sigmas:
         made.set_parameters(*sampling.sigmas, _SIGMA_DATA.get(sampling.prediction, 1.0))
     model.add_object_patch("model_sampling", made)
     name_type(model, sampling)
 
 
 def name_type(model: ModelPatcher, sampling: ModelSampling) -> None:
-    """Say what a MODEL of its own is to ComfyUI's savers, which write markers by that."""
+    """Set the model type of a MODEL; ComfyUI's savers choose their markers by it."""
     model.model.model_type = _TYPES.get((sampling.prediction, sampling.noise), model.model.model_type)
 
 
@@ -101,14 +101,14 @@ def name_type(model: ModelPatcher, sampling: ModelSampling) -> None:
 
 
 def prediction_of(model: ModelPatcher) -> str:
-    """What a MODEL predicts on Stable Diffusion's timesteps; ``ValueError`` for others."""
+    """The prediction type of a MODEL on Stable Diffusion's timesteps; ``ValueError`` for other MODELs."""
     sampling = sampling_of(model)
     sampling.check_trainable()
     return sampling.prediction
 
 
 def prediction_or_flow(model: ModelPatcher) -> str:
-    """The same, and flows of any shift."""
+    """The prediction type as `prediction_of`, and "flow" for flows of any shift."""
     sampling = sampling_of(model)
     if sampling.prediction == "flow" and hasattr(model.get_model_object("model_sampling"), "sigmas"):
         return "flow"
@@ -121,10 +121,10 @@ def schedule_of(model: ModelPatcher) -> NoiseSchedule:
     if not isinstance(sampling, comfy.model_sampling.CONST):
         return from_noise_ratio(sampling.sigmas)
     sigmas = sampling.sigmas.detach().cpu().double().clone()
-    sigmas[-1] = (sigmas[-2] + 1) / 2  # pure noise has no ratio of noise to data
+    sigmas[-1] = (sigmas[-2] + 1) / 2  # pure noise has an infinite noise ratio
     return NoiseSchedule(1 - sigmas, sigmas)
 
 
 def sampling_words(model: ModelPatcher) -> str:
-    """Tells how a MODEL samples from how others do."""
+    """A text that identifies how a MODEL samples."""
     return f"{prediction_or_flow(model)} {fingerprint({'sigmas': model.get_model_object('model_sampling').sigmas})}"

@@ -1,4 +1,4 @@
-"""A MODEL's own network to train a LoRA on: teacher and student share its weights, which are there once."""
+"""A MODEL's own network to train a LoRA on: teacher and student share its weights, which exist once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.model_sampling
@@ -17,30 +18,32 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...distill_core.architecture import Architecture
-from ...distill_core.cache import CachedDataset
-from ...distill_core.dataset import Caption, Dataset
-from ...distill_core.denoiser import Denoiser, Label
-from ...distill_core.memory import Forecast
-from ...distill_core.model_sampling import ModelSampling
-from ...distill_core.recipe import Recipe
-from ...distill_core.teacher_data import Making, draw_dataset
+from ...distill_core.data.cache import CachedDataset
+from ...distill_core.data.dataset import Dataset
+from ...distill_core.data.teacher_data import Making, draw_dataset
+from ...distill_core.diffusion.conditioning import Caption, Label
+from ...distill_core.diffusion.denoiser import Denoiser
+from ...distill_core.networks.architecture import Architecture
+from ...distill_core.networks.model_sampling import ModelSampling
+from ...distill_core.training.memory import Forecast
+from ...distill_core.training.settings import TrainingSettings
 from .model import model_fingerprint, told_of, unet_of
 from .sampling import prediction_or_flow, sampling_of, sampling_words, schedule_of
 from .training import PLAIN_ATTENTION, forecast_memory
 
-EVERYTHING = 1e20  # bytes: more than there are, so that ComfyUI unloads all else
+_Module = TypeVar("_Module", bound=nn.Module)
+EVERYTHING = 1e20  # bytes: more than any device has, so that ComfyUI unloads everything else
 
 
 @dataclass(kw_only=True)
 class ModelDenoiser(Denoiser):
-    """A MODEL of any family, asked as ComfyUI's samplers ask it. Layers have the names ComfyUI gives them."""
+    """A denoiser around a MODEL of any family, called as ComfyUI's samplers call it. Layers have ComfyUI's names."""
 
     shell: BaseModel
-    """What ComfyUI calls, with the network in it; it gives the network's own answer, not the picture that stands for."""
+    """The object that ComfyUI calls, with the network in it; it returns the network's own prediction, not the denoised image."""
     patcher: ModelPatcher
     delegate_of: ModelPatcher | None = None
-    """The MODEL that stands for this one where ComfyUI loads weights layer by layer, which training cannot do."""
+    """The MODEL that this one replaces if ComfyUI loads its weights layer by layer, which training cannot use."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         now = self.schedule.at(t, x_t.float())
@@ -51,8 +54,8 @@ class ModelDenoiser(Denoiser):
         return self.shell.apply_model(shown, sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked)
 
     def _asked(self, x_t: Tensor, context: Tensor, label: Label | None) -> dict[str, Tensor]:
-        """What the family makes of captions."""
-        if self.architecture is not None and label is not None:  # SDXL, each example with sizes of its own
+        """The conditions that the model family makes from captions."""
+        if self.architecture is not None and label is not None:  # SDXL: each example has its own sizes
             return {"c_crossattn": context, "y": label.vector()}
         told = {"cross_attn": context, "noise": x_t, "device": x_t.device}
         if label is not None:
@@ -78,14 +81,16 @@ class ModelDenoiser(Denoiser):
     @property
     def lora_names(self) -> dict[str, str]:
         layers = (path for path, module in self.network.named_modules() if hasattr(module, "weight"))
-        own = (path for path in layers if not {"base_layer", "lora_A", "lora_B"} & {*path.split(".")})  # of a LoRA that is on it
+        own = (
+            path for path in layers if not {"base_layer", "lora_A", "lora_B"} & {*path.split(".")}
+        )  # not parts of a LoRA on it
         return {path: f"diffusion_model.{path}" for path in own}
 
     @property
     def inner_blocks(self) -> list[str]:
-        # Blocks of Flux and others write over what they are given: computed again they would answer otherwise.
+        # Blocks of Flux and others overwrite their inputs: recomputed, they would predict something else.
         if not isinstance(self.network, MMDiT):
-            raise ValueError("gradient_checkpointing is for UNets and SD3 alone; set it to false in the recipe")
+            raise ValueError("gradient_checkpointing works only for UNets and SD3; set it to false in the recipe")
         return [f"joint_blocks.{number}" for number in range(len(self.network.joint_blocks))]
 
     @property
@@ -97,16 +102,16 @@ class ModelDenoiser(Denoiser):
 
 
 class UNetDenoiser(ModelDenoiser):
-    """The same of a UNet of the Stable Diffusion family, whose layers have canonical names, and kohya's in files."""
+    """A `ModelDenoiser` for UNets of the Stable Diffusion family: canonical layer names, and kohya's names in files."""
 
     spelling = "ldm"
     lora_names, inner_blocks, path = Denoiser.lora_names, Denoiser.inner_blocks, Denoiser.path
 
 
 def shared_base(model: ModelPatcher) -> ModelDenoiser:
-    """A MODEL's own network, with its patches, to put a LoRA on; the MODEL itself stays as it is.
+    """A MODEL's own network, with its patches, to put a LoRA on; the MODEL itself does not change.
 
-    All else is unloaded to make room. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained so.
+    Unloads all other models to free memory. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained.
     """
     architecture = unet_of(model)
     sampling_kind, delegate_of = _trainable_sampling(model, architecture), None
@@ -121,7 +126,7 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
     sampling.calculate_denoised = lambda sigma, output, x: output
     return (UNetDenoiser if architecture else ModelDenoiser)(
         network=shell.diffusion_model,
-        architecture=architecture,
+        architecture=architecture,  # type: ignore[arg-type]  # None of other families, whose layers have ComfyUI's names
         sampling=sampling_kind,
         noise_levels=schedule_of(model),
         origin=told_of(model),
@@ -132,23 +137,25 @@ def shared_base(model: ModelPatcher) -> ModelDenoiser:
 
 
 def _trainable_sampling(model: ModelPatcher, architecture: Architecture | None) -> ModelSampling:
-    """How a MODEL is sampled; ``ValueError`` where its network could not be trained."""
+    """How a MODEL is sampled; ``ValueError`` if its network cannot be trained."""
     prediction_or_flow(model)
     form = model.model.latent_format
     if form.latent_dimensions != 2:
-        raise ValueError(f"this MODEL ({type(model.model).__name__}) is none of pictures, which alone are trained here")
+        raise ValueError(
+            f"this MODEL ({type(model.model).__name__}) is not an image model; only image models can be trained here"
+        )
     if architecture and architecture.channels("conv_in")[0] != form.latent_channels:
-        raise ValueError("this MODEL reads more than a latent: inpainting and editing models are not trained here")
+        raise ValueError("this MODEL reads more than a latent: inpainting and editing models cannot be trained here")
     if model.injections:
         raise ValueError(
-            "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA in place of Load LoRA (Bypass)"
+            "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA instead of Load LoRA (Bypass)"
         )
     return sampling_of(model)
 
 
 @contextlib.contextmanager
 def opened_base(model: ModelPatcher) -> Iterator[ModelDenoiser]:
-    """A MODEL's `shared_base` while it is open; a network that was loaded for that alone is let go of afterwards."""
+    """A MODEL's `shared_base` while it is open; afterwards a network loaded only for it is released."""
     base = shared_base(model)
     try:
         yield base
@@ -160,10 +167,10 @@ def opened_base(model: ModelPatcher) -> Iterator[ModelDenoiser]:
 
 @contextlib.contextmanager
 def with_gradients(base: ModelDenoiser) -> Iterator[None]:
-    """While open, ComfyUI's networks compute in ways a gradient can pass through, and it may do so."""
+    """While open, ComfyUI's networks compute in ways that let gradients through."""
     before = comfy.model_management.in_training
     comfy.model_management.in_training = True
-    # Flux and others write over what the gradient needs; then it keeps a copy.
+    # Flux and others overwrite tensors that the gradient needs; then it keeps a copy.
     writes_over = contextlib.nullcontext() if base.architecture else torch.autograd.graph.allow_mutation_on_saved_tensors()
     try:
         with writes_over:
@@ -181,38 +188,50 @@ def draw_latents(
     batch_size: int,
     on_item: Callable[[int, int], None],
 ) -> CachedDataset:
-    """Pictures a MODEL draws of captions, and their noisy states, as training data on disk; see `teacher_data.draw_dataset`.
+    """Images a MODEL samples from captions, and their noisy states, as training data on disk; see `teacher_data.draw_dataset`.
 
-    making: its size is in pixels as the MODEL's latents count them.
+    making: its size is in pixels; the MODEL's own downscaling ratio converts it to latents.
     """
     ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
-    making = replace(making, size=tuple(side // ratio * 8 for side in making.size))  # the core's latents are an eighth
+    height, width = (side // ratio * 8 for side in making.size)  # the core's latents are one eighth of the size
+    making = replace(making, size=(height, width))
     told = f"{model_fingerprint(model)} {sampling_words(model)}"
     with contextlib.ExitStack() as stack:
         load = partial(stack.enter_context, opened_base(model))
-        options = {"schedule": schedule_of(model), "batch_size": batch_size, "on_item": on_item}
-        return draw_dataset(load, told, captions, null, making, folder, **options)
+        return draw_dataset(
+            load,
+            told,
+            captions,
+            null,
+            making,
+            folder,
+            schedule=schedule_of(model),
+            batch_size=batch_size,
+            on_item=on_item,
+        )
 
 
-def forecast_shared_base(model: ModelPatcher, teacher: ModelPatcher | None, data: Dataset, recipe: Recipe) -> Forecast | None:
-    """The memory a step needs where a UNet's MODEL learns from itself; None for others."""
+def forecast_shared_base(
+    model: ModelPatcher, teacher: ModelPatcher | None, data: Dataset, recipe: TrainingSettings
+) -> Forecast | None:
+    """The memory of a training step if a UNet's MODEL learns from itself; None otherwise."""
     if teacher is not None or unet_of(model) is None:
         return None
     return forecast_memory([model], model, None, data, recipe, shares_base=True)
 
 
-def twin(module: nn.Module, seen: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A module of its own on the same weights, through which a gradient can pass to what is put on it.
+def twin(module: _Module, seen: dict[int, Any] | None = None) -> _Module:
+    """An alias of a module: a new module on the same weights that lets gradients through to layers added to it.
 
-    Its weights lie in the same memory as the given module's, frozen, as ordinary tensors even where those were made in
-    inference mode. What is put on it or hooked to it leaves the given module alone. Call it outside inference mode.
+    Its weights share memory with the given module's. They are frozen, and ordinary tensors even if the given ones were made in
+    inference mode. Layers and hooks added to it do not affect the given module. Call it outside inference mode.
     """
     seen = {} if seen is None else seen
     if id(module) in seen:
         return seen[id(module)]
     own = seen[id(module)] = module.__new__(type(module))
     own.__dict__ = {name: copy.copy(value) if isinstance(value, (dict, list)) else value for name, value in vars(module).items()}
-    own.__dict__.pop("forward", None)  # what a LoRA in bypass mode left behind computes with the given module's weights
+    own.__dict__.pop("forward", None)  # left by a LoRA in bypass mode, it would compute with the given module's weights
     own._parameters = {
         name: p if p is None else nn.Parameter(_alias(p), requires_grad=False) for name, p in module._parameters.items()
     }

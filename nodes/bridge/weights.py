@@ -1,4 +1,4 @@
-"""The weights a MODEL's network computes with, whatever they are kept in."""
+"""The weights a MODEL's network computes with, in any stored format."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ _OTHER_VERSION = "load the fp16, bf16 or fp8 version of the model"
 
 
 def shapes_of(network: nn.Module) -> dict[str, Size]:
-    """Shapes of a network's parameters, by ComfyUI's names; of quantised ones that of the weights they stand for."""
+    """Shapes of a network's parameters, by ComfyUI's names; a quantised parameter has the shape of its original weight."""
     return {name: weight.shape for name, weight in network.named_parameters() if not name.endswith(_SCALES_OF_INPUTS)}
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters of a network by ComfyUI's names, as they are kept; ``ValueError`` where a weight cannot be read from that."""
-    found = {name: weight for name, weight in network.named_parameters() if not name.endswith(_SCALES_OF_INPUTS)}
+    """Parameters of a network by ComfyUI's names, as stored; ``ValueError`` if a weight cannot be read from them."""
+    parameters = network.named_parameters()
+    found: dict[str, Tensor] = {name: weight for name, weight in parameters if not name.endswith(_SCALES_OF_INPUTS)}
     for name, weight in found.items():
         if type(weight) not in (Tensor, nn.Parameter, QuantizedTensor) or not weight.is_floating_point():
             raise ValueError(
-                f"{name} is quantised in a way that is not read here ({type(weight).__name__}, {weight.dtype}); {_OTHER_VERSION}"
+                f"{name} is quantised in a way that is not supported ({type(weight).__name__}, {weight.dtype}); {_OTHER_VERSION}"
             )
     for path, layer in network.named_modules():
         if getattr(layer, "pre_quant_scale", None) is not None:
-            raise ValueError(f"{path} is quantised for inputs of another scale, which is not read here; {_OTHER_VERSION}")
+            raise ValueError(f"{path} is quantised for scaled inputs, which is not supported; {_OTHER_VERSION}")
     return found
 
 
 def patched_weights(model: ModelPatcher) -> dict[str, Tensor]:
-    """Weights of a loaded MODEL on the CPU with the patches (LoRA) that are on it, by ComfyUI's names.
+    """Weights of a loaded MODEL on the CPU, with its patches (LoRA), by ComfyUI's names.
 
-    Quantised weights come in the precision they compute in. ``ValueError`` as `weights_of`.
+    Quantised weights come in the precision they compute in. ``ValueError`` as in `weights_of`.
     """
     network = model.model.diffusion_model
     patched = model.model_state_dict_for_saving(network, "diffusion_model.")
@@ -45,6 +46,6 @@ def patched_weights(model: ModelPatcher) -> dict[str, Tensor]:
 def _dequantised(model: ModelPatcher, name: str) -> Tensor:
     weight = model.model.diffusion_model.get_parameter(name)
     layer = model.model.diffusion_model.get_submodule(name.rpartition(".")[0])
-    if not getattr(layer, "comfy_patched_weights", False):  # otherwise loading it has put the patches on
+    if not getattr(layer, "comfy_patched_weights", False):  # else loading has already applied the patches
         weight = model.patch_weight_to_device(f"diffusion_model.{name}", device_to=model.load_device, return_weight=True)
     return weight.dequantize().detach().to("cpu")

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from distill_core.cli import main
 from distill_core.demo.teacher import teacher_file
-from distill_core.files import open_unet, save_unet
-from distill_core.plan import preset_names
+from distill_core.networks.files import open_unet, save_unet
+from distill_core.pruning.plan import plan_in, preset_names
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def teacher(small_teacher, tmp_path):
 def test_prune_writes_a_student(teacher, tmp_path, capsys):
     out = tmp_path / "student.safetensors"
     assert main(["prune", str(teacher), str(out), "--preset", "bk-sdm-small", "--dtype", "fp16"]) == 0
-    assert open_unet(out).dtype == "f16" and open_unet(out).plan.name == "bk-sdm-small"
+    assert open_unet(out).dtype == "f16" and plan_in(open_unet(out).metadata).name == "bk-sdm-small"
     assert "fewer than the teacher" in capsys.readouterr().out
 
 
@@ -138,7 +138,7 @@ def test_prune_takes_the_text_of_a_plan(plan, teacher, tmp_path):
 def test_keep_chooses_other_blocks_of_a_preset_and_nothing_else(teacher, tmp_path, capsys):
     arguments = ["prune", str(teacher), str(tmp_path / "s.safetensors")]
     assert main([*arguments, "--preset", "bk-sdm-base", "--keep", "mid.attn.0=0"]) == 2
-    assert "keeps no part of 'mid.attn.0'" in capsys.readouterr().err
+    assert "does not thin out 'mid.attn.0'" in capsys.readouterr().err
     assert main([*arguments, "--plan", "keep mid none", "--keep", "mid.attn.0=0"]) == 2
     assert "--keep changes a preset" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -3,7 +3,7 @@ import torch
 
 from distill_core.demo import digits
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
-from distill_core.plan import name_map, preset
+from distill_core.pruning.plan import name_map, preset
 from distill_core.quickstart import Settings, judge
 
 

@@ -1,144 +1,528 @@
-import math
-from dataclasses import replace
-from typing import get_type_hints
+"""``distill train`` from the outside: what people write, what they see, what is left when it is killed."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from distill_core import analyse, quickstart
-from distill_core.documents import read_toml
-from distill_core.job import DataSettings, SampleSettings
-from distill_core.one_to_many import StudentsSettings
-from distill_core.recipe import RANGES, Recipe, check_range, from_mapping, to_toml
+from distill_core.cli import main
+from distill_core.data.images import sizes
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import plan_in, preset
+from distill_core.recipe import Prepared, Recipe, TeacherSettings, example, example_names
+from distill_core.routing.experts import Experts
+from distill_core.training.checkpoints import checkpoints_in
+from distill_core.training.processes import ALONE, Processes
 
-
-@pytest.mark.parametrize(
-    "field,value",
-    [("total_steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("caption_dropout", 1.5), ("lr_schedule", "cosin"),
-     ("objective", "kd"), ("warmup_steps", -1), ("max_grad_norm", 0.0), ("save_every_steps", 0), ("weight_decay", -1.0),
-     ("weighting", "snr"), ("optimizer", "adam"), ("precision", "fp8"), ("weight_dtype", "fp16"), ("ema_decay", 1.0),
-     ("teacher_mode", "all"), ("teacher_shares", (0.5, 0.0)), ("teacher_shares", (1.0, math.inf)), ("trackers", ("comet",)), ("accumulation_steps", 0),
-     ("task_weight", -1.0), ("timestep_range", (5, 5)), ("timestep_range", (5,)), ("lora_rank", -1), ("learning_rate", math.nan), ("noise_offset", 2.0), ("input_perturbation", -0.1),
-     ("timesteps", "normal"), ("snr_gamma", 0.0), ("keep_checkpoints", 0), ("validation_share", 0.9)],
-)  # fmt: skip
-def test_a_bad_setting_is_named(field, value):
-    with pytest.raises(ValueError, match=field):
-        Recipe(**{field: value})
-
-
-def test_every_number_of_a_recipe_has_a_range():
-    hints = get_type_hints(Recipe)
-    numbers = {name for name, hint in hints.items() if hint in (int, float, int | None, float | None)}
-    assert numbers - RANGES.keys() == {"learning_rate", "max_grad_norm", "snr_gamma"}  # above 0 is all there is to say
-
-
-@pytest.mark.parametrize("name", RANGES)
-@pytest.mark.parametrize("value", [10**30, -(10**30), math.nan, math.inf, True, "1", [1], 1.5], ids=repr)
-def test_no_number_is_taken_that_is_none_or_out_of_its_range(name, value):
-    """A link in a graph gives whatever comes, past the widget and its bounds."""
-    if get_type_hints(Recipe)[name] in (float, float | None) and value == 1.5:
-        return
-    with pytest.raises(ValueError, match=rf"^{name} must be "):
-        Recipe(**{name: value})
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+JOB = """
+run = "run"
+[teacher]
+file = "demo"
+[student]
+preset = "bk-sdm-base"
+[data]
+prompts = "prompts.txt"
+resolution = "64"
+guidance = 2.0
+sampler_steps = 4
+images_per_prompt = 2
+[training]
+total_steps = 4
+batch_size = 4
+learning_rate = 1e-3
+save_every_steps = 2
+"""
 
 
-def test_the_bounds_of_a_range_are_in_it():
-    for name, bounds in RANGES.items():
-        for bound in bounds:
-            check_range(name, bound, bounds)
-        with pytest.raises(ValueError, match=f"{name} must be between"):
-            check_range(name, bounds[1] + 1, bounds)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with prompts and their pictures, so that the teacher draws once for all tests."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "prompts.txt").write_text("the digit one\nthe digit two\nthe digit three\n\nthe digit four\n")
+    (folder / "job.toml").write_text(JOB)
+    Prepared(Recipe.read(folder / "job.toml"), ALONE)
+    return folder
 
 
-@pytest.mark.parametrize(
-    "kind,settings,message",
-    [(StudentsSettings, {"count": 10**7}, "count must be between 1 and 100, got 10,000,000"), (StudentsSettings, {"overlap": -1}, "overlap must be"),
-     (StudentsSettings, {"joint_steps": 1.0}, "joint_steps must be a whole number, got 1.0"), (StudentsSettings, {"boundaries": 5}, "boundaries must be text"),
-     (DataSettings, {"images_per_prompt": 10**9}, "images_per_prompt must be between 1 and 10,000,000"), (DataSettings, {"encode_batch_size": 0}, "encode_batch_size must be"),
-     (DataSettings, {"guidance": math.nan}, "guidance must be between 1 and 100, got nan"), (DataSettings, {"resolution": "64000000"}, "resolution must be between 8 and 16,384"),
-     (DataSettings, {"sampler_steps": 10**6}, "sampler_steps must be"), (DataSettings, {"trajectory_states": -1}, "trajectory_states must be"),
-     (SampleSettings, {"steps": 0}, "steps must be between 1 and 1,000"), (SampleSettings, {"guidance": math.inf}, "guidance must be"),
-     (SampleSettings, {"resolution": "64x6400000"}, "resolution must be"), (SampleSettings, {"prompts": "one"}, "prompts must be a list, each entry text"),
-     (quickstart.Settings, {"num_samples": 1}, "num_samples must be"), (quickstart.Settings, {"train_steps": 10**12}, "train_steps must be"),
-     (quickstart.Settings, {"seed": 2**70}, "seed must be"), (quickstart.Settings, {"sample_steps": 0}, "sample_steps must be"),
-     (analyse.Settings, {"saving": 1.0}, "saving must be between 0.01 and 0.95, got 1"), (analyse.Settings, {"saving": math.nan}, "saving must be"),
-     (analyse.Settings, {"num_examples": 10**9}, "num_examples must be"), (analyse.Settings, {"num_timesteps": 0}, "num_timesteps must be"),
-     (analyse.Settings, {"measure": "time"}, "measure: unknown 'time'"), (analyse.Settings, {"criterion": "size"}, "criterion: unknown 'size'")],
-)  # fmt: skip
-def test_all_settings_are_held_to_their_ranges(kind, settings, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**settings)
+@pytest.fixture
+def folder(made, tmp_path):
+    (tmp_path / "cache").symlink_to(made / "cache")
+    (tmp_path / "prompts.txt").write_text((made / "prompts.txt").read_text())
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    "settings,message",
-    [({"batch_size": 6, "accumulation_steps": 4}, "cut into 4 equal parts"),
-     ({"validate_every_steps": 5}, "both validate_every_steps and validation_share"),
-     ({"keep_best": 1}, "keep_best needs a validation loss"),
-     ({"objective": "task", "task_weight": 0.0}, "at least one loss"),
-     ({"objective": "guidance", "guidance": 3.0, "guidance_min": 3.0, "lora_rank": 4}, "it must be below guidance"),
-     ({"objective": "guidance", "guidance": 3.0, "guidance_min": 2.0}, "with lora_rank above 0"),
-     ({"weight_dtype": "bf16", "precision": "fp16"}, "precision to bf16"),
-     ({"weight_dtype": "bf16", "optimizer": "prodigy"}, "needs weight_dtype fp32")],
-)  # fmt: skip
-def test_settings_that_do_not_go_together_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**settings)
+def write(folder, *changes, name="job.toml"):
+    text = JOB
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / name).write_text(text)
+    return folder / name
 
 
-def test_learning_rate_schedules():
-    recipe = Recipe(total_steps=12, warmup_steps=2, lr_schedule="cosine")
-    factors = [recipe.lr_factor(step) for step in range(13)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert factors[7] == pytest.approx(0.5) and factors[12] == pytest.approx(0, abs=1e-9)
-    assert replace(recipe, lr_schedule="linear").lr_factor(7) == pytest.approx(0.5)
-    assert replace(recipe, lr_schedule="constant").lr_factor(11) == 1.0
-    assert all(math.isfinite(f) for f in factors)
+def weights(folder, step=-1):
+    return open_unet(checkpoints_in(folder)[step] / "student.safetensors").state_dict
 
 
-def test_a_recipe_survives_the_way_through_a_file(tmp_path):
-    recipe = Recipe(
-        objective="segmind", feature_weight=0.25, teacher_shares=(2.0, 1.0), trackers=("tensorboard",), ema_decay=0.99
-    )
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe.to_mapping()))
-    assert from_mapping(Recipe, read_toml(tmp_path / "recipe.toml"), "recipe") == recipe
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
-def test_a_file_that_powershell_wrote_is_read(encoding, tmp_path):
-    (tmp_path / "r.toml").write_bytes('run = "ä"\r\n[training]\r\ntotal_steps = 3\r\n'.encode(encoding))
-    assert read_toml(tmp_path / "r.toml") == {"run": "ä", "training": {"total_steps": 3}}
+def test_a_job_trains_to_a_student_anyone_can_open(folder, capsys):
+    assert main(["train", str(write(folder))]) == 0
+    out = capsys.readouterr()
+    assert "1,489,028 parameters, plan bk-sdm-base" in out.out and "8 examples" in out.out and "step 4:" in out.out
+    student = open_unet(folder / "run" / "checkpoints" / "00000004" / "student.safetensors")
+    assert plan_in(student.metadata).name == "bk-sdm-base" and student.architecture.num_parameters == 1_489_028
+    assert student.origin == open_unet(folder / "run" / "pruned.safetensors").origin != {}
 
 
-@pytest.mark.parametrize(
-    "table,message",
-    [({"learning_rat": 1e-3}, "did you mean 'learning_rate'"), ({"zzz": 1}, "the settings are"),
-     ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"), ({"compile": 1}, "compile must be true or false"),
-     ({"trackers": "wandb"}, "trackers must be a list, each entry text"), ({"optimizer": "adm"}, "recipe: optimizer: unknown 'adm'")],
-)  # fmt: skip
-def test_what_is_wrong_in_a_file_is_named(table, message):
-    with pytest.raises(ValueError, match=message):
-        from_mapping(Recipe, table, "recipe")
+def test_the_memory_of_a_step_is_told_before_the_first(folder, capsys):
+    job = write(folder)
+    assert main(["train", str(job)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("The most memory is needed in") < out.index("teacher weights") < out.index("total  ") < out.index("step 4:")
+    assert main(["train", str(job), "--resume"]) == 0
+    assert "The most memory" not in capsys.readouterr().out  # there is no step left
 
 
-def test_a_whole_number_will_do_where_a_number_is_asked():
-    assert from_mapping(Recipe, {"learning_rate": 1}, "recipe").learning_rate == 1
+def test_where_memory_is_short_it_says_what_helps(folder):
+    prepared = Prepared(Recipe.read(write(folder, ('file = "demo"', 'file = "demo"\noffload = true'))), ALONE)
+    told = prepared.describe_memory(None)
+    assert prepared.describe_memory(1 << 40) == told and "offloaded" not in told
+    table, advice = prepared.describe_memory(30 << 20).split("A step needs about ")
+    assert table.strip() == told and "0.03 GiB are free" in advice and "saves" in advice and "offloaded" not in advice
 
 
-@pytest.mark.parametrize("text", ["total_steps = ", "\x00"])
-def test_a_damaged_file_is_one_sentence(text, tmp_path):
-    (tmp_path / "r.toml").write_text(text)
-    with pytest.raises(ValueError, match="r.toml is not valid TOML"):
-        read_toml(tmp_path / "r.toml")
+def test_json_tells_where_the_student_is(folder, capsys):
+    assert main(["train", str(write(folder)), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["step"] == 4 and Path(facts["file"]).exists()
 
 
-def test_weights_override_the_objectives_own():
-    aim = Recipe(objective="laptop-diff", task_weight=0.0, feature_weight=3.0).aim
-    assert aim.weights == {"task": 0.0, "output": 1.0, "normalised_feature": 3.0}
-    assert Recipe(objective="task", output_weight=0.5).aim.weights == {"task": 1.0, "output": 0.5}
+def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
+    job = write(folder, ("total_steps = 4", "total_steps = 2"))
+    assert main(["train", str(job)]) == 0
+    longer = write(folder)
+    assert main(["train", str(longer)]) == 2
+    assert "resume it with --resume" in capsys.readouterr().err
+    assert main(["train", str(longer), "--resume"]) == 0 and checkpoints_in(folder / "run")[-1].name == "00000004"
+    assert main(["train", str(longer), "--resume"]) == 0  # a run that is complete returns at once
 
 
-@pytest.mark.parametrize("settings,several,free", [
-    ({}, False, True), ({}, True, False), ({"teacher_mode": "mixture"}, True, True), ({"lr_schedule": "linear"}, False, False),
+@pytest.mark.parametrize("changes,message", [
+    ([("preset =", "preste =")], "did you mean 'preset'"),
+    ([("[training]", "[trainin]")], "did you mean 'training'"),
+    ([('run = "run"', "")], "run is missing"),
+    ([('file = "demo"', 'file = "none.safetensors"')], "none.safetensors does not exist"),
+    ([('file = "demo"', 'file = "demo"\ndtype = "int3"')], "dtype: unknown 'int3'"),
+    ([('file = "demo"', 'file = "demo"\noffload = true\ndtype = "int8"')], "int8 teacher cannot be offloaded"),
+    ([('prompts = "prompts.txt"', 'prompts = "none.txt"')], "cannot read .*none.txt"),
+    ([('prompts = "prompts.txt"', 'prompts = "prompts.txt"\nimages = "x"')], "one of images, dataset and prompts"),
+    ([('resolution = "64"', 'resolution = "abc"')], "abc"),
+    ([("batch_size = 4", "batch_size = 4\naccumulation_steps = 3")], "3 equal parts"),
+    ([('preset = "bk-sdm-base"', 'preset = "ssd-1b"')], "plan for SDXL"),
+    ([("learning_rate = 1e-3", "learning_rate = 1e-3\nsample_every_steps = 1")], r"\[samples\]: prompts is missing"),
+    ([("[student]", "student = 3\n[x]")], "there is no setting 'x'|student must be a section"),
+    ([("images_per_prompt = 2", f"images_per_prompt = {10**9}")], "images_per_prompt must be between 1 and 10,000,000"),
+    ([('preset = "bk-sdm-base"', "")], "student and teacher are the same model"),
+    ([('preset = "bk-sdm-base"', ""), ("[training]", '[training]\nobjective = "guidance"\nlora_rank = 2')], "are the same model"),
+    ([("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2"), ("[training]", '[training]\nobjective = "guidance"\nguidance = 3.0')],
+     r"\[training\] learns guidance 3, but \[data\] samples trajectories with 2; set both"),
 ])  # fmt: skip
-def test_the_total_may_change_where_no_step_depends_on_it(settings, several, free):
-    assert ("total_steps" in Recipe(**settings).may_change(several)) == free
+def test_bad_jobs_end_in_one_sentence(changes, message, folder, capsys):
+    import re
+
+    assert main(["train", str(write(folder, *changes))]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
+
+
+def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
+    pytest.importorskip("peft")
+    training = 'objective = "guidance"\nguidance = 2.0\ncaption_dropout = 0.0\nlora_rank = 4'
+    path = write(folder, ("[student]\npreset = \"bk-sdm-base\"\n", ""), ("[training]", f"[training]\n{training}"),
+                 ('file = "demo"', 'file = "demo"\ndtype = "bf16"'))  # fmt: skip
+    prepared = Prepared(Recipe.read(path), ALONE)
+    student = prepared.student()
+    teacher = prepared.teachers(student).at(0)
+    assert prepared.shares_base and teacher.network is student.network and student.dtype == torch.bfloat16
+    parts = dict(prepared.forecast().parts)
+    assert parts["teacher weights"] == 0 and parts["student weights"] < 2.5 * prepared.architecture.num_parameters
+    prepared.train(lambda progress: None)
+    assert prepared.run.result_file.name == "lora.safetensors"
+    changes = ("[training]", f"[training]\n{training}"), ('run = "run"', 'run = "pruned"')
+    unshared = Recipe.read(write(folder, *changes))
+    assert not Prepared(unshared, ALONE).shares_base
+    for joint_steps, shares in ((0, True), (5, False)):
+        experts = f"[experts]\ncount = 2\njoint_steps = {joint_steps}\n\n[training]\n{training}"
+        several = write(
+            folder,
+            ('[student]\npreset = "bk-sdm-base"\n', ""),
+            ("[training]", experts),
+            ('run = "run"', f'run = "{joint_steps}"'),
+        )
+        assert Prepared(Recipe.read(several), ALONE).shares_base == shares
+
+
+@pytest.mark.parametrize("dtype,stored", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.float8_e4m3fn)])
+def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
+    prepared = Prepared(Recipe.read(write(folder)), ALONE)
+    file = prepared.teacher_files[0]
+    plain = prepared.teacher(TeacherSettings(file="demo"), file)
+    teacher = prepared.teacher(TeacherSettings(file="demo", dtype=dtype), file)
+    convolution = teacher.module("down.0.resnet.0").conv1.weight
+    assert convolution.dtype == stored and teacher.dtype == {"fp8": torch.bfloat16}.get(dtype, stored)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.randn(2, 8, 64)
+    with torch.no_grad():
+        answer = teacher(inputs[0].to(teacher.dtype), inputs[1], inputs[2].to(teacher.dtype)).float()
+        expected = plain(*inputs)
+    assert 0 < (answer - expected).norm() < 0.15 * expected.norm()
+
+
+def test_an_offloaded_teacher_lies_in_the_computers_memory(folder):
+    prepared = Prepared(Recipe.read(write(folder)), ALONE)
+    teacher = prepared.teacher(TeacherSettings(file="demo", offload=True), prepared.teacher_files[0])
+    hooks = [m for m in teacher.network.modules() if getattr(m, "_diffusers_hook", None) is not None]
+    assert hooks and {p.device.type for p in teacher.network.parameters()} == {"cpu"} and teacher.device == prepared.device
+
+
+@pytest.mark.parametrize(
+    "run,message", [("file/run", "cannot write"), ("begun", "was started with learning_rate"), ("full", "is not a run")]
+)
+def test_a_run_that_cannot_be_is_refused_before_data_are_made(run, message, folder, capsys, monkeypatch):
+    def late(*_):
+        raise AssertionError("too late")
+
+    (folder / "file").write_text("")
+    (folder / "full").mkdir()
+    (folder / "full" / "thing").write_text("")
+    if run == "begun":
+        assert main(["train", str(write(folder, ('run = "run"', 'run = "begun"'), ("total_steps = 4", "total_steps = 1")))]) == 0
+    monkeypatch.setattr(Prepared, "_dataset", late)
+    job = write(folder, ('run = "run"', f'run = "{run}"'), ("learning_rate = 1e-3", "learning_rate = 2e-3"))
+    assert main(["train", str(job), "--resume"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_range_of_guidance_is_drawn_and_learnt(tmp_path):
+    pytest.importorskip("peft")
+    training = 'objective = "guidance"\nguidance = 2.0\nguidance_min = 1.0\ncaption_dropout = 0.0\nlora_rank = 2'
+    (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
+    states = ("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2")
+    path = write(tmp_path, states, ('[student]\npreset = "bk-sdm-base"\n', ""), ("[training]", f"[training]\n{training}"))
+    prepared = Prepared(Recipe.read(path), ALONE)
+    assert prepared.dataset.scales == (1.0, 2.0)
+    prepared.train(lambda progress: None)
+    assert prepared.run.complete
+
+
+def test_fine_tuning_a_finished_student_is_the_same_engine(folder):
+    assert main(["train", str(write(folder))]) == 0
+    student = checkpoints_in(folder / "run")[-1] / "student.safetensors"
+    tune = write(folder, ('file = "demo"', f'file = "{student}"'), ("[student]\npreset", "[student]\n# preset"),
+                 ('run = "run"', 'run = "tuned"'), ("[training]", '[training]\nobjective = "task"'),
+                 ('prompts = "prompts.txt"', 'encoders = "demo"'))  # fmt: skip
+    assert main(["train", str(tune)]) == 0
+    before, after = open_unet(student).state_dict, weights(folder / "tuned")
+    assert before.keys() == after.keys() and not same(before, after)
+
+
+def test_a_student_from_a_file_learns_from_its_teacher(folder, capsys):
+    assert main(["train", str(write(folder))]) == 0
+    file = checkpoints_in(folder / "run")[-1] / "student.safetensors"
+    again = write(folder, ('preset = "bk-sdm-base"', f'file = "{file}"'), ('run = "run"', 'run = "again"'))
+    assert main(["train", str(again)]) == 0
+    assert "plan bk-sdm-base" in capsys.readouterr().out
+    wrong = write(folder, ('file = "demo"', f'file = "{file}"'), ('preset = "bk-sdm-base"', 'preset = "bk-sdm-tiny"'),
+                  ('run = "run"', 'run = "wrong"'), ('prompts = "prompts.txt"', 'encoders = "demo"'))  # fmt: skip
+    assert main(["train", str(wrong)]) == 2 and "already pruned" in capsys.readouterr().err
+
+
+def test_images_are_encoded_and_trained_on(folder, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("L", (80, 64), 60 * number).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"the digit {number}")
+    job = write(folder, ('prompts = "prompts.txt"', 'images = "pictures"\ncache = "encoded"\nflip = true'))
+    assert main(["train", str(job)]) == 0
+    assert Prepared(Recipe.read(job), ALONE).dataset.bucket_sizes == [6]
+
+
+# --- killed
+
+
+def launch(folder, *arguments):
+    return subprocess.Popen([sys.executable, "-m", "distill_core", "train", *arguments], cwd=folder, env=ENVIRONMENT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", example_names())
+def test_example_recipes_are_as_people_get_them(name, tmp_path, capsys):
+    assert main(["recipes", name]) == 0
+    (tmp_path / "recipe.toml").write_text(capsys.readouterr().out)
+    job = Recipe.read(tmp_path / "recipe.toml")
+    assert job.run.endswith(name) or name == "student-lora"
+    assert (job.experts is not None) == ("experts" in name)
+    assert sizes(job.data.resolution) and (job.student.preset is None or preset(job.student.preset))
+    ALONE.check(job.training)
+
+
+def test_published_recipes_say_what_was_published(tmp_path):
+    (tmp_path / "recipe.toml").write_text(example("portrait"))
+    recipe = Recipe.read(tmp_path / "recipe.toml").training
+    assert (recipe.total_steps, recipe.learning_rate, recipe.precision) == (131_000, 1e-4, "fp16")
+    assert (recipe.batch_size, recipe.accumulation_steps) == (32 * 4, 4)
+    (tmp_path / "recipe.toml").write_text(example("ssd-1b"))
+    job = Recipe.read(tmp_path / "recipe.toml")
+    assert len(job.teachers) == 3 and job.training.teacher_mode == "sequence" and len(sizes(job.data.resolution)) == 9
+
+
+def test_recipes_are_listed_by_their_first_line(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == example_names()
+    assert main(["recipes", "none"]) == 2 and "choose from" in capsys.readouterr().err
+
+
+LONG = [("total_steps = 4", "total_steps = 40"), ("save_every_steps = 2", "save_every_steps = 3\nema_decay = 0.9")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made):
+    job = write(made, *LONG, ('run = "run"', 'run = "whole"'), name="whole.toml")
+    assert main(["train", str(job), "--json"]) == 0
+    return made / "whole"
+
+
+def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folder, uninterrupted):
+    """Kill -9, again and again, until it is through."""
+    job, moment, kills = write(folder, *LONG), random.Random(0), 0
+    while not (checkpoints := checkpoints_in(folder / "run")) or checkpoints[-1].name != "00000040":
+        process = launch(folder, str(job), "--resume")
+        deadline, metrics = time.monotonic() + 60, folder / "run" / "metrics.csv"
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size > seen):
+            time.sleep(0.01)
+        time.sleep(moment.random() * (0.5 if kills < 4 else 60))
+        process.kill()
+        error = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), error
+        kills += process.returncode != 0
+    assert kills >= 3
+    assert same(weights(folder / "run"), weights(uninterrupted))
+    assert (folder / "run" / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+
+
+def test_ctrl_c_keeps_every_step_and_says_how_to_go_on(folder):
+    process = launch(folder, str(write(folder, ("total_steps = 4", "total_steps = 4000"))))
+    metrics = folder / "run" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "resume with the same command and --resume" in error
+    assert int(checkpoints_in(folder / "run")[-1].name) == len(metrics.read_text().splitlines()) - 1
+
+
+# --- fine-tuning a finished student
+
+FINE_TUNING = [
+    ('[teacher]\nfile = "demo"', ""),
+    ('preset = "bk-sdm-base"', 'file = "finished.safetensors"'),
+    ('prompts = "prompts.txt"', ""),
+    ("[training]", '[training]\nobjective = "task"'),
+]
+
+
+@pytest.fixture
+def finished(folder, uninterrupted):
+    (folder / "finished.safetensors").symlink_to(checkpoints_in(uninterrupted)[-1] / "student.safetensors")
+    return weights(uninterrupted)
+
+
+def test_a_finished_student_is_fine_tuned_without_a_teacher(folder, finished, capsys):
+    assert main(["train", str(write(folder, *FINE_TUNING))]) == 0
+    assert "teacher   none" in capsys.readouterr().out
+    tuned = weights(folder / "run")
+    assert tuned.keys() == finished.keys() and not same(tuned, finished)
+    assert "distill.skips" in open_unet(checkpoints_in(folder / "run")[-1] / "student.safetensors").origin
+
+
+def test_a_lora_of_a_student_is_trained_and_resumed(folder, finished):
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file
+
+    lora = ("[training]", "[training]\nlora_rank = 2\nlora_alpha = 1.0\nema_decay = 0.9")
+    assert main(["train", str(write(folder, *FINE_TUNING, lora))]) == 0
+    whole = load_file(checkpoints_in(folder / "run")[-1] / "lora.safetensors")
+    other = ('run = "run"', 'run = "other"')
+    shorter = write(folder, *FINE_TUNING, lora, other, ("total_steps = 4", "total_steps = 3"))
+    assert main(["train", str(shorter)]) == 0
+    assert main(["train", str(write(folder, *FINE_TUNING, lora, other)), "--resume"]) == 0
+    resumed = load_file(checkpoints_in(folder / "other")[-1] / "lora.safetensors")
+    assert same(whole, resumed) and any(w.abs().max() for name, w in whole.items() if "lora_up" in name)
+    assert {float(w) for name, w in whole.items() if name.endswith(".alpha")} == {1.0}
+
+
+@pytest.mark.parametrize("changes,message", [
+    ([*FINE_TUNING[:3]], "teacher is missing; add"),
+    ([FINE_TUNING[0], FINE_TUNING[3]], r"\[student\] needs a file if there is no teacher"),
+    ([*FINE_TUNING, ("[training]", '[training]\nlora_rank = 2\nlora_targets = ["*.attn3.*"]')], r"'\*.attn3.\*' matches no layer"),
+])  # fmt: skip
+def test_fine_tuning_that_cannot_be_is_refused(changes, message, folder, finished, capsys):
+    import re
+
+    assert main(["train", str(write(folder, *changes))]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+# --- several processes
+
+CPU = {"ACCELERATE_USE_CPU": "true"}
+"""accelerate launch starts several processes on GPUs, and on a CPU by MPI alone; torchrun does the same by gloo."""
+
+
+@pytest.mark.parametrize("extra,environment", [
+    ([("batch_size = 4", "batch_size = 4\naccumulation_steps = 2")], {}),
+    ([("batch_size = 4", "batch_size = 4\naccumulation_steps = 2\nema_decay = 0.9\ngradient_checkpointing = true")],
+     {"ACCELERATE_USE_FSDP": "true"}),
+], ids=["DDP", "FSDP"])  # fmt: skip
+def test_two_processes_lose_as_one_does(extra, environment, folder):
+    pytest.importorskip("accelerate")
+    alone = write(folder, *extra, ('run = "run"', 'run = "alone"'), name="alone.toml")
+    assert main(["train", str(alone), "--json"]) == 0
+    job = write(folder, *extra, ('run = "run"', 'run = "two"'), name="two.toml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "distill_core", "train", str(job)]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT | CPU | environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("and the student's weights" in done.stdout) == bool(environment) and "2 processes" in done.stdout
+    rows = [list(csv.DictReader(open(folder / name / "metrics.csv"))) for name in ("alone", "two")]
+    assert len(rows[0]) == len(rows[1]) == 4
+    for one, two in zip(*rows, strict=True):
+        for name in ("total", "task", "output", "feature"):
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5), name
+    ours, theirs = weights(folder / "alone"), weights(folder / "two")
+    # AdamW moves a weight of nearly no gradient by its sign, which rounding decides; so few are a step apart.
+    assert max((theirs[name] - ours[name]).abs().mean() for name in ours) < 1e-4
+
+
+@pytest.mark.parametrize("setting", [
+    'optimizer = "lion"', 'precision = "fp16"', 'weight_dtype = "bf16"\nprecision = "bf16"', "lora_rank = 4",
+])  # fmt: skip
+def test_what_a_sharded_student_cannot_do_is_said(setting, folder):
+    recipe = Recipe.read(write(folder, ("[training]", f"[training]\n{setting}"))).training
+    ALONE.check(recipe)
+    with pytest.raises(ValueError, match=setting.split()[0]):
+        Processes(shards=True).check(recipe)
+
+
+# --- several experts
+
+
+STUDENTS = [("[training]", '[experts]\ncount = 2\njoint_steps = 2\n[training]'), ("total_steps = 4", "total_steps = 2"),
+            ("save_every_steps = 2", "save_every_steps = 1")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_experts(made):
+    job = write(made, *STUDENTS, ('run = "run"', 'run = "two-experts"'), name="two-experts.toml")
+    assert main(["train", str(job)]) == 0
+    return Experts.read(made / "two-experts" / "experts")
+
+
+def test_a_job_trains_a_folder_of_students(two_experts, folder, capsys):
+    assert [member.plan for member in two_experts.members] == ["bk-sdm-base"] * 2 and len(two_experts.ranges) == 2
+    pruned = open_unet(two_experts.folder.parent / "pruned.safetensors")
+    experts = [open_unet(path) for path in two_experts.files]
+    assert not any(same(pruned.state_dict, student.state_dict) for student in experts)
+    assert all(student.origin == pruned.origin != {} for student in experts)
+    assert two_experts.teacher == pruned.metadata["distill.teacher"]
+
+
+def test_it_is_told_before_the_first_step_and_at_the_end(folder, two_experts, capsys):
+    job = write(folder, *STUDENTS, ("count = 2", 'boundaries = "300"'))
+    assert main(["train", str(job), "--range", "0"]) == 0
+    out = capsys.readouterr()
+    assert "experts  2, all weights, started from a student distilled for 2 steps\n1: timesteps 301 to 999" in out.out
+    assert "The most memory" in out.out and "step 4 of 6: still to train: range_1" in out.out
+    assert main(["train", str(job)]) == 2 and "resume it with --resume" in capsys.readouterr().err
+    assert main(["train", str(job), "--resume", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["step"] == 6 and Experts.read(facts["experts"]).ranges.boundaries == (300.0,)
+    assert main(["train", str(job), "--resume"]) == 0  # a training that is complete returns at once
+    assert f"step 6: {facts['experts']}" in capsys.readouterr().out
+
+
+def test_students_of_plans_of_their_own(folder, capsys):
+    plans = ("count = 2", 'count = 2\nplans = ["bk-sdm-tiny", "bk-sdm-base"]')
+    job = write(folder, *STUDENTS, plans, ('[student]\npreset = "bk-sdm-base"', ""))
+    assert main(["train", str(job)]) == 0
+    assert "1,489,028 parameters" in capsys.readouterr().out  # the largest is what memory is counted for
+    experts = Experts.read(folder / "run" / "experts")
+    assert [member.plan for member in experts.members] == ["bk-sdm-tiny", "bk-sdm-base"]
+    both = write(folder, *STUDENTS, plans)
+    assert main(["train", str(both)]) == 2 and "give either a plan in [student] or plans in [experts]" in capsys.readouterr().err
+
+
+def test_memory_is_told_for_the_stage_that_needs_the_most(folder):
+    lora = ("batch_size = 4", "batch_size = 4\nlora_rank = 2")
+    needed = [Prepared(Recipe.read(write(folder, *changes)), ALONE).describe_memory(None)
+              for changes in ([("run = \"run\"", "run = \"one\"")], [*STUDENTS, lora], [*STUDENTS, lora, ("joint_steps = 2", "joint_steps = 0")])]  # fmt: skip
+    assert needed[0] == needed[1] != needed[2]
+
+
+def test_killed_while_students_train_and_resumed_it_is_as_if_nothing_had_happened(folder, two_experts):
+    job, kills = write(folder, *STUDENTS), 0
+    for stage in ("joint", "range_1"):
+        process = launch(folder, str(job), "--resume")
+        metrics, deadline = folder / "run" / stage / "metrics.csv", time.monotonic() + 60
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not (metrics.exists() and metrics.read_text().count("\n") > 1)
+        ):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read()
+        kills += process.returncode != 0
+    assert kills and main(["train", str(job), "--resume", "--json"]) == 0
+    experts = Experts.read(folder / "run" / "experts")
+    for ours, theirs in zip(experts.files, two_experts.files, strict=True):
+        assert same(open_unet(ours).state_dict, open_unet(theirs).state_dict)
+    for stage in ("joint", "range_0", "range_1"):
+        expected = (two_experts.folder.parent / stage / "metrics.csv").read_bytes()
+        assert (folder / "run" / stage / "metrics.csv").read_bytes() == expected
+
+
+@pytest.mark.parametrize("changes,arguments,message", [
+    ([("count = 2", "cuont = 2")], [], r"\[experts\]: there is no setting 'cuont'; did you mean 'count'"),
+    ([("count = 2", 'boundaries = "abc"')], [], "boundaries must be numbers"),
+    ([("count = 2", 'split = "error"'), ("joint_steps = 2", "joint_steps = 0")], [], "set joint_steps above 0"),
+    ([("count = 2", 'plans = ["none"]'), ('preset = "bk-sdm-base"', "")], [], "cannot read .*none"),
+    ([], ["--range", "2"], "there is no expert 2; choose one of 0 to 1"),
+    ([], ["--range", "-1"], "must be at least 0"),
+    ([("[experts]\ncount = 2\njoint_steps = 2", "")], ["--range", "0"], "this recipe trains a single student"),
+])  # fmt: skip
+def test_students_that_cannot_be_end_in_one_sentence(changes, arguments, message, folder, capsys):
+    import re
+
+    try:
+        assert main(["train", str(write(folder, *STUDENTS, *changes)), *arguments]) == 2
+    except SystemExit as error:  # by argparse
+        assert error.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error

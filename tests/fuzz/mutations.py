@@ -11,7 +11,7 @@ from random import Random
 
 import tomli_w
 
-from distill_core.storage import _BYTES
+from distill_core.base.storage import _BYTES
 
 NASTY = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 0.0, -0.0, 0.5, 1e308, "", " ", "0", "-1", "../../x", "/dev/zero",

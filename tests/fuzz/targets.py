@@ -14,24 +14,25 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from distill_core import cache as dataset_cache
-from distill_core import images, lora
-from distill_core.architecture import Architecture
-from distill_core.cache import CachedDataset
-from distill_core.dataset import Caption
+from distill_core.base.storage import fingerprint, read_header, write_tensors
+from distill_core.data import cache as dataset_cache
+from distill_core.data import images
+from distill_core.data.cache import CachedDataset
 from distill_core.demo.teacher import teacher_file
-from distill_core.files import open_unet, save_unet
-from distill_core.job import EXAMPLES, Job
-from distill_core.model_sampling import EDM, ZERO_SNR, ModelSampling
-from distill_core.plan import KeptSkips, name_map, preset, pruned
-from distill_core.plan_text import read_plan
-from distill_core.prune import prune_file
-from distill_core.ranges import TimestepRanges, read_ranges
+from distill_core.diffusion.conditioning import Caption
+from distill_core.diffusion.ranges import TimestepRanges, read_ranges
+from distill_core.diffusion.schedule import scaled_linear
+from distill_core.lora import remap as lora
+from distill_core.networks.architecture import Architecture
+from distill_core.networks.files import open_unet, save_unet
+from distill_core.networks.model_sampling import EDM, ZERO_SNR, ModelSampling
+from distill_core.pruning.plan import KeptSkips, name_map, plan_in, preset, pruned
+from distill_core.pruning.plan_text import read_plan
+from distill_core.pruning.prune import prune_file
 from distill_core.recipe import Recipe
-from distill_core.run import METRICS, Run, read_metrics
-from distill_core.schedule import scaled_linear
-from distill_core.storage import fingerprint, read_header, write_tensors
-from distill_core.students import MANIFEST, Students, write_students
+from distill_core.routing.experts import MANIFEST, Experts, write_experts
+from distill_core.training.run import METRICS, Inputs, Run, read_metrics
+from distill_core.training.settings import EXAMPLES, TrainingSettings
 
 from . import mutations
 
@@ -94,7 +95,7 @@ def _read_unet(data: bytes, folder: Path) -> None:
     if text := file.metadata.get("distill.skips"):
         KeptSkips.from_text(text)
     out = folder / "out.safetensors"
-    if file.plan:
+    if plan_in(file.metadata):
         return
     prune_file(file, out, preset("bk-sdm-base"), overwrite=True)
     open_unet(out).describe()
@@ -186,8 +187,8 @@ def _recipes(folder: Path) -> list[bytes]:
 
 def _read_recipe(data: bytes, folder: Path) -> None:
     (folder / "recipe.toml").write_bytes(data)
-    job = Job.read(folder / "recipe.toml")
-    _ = job.training.aim, [job.training.lr_factor(step) for step in (0, 1, job.training.total_steps - 1)]
+    job = Recipe.read(folder / "recipe.toml")
+    _ = job.training.weighted_objective, [job.training.lr_factor(step) for step in (0, 1, job.training.total_steps - 1)]
 
 
 def _metrics(folder: Path) -> list[bytes]:
@@ -205,12 +206,12 @@ def _read_metrics(data: bytes, folder: Path) -> None:
 
 
 def _students_in(folder: Path) -> Path:
-    """A folder of three students, made once."""
-    if not (folder / "students").exists():
+    """A folder of three experts, made once."""
+    if not (folder / "experts").exists():
         file = folder / "one.safetensors"
         save_unet(file, _weights(small_shapes()), small_unet(), dtype="fp16")
-        write_students(folder / "students", TimestepRanges((250.0, 500.0)), [file] * 3, teacher="0" * 16)
-    return folder / "students"
+        write_experts(folder / "experts", TimestepRanges((500.0, 250.0)), [file] * 3, teacher="0" * 16)
+    return folder / "experts"
 
 
 def _manifests(folder: Path) -> list[bytes]:
@@ -218,9 +219,9 @@ def _manifests(folder: Path) -> list[bytes]:
 
 
 def _read_manifest(data: bytes, folder: Path) -> None:
-    students = _students_in(folder)
-    (students / MANIFEST).write_bytes(data)
-    found = Students.read(students)
+    experts = _students_in(folder)
+    (experts / MANIFEST).write_bytes(data)
+    found = Experts.read(experts)
     found.describe(scaled_linear())
     _ = found.num_bytes, found.unet(0).describe()
 
@@ -325,21 +326,21 @@ def _pictures(folder: Path) -> list[bytes]:
 
 
 def _read_picture(data: bytes, folder: Path) -> None:
-    picture = images.Picture("it", "", lambda: data)
+    picture = images.ImageFile("it", "", lambda: data)
     picture.content(), picture.size()
     images.fit(picture.open(), (16, 16))
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
-RECIPE = Recipe(total_steps=2, batch_size=1)
+RECIPE = TrainingSettings(total_steps=2, batch_size=1)
 
 
 def _checkpoint(folder: Path) -> Path:
     """What else than the student a run goes on from, in a run's folder."""
     checkpoint = folder / "run" / "checkpoints" / "00000001"
     if not checkpoint.exists():
-        run = Run(folder / "run", RECIPE, {"data": "some"})
+        run = Run(folder / "run", RECIPE, Inputs(data="some"))
         save_unet(checkpoint / "student.safetensors", _weights(small_shapes()), small_unet())
         told = {"distill.training": '{"optimizer": {}, "scaler": {}}', "distill.run": json.dumps(run._settings())}
         write_tensors(checkpoint / "training.safetensors", {"optimizer/conv_in.weight/exp_avg": torch.zeros(4)}, told)
@@ -349,7 +350,7 @@ def _checkpoint(folder: Path) -> Path:
 def _read_run(data: bytes, folder: Path) -> None:
     file = _checkpoint(folder)
     file.write_bytes(data)
-    run = Run(folder / "run", RECIPE, {"data": "some"})
+    run = Run(folder / "run", RECIPE, Inputs(data="some"))
     with run.training():
         run.load(_Anything())
     for aside in file.parents[1].glob("*.damaged*"):

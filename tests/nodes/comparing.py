@@ -48,8 +48,8 @@ def demo(out):
     import nodes
 
     bridge, comparing, _ = start()
-    from pack.distill_core.plan import preset
-    from pack.distill_core.ranges import Boundary
+    from pack.distill_core.diffusion.ranges import Boundary
+    from pack.distill_core.pruning.plan import preset
 
     teacher = bridge.demo_teacher()
     student = bridge.prune_model(teacher, preset("bk-sdm-base"))
@@ -63,7 +63,7 @@ def demo(out):
     (drawn,) = nodes.common_ksampler(student, 4, 3, 2.0, "euler", "normal", **sampling)
     told = comparison.facts() | {
         "untouched": before == after,
-        "of KSampler": (bridge.pictures_of(drawing.vae.decode(drawn["samples"])) - comparison.pictures["student"][2:].float())
+        "of KSampler": (bridge.pixels_of(drawing.vae.decode(drawn["samples"])) - comparison.pictures["student"][2:].float())
         .abs()
         .max()
         .item(),

@@ -21,8 +21,8 @@ def control_lora(out):
     import nodes
 
     bridge = pack()
-    from pack.distill_core.plan_text import read_plan
-    from pack.distill_core.ranges import Boundary
+    from pack.distill_core.diffusion.ranges import Boundary
+    from pack.distill_core.pruning.plan_text import read_plan
     from pack.nodes.bridge.build import load_student
     from pack.nodes.bridge.control import with_control
 
@@ -69,12 +69,12 @@ def control_lora(out):
 
 
 def _save(model, path):
-    from pack.distill_core.files import save_unet
+    from pack.distill_core.networks.files import save_unet
     from pack.nodes import bridge
 
     origin = bridge.origin_of(model)
     save_unet(
-        path, bridge.state_dict_of(model), bridge.architecture_of(model), prediction="eps", title="", plan=origin.plan,
+        path, bridge.state_dict_of(model), bridge.architecture_of(model), 
         metadata=dict(origin.metadata),
     )  # fmt: skip
 

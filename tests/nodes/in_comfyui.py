@@ -113,7 +113,7 @@ def receive_control(plans, out):
     import nodes
 
     bridge = pack()
-    from pack.distill_core.plan_text import read_plan
+    from pack.distill_core.pruning.plan_text import read_plan
 
     teacher = bridge.demo_teacher()
     architecture = bridge.architecture_of(teacher)
@@ -173,8 +173,8 @@ def tell_memory(out):
     Writes ``[[free bytes, text on the node, log], ...]``, the first for what is free on this computer.
     """
     bridge = pack()
-    from pack.distill_core.plan import preset
-    from pack.distill_core.recipe import Recipe
+    from pack.distill_core.pruning.plan import preset
+    from pack.distill_core.training.settings import TrainingSettings
     from pack.nodes import train
 
     teacher, plan = bridge.demo_teacher(), preset("bk-sdm-base")
@@ -185,7 +185,7 @@ def tell_memory(out):
     train.log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: logged.append(record.getMessage())
     for free in (bridge.free_bytes(student), 30 << 20):
-        told = bridge.forecast_memory([teacher], student, plan, data, Recipe(batch_size=4))
+        told = bridge.forecast_memory([teacher], student, plan, data, TrainingSettings(batch_size=4))
         train.tell_memory(told, free, "1")
         found.append([free, shown.pop(), "\n".join(logged)])
     Path(out).write_text(json.dumps(found))

@@ -20,8 +20,8 @@ class Bench:
         import nodes
 
         self.bridge, self.nodes, self.torch = pack(), nodes, torch
-        from pack.distill_core.plan import preset
-        from pack.distill_core.ranges import Boundary
+        from pack.distill_core.diffusion.ranges import Boundary
+        from pack.distill_core.pruning.plan import preset
 
         self.Boundary, self.load_lora = Boundary, comfy.sd.load_lora_for_models
         self.teacher = self.bridge.demo_teacher()

@@ -36,7 +36,7 @@ CONFIGS = {
 def _network(family):
     """Architecture, and random weights by canonical name."""
     from diffusers import UNet2DConditionModel
-    from pack.distill_core.architecture import Architecture
+    from pack.distill_core.networks.architecture import Architecture
 
     with torch.device("meta"):
         shapes = UNet2DConditionModel(**CONFIGS[family]).state_dict()
@@ -46,7 +46,7 @@ def _network(family):
 
 def _write(path, shape, weights, beside):
     """A teacher's file as the world writes it: LDM names, fp16, no metadata."""
-    from pack.distill_core.layouts import LAYOUTS
+    from pack.distill_core.networks.layouts import LAYOUTS
 
     weights = dict(weights)
     if "sign" in beside:
@@ -72,9 +72,9 @@ def travels(out):
     from in_comfyui import pack
 
     bridge, folder, found = pack(), Path(out).parent, {}
-    from pack.distill_core.files import open_unet, save_unet
-    from pack.distill_core.plan import PruningPlan
-    from pack.distill_core.prune import prune_file
+    from pack.distill_core.networks.files import open_unet, save_unet
+    from pack.distill_core.pruning.plan import PruningPlan
+    from pack.distill_core.pruning.prune import prune_file
 
     plan = PruningPlan(name="no mid", remove=("mid",))
     folder_paths.set_output_directory(str(folder))
@@ -113,8 +113,8 @@ def patched(out):
     from in_comfyui import pack
 
     bridge, folder, found = pack(), Path(out).parent, {}
-    from pack.distill_core.files import open_unet, save_unet
-    from pack.distill_core.plan import PruningPlan
+    from pack.distill_core.networks.files import open_unet, save_unet
+    from pack.distill_core.pruning.plan import PruningPlan
 
     shape, weights = _network("sd1")
     _write(folder / "teacher.safetensors", shape, weights, {})
@@ -160,9 +160,9 @@ def quantised(out):
     from in_comfyui import pack
 
     bridge, folder, found = pack(), Path(out).parent, {}
-    from pack.distill_core.files import open_unet, save_unet
-    from pack.distill_core.layouts import LAYOUTS
-    from pack.distill_core.plan import PruningPlan
+    from pack.distill_core.networks.files import open_unet, save_unet
+    from pack.distill_core.networks.layouts import LAYOUTS
+    from pack.distill_core.pruning.plan import PruningPlan
 
     shape, weights = _network("sd1")
     names, plan = LAYOUTS["ldm"].from_canonical(shape.shapes), PruningPlan(name="no mid", remove=("mid",))

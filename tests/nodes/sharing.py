@@ -47,9 +47,10 @@ def of_file(file, width, pooled_width, out):
 def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, **of_lora):
     import pack.nodes.bridge as bridge
     import torch
-    from pack.distill_core.adapter import Lora, WithoutLora
-    from pack.distill_core.denoiser import Label, checkpointing
-    from pack.distill_core.storage import read_header
+    from pack.distill_core.base.storage import read_header
+    from pack.distill_core.diffusion.conditioning import Label
+    from pack.distill_core.diffusion.denoiser import checkpointing
+    from pack.distill_core.lora.layers import Lora, WithoutLora
 
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -93,7 +94,7 @@ def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, *
 
 def _computed_again(bridge, base, asked, parameters):
     """How far gradients are from those of kept activations, over the largest, and how often a block's layer then computes."""
-    from pack.distill_core.denoiser import checkpointing
+    from pack.distill_core.diffusion.denoiser import checkpointing
 
     try:
         path = base.path(base.inner_blocks[0])

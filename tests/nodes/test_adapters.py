@@ -7,57 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill_core.demo.teacher import teacher_file
-from distill_core.layouts import LAYOUTS
-from distill_core.plan import name_map, preset, pruned
+from distill_core.networks.layouts import LAYOUTS
+from distill_core.pruning.plan import name_map, preset, pruned
 
-from .test_nodes import PROMPT, newest, sampled, save
-
-RANK = 4
-
-
-def lora(spelling, separator, prefix, kind, processor=False):
-    """An adapter on every attention layer of the demo teacher, in one of the formats that ComfyUI opens."""
-    architecture = teacher_file().architecture
-    names = LAYOUTS[spelling].from_canonical(architecture.shapes)
-    random = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, shape in architecture.shapes.items():
-        if not name.endswith(".weight") or ".attn." not in name or len(shape) != 2:
-            continue
-        layer = prefix + names[name].removesuffix(".weight").replace(".", separator)
-        out, into = shape
-
-        def noise(*size):
-            return torch.randn(size, generator=random) * 0.2
-
-        if processor:
-            if ".to_" not in name:
-                continue
-            layer = layer.replace(".to_", ".processor.to_").removesuffix(".0")
-            tensors |= {f"{layer}_lora.up.weight": noise(out, RANK), f"{layer}_lora.down.weight": noise(RANK, into)}
-        elif kind == "lora":
-            tensors |= {f"{layer}.lora_up.weight": noise(out, RANK), f"{layer}.lora_down.weight": noise(RANK, into),
-                        f"{layer}.alpha": torch.tensor(2.0)}  # fmt: skip
-        elif kind == "peft":
-            tensors |= {f"{layer}.lora_B.weight": noise(out, RANK), f"{layer}.lora_A.weight": noise(RANK, into)}
-        elif kind == "loha":
-            tensors |= {f"{layer}.hada_w1_a": noise(out, RANK), f"{layer}.hada_w1_b": noise(RANK, into), f"{layer}.hada_w2_a": noise(out, RANK),
-                        f"{layer}.hada_w2_b": noise(RANK, into), f"{layer}.alpha": torch.tensor(4.0)}  # fmt: skip
-        else:
-            tensors |= {f"{layer}.lokr_w1": noise(2, 2), f"{layer}.lokr_w2": noise(out // 2, into // 2)}
-    return tensors
-
-
-def remapped(lora_name, **changes):
-    inputs = {
-        "teacher": ["teacher", 0],
-        "student": ["prune", 0],
-        "lora_name": lora_name,
-        "strength_model": 1.0,
-        "strength_clip": 1.0,
-    }
-    return {"class_type": "DistillRemapLoRAToStudent", "inputs": inputs | changes}
-
+from .graphs import PROMPT, RANK, lora, newest, remapped, sampled, save
 
 FORMATS = {
     "kohya": lora("diffusers", "_", "lora_unet_", "lora"),
@@ -187,7 +140,7 @@ def test_the_remapped_lora_can_be_kept_and_loaded_by_stock_nodes(loras, server):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"teacher": ["prune", 0], "student": ["teacher", 0]}, "do not belong together"),
+    ({"teacher": ["prune", 0], "student": ["teacher", 0]}, "do not match"),
     ({"lora_name": "other.safetensors"}, "made for another model|not made for the teacher"),
     ({"lora_name": "damaged.safetensors"}, "lora_up.weight holds NaN or Inf"),
 ])  # fmt: skip

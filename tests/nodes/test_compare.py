@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from distill_core.demo.teacher import teacher_file
-from distill_core.plan import name_map, preset, pruned
+from distill_core.pruning.plan import name_map, preset, pruned
 
-from .test_nodes import PROMPT, train
+from .graphs import PROMPT, train
 
 COMPARE = {
     "models.model_1": ["teacher", 0], "models.model_2": ["prune", 0], "positive": ["seven", 0], "negative": ["empty", 0],
@@ -79,7 +79,7 @@ def test_pictures_are_those_of_ksampler_and_models_stay(told):
 def test_models_that_share_no_latents_are_refused(found):
     other, video = found("comparing.refusals")
     assert other.startswith("other does not go with teacher: their latents differ (Wan21 and DigitsLatentFormat)")
-    assert video.startswith("video (BaseModel) is no model of pictures")
+    assert video.startswith("video (BaseModel) is not an image model")
 
 
 def test_pictures_are_judged_by_the_clip_models_there_are(found):
@@ -92,7 +92,7 @@ def test_pictures_are_judged_by_the_clip_models_there_are(found):
     assert all(one["frechet_distance"] is not None for one in told["real"])
     assert len(told["fits"]) == 3 and all(0 <= score <= 100 for score in told["fits"])
     assert all("came without CLIP's projection" in told[name] for name in ("empty", "one", "unprojected", "of SD1.x", "demo"))
-    assert "gives texts 32 numbers and clip_vision gives pictures 24" in told["wide"]
+    assert "embeds texts in 32 dimensions but clip_vision embeds images in 24" in told["wide"]
 
 
 # --- in a graph
@@ -128,14 +128,14 @@ def test_the_report_shows_the_losses_of_a_run_and_sees_when_it_goes_on(server):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"compare": {"names": "one"}}, "names: 2 models need as many names that differ, got 'one'"),
-        ({"compare": {"names": "one, one"}}, "names: 2 models need"),
-        ({"compare": {"names": "one, two, one"}}, "names: 2 models need"),
-        ({"compare": {"cfg_of_each": "7.5"}}, "cfg_of_each: 2 models need as many numbers from 0 to 100, got '7.5'"),
-        ({"compare": {"cfg_of_each": "7.5, nan"}}, "cfg_of_each: 2 models need"),
+        ({"compare": {"names": "one"}}, "names: give one unique name per model (2), got 'one'"),
+        ({"compare": {"names": "one, one"}}, "names: give one unique name per model (2)"),
+        ({"compare": {"names": "one, two, one"}}, "names: give one unique name per model (2)"),
+        ({"compare": {"cfg_of_each": "7.5"}}, "cfg_of_each: give one number from 0 to 100 per model (2), got '7.5'"),
+        ({"compare": {"cfg_of_each": "7.5, nan"}}, "cfg_of_each: give one number"),
         ({"report": {"filename_prefix": "../../evil"}}, "leads out of the output folder"),
         ({"report": {"run_name": "../../etc"}}, "run_name '../../etc' must be a plain name"),
-        ({"report": {"run_name": "never"}}, "there is no run of that name with losses"),
+        ({"report": {"run_name": "never"}}, "no run of that name has losses"),
         ({"report": {"clip": ["teacher", 1]}}, "connect clip_vision, or disconnect clip"),
         ({"report": {"real_images": ["compare", 0]}}, "connect clip_vision"),
     ],

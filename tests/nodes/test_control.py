@@ -5,8 +5,8 @@ import json
 import pytest
 
 from distill_core.demo.teacher import teacher_file
-from distill_core.plan import name_map
-from distill_core.plan_text import read_plan
+from distill_core.pruning.plan import name_map
+from distill_core.pruning.plan_text import read_plan
 
 PLANS = ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "keep down 2:1+0,1,2 mid resnet up 3,[1,2]:0,3"]
 

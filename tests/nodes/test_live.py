@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from .. import comfyui
+from .graphs import PROMPT, recipe, rows, save, train, trained, until
+from .test_experts import experts
 from .test_locales import OTHERS
-from .test_nodes import PROMPT, save, train
 from .test_shared_base import bake
-from .test_students import students
-from .test_training import recipe, rows, trained, until
 
 
 def asked(server, name, quote=urllib.parse.quote):
@@ -60,10 +59,10 @@ def test_the_newest_sample_is_where_view_finds_it(drawn, server):
 
 
 def test_several_students_are_told_as_one_training(server):
-    prompt = {**PROMPT, "train": students("live students"), "x": {"class_type": "PreviewAny", "inputs": {"source": ["train", 4]}}}
+    prompt = {**PROMPT, "train": experts("live experts"), "x": {"class_type": "PreviewAny", "inputs": {"source": ["train", 4]}}}
     assert server.run(prompt).succeeded
-    told = asked(server, "live students")[1]
-    folder = server.output / "distill_runs" / "live students"
+    told = asked(server, "live experts")[1]
+    folder = server.output / "distill_runs" / "live experts"
     totals = [row["total"] for number in range(3) for row in rows(folder / f"range_{number}")]
     assert told["points"]["step"] == [1, 2, 3, 4, 5, 6] and told["points"]["mean"]["total"] == pytest.approx(totals, rel=1e-5)
 
@@ -167,7 +166,7 @@ class Listener:
         return [message["data"] for message in list(self.heard) if message["type"] == event]
 
 
-@pytest.mark.parametrize("make,last", [(train, 3), (students, 6), (bake, 6)], ids=["train", "students", "bake"])
+@pytest.mark.parametrize("make,last", [(train, 3), (experts, 6), (bake, 6)], ids=["train", "experts", "bake"])
 def test_every_step_is_told_while_it_trains(make, last, server):
     listener, name = Listener(server), f"told by {make.__name__}"
     result = server.run({**PROMPT, "7": make(name), "x": {"class_type": "PreviewAny", "inputs": {"source": ["7", 3]}}})
@@ -180,7 +179,7 @@ def test_every_step_is_told_while_it_trains(make, last, server):
     used, total = told[-1]["memory"]
     assert 1 << 20 < used < total
     assert told[-1]["seconds_left"] == 0 and told[-1]["seconds_per_step"] > 0
-    assert told[-1]["stage"] == ("range 2, timesteps 666 to 999" if make is students else "")
+    assert told[-1]["stage"] == ("range 2, timesteps 666 to 999" if make is experts else "")
     history = asked(server, name)[1]
     told_totals = [value for message in told for value in message["points"]["mean"]["total"]]
     assert history["points"]["mean"]["total"] == told_totals and history["step"] == last

@@ -2,7 +2,7 @@
 
 import json
 
-from .test_nodes import PROMPT, save, train
+from .graphs import PROMPT, save, train
 
 
 def test_a_run_logs_the_parts_before_its_first_step(server):
@@ -19,5 +19,5 @@ def test_the_node_shows_the_total_or_what_to_change(in_comfyui, tmp_path):
     (free, enough, _), (_, short, log) = json.loads((tmp_path / "told.json").read_text())
     assert free > 1 << 28 and enough.startswith("a step needs about 0.0") and "\n" not in enough
     first, *advice = short.splitlines()
-    assert "0.03 GiB are free" in first and advice and not any("teacher" in line for line in advice)
+    assert "0.03 GiB is free" in first and advice and not any("teacher" in line for line in advice)
     assert "teacher weights" in log and short in log

@@ -8,44 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from distill_core.demo.teacher import teacher_file
-from distill_core.files import open_unet
-from distill_core.plan import name_map, preset
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import name_map, plan_in, preset
 
-PROMPT = {
-    "teacher": {"class_type": "DistillLoadDemoTeacher", "inputs": {}},
-    "prune": {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["teacher", 0], "preset": "bk-sdm-base"}},
-    "seven": {"class_type": "CLIPTextEncode", "inputs": {"text": "the digit seven", "clip": ["teacher", 1]}},
-    "empty": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["teacher", 1]}},
-    "noise": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
-}
-TRAIN = {
-    "teacher": ["teacher", 0], "student": ["prune", 0], "latents": ["teacher", 3], "captions": ["teacher", 4],
-    "null_caption": ["empty", 0], "total_steps": 6, "steps_per_queue": 3, "batch_size": 4, "learning_rate": 1e-3,
-    "lr_schedule": "cosine", "objective": "bk-sdm", "seed": 0, "caption_dropout": 0.1, "warmup_steps": 0, "save_every_steps": 2,
-}  # fmt: skip
-
-
-def train(run_name, **changes):
-    return {"class_type": "DistillTrainStep", "inputs": TRAIN | {"run_name": run_name} | changes}
-
-
-def save(model, prefix, **changes):
-    inputs = {"model": model, "filename_prefix": prefix, "dtype": "fp32", "layout": "ldm"} | changes
-    return {"class_type": "DistillSaveDistilledModel", "inputs": inputs}
-
-
-def sampled(model, prefix, **changes):
-    """KSampler and Save Latent for a model."""
-    inputs = {"model": model, "positive": ["seven", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 0,
-              "steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
-    return {
-        f"sample {prefix}": {"class_type": "KSampler", "inputs": inputs | changes},
-        f"keep {prefix}": {"class_type": "SaveLatent", "inputs": {"samples": [f"sample {prefix}", 0], "filename_prefix": prefix}},
-    }
-
-
-def newest(server, pattern):
-    return max(server.output.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+from .graphs import PROMPT, newest, sampled, save, train
 
 
 def test_stock_nodes_draw_digits_with_the_demo_teacher(server):
@@ -79,7 +45,7 @@ def test_pruned_model_is_the_teachers_weights_and_the_teacher_stays(server):
     mapping = name_map(teacher.architecture, preset("bk-sdm-base"))
     expected = mapping.apply(teacher.state_dict)
     student = open_unet(newest(server, "pruned_*.safetensors"))
-    assert student.plan.remove == preset("bk-sdm-base").remove
+    assert plan_in(student.metadata).remove == preset("bk-sdm-base").remove
     assert all(torch.equal(student.state_dict[n], w.float()) for n, w in expected.items())
     assert all(
         torch.equal(open_unet(newest(server, "teacher_*.safetensors")).state_dict[n], w) for n, w in teacher.state_dict.items()
@@ -226,14 +192,14 @@ SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64,
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"x": save(["again", 0], "x"), "again": TWICE}, "has been pruned already"),
+        ({"x": save(["again", 0], "x"), "again": TWICE}, "is already pruned"),
         ({"x": save(["teacher", 0], "../../evil")}, "leads out of the output folder"),
         ({"x": save(["t", 0], "x"), "t": train("../evil")}, "must be a plain name"),
-        *[({"x": save(["prune", 0], prefix)}, "leads into a folder of runs or data") for prefix in
+        *[({"x": save(["prune", 0], prefix)}, "leads into a folder reserved for runs or data") for prefix in
           ("distill_runs/a/checkpoints/00000004/extra", "x/../Distill_Data/y", "./distill_runs/y", "distill_runs\\y")],
-        *[({"x": save(["prune", 0], prefix)}, "has no name for the file") for prefix in ("", " ", ".", "folder/", "folder/..")],
+        *[({"x": save(["prune", 0], prefix)}, "has no file name") for prefix in ("", " ", ".", "folder/", "folder/..")],
         ({"x": save(["prune", 0], "folder/.hidden")}, "would make a hidden file"),
-        ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not belong together: they are swapped"),
+        ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not match: they are swapped"),
         ({"x": save(["t", 0], "x"), "t": train("a", student=["teacher", 0])}, "student and teacher are the same model"),
         ({"x": save(["t", 0], "x"), "t": train("a", batch_size=["billion", 0]), "billion": BILLION}, "batch_size must be between 1 and 65,536"),
         ({"x": save(["t", 0], "x"), "t": train("b", latents=["small", 0], captions=["teacher", 4]), "small": SMALL}, "3 latents but 1797 captions"),
@@ -250,7 +216,7 @@ def test_a_link_does_not_lead_what_is_saved_into_a_run(server):
     (server.output / "distill_runs").mkdir(exist_ok=True)
     (server.output / "shortcut").symlink_to(server.output / "distill_runs")
     result = server.run({**PROMPT, "x": save(["prune", 0], "shortcut/student")})
-    assert "leads into a folder of runs or data" in result.error
+    assert "leads into a folder reserved for runs or data" in result.error
 
 
 def test_a_run_with_other_settings_is_refused(server):

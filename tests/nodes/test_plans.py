@@ -5,12 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill_core.demo.teacher import teacher_file
-from distill_core.files import open_unet
-from distill_core.plan import name_map
-from distill_core.plan_text import read_plan
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import name_map
+from distill_core.pruning.plan_text import read_plan
 
-from .test_adapters import remapped
-from .test_nodes import PROMPT, newest, sampled, save, train
+from .graphs import PROMPT, newest, remapped, sampled, save, train
 
 ANALYSE = {"model": ["teacher", 0], "latents": ["teacher", 3], "captions": ["teacher", 4], "saving": 0.3, "measure": "macs",
            "criterion": "output error", "num_timesteps": 2, "num_examples": 4, "seed": 0}  # fmt: skip
@@ -43,7 +42,7 @@ def test_a_plan_of_ones_own(plan, server):
 def test_an_automatic_plan_goes_straight_into_prune(server):
     from distill_core.demo import digits
     from distill_core.demo.teacher import LATENT_SHAPE, load_denoiser
-    from distill_core.evaluate import count_macs
+    from distill_core.diffusion.macs import count_macs
 
     result = server.run({**PROMPT, "analyse": analyse(), "prune": prune(["analyse", 0]), "save": save(["prune", 0], "automatic")})
     assert result.succeeded, result.error
@@ -111,7 +110,7 @@ def test_a_student_comes_back_from_disk_with_all_it_was(server):
     assert torch.equal(before, after)
     assert "plan: bk-sdm-base" in result.outputs["show"]["text"][0]
     trained, metadata = open_unet(newest(server, "from disk_*.safetensors")), open_unet(file).metadata
-    assert trained.plan == open_unet(file).plan
+    assert trained.origin == open_unet(file).origin
     assert all(trained.metadata[key] == metadata[key] for key in ("distill.teacher", "distill.skips"))
     plain, changed = load_file(file), load_file(newest(server, "with one layer_*.safetensors"))
     assert [name for name in plain if not torch.equal(plain[name], changed[name])] == ["output_blocks.3.1.proj_out.weight"]
@@ -126,7 +125,7 @@ def test_each_layout_goes_where_it_belongs(server):
     demo = server.run({**PROMPT, "one": save(["prune", 0], "x", layout="checkpoint", clip=["teacher", 1], vae=["teacher", 2])})
     assert "choose the ldm layout" in demo.error
     hidden = server.run({**PROMPT, "one": save(["prune", 0], "a/diffusion_models/x", layout="diffusers")})
-    assert "reads students in the diffusers layout wrongly" in hidden.error
+    assert "misreads students in the diffusers layout" in hidden.error
 
 
 def test_pruning_twice_leads_residuals_all_the_way(server):

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distill_core.files import open_unet
-from distill_core.plan import name_map, preset
-from distill_core.storage import write_tensors
+from distill_core.base.storage import write_tensors
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import name_map, preset
 
 from .. import comfyui, standins
-from ..core.test_plan import PUBLISHED
+from ..students import PUBLISHED
 from .test_shared_base import check
 
 CONTEXT_WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from distill_core.demo.teacher import teacher_file
-from distill_core.files import save_unet
-from distill_core.ranges import TimestepRanges
-from distill_core.students import write_students
+from distill_core.diffusion.ranges import TimestepRanges
+from distill_core.networks.files import save_unet
+from distill_core.routing.experts import write_experts
 
-from .test_nodes import PROMPT, newest, sampled, save
+from .graphs import PROMPT, newest, sampled, save
 
 
 def test_routed_sampling_equals_two_samplers_that_hand_over_at_the_boundary(found):
@@ -47,13 +47,13 @@ WORDS = {
     "routed": "model_2 is routed itself",
     "flow": "a flow model and a diffusion model",
     "zsnr": "noise levels differ, 0.02917 to 4519",
-    "wider": "context_dim 1024 against context_dim 64",
+    "wider": "context_dim 1024 versus context_dim 64",
     "guidance": "sampler_cfg_function",
     "whole sampling": "outer_sample",
     "order": "from noisy to clean",
-    "count": "2 models need 1",
+    "count": "2 models need one fewer boundary (1)",
     "LoRA behind the router": "different shapes",
-    "prune": "several models in one",
+    "prune": "holds several models",
 }
 
 
@@ -119,13 +119,13 @@ def test_a_students_folder_samples_as_its_models_do(server, tmp_path):
     assert server.run(prompt).succeeded
     student = newest(server, "diffusion_models/routed*")
     save_unet(tmp_path / "teacher.safetensors", teacher_file().state_dict, teacher_file().architecture)
-    folder = server.output / "distill_runs" / "two of them" / "students"
+    folder = server.output / "distill_runs" / "two of them" / "experts"
     folder.mkdir(parents=True)
-    write_students(folder, TimestepRanges((400.0,)), [tmp_path / "teacher.safetensors", student], teacher="")
+    write_experts(folder, TimestepRanges((400.0,)), [student, tmp_path / "teacher.safetensors"], teacher="")
     sampler = {"positive": ["seven", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 5, "steps": 6, "cfg": 2.0,
                "sampler_name": "heun", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
     boundary = {"split": "boundaries", "split.boundaries": "400"}
-    chosen = {"split": "students folder", "split.students": "two of them"}
+    chosen = {"split": "experts folder", "split.experts": "two of them"}
     prompt = {**PROMPT}
     for name, inputs in {
         "models": {"models.model_1": ["prune", 0], "models.model_2": ["teacher", 0], **boundary},
@@ -140,10 +140,13 @@ def test_a_students_folder_samples_as_its_models_do(server, tmp_path):
     latents = [load_file(newest(server, f"of_{name}*.latent"))["latent_tensor"] for name in ("models", "folder")]
     assert torch.equal(*latents)
     prompt["folder"]["inputs"] |= MODELS
-    assert "has models of its own" in server.run(prompt).error
+    assert "has its own models" in server.run(prompt).error
 
 
-@pytest.mark.parametrize(("boundaries", "words"), [("", "need 1"), ("50%, 25%", "need 1"), ("half", "must be numbers")])
+@pytest.mark.parametrize(
+    ("boundaries", "words"),
+    [("", "need one fewer boundary (1)"), ("50%, 25%", "need one fewer boundary (1)"), ("half", "must be numbers")],
+)
 def test_boundaries_that_cannot_be_are_refused(boundaries, words, server):
     prompt = {**PROMPT, "router": routed(split="boundaries", **{"split.boundaries": boundaries}),
               "tell": {"class_type": "PreviewAny", "inputs": {"source": ["router", 1]}}}  # fmt: skip

@@ -37,7 +37,7 @@ def test_sampling_that_was_patched_on_comes_back_from_the_file(kind, patched):
 @pytest.mark.parametrize("kind", ["lcm", "eps, edm", "shifted flow"])
 def test_sampling_that_no_file_can_tell_is_neither_saved_nor_trained(kind, patched):
     told = patched[kind]
-    assert "a file cannot say" in told["save"] and "cannot be trained" in told["train"] and "remove the patch" in told["train"]
+    assert "a file cannot store" in told["save"] and "cannot be trained" in told["train"] and "remove the patch" in told["train"]
     assert told["pruned"].split(", ")[:2] == told["teacher"].split(", ")[:2]
 
 
@@ -55,8 +55,8 @@ def test_quantised_weights_are_read_as_what_they_stand_for(form, quantised):
     assert told["shapes"] and told["opens"]
     assert max(told["read"], told["saved"], told["pruned"]) < TOLERANCE[form], told
     assert told["lora"] < 0.1 + TOLERANCE[form]  # ComfyUI rounds the patched weight to the same format again
-    assert told["file"] is None or "quantised in a way that is not read here" in told["file"]
+    assert told["file"] is None or "quantised in a way that is not supported" in told["file"]
 
 
 def test_weights_kept_in_an_unknown_way_are_refused(quantised):
-    assert "quantised in a way that is not read here" in quantised["unknown"] and "fp16" in quantised["unknown"]
+    assert "quantised in a way that is not supported" in quantised["unknown"] and "fp16" in quantised["unknown"]

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill_core.storage import read_header
+from distill_core.base.storage import read_header
 
-from .test_nodes import PROMPT, newest, sampled
-from .test_training import recipe, rows, teacher_data, until
+from .graphs import PROMPT, newest, recipe, rows, sampled, teacher_data, until
 
 BAKE = {
     "model": ["teacher", 0], "captions": ["teacher", 4], "null_caption": ["empty", 0], "latents": ["teacher", 3],
@@ -67,7 +66,7 @@ def test_small_models_of_several_families_are_their_own_teachers(found):
         "demo": ("BaseModel", "eps"), "sd3": ("SD3", "flow"), "fp8": ("SD3", "flow"), "flux": ("Flux", "flow"),
         "demo as dora": ("BaseModel", "eps"), "sd3 as dora": ("SD3", "flow")}  # fmt: skip
     assert [name for name in families if "slope" not in families[name]] == ["demo as dora", "sd3 as dora"]
-    assert "for UNets and SD3 alone" in families["flux"].pop("checkpointing")
+    assert "only for UNets and SD3" in families["flux"].pop("checkpointing")
     again = {name: (told["checkpointing"], told["computes"]) for name, told in families.items() if name != "flux"}
     assert set(again.values()) == {(0, 2)}, again  # exact, and computed twice
     assert families["fp8"]["merged"] < 0.1  # merged weights are rounded to 8 bits
@@ -84,7 +83,7 @@ def test_the_model_with_the_lora_draws_otherwise_and_the_model_itself_stays(plai
     assert (
         told["distill.guidance"] == "3.0"
         and told["distill.step"] == "6"
-        and json.loads(told["distill.origin"]).keys() == {"model", "sampling", "data", "null_caption"}
+        and json.loads(told["distill.inputs"]).keys() == {"student", "sampling", "data", "null_caption"}
     )
 
 
@@ -174,7 +173,7 @@ def test_a_range_of_guidance_is_learnt_on_trajectories_of_each(server):
     assert len({*scales}) == 6 and all(1 <= scale <= 3 for scale in scales) and len(rows(folder)) == 6
 
 
-@pytest.mark.parametrize("changes,message", [({}, "drawn with guidance 2, but this run learns guidance 3"), ({"guidance": 2.0}, None),
+@pytest.mark.parametrize("changes,message", [({}, "sampled with guidance 2, but this run learns guidance 3"), ({"guidance": 2.0}, None),
                                              ({"guidance": 2.0, "guidance_min": 1.0}, "guidance 2, but this run learns guidance 1 to 2")])  # fmt: skip
 def test_trajectories_teach_the_guidance_they_were_drawn_with(changes, message, server):
     nodes = {"data": teacher_data("guided", images_per_prompt=2, trajectory_states=2)}
@@ -190,11 +189,11 @@ def test_trajectories_teach_the_guidance_they_were_drawn_with(changes, message, 
         ({"guidance": 1.0, "teacher": ["teacher", 0]}, "student and teacher are the same model"),
         ({"model": ["edm", 0]}, "cannot be trained or compared here"),
         ({"layers": "*nowhere*"}, "'*nowhere*' matches no layer"),
-        ({"guidance_min": 5.0}, "it must be below guidance"),
-        ({"guidance_min": 1.0, "dora": True}, "turn dora off (lora_dora in a recipe), or learn one scale"),
+        ({"guidance_min": 5.0}, "guidance_min must be below guidance"),
+        ({"guidance_min": 1.0, "dora": True}, "turn dora off (lora_dora in a recipe), or remove guidance_min to learn one scale"),
         ({"run_name": "../evil"}, "run_name '../evil' must be a plain name"),
         ({"recipe": ["recipe", 0]}, "set weight_dtype to fp32"),
-        ({"recipe": ["compiled", 0]}, "compile is for Distill Train Step alone"),
+        ({"recipe": ["compiled", 0]}, "compile works only with Distill Train Step"),
         ({"null_caption": ["seven", 0], "run_name": "lora baked", "latents": ["teacher", 3], "captions": ["teacher", 4]}, "was started with null_caption"),
         ({"latents": ["wide", 0]}, "the latents have 16 channels but the model takes 4"),
     ],

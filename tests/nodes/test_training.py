@@ -7,66 +7,25 @@ import tomllib
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill_core.cache import CachedDataset
-from distill_core.dataset import Bucket, Caption, Drawing, LatentDataset, draw
+from distill_core.base.storage import read_header
+from distill_core.data.cache import CachedDataset
+from distill_core.data.dataset import Bucket, Drawing, LatentDataset, draw
 from distill_core.demo import digits
 from distill_core.demo.teacher import load_dataset
-from distill_core.files import open_unet
-from distill_core.plan import preset
-from distill_core.prune import prune_file
-from distill_core.storage import read_header
+from distill_core.diffusion.conditioning import Caption
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import preset
+from distill_core.pruning.prune import prune_file
 
 from .. import comfyui, standins
-from .test_adapters import lora, remapped
-from .test_nodes import PROMPT, newest, save, train
+from .graphs import PROMPT, lora, newest, recipe, remapped, rows, same, save, teacher_data, train, trained, until
 
 STILL = {"learning_rate": 1e-8, "lr_schedule": "constant"}  # the student stays what it is, so that losses can be compared
 WHOLE = {"total_steps": 24, "steps_per_queue": 24, "save_every_steps": 4}
 
 
-def recipe(**changes):
-    inputs = {"weighting": "none", "optimizer": "adamw", "ema_decay": 0.0, "precision": "fp32", "weight_dtype": "fp32",
-              "gradient_checkpointing": False, "accumulation_steps": 1, "teacher_mode": "sequence", "teacher_shares": "",
-              "validate_every_steps": 0, "sample_every_steps": 0, "tracker": "none", "task_weight": -1.0, "output_weight": -1.0,
-              "feature_weight": -1.0, "snr_gamma": 5.0, "timesteps": "uniform", "noise_offset": 0.0, "input_perturbation": 0.0,
-              "weight_decay": 0.01, "max_grad_norm": 1.0, "compile": False, "validation_share": 0.05, "keep_checkpoints": 2,
-              "keep_best": 0}  # fmt: skip
-    return {"class_type": "DistillRecipe", "inputs": inputs | changes}
-
-
-def teacher_data(folder, **changes):
-    inputs = {"teacher": ["teacher", 0], "clip": ["teacher", 1], "prompts": "the digit three\nthe digit four", "name": folder,
-              "width": 64, "height": 64, "images_per_prompt": 1, "steps": 4, "guidance": 2.0, "seed": 0, "trajectory_states": 0,
-              "batch_size": 4}  # fmt: skip
-    return {"class_type": "DistillTeacherDataset", "inputs": inputs | changes}
-
-
-def trained(server, run_name, nodes=(), **changes):
-    """Queue a run with further nodes in the graph; returns its folder and what came of it."""
-    prompt = {**PROMPT, **dict(nodes), "train": train(run_name, **changes), "image": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}}}  # fmt: skip
-    result = server.run(prompt)
-    assert result.succeeded, result.error
-    return server.output / "distill_runs" / run_name, result
-
-
-def rows(folder):
-    lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
-    return [{name: float(value) for name, value in zip(lines[0], line, strict=True) if value} for line in lines[1:]]
-
-
 def final(folder, step):
     return load_file(folder / "checkpoints" / f"{step:08d}" / "student.safetensors")
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def until(condition, what, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +57,7 @@ def test_the_recipe_reaches_the_run(server):
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"accumulation_steps": 3}, "cannot be cut into 3 equal parts"),
+        ({"accumulation_steps": 3}, "cannot be split into 3 equal parts"),
         ({"teacher_shares": "a half"}, "teacher_shares must be numbers such as 2, 1, 1"),
         ({"teacher_shares": "1, 2"}, "there are 1 teachers"),
         ({"keep_best": 1}, "keep_best needs a validation loss"),
@@ -257,7 +216,7 @@ def test_latents_of_several_sizes_are_trained_in_buckets(server):
     for name in ("data", "sorted"):
         inputs = {"latents": [name, 0], "captions": [name, 1], "total_steps": 4, "steps_per_queue": 4, "batch_size": 2}
         folder, _ = trained(server, f"two sizes {name}", nodes, **inputs)
-        assert tomllib.loads((folder / "recipe.toml").read_text())["origin"]["data"] == expected.fingerprint
+        assert tomllib.loads((folder / "recipe.toml").read_text())["inputs"]["data"] == expected.fingerprint
         assert len(rows(folder)) == 4
 
 
@@ -297,8 +256,8 @@ def test_sdxl_is_trained_with_its_labels(server):
 
 
 def in_diffusers(path):
-    from distill_core.denoiser import DiffusersDenoiser
-    from distill_core.unet import load_unet
+    from distill_core.diffusion.denoiser import DiffusersDenoiser
+    from distill_core.networks.build import load_unet
 
     file = open_unet(path)
     return DiffusersDenoiser(network=load_unet(file, torch.float32), architecture=file.architecture, sampling=file.sampling)
@@ -363,7 +322,7 @@ def test_cancelled_it_keeps_what_was_made_and_goes_on(server):
     [
         ({"prompts": "\n  \n"}, "there are no prompts"),
         ({"name": "../evil"}, "name '../evil' must be a plain name"),
-        ({"trajectory_states": 9}, "there are 4 sampler steps, so between 0 and as many states, got 9"),
+        ({"trajectory_states": 9}, "num_states must be between 0 and the 4 sampler steps, got 9"),
         ({"images_per_prompt": ["billion", 0]}, "num_per_prompt must be between 1 and 10,000,000, got 1,000,000,000"),
         ({"batch_size": ["billion", 0]}, "batch_size must be between 1 and 65,536, got 1,000,000,000"),
         ({"width": ["billion", 0]}, "width must be between 8 and 16,384, got 1,000,000,000"),

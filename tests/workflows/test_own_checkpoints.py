@@ -8,10 +8,10 @@ import sys
 import pytest
 from safetensors.torch import save_file
 
-from distill_core.files import open_unet
-from distill_core.plan import preset
-from distill_core.prune import prune
-from distill_core.storage import read_header, write_tensors
+from distill_core.base.storage import read_header, write_tensors
+from distill_core.networks.files import open_unet
+from distill_core.pruning.plan import preset
+from distill_core.pruning.prune import prune
 
 from .. import comfyui, standins
 from ..nodes.conftest import comfyui_path  # noqa: F401

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill_core.demo import digits
-from distill_core.students import Students
+from distill_core.routing.experts import Experts
 
 from .. import comfyui
 from ..nodes.conftest import comfyui_path, server  # noqa: F401
@@ -84,9 +84,9 @@ def test_a_small_model_begins_and_a_big_one_finishes(server):  # noqa: F811
 
 def test_three_students_draw_digits_as_one_model(server):  # noqa: F811
     run(WORKFLOWS / "o2mkd_digits.json", server)
-    students = Students.read(server.output / "distill_runs" / "o2mkd-digits" / "students")
-    assert len(students.files) == 3 and len({member.fingerprint for member in students.members}) == 3
-    assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_students") >= 0.85
+    experts = Experts.read(server.output / "distill_runs" / "o2mkd-digits" / "experts")
+    assert len(experts.files) == 3 and len({member.fingerprint for member in experts.members}) == 3
+    assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_experts") >= 0.85
 
 
 def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):  # noqa: F811

@@ -1,27 +1,27 @@
-// The live view on the nodes that train: losses, loss by timestep, sample pictures, how fast it goes.
+// The live view on the nodes that train: losses, loss by timestep, sample images, speed.
 //
-// The server tells of each training in `distill.progress` events, and of all that was before at /distill/runs/NAME; the
-// chart of a node shows the run its widget run_name names. Nothing of it is saved with a graph.
+// The server sends the progress of each training in `distill.progress` events, and serves its history at /distill/runs/NAME.
+// The chart of a node shows the run that its widget run_name names. A graph saves nothing of it.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { bars, element, lines, short } from "./plot.js";
 
-const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainStudents: false };
+const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainExperts: false };
 const TERMS = ["total", "task", "output", "feature", "validation"];
-const MAX_POINTS = 1500; // from then on the server is asked for fewer
+const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the server
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
 
-// English text -> that of the language, by the name of its folder under locales.
+// English text -> translation, by the name of the language's folder under locales.
 const TRANSLATED = {
   zh: {
     "Loss": "损失",
     "By timestep": "按时间步",
     "Samples": "样图",
     "Log scale": "对数刻度",
-    "What is shown": "显示内容",
-    "Losses that are drawn": "绘制的损失项",
+    "Chart view": "图表视图",
+    "Visible losses": "显示的损失项",
     "total": "总损失",
     "task": "任务",
     "output": "输出",
@@ -39,11 +39,11 @@ const TRANSLATED = {
     "{0} d": "{0} 天",
     "all timesteps": "全部时间步",
     "range {0}, timesteps {1} to {2}": "区间 {0}，时间步 {1} 至 {2}",
-    "Run {0}: {1}": "运行 {0}：{1}",
+    "Run {0}: {1}": "任务 {0}：{1}",
     "Teacher above, student below, step {0}": "上为教师模型，下为学生模型，第 {0} 步",
-    "No samples yet. They are drawn where the recipe has sample_every_steps and a VAE is connected.":
-      "还没有样图。在蒸馏配方中设置样图间隔步数并连接 VAE 后才会绘制。",
-    "Nothing measured yet.": "还没有测量值。",
+    "No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE.":
+      "还没有样图。要生成样图，请在蒸馏配方中设置样图间隔步数并连接 VAE。",
+    "No measurements yet.": "还没有测量值。",
   },
 };
 
@@ -94,7 +94,7 @@ function say(text, ...values) {
   return said.replace(/\{(\d)\}/g, (_, index) => values[index]);
 }
 
-/** What is trained, of a training of several students, as the server words it. */
+/** The current stage of a training of several experts, from the server's text. */
 function sayStage(stage) {
   const range = /^range (\d+), timesteps (\d+) to (\d+)$/.exec(stage);
   return range ? say("range {0}, timesteps {1} to {2}", ...range.slice(1)) : say(stage);
@@ -139,8 +139,8 @@ class Chart {
   }
 
   _build() {
-    this.tabs = html("div", { class: "row", role: "group", "aria-label": say("What is shown") });
-    this.legend = html("div", { class: "row legend", role: "group", "aria-label": say("Losses that are drawn") });
+    this.tabs = html("div", { class: "row", role: "group", "aria-label": say("Chart view") });
+    this.legend = html("div", { class: "row legend", role: "group", "aria-label": say("Visible losses") });
     this.svg = element("svg", { role: "img" });
     this.picture = html("img", { draggable: "false" });
     this.hint = html("p");
@@ -165,7 +165,7 @@ class Chart {
     this.svg.addEventListener("pointermove", (event) => this._point(event));
     this.svg.addEventListener("pointerleave", () => this._point(null));
     this.element.addEventListener("keydown", (event) => {
-      if (event.key === " " || event.key === "Enter") event.stopPropagation(); // the canvas has uses of its own for them
+      if (event.key === " " || event.key === "Enter") event.stopPropagation(); // the canvas uses these keys itself
     });
     this.element.addEventListener("wheel", (event) => this._passToCanvas(event, "processMouseWheel"), { passive: false });
     for (const [type, method] of [["pointerdown", "processMouseDown"], ["pointermove", "processMouseMove"], ["pointerup", "processMouseUp"]]) {
@@ -177,7 +177,7 @@ class Chart {
 
   /** Zooming and moving the graph works over the chart as it does beside it. */
   _passToCanvas(event, method) {
-    if (window.LiteGraph?.vueNodesMode) return; // there it comes through by itself
+    if (window.LiteGraph?.vueNodesMode) return; // Vue nodes pass it on themselves
     event.preventDefault();
     app.canvas[method](event);
   }
@@ -192,9 +192,9 @@ class Chart {
     this.draw();
   }
 
-  // --- what is known
+  // --- data
 
-  /** Forget all, and take no room on the node. */
+  /** Clear all data, and hide the chart. */
   clear() {
     this.steps = [];
     this.columns = { mean: {}, min: {}, max: {} };
@@ -214,7 +214,7 @@ class Chart {
     return this.node.widgets?.find((widget) => widget.name === "run_name");
   }
 
-  /** Whether another node gives the name, so that it is known when the training tells of itself. */
+  /** Whether another node gives the name; then only the training's own events show it. */
   get _isNamedElsewhere() {
     return this.node.inputs?.some((input) => input.widget?.name === "run_name" && input.link != null);
   }
@@ -234,7 +234,7 @@ class Chart {
     this.loadedName = name;
   }
 
-  /** Ask for the run soon: what the node is set to may change several times at once. */
+  /** Load the run soon: the settings of the node may change several times at once. */
   loadSoon() {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.load(), 50);
@@ -251,7 +251,7 @@ class Chart {
         await this._load(this.loadedName);
       }
     } catch (error) {
-      console.warn("the chart of a training could not be loaded:", error); // what it shows is still true
+      console.warn("the chart of a training could not be loaded:", error); // the shown data is still correct
     } finally {
       this.loading = false;
     }
@@ -262,7 +262,7 @@ class Chart {
     if (!name) return;
     const response = await api.fetchApi(`/distill/runs/${encodeURIComponent(name)}`, { cache: "no-store" });
     if (!response.ok && response.status !== 404) throw new Error(`${response.status} ${response.statusText}`);
-    const history = response.status === 200 ? await response.json() : null; // 204: no such run yet, 404: no name of one
+    const history = response.status === 200 ? await response.json() : null; // 204: no such run yet, 404: not a valid name
     if (name !== this.loadedName || !this.isOpen) return;
     if (!history) {
       if (!this.running) this.clear();
@@ -283,7 +283,7 @@ class Chart {
     this.progress = message;
     this.running = true;
     this.totalSteps = message.total_steps;
-    if (message.after === null) this.load(); // it may have gone back to an earlier step
+    if (message.after === null) this.load(); // the run may have gone back to an earlier step
     else if (this.loading) this.missed.push(message.points);
     else if (message.after > this.step || this.steps.length > MAX_POINTS) this.load();
     else this._append(message.points);
@@ -322,7 +322,7 @@ class Chart {
     }
   }
 
-  // --- what is drawn
+  // --- drawing
 
   _show(shown) {
     const changed = this.element.hidden === shown;
@@ -356,8 +356,8 @@ class Chart {
     this.hint.hidden = !empty;
     this.hint.textContent = say(
       samples
-        ? "No samples yet. They are drawn where the recipe has sample_every_steps and a VAE is connected."
-        : "Nothing measured yet.",
+        ? "No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE."
+        : "No measurements yet.",
     );
     this._drawLegend(this.steps.length - 1);
     this._drawStatus();
@@ -416,7 +416,7 @@ class Chart {
     this.status.title = this.status.textContent;
   }
 
-  /** What the pointer is at: the values of that step in the legend. */
+  /** Show the values of the step under the pointer in the legend. */
   _point(event) {
     this.svg.querySelector(".cursor")?.remove();
     const box = this.svg.getBoundingClientRect();
@@ -445,7 +445,7 @@ class Chart {
 
 const charts = new Set();
 
-/** Call `then` after a method of an object, whatever that was. */
+/** Call `then` after a method of an object, if it has one. */
 function after(object, method, then) {
   const before = object[method];
   object[method] = function (...values) {
@@ -475,9 +475,9 @@ app.registerExtension({
     const chart = new Chart(node, drawsSamples);
     const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT };
     chart.widget = node.addDOMWidget("distill_chart", "distill_chart", chart.element, options);
-    chart.widget.serialize = false; // of the graph; that of the options is of the prompt
+    chart.widget.serialize = false; // keeps it out of the graph; the option above keeps it out of the prompt
     chart.widget.hidden = true;
-    node.hideOutputImages = true; // the curve as a picture, which is there for who uses the API
+    node.hideOutputImages = true; // the image of the curve is for users of the API
     node.onDrawBackground = () => {};
     after(node, "onAdded", () => chart.open());
     after(node, "onRemoved", () => chart.close());

@@ -4,7 +4,7 @@ const MARGIN = { left: 42, right: 8, top: 6, bottom: 16 };
 const TICK_DISTANCE_X = 70;
 const TICK_DISTANCE_Y = 26;
 
-/** Moving geometric average over about `span` values, started without bias; null where nothing was measured. */
+/** Bias-corrected geometric EMA over about `span` values; null where there is no measurement. */
 export function smooth(values, span) {
   const keep = 1 - 1 / Math.max(1, span);
   let average = 0;
@@ -26,10 +26,10 @@ export function short(value) {
 }
 
 /**
- * Lines over steps: every point faint, smoothed bold, the extremes of points that stand for several steps as a band.
+ * Lines over steps: points faint, their EMA bold, and the extremes of points that stand for several steps as a band.
  *
  * series: of `{name, mean, min, max}`, lists as long as `steps`; a class `series-<name>` gives the colour.
- * Returns the elements, and `nearest`: share of the width -> index of the point there and its x.
+ * Returns the elements, and `nearest`: share of the width -> index and x of the nearest point.
  */
 export function lines(steps, series, { width, height, log }) {
   const measured = series.flatMap(({ min, max }) => [...min, ...max]).filter((value) => value != null && (!log || value > 0));

@@ -1,0 +1,63 @@
+"""Grids of images: rows with names, and images stacked vertically."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+SMALL_IMAGE_PX = 192
+"""Images whose longer side is at most half of this are enlarged."""
+
+
+def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image:
+    """Rows of RGB images (B, 3, H, W) in [-1, 1], each with its name above it, and the names of columns on top.
+
+    All images must have one size. They are shown pixel by pixel; small ones are enlarged by a whole factor.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = next(iter(rows.values())).shape[-2:]
+    factor = max(1, SMALL_IMAGE_PX // max(height, width))
+    height, width, count = height * factor, width * factor, max(map(len, rows.values()))
+    gap, text_px = max(4, width // 40), max(15, count * width // 64)
+    line = 2 * text_px
+    sheet = Image.new("RGB", (gap + count * (width + gap), bool(columns) * line + len(rows) * (line + height) + gap), "white")
+    drawing, font = ImageDraw.Draw(sheet), _font(text_px)
+    for number, name in enumerate(columns[:count]):
+        drawing.text((gap + number * (width + gap) + width // 2, line // 2), name, "#555555", font, anchor="mm")
+    top = bool(columns) * line
+    for name, pictures in rows.items():
+        drawing.text((gap, top + line // 2), name, "black", font, anchor="lm")
+        top += line
+        for number, picture in enumerate(pictures):
+            pixels = (picture.detach().cpu().float().permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().byte().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((width, height), 0), (gap + number * (width + gap), top))
+        top += height
+    return sheet
+
+
+def _font(size_px: int):
+    """The font that comes with matplotlib."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size_px)
+
+
+def stacked(pictures: Sequence[Image]) -> Image:
+    """Images stacked vertically, centred on a white background."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, ((sheet.width - picture.width) // 2, top))
+        top += picture.height
+    return sheet

@@ -1,0 +1,269 @@
+"""Training data without a set of images: the teacher generates it from a list of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.disk import check_room
+from ..base.precision import DTYPES
+from ..base.seeding import generator
+from ..base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings
+from ..base.storage import ignore
+from ..diffusion.conditioning import Caption, conditions
+from ..diffusion.denoiser import Denoiser, Load
+from ..diffusion.sampling import sample, timesteps
+from ..diffusion.schedule import NoiseSchedule
+from .cache import CachedDataset, CacheWriter, Entry, key, text_key, writing
+from .encoders import TextEncoders, warn_of_cut
+from .images import Size
+
+MOST_PICTURES = 10_000_000  # a gigabyte of index
+TELL_EVERY = 1000  # images that already exist
+FEWEST_CHANNELS = 4  # of a latent
+RANGES = {
+    "guidance": GUIDANCE,
+    "num_steps": SAMPLER_STEPS,
+    "num_per_prompt": (1, MOST_PICTURES),
+    "num_states": (0, SAMPLER_STEPS[1]),
+    "seed": SEEDS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How a teacher generates data."""
+
+    size: Size
+    """Height and width of the images, in pixels."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale."""
+    guidance_min: float | None = None
+    """Lowest of a range of scales up to ``guidance``. Each image and its trajectory get one, drawn uniformly, so that a range is
+    trained on the states that each scale leads through (Perez Jensen and Sadat 2025, arXiv 2503.07274). None for one scale."""
+    num_steps: int = 25
+    """Sampler steps."""
+    num_per_prompt: int = 1
+    """Images for each prompt, from different noise."""
+    num_states: int = 0
+    """Noisy states of the teacher's own trajectory stored for each image, to train on instead of adding noise.
+    A guided student will see such states (Jensen et al. 2025, arXiv 2503.07274, Sec. 3.2). 0 stores none."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_settings(self, RANGES)
+        for name, side in zip(("height", "width"), self.size, strict=True):
+            check_range(name, side, SIDE_PX)
+        if self.num_states > self.num_steps:
+            raise ValueError(f"num_states must be between 0 and the {self.num_steps} sampler steps, got {self.num_states}")
+        if self.guidance_min is not None and not 1 <= self.guidance_min < self.guidance:
+            raise ValueError(f"guidance_min must be between 1 and guidance {self.guidance:g}, got {self.guidance_min:g}")
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Lowest and highest guidance scale."""
+        return self.guidance if self.guidance_min is None else self.guidance_min, self.guidance
+
+    def scale(self, number: int, source: str) -> Tensor | None:
+        """Guidance scale of an image, from its number and the source of its noise, (); None if all have one scale."""
+        if self.guidance_min is None:
+            return None
+        share = torch.rand((), generator=generator(self.seed, number, f"scale {source}"))
+        return self.guidance_min + (self.guidance - self.guidance_min) * share
+
+    @property
+    def words(self) -> list:
+        """Values that an image depends on besides its caption and number, for its key."""
+        told = {name: value for name, value in vars(self).items() if name != "guidance_min" or value is not None}
+        return [*(told | {"num_per_prompt": None}).values()]
+
+    def kept(self, schedule: NoiseSchedule) -> Tensor | None:
+        """Timesteps of the stored states, evenly spaced among the sampler's, (K,)."""
+        if not self.num_states:
+            return None
+        steps = timesteps(schedule, self.num_steps)
+        return steps[torch.arange(self.num_states) * self.num_steps // self.num_states]
+
+
+def make_latents(
+    teacher: Denoiser, captions: Sequence[Caption], null: Caption, noise: Tensor, making: Making, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Latents (B, C, H, W) that the teacher generates for captions from noise, and states (B, K, C, H, W) on the way.
+
+    scales: guidance scales, (B,), in place of the one in ``making``.
+    """
+    kept, states = making.kept(teacher.schedule), []
+    context, label, null = conditions(captions, null, making.size)
+    latents = sample(
+        teacher,
+        context,
+        null,
+        noise=noise,
+        label=label,
+        num_steps=making.num_steps,
+        guidance=making.guidance if scales is None else scales,
+        on_state=lambda x_t, t: states.append(x_t.cpu()) if kept is not None and t in kept else None,
+    )
+    return latents.cpu(), torch.stack(states, 1) if states else None
+
+
+def make_dataset(
+    load_teacher: Load,
+    teacher_fingerprint: str,
+    encoders: TextEncoders,
+    prompts: Sequence[str],
+    making: Making,
+    folder: Path | str,
+    *,
+    schedule: NoiseSchedule,
+    batch_size: int = 8,
+    dtype: str = "fp16",
+    on_caption: Callable[[int, int], None] = ignore,
+    on_item: Callable[[int, int], None] = ignore,
+) -> CachedDataset:
+    """Dataset on disk of images that a teacher generates for prompts; only what is not in the folder yet is generated.
+
+    Each image depends only on its prompt, its number and the seed, not on the others. schedule: the teacher's. dtype: as in
+    `CacheWriter`. The teacher is loaded once all prompts are encoded, so that it need not share memory with the encoders, and
+    only if there is something to generate. ``on_caption(done, total)`` is called after each batch of prompts,
+    ``on_item(done, total)`` before the first batch of images and after each. If it is interrupted or killed, finished
+    batches stay. ``ValueError`` without prompts.
+    """
+    check_range("batch_size", batch_size, BATCH)
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError("a teacher-made dataset needs at least one prompt")
+    with writing(folder, dtype=dtype) as writer:
+        texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
+        missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
+        warn_of_cut(missing, encoders)
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            for prompt, caption in zip(part, encoders.captions(part), strict=True):
+                writer.add_text(texts[prompt], caption)
+            on_caption(start + len(part), len(missing))
+        writer.flush()
+        captions = [(prompt, texts[prompt]) for prompt in prompts]
+        return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item)
+
+
+def draw_dataset(
+    load_teacher: Load,
+    teacher_fingerprint: str,
+    captions: Sequence[Caption],
+    null: Caption,
+    making: Making,
+    folder: Path | str,
+    *,
+    schedule: NoiseSchedule,
+    batch_size: int = 8,
+    dtype: str = "fp16",
+    on_item: Callable[[int, int], None] = ignore,
+) -> CachedDataset:
+    """`make_dataset` for captions that are encoded already, and an empty caption or negative prompt."""
+    check_range("batch_size", batch_size, BATCH)
+    texts = []
+    with writing(folder, dtype=dtype) as writer:
+        for caption in [*captions, null]:
+            content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in caption if part is not None)
+            texts.append(key("caption", *content, writer.dtype))
+            if not writer.has(texts[-1]):
+                writer.add_text(texts[-1], caption)
+        writer.flush()
+        named = [(name, name) for name in texts[:-1]]
+        return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item)
+
+
+class _Job(NamedTuple):
+    """One image to generate."""
+
+    source: str
+    """Text that determines its noise."""
+    text: str
+    """Key of its caption."""
+    number: int
+    """Its number among the images of its caption."""
+    name: str
+    """Its key."""
+
+
+def _jobs(captions: Sequence[tuple[str, str]], making: Making, teacher_fingerprint: str, dtype: str) -> Iterator[_Job]:
+    """All images, one at a time: one for every caption, then again from other noise."""
+    seen: dict[tuple[str, str], int] = {}
+    for caption in chain.from_iterable(repeat(captions, making.num_per_prompt)):
+        number = seen[caption] = seen.get(caption, -1) + 1
+        name = key("made", caption[1], number, teacher_fingerprint, *making.words, dtype)
+        yield _Job(*caption, number, name)
+
+
+def _drawn(
+    writer: CacheWriter,
+    load_teacher: Load,
+    teacher_fingerprint: str,
+    captions: Sequence[tuple[str, str]],
+    null_text: str,
+    making: Making,
+    schedule: NoiseSchedule,
+    batch_size: int,
+    on_item: Callable[[int, int], None],
+) -> CachedDataset:
+    """Dataset of what a teacher generates for captions that are written.
+
+    captions: for each, the text that determines its noise, and its key.
+    """
+    null, total = writer.caption(null_text), len(captions) * making.num_per_prompt
+    _check_room(writer, total, making)
+    sizes = (*making.size, 0, 0, *making.size) if null.pooled is not None else None
+    entries, waiting, teacher = [], [], None
+    for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
+        entries.append(Entry(job.name, job.text, sizes))
+        if not writer.has(job.name):
+            if teacher is None:
+                on_item(done - 1, total)
+                teacher = load_teacher()
+            waiting.append(job)
+        if len(waiting) == batch_size or (waiting and done == total):
+            assert teacher is not None
+            _draw(writer, teacher, waiting, null, making)
+            waiting = []
+            on_item(done, total)
+        elif not waiting and (done % TELL_EVERY == 0 or done == total):
+            on_item(done, total)
+    scales = making.scales if making.num_states else None
+    return writer.finish(entries, null_text, making.kept(schedule), scales)
+
+
+def _draw(writer: CacheWriter, teacher: Denoiser, jobs: Sequence[_Job], null: Caption, making: Making) -> None:
+    """Generate some images and write them."""
+    shape = teacher.latent_channels, *(side // 8 for side in making.size)
+    noise = torch.stack([torch.randn(shape, generator=generator(making.seed, job.number, job.source)) for job in jobs])
+    scales = [making.scale(job.number, job.source) for job in jobs]
+    drawn = [scale for scale in scales if scale is not None]
+    together = torch.stack(drawn) if drawn else None
+    latents, states = make_latents(teacher, [writer.caption(job.text) for job in jobs], null, noise, making, together)
+    for i, job in enumerate(jobs):
+        writer.add_latent(job.name, latents[i], None if states is None else states[i], scales[i])
+    writer.flush()
+
+
+def _check_room(writer: CacheWriter, total: int, making: Making) -> None:
+    """``ValueError`` for more images than a dataset can hold, or than fit on the disk."""
+    if total > MOST_PICTURES:
+        raise ValueError(
+            f"{total:,} images are more than the {MOST_PICTURES:,} a dataset can hold; give fewer prompts, or fewer images each"
+        )
+    height, width = making.size
+    values = FEWEST_CHANNELS * (height // 8) * (width // 8) * (1 + making.num_states)
+    check_room(
+        writer.folder,
+        total * values * DTYPES[writer.dtype].itemsize - writer.num_bytes,
+        f"{total:,} images" + f" with {making.num_states} states each" * bool(making.num_states),
+        "generate fewer or smaller ones, store fewer states, or free some space",
+    )

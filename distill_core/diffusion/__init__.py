@@ -1,0 +1,1 @@
+"""Noise schedules and ranges of timesteps, denoisers and their conditioning, sampling and guidance."""

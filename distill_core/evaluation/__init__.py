@@ -1,0 +1,1 @@
+"""Cost of models and distance between them, as figures, charts and reports."""

@@ -1,0 +1,313 @@
+"""Comparison of models: the cost of each, and the distance of its predictions and images from those of the first.
+
+Timesteps count from 0, a clean image, to 1000, pure noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..base.image_grid import image_rows, stacked
+from ..base.precision import DTYPES, PRECISIONS
+from ..base.seeding import generator
+from ..base.settings import SEEDS, SIDE_PX, check_range, check_settings
+from ..base.storage import atomic, write_text
+from ..data.dataset import Bucket, LatentDataset
+from ..diffusion.conditioning import Label
+from ..diffusion.denoiser import Denoiser, DiffusersDenoiser
+from ..diffusion.macs import count_macs
+from ..networks.build import build_unet, load_unet
+from ..networks.files import UNetFile
+from . import plots, report
+from .comparison import COLUMNS, MEANINGS, Comparison, Measured
+from .measuring import in_rounds, seconds_of, watched_memory
+from .metrics import clip_score, feature_distances, output_error
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NUM_BINS = 10
+NUM_WARM_UPS = 2
+MOST_SHOWN = 8  # images of each model in a grid
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+RANGES = {"batch_size": (1, 4096), "num_tokens": (1, 4620), "num_rounds": (1, 10_000), "num_examples": (1, 4096), "seed": SEEDS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a comparison."""
+
+    size_px: tuple[int, int] = (512, 512)
+    """Height and width of the images."""
+    batch_size: int = 1
+    """Images per step."""
+    num_tokens: int = 77
+    num_rounds: int = 10
+    """Timed steps of each model."""
+    num_examples: int = 4
+    """Examples per bin for the distance, rounded up to full batches."""
+    dtype: str | None = None
+    """One of `PRECISIONS`; None for fp16 on a GPU and fp32 on a CPU."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_settings(self, RANGES)
+        for side in self.size_px:
+            check_range("size_px", side, (64, SIDE_PX[1]))
+        if any(side % 64 for side in self.size_px):
+            raise ValueError(f"size_px must be multiples of 64 pixels, got {self.size_px[0]} x {self.size_px[1]}")
+        if self.dtype not in (None, *PRECISIONS):
+            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {self.dtype}")
+
+    @property
+    def num_batches(self) -> int:
+        """Batches per bin for the distance; each has the size of the timed batch."""
+        return math.ceil(self.num_examples / self.batch_size)
+
+
+def work(num_models: int, settings: Settings) -> int:
+    """Number of evaluations in a comparison, for a progress bar."""
+    return num_models * (NUM_WARM_UPS + 1 + settings.num_rounds) + (num_models - 1) * NUM_BINS * settings.num_batches
+
+
+def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Callable[[], Any] = lambda: None) -> Comparison:
+    """Measure UNets by name, all loaded at once; distances are from the predictions of the first.
+
+    Inputs are random latents and random captions, determined by the seed. ``on_evaluation`` is called as many times as `work`
+    returns. ``ValueError`` names a file that cannot be compared with the first.
+    """
+    _check(files)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = settings.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    dataset = random_data(next(iter(files.values())), settings)
+    models = {name: _load(file, device, DTYPES[dtype]) for name, file in files.items()}
+    asked = {name: _evaluation(model, dataset, settings.batch_size, on_evaluation) for name, model in models.items()}
+    peaks = {name: _peak(model, asked[name]) for name, model in models.items()}
+    seconds = in_rounds([partial(seconds_of, ask, device) for ask in asked.values()], settings.num_rounds)
+    first, measured = next(iter(models.values())), []
+    for (name, model), of_a_step in zip(models.items(), seconds, strict=True):
+        measured.append(
+            Measured(
+                name=name,
+                parameters=files[name].architecture.num_parameters,
+                weight_bytes=sum(tensor.num_bytes for tensor in files[name].tensors.values()),
+                gmacs=macs(files[name], dataset) / 1e9,
+                ms_per_step=1000 * of_a_step,
+                peak_bytes=peaks[name],
+                distances=(0.0,) * NUM_BINS if model is first else _distances(model, first, dataset, settings, on_evaluation),
+            )
+        )
+    height, width = settings.size_px
+    said = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
+        "precision": dtype,
+        "pictures": f"{width} x {height} px, {settings.batch_size} per step, captions of {settings.num_tokens} tokens",
+        "time": f"median of {settings.num_rounds} rounds",
+        "distance": f"{settings.num_batches * settings.batch_size} examples of random latents and captions in each of "
+        f"{NUM_BINS} timestep bins, seed {settings.seed}",
+    }
+    return Comparison(models=tuple(measured), settings=said)
+
+
+def _check(files: Mapping[str, UNetFile]) -> None:
+    if len(files) < 2:
+        raise ValueError(f"a comparison needs at least two models, got {len(files)}")
+    reads = {
+        name: (file.architecture.channels("conv_in")[0], file.architecture.context_width, file.architecture.label_width)
+        for name, file in files.items()
+    }
+    first, *others = reads
+    for name, file in files.items():
+        try:
+            file.sampling.check_trainable()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if file.sampling.noise != files[first].sampling.noise:
+            raise ValueError(
+                f"{name} cannot be compared with {first}: noise levels differ ({file.sampling.describe()}, "
+                f"{files[first].sampling.describe()}); compare models with one noise schedule"
+            )
+    for name in others:
+        if reads[name] != reads[first]:
+            raise ValueError(
+                f"{name} cannot be compared with {first}: latent channels, caption width and label width are "
+                f"{reads[name]}, but those of {first} are {reads[first]}; compare models of one family"
+            )
+
+
+def random_data(file: UNetFile, settings: Settings) -> LatentDataset:
+    """Random latents and random captions of the widths a UNet takes."""
+    random, count = generator(settings.seed, 0, "comparison"), max(settings.num_examples, settings.batch_size)
+    architecture, (height, width) = file.architecture, settings.size_px
+    if architecture.context_width is None:
+        raise ValueError("diffusers builds no UNet of this kind without any attention, so it cannot be compared")
+    latents = torch.randn(count, architecture.channels("conv_in")[0], height // 8, width // 8, generator=random)
+    contexts = torch.randn(count, settings.num_tokens, architecture.context_width, generator=random)
+    told = {}
+    if architecture.label_width:
+        label = Label.neutral(architecture.label_width, count, settings.size_px, latents)
+        told = {"pooled": torch.randn(label.pooled.shape, generator=random), "sizes": label.sizes}
+    return LatentDataset([Bucket(latents=latents, contexts=contexts, **told)])
+
+
+def _load(file: UNetFile, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    network = load_unet(file, dtype).requires_grad_(False).to(device)
+    return DiffusersDenoiser.of_file(file, network)
+
+
+def macs(file: UNetFile, dataset: LatentDataset) -> int:
+    """Multiply-accumulates of one evaluation for one image, counted on a network without weights."""
+    with torch.device("meta"):
+        network = build_unet(file.architecture)
+    (bucket,) = dataset.buckets
+    denoiser = DiffusersDenoiser(network=network, architecture=file.architecture)
+    _, channels, height, width = bucket.latents.shape
+    return count_macs(denoiser, (channels, height, width), bucket.contexts.shape[1])
+
+
+def _evaluation(model: Denoiser, dataset: LatentDataset, batch_size: int, on_evaluation: Callable[[], Any]) -> Callable[[], None]:
+    """A function that runs one step of a model: one evaluation of a batch."""
+    examples = dataset.read(0, torch.arange(batch_size))
+    x, context = (tensor.to(model.device, model.dtype) for tensor in (examples.latents, examples.contexts))
+    label = examples.label and examples.label.to(context)
+    t = torch.full((batch_size,), model.schedule.num_timesteps // 2, device=model.device)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        model(x, t, context, label)
+        on_evaluation()
+
+    return evaluate
+
+
+def _peak(model: Denoiser, evaluate: Callable[[], None]) -> int:
+    """Peak memory of an evaluation after warm-up."""
+    for _ in range(NUM_WARM_UPS):
+        evaluate()
+    weights = list(model.network.parameters())
+    with watched_memory(model.device, weights) as peak:
+        evaluate()
+    return peak.num_bytes + sum(weight.nbytes for weight in weights)
+
+
+def _distances(model: Denoiser, first: Denoiser, dataset, settings: Settings, on_batch: Callable[[], Any]) -> tuple[float, ...]:
+    """Distances in the first model's prediction type, so that those of all models are comparable."""
+    in_parts = {"num_batches": settings.num_batches, "batch_size": settings.batch_size}
+    errors = output_error(first, model, dataset, num_bins=NUM_BINS, **in_parts, seed=settings.seed, on_batch=on_batch)
+    return tuple(errors.tolist())
+
+
+# --- images and reports ---------------------------------------------------------------------------------------------
+
+
+def grid(comparison: Comparison) -> Image:
+    """Images of the models: one row per model, one column per seed."""
+    shown = {name: pictures[:MOST_SHOWN] for name, pictures in comparison.pictures.items()}
+    return image_rows(shown, comparison.seeds[:MOST_SHOWN])
+
+
+def chart(comparison: Comparison) -> Image:
+    """The table, and the chart of distances over timesteps."""
+    return stacked([plots.table_image(COLUMNS, comparison.rows()), plots.distance_chart(comparison)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Quality scores of one model's images, from image and text encoders."""
+
+    name: str
+    frechet_distance: float | None = None
+    """Distance from the reference images; None for the reference itself."""
+    kernel_distance: float | None = None
+    clip_score: float | None = None
+    """Mean similarity to the prompt, 0 to 100."""
+
+    COLUMNS = ("model", "Fréchet distance", "kernel distance", "CLIP score")
+    MEANINGS = {
+        "Fréchet distance": "distance between two Gaussians, fitted to the features of the images and of the reference images; "
+        "lower is closer. Few images give too high a value: use a few hundred or more, the same number for each model.",
+        "kernel distance": "distance of the same features without fitting Gaussians; unbiased also for few images; 0 is equal.",
+        "CLIP score": "100 times the mean cosine similarity of image and prompt in CLIP's space, negative values counted as 0; "
+        "higher is closer.",
+    }  # fmt: skip
+
+    def cells(self) -> dict[str, str]:
+        """Cell texts by column; the CLIP score only if there is one."""
+        distances = (self.frechet_distance, self.kernel_distance)
+        told = [self.name, *("reference" if value is None else f"{value:.4g}" for value in distances)]
+        return dict(zip(self.COLUMNS, told if self.clip_score is None else [*told, f"{self.clip_score:.2f}"], strict=False))
+
+
+def judge(features: Mapping[str, Tensor], real: Tensor | None = None, text: Tensor | None = None) -> list[Judged]:
+    """Scores of each model's image features (N, D), compared with ``real`` features, or else with the first model's.
+
+    text: embedding of the prompt in the same space, (D,); None for no CLIP score.
+    """
+    judged = []
+    for number, (name, seen) in enumerate(features.items()):
+        held_against = next(iter(features.values())) if real is None else real
+        is_reference = real is None and number == 0
+        frechet, kernel = (None, None) if is_reference else feature_distances(held_against, seen)
+        score = None if text is None else clip_score(seen, text)
+        judged.append(Judged(name=name, frechet_distance=frechet, kernel_distance=kernel, clip_score=score))
+    return judged
+
+
+def write_report(
+    path: Path,
+    comparison: Comparison,
+    *,
+    title: str,
+    judged: Sequence[Judged] = (),
+    judged_by: Mapping[str, str] | None = None,
+    losses: Image | None = None,
+) -> Image:
+    """Write a comparison as one HTML file; returns it as one image.
+
+    judged: scores of each model's images, if any; judged_by: how they were measured, in words. losses: a loss curve.
+    """
+    parts, pictures = [report.paragraph(comparison.summary())], []
+
+    def show(image: Image, description: str, form: str = "png") -> None:
+        parts.append(report.picture(image, description, form))
+        pictures.append(image)
+
+    def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], meanings: Mapping[str, str], title: str = "") -> None:
+        parts.extend([report.table(columns, rows), report.listing(meanings)])
+        pictures.append(plots.table_image(columns, rows, title))
+
+    if comparison.pictures:
+        parts.append(report.heading("The same seeds through every model"))
+        show(grid(comparison), "Images by each model", "jpeg")
+    parts.append(report.heading("Figures"))
+    show_table(COLUMNS, comparison.rows(), MEANINGS)
+    show(plots.distance_chart(comparison), "Distance of the predictions over timesteps")
+    if judged:
+        parts.append(report.heading("Image quality"))
+        rows = [one.cells() for one in judged]
+        columns = list(rows[0])
+        meanings = {name: text for name, text in Judged.MEANINGS.items() if name in columns}
+        show_table(columns, [list(row.values()) for row in rows], meanings, "image quality")
+    if losses:
+        parts.append(report.heading("Training"))
+        show(losses, "Loss of every step")
+    parts.extend([report.heading("Settings"), report.listing({**comparison.settings, **(judged_by or {})})])
+    write_text(path, report.page(title, *parts), overwrite=False)
+    return stacked(pictures)
+
+
+def save_chart(path: Path, comparison: Comparison, *, overwrite: bool = False) -> None:
+    with atomic(path, overwrite=overwrite) as made:
+        chart(comparison).save(made, format="png")

@@ -1,0 +1,61 @@
+"""Comparable measurements of time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training.memory import Ledger
+
+
+def in_rounds(timed: Sequence[Callable[[], float]], num_rounds: int) -> list[float]:
+    """Median seconds that each function returns; every round calls all of them once, in turn."""
+    rounds = [[one() for one in timed] for _ in range(num_rounds)]
+    return [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until some work on a device is finished."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+class Peak:
+    """Peak memory beyond what was in use before."""
+
+    num_bytes = 0
+
+
+@contextlib.contextmanager
+def watched_memory(device: torch.device, weights: Sequence[Tensor] = ()) -> Iterator[Peak]:
+    """Measure peak memory while open; the result is ready when it closes. On CUDA the allocator counts, elsewhere all live
+    tensors made inside the block count, except ``weights`` and views of them."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with Ledger(weights) as ledger:
+            yield peak
+        peak.num_bytes = ledger.most.total()

@@ -1,0 +1,190 @@
+"""Loss curves, tables and sample grids, drawn by matplotlib without global state, so that server threads can draw too."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from ..pruning.plan import name_map
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from ..pruning.analyse import Analysis
+    from ..pruning.plan import PruningPlan
+    from .comparison import Comparison
+
+CHART_WIDTH_IN = 9.5
+TIMESTEPS, LEAST_DISTANCE = 1000, 1e-12
+REMOVED_COLOR, KEPT_COLOR = "#e45756", "#9ecae9"
+TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "total": "#333333"}
+
+
+def figure(width_in: float, height_in: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure((width_in, height_in), layout="constrained", dpi=110)
+    FigureCanvasAgg(drawing)
+    return drawing
+
+
+def to_image(drawing: Figure) -> Image:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Geometric EMA over about ``span`` values with bias correction (Kingma & Ba 2015, Alg. 1), for log scales."""
+    average, weight, out = 0.0, 0.0, []
+    keep = 1 - 1 / max(1, span)
+    for value in values:
+        average = keep * average + (1 - keep) * math.log(max(value, 1e-12))
+        weight = keep * weight + (1 - keep)
+        out.append(math.exp(average / weight))
+    return out
+
+
+def draw_losses(axes: Axes, metrics: Sequence[Mapping[str, float]]) -> None:
+    """Draw each loss term over the steps on a log scale: every step faint, the smoothed curve bold."""
+    steps = [row["step"] for row in metrics]
+    for term, color in TERM_COLORS.items():
+        if metrics and term in metrics[0]:
+            values = [row[term] for row in metrics]
+            axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
+            axes.plot(steps, smooth(values, len(values) // 40), color=color, label=term, linewidth=1.8)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.25)
+    if metrics:
+        axes.legend(loc="upper right", framealpha=0.9)
+
+
+def loss_curve(metrics: Sequence[Mapping[str, float]], title: str = "") -> Image:
+    drawing = figure(6.4, 4.2)
+    axes = drawing.subplots()
+    draw_losses(axes, metrics)
+    axes.set_title(title, fontsize=11)
+    return to_image(drawing)
+
+
+def score_chart(analysis: Analysis, plan: PruningPlan, criterion: str) -> Image:
+    """Bars of the output error and the change of every unit, in network order; units that a plan removes are coloured."""
+    from matplotlib.patches import Patch
+
+    removed = name_map(analysis.teacher, plan).removed
+    scores = sorted(analysis.scores, key=lambda score: _place(score.unit.spans[0][0]))
+    drawing = figure(10, 1.4 + 0.17 * len(scores))
+    panels = drawing.subplots(1, 2, sharey=True)
+    colors = [REMOVED_COLOR if score.unit.blocks <= removed else KEPT_COLOR for score in scores]
+    for axes, title, values in (
+        (panels[0], "output error when skipped", [score.output_error for score in scores]),
+        (panels[1], "change from input to output (1 - cosine)", [score.change for score in scores]),
+    ):
+        lowest = min((value for value in values if value > 0), default=1e-6)
+        axes.barh(range(len(scores)), [max(value, lowest / 2) for value in values], color=colors, height=0.75)
+        axes.set(xscale="log", xlim=(lowest / 2, None))
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        axes.margins(y=0.01)
+    panels[0].set_yticks(range(len(scores)), [score.unit.name for score in scores], fontsize=7.5)
+    panels[0].invert_yaxis()
+    drawing.suptitle(f"Units of the UNet in network order; plan chosen by {criterion}", fontsize=11)
+    handles = [Patch(color=REMOVED_COLOR, label="removed"), Patch(color=KEPT_COLOR, label="kept")]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return to_image(drawing)
+
+
+def _place(module: str) -> tuple[int, list[int]]:
+    """Sort key of a module by its position in the network."""
+    side, *rest = module.split(".")
+    return ("down", "mid", "up").index(side), [int(part) for part in rest if part.isdigit()]
+
+
+def draw_grid(axes: Axes, pictures: Tensor, columns: int, title: str) -> None:
+    """Draw images (N, 1, H, W) in [-1, 1] as one grid with gaps, dark ink on white; an incomplete last row is omitted."""
+    import torch.nn.functional as F
+    from einops import rearrange
+
+    whole = len(pictures) // columns * columns
+    framed = F.pad(pictures[:whole].clamp(-1, 1), (1, 1, 1, 1), value=-1)
+    axes.imshow(rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=columns).cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
+    axes.set_title(title, fontsize=11)
+    axes.set_axis_off()
+
+
+def draw_table(axes: Axes, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Draw a table; long texts and percentages in brackets wrap over several lines."""
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=11)
+    texts = [[textwrap.fill(_plain(cell).replace(" (", "\n("), 24, replace_whitespace=False) for cell in row] for row in rows]
+    grid = axes.table(texts, colLabels=[name.replace(" ", "\n", 1) for name in columns], loc="center", cellLoc="center")
+    grid.auto_set_font_size(False)
+    grid.set_fontsize(9.5)
+    grid.scale(1, 2.4)
+
+
+def _plain(text: str) -> str:
+    """Escape a text so that matplotlib does not read it as a formula."""
+    return text.replace("$", r"\$")
+
+
+def table_image(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Image:
+    drawing = figure(CHART_WIDTH_IN, 1.2 + 0.45 * len(rows))
+    draw_table(drawing.subplots(), columns, rows, title)
+    return to_image(drawing)
+
+
+def distance_chart(comparison: Comparison) -> Image:
+    """Chart of each model's distance from the first model's predictions, over timesteps, on a log scale."""
+    drawing = figure(CHART_WIDTH_IN, 4.0)
+    axes = drawing.subplots()
+    first, *others = comparison.models
+    for number, model in enumerate(others, 1):
+        if model.distances:
+            size = TIMESTEPS / len(model.distances)
+            middles = [size * (place + 0.5) for place in range(len(model.distances))]
+            values = [max(value, LEAST_DISTANCE) for value in model.distances]
+            axes.plot(middles, values, marker="o", color=f"C{number}", label=_plain(model.name))
+    axes.set(xlabel="timestep (0: clean image, 1000: pure noise)", ylabel="squared distance", yscale="log", xlim=(0, 1000))
+    axes.set_title(f"Distance of the predictions from those of {_plain(first.name)}", fontsize=11)
+    axes.grid(alpha=0.25)
+    if axes.get_lines():
+        axes.legend(loc="best", framealpha=0.9)
+    return to_image(drawing)
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of a network while sampling."""
+
+    sigma: float
+    number: int
+    """Index of the model that predicted, from 0."""
+
+
+def route_chart(evaluations: Sequence[Evaluation], names: Sequence[str], boundaries: Sequence[float], title: str = "") -> Image:
+    """Noise level of each evaluation while sampling, coloured by the model that predicted; ``boundaries`` as lines."""
+    drawing = figure(7.2, 4.2)
+    axes = drawing.subplots()
+    axes.plot([e.sigma for e in evaluations], color="#bbbbbb", linewidth=1, zorder=1)
+    for number, name in enumerate(names):
+        own = [(place, e.sigma) for place, e in enumerate(evaluations) if e.number == number]
+        label = f"{name}: {len(own)} evaluation{'s' * (len(own) != 1)}"
+        axes.scatter([place for place, _ in own], [sigma for _, sigma in own], s=42, color=f"C{number}", label=label, zorder=2)
+    for boundary in boundaries:
+        axes.axhline(boundary, color="#555555", linestyle="--", linewidth=1)
+    axes.set(xlabel="evaluation of the network", ylabel="noise level sigma", yscale="log")
+    axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", framealpha=0.9)
+    axes.set_title(title, fontsize=11)
+    return to_image(drawing)

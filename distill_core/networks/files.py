@@ -1,0 +1,343 @@
+"""UNets on disk: reading files, and writing files that other tools open."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.documents import MAX_LIST_BYTES, one_line, read_json
+from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
+from .architecture import Architecture
+from .diffusers_config import diffusers_config
+from .layouts import find_unet, layout, what_else
+from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMS = {
+    "ldm": "one file with bare LDM names, for ComfyUI's models/diffusion_models",
+    "checkpoint": "one file with VAE and text encoder too, for ComfyUI's models/checkpoints",
+    "diffusers": "a folder for UNet2DConditionModel.from_pretrained",
+}
+"""Forms in which a student can be written."""
+ORIGIN = ("distill.plan", "distill.teacher", "distill.skips", "distill.padding")
+"""Metadata that says what a student was pruned from; files made from the student carry it too."""
+_FULL_PREFIX = "model.diffusion_model."
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_QUANTISED = "is quantised in a way that is not supported; use the fp16 or fp8 version of the model"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+_BESIDE = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
+"""Other parts of a full checkpoint -> prefixes of their tensors."""
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UNetFile:
+    """A UNet on disk, described by its header; weights are read on demand."""
+
+    path: Path
+    spelling: str
+    """Layout the file is written in: a key of `layouts.LAYOUTS`."""
+    prefix: str
+    names: Mapping[str, str]
+    """Canonical parameter name -> name in the file."""
+    tensors: Mapping[str, StoredTensor]
+    """Weights by canonical name, not read yet."""
+    architecture: Architecture
+    dtype: str
+    """Precision most weights are stored in: ``f16``, ``bf16``, ``f32``, ``f8_e4m3``, ..."""
+    sampling: ModelSampling = STABLE_DIFFUSION
+    """How the network is sampled; as Stable Diffusion 1 unless the file says otherwise."""
+    others: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """VAE and text encoders of a full checkpoint, by their names in the file."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts."""
+        return self.sampling.prediction
+
+    @property
+    def markers(self) -> dict[str, Tensor]:
+        """Marker tensors that give ComfyUI its sampling."""
+        return self.sampling.markers(self.architecture.family)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Metadata on the teacher it was pruned from, by the keys of `ORIGIN`."""
+        return {key: text for key, text in self.metadata.items() if key in ORIGIN}
+
+    @property
+    def is_whole_checkpoint(self) -> bool:
+        """Whether it also holds VAE and text encoder."""
+        return all(any(name.startswith(prefixes) for name in self.others) for prefixes in _BESIDE.values())
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights by canonical name, in the precision of the file, copied into memory: the file may be deleted."""
+        return {name: tensor.read() for name, tensor in self.tensors.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Summary of the network from its header, for scripts and people."""
+        architecture = self.architecture
+        return {
+            "file": str(self.path),
+            "family": architecture.family,
+            "layout": self.spelling + (f", under the prefix {self.prefix}" if self.prefix else ""),
+            "dtype": self.dtype,
+            "prediction": self.prediction,
+            "sampling": self.sampling.describe(),
+            "parameters": architecture.num_parameters,
+            "context_width": architecture.context_width,
+            "with_vae_and_text_encoder": self.is_whole_checkpoint,
+            "mid": "none"
+            if "mid.resnet.0" not in architecture.modules
+            else f"transformer depth {architecture.depth('mid.attn.0')}",
+            "stages": [
+                {
+                    "name": stage,
+                    "channels": architecture.channels(f"{stage}.resnet.0")[1],
+                    "resnets": len(numbers := architecture.numbers(f"{stage}.resnet")),
+                    "transformer_depth": [architecture.depth(f"{stage}.attn.{j}") for j in numbers],
+                }
+                for stage in (*architecture.stages("down"), *architecture.stages("up"))
+            ],
+        }
+
+
+def open_unet(path: Path | str) -> UNetFile:
+    """A UNet on disk, read from its header: a single file in either layout, or a diffusers folder.
+
+    Raises ``ValueError`` in one sentence if it does not exist, is not a safetensors file, is damaged, or holds no UNet.
+    """
+    path = Path(path)
+    config: dict[str, Any] = {}
+    scheduler: dict[str, Any] = {}
+    folder = _diffusers_folder(path)
+    if folder is not None:
+        config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
+        scheduler_file = folder.parent / "scheduler" / "scheduler_config.json"
+        scheduler = read_json(scheduler_file) if scheduler_file.exists() else {}
+    if folder is not None and path.is_dir():
+        path, header = _read_folder(folder)
+    else:
+        header = read_header(path)
+    try:
+        return _find(path, header, config, scheduler)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _diffusers_folder(path: Path) -> Path | None:
+    """Folder of a diffusers UNet. path: of the pipeline, of that folder, or of a file of weights in it."""
+    if path.is_dir():
+        return path / "unet" if (path / "unet").is_dir() else path
+    of_diffusers = path.name.startswith(_WEIGHTS.partition(".")[0]) and (path.parent / "config.json").exists()
+    return path.parent if of_diffusers else None
+
+
+def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UNetFile:
+    spelling, prefix = find_unet(header.tensors)
+    markers = {name: tensor for name, tensor in header.tensors.items() if is_marker(name)}
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in header.tensors.items()
+        if name.startswith(prefix) and name not in markers
+    }
+    written_sign = found.get(SD2_V_SIGN_LDM)
+    if written_sign is not None and written_sign.shape == (2,):  # a marker, not a weight
+        del found[SD2_V_SIGN_LDM]
+    found = _unscaled(found)
+    if other := what_else(found):
+        raise ValueError(f"it is {other}; only UNets of SD1.x, SD2 and SDXL are supported")
+    canonical = layout(spelling).to_canonical(found)
+    tensors = {canonical[name]: tensor for name, tensor in found.items()}
+    architecture = Architecture.from_state_dict(found, _head_channels(header.metadata, config))
+    _check_whole(architecture, spelling)
+    sign = None
+    if architecture.family == "sd2" and architecture.channels("conv_in")[0] == 4:  # SD2 for inpainting predicts noise
+        sign = tensors.get(SD2_V_SIGN) if SD2_V_SIGN_LDM in found or written_sign is None else written_sign
+    beside = tuple(prefix for prefixes in _BESIDE.values() for prefix in prefixes) if prefix else ()
+    return UNetFile(
+        path,
+        spelling,
+        prefix,
+        names={canonical[name]: prefix + name for name in found},
+        tensors=tensors,
+        architecture=architecture,
+        dtype=Counter(tensor.code for tensor in tensors.values()).most_common(1)[0][0].lower(),
+        sampling=read_sampling(markers, scheduler, header.metadata, sign),
+        others={name: header.tensors[name] for name in sorted(header.tensors) if name.startswith(beside)} if beside else {},
+        metadata=header.metadata,
+    )
+
+
+def _check_whole(architecture: Architecture, spelling: str) -> None:
+    """``ValueError`` unless the UNet is complete; it names missing parameters as the file would."""
+    if missing := architecture.missing_parameters():
+        name = layout(spelling).from_canonical([*architecture.shapes, *missing])[missing[0]]
+        more = f", and {len(missing) - 1} more parameters" if missing[1:] else ""
+        raise ValueError(f"the UNet is incomplete: {name} is missing{more}; download it again")
+    try:
+        architecture.check_whole()
+    except ValueError as error:
+        raise ValueError(f"the UNet is incomplete or damaged: {error}; download it again") from error
+
+
+def _read_folder(folder: Path) -> tuple[Path, Header]:
+    """Weights of a diffusers folder, whole or in shards; a variant such as fp16 if there is no other."""
+    stem = _WEIGHTS.removesuffix(".safetensors")
+    variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if not _SHARD.search(path.name)]
+    indices = sorted(folder.glob(f"{_WEIGHTS}.index.*.json"))
+    found = [path for path in (folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json", *variants, *indices) if path.exists()]
+    if not found:
+        raise ValueError(f"{folder} holds no {_WEIGHTS}; give a model in the safetensors format")
+    return found[0], _read_shards(found[0]) if found[0].suffix == ".json" else read_header(found[0])
+
+
+def _read_shards(index: Path) -> Header:
+    """All tensors that an index names, each from its shard."""
+    weight_map = read_json(index, max_bytes=MAX_LIST_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} names no shards; download it again")
+    headers = {str(shard): read_header(index.parent / Path(str(shard)).name) for shard in weight_map.values()}
+    if missing := [name for name, shard in weight_map.items() if name not in headers[str(shard)].tensors]:
+        raise ValueError(f"{weight_map[missing[0]]} lacks {missing[0]}, which {index.name} says it holds; download it again")
+    tensors = {name: headers[str(shard)].tensors[name] for name, shard in weight_map.items()}
+    return Header(tensors, next(iter(headers.values())).metadata)
+
+
+def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Scaled fp8 weights joined with their scales; ``ValueError`` for other ways of quantising."""
+    plain, scales = {}, {}
+    for name, tensor in found.items():
+        layer, _, last = name.rpartition(".")
+        if last in ("weight_scale_2", "pre_quant_scale"):
+            raise ValueError(f"{layer}.weight {_QUANTISED}")
+        if last in ("scale_weight", "weight_scale"):
+            scales[f"{layer}.weight"] = tensor
+        elif last not in ("scaled_fp8", "scale_input", "input_scale", "comfy_quant"):
+            plain[name] = tensor
+    for name, scale in scales.items():
+        if name not in plain or not plain[name].code.startswith("F8") or scale.shape not in ((), (1,)):
+            raise ValueError(f"{name} {_QUANTISED}")
+        plain[name] = StoredTensor(**{**vars(plain[name]), "scale": scale})
+    return plain
+
+
+def _read_config(path: Path) -> dict:
+    config = read_json(path)
+    widths, heads = config.get("block_out_channels"), config.get("num_attention_heads") or config.get("attention_head_dim") or 8
+    numbers = [widths, heads if isinstance(heads, list) else [heads]]
+    if not all(isinstance(row, list) and row and all(type(n) is int and n > 0 for n in row) for row in numbers):
+        raise ValueError(f"{path} is not the config of a diffusers UNet; download it again")
+    if isinstance(heads, list) and len(heads) != len(widths):
+        raise ValueError(f"{path} gives attention heads for {len(heads)} stages, but has {len(widths)} stages; download it again")
+    return config
+
+
+def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
+    """Channels of a head, from our own metadata or a diffusers config; None if neither gives them or all have eight heads.
+
+    diffusers' ``attention_head_dim`` is, despite its name, the number of heads of each stage.
+    """
+    if "distill.head_channels" in metadata:
+        if not re.fullmatch("[1-9][0-9]{0,5}", text := metadata["distill.head_channels"]):
+            raise ValueError(f"its metadata gives an invalid head size {one_line(text)!r}; prune the teacher again")
+        return int(text)
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim")
+    if heads is None:
+        return None
+    widths = config["block_out_channels"]
+    heads = heads if isinstance(heads, list) else [heads] * len(widths)
+    if set(heads) == {8}:
+        return None
+    head_channels = {width // number for width, number in zip(widths, heads, strict=True)}
+    if len(head_channels) > 1:
+        raise ValueError(f"its attentions have {heads} heads, neither eight each nor heads of one width")
+    return head_channels.pop()
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def save_unet(
+    path: Path | str,
+    state_dict: Mapping[str, Tensor | StoredTensor],
+    architecture: Architecture,
+    *,
+    form: str = "ldm",
+    dtype: str | None = None,
+    sampling: ModelSampling = STABLE_DIFFUSION,
+    others: Mapping[str, Tensor | StoredTensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes = ignore,
+) -> None:
+    """Write a UNet so that others can open it, one weight in memory at a time.
+
+    state_dict: weights by canonical name. form: a key of `FORMS`. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what
+    is there. sampling: how the network is sampled, by default as Stable Diffusion. others: VAE and text encoders under their
+    LDM names, for a full checkpoint. metadata: more entries for the header, such as ``modelspec.title``. Raises
+    ``ValueError`` if the architecture, its sampling, or the path does not allow the form.
+    """
+    sampling.check_writable(form)
+    if form not in FORMS:
+        raise ValueError(f"unknown layout {form!r}; choose from {sorted(FORMS)}")
+    if dtype is not None and dtype not in CODES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {sorted(CODES)}")
+    if form == "checkpoint" and not others:
+        raise ValueError("a full checkpoint needs a VAE and a text encoder, and there are none; write the ldm layout")
+    prefix = _FULL_PREFIX if form == "checkpoint" else ""
+    names = layout("diffusers" if form == "diffusers" else "ldm").from_canonical(architecture.shapes)
+    tensors = {prefix + names[name]: weight for name, weight in state_dict.items()}
+    codes = dict.fromkeys(tensors, CODES[dtype]) if dtype else {}
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _MODELSPEC_ARCHITECTURES.get(architecture.family, "unet"),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": Path(path).stem,
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **sampling.metadata(),
+        **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
+        **(metadata or {}),
+    }
+    if form != "diffusers":
+        beside = sampling.markers(architecture.family, prefix)
+        tensors = {**{name: tensor for name, tensor in beside.items() if name not in tensors}, **tensors}
+        write_tensors(
+            path,
+            {**(others or {}), **tensors} if prefix else tensors,
+            header,
+            codes=codes,
+            overwrite=overwrite,
+            on_bytes=on_bytes,
+        )
+        return
+    _check_place(Path(path))
+    config = json.dumps(diffusers_config(architecture), indent=2)
+    with atomic(path, overwrite=overwrite) as folder:
+        folder.mkdir()
+        write_tensors(folder / _WEIGHTS, tensors, header, codes=codes, on_bytes=on_bytes)
+        write_text(folder / "config.json", config)
+
+
+def _check_place(folder: Path) -> None:
+    """``ValueError`` for a diffusers folder where ComfyUI's loaders would list it, because they misread such students."""
+    place = re.search(r"(^|/)(diffusion_models|checkpoints|models/unet)(/|$)", folder.absolute().as_posix())
+    if place:
+        raise ValueError(
+            f"ComfyUI lists every .safetensors file under {place[2]}, and misreads students in the diffusers layout; "
+            "write the ldm layout there, or choose another folder for the diffusers layout"
+        )

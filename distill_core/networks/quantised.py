@@ -1,0 +1,82 @@
+"""Networks that bitsandbytes stores with linear layers in eight or four bits; other layers, convolutions too, stay the same.
+
+int8: whole numbers and a scale per output (Dettmers et al. 2022, arXiv 2208.07339). nf4: sixteen levels spaced like a normal
+distribution, with a scale per 64 weights that is itself stored in eight bits (Dettmers et al. 2023, arXiv 2305.14314, Sec. 3).
+Such weights are not trained; gradients pass through them to a LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import nn
+
+from ..base.precision import DTYPES
+
+QUANTISED = ("int8", "nf4")
+"""Names of these precisions."""
+COMPUTES_IN = torch.bfloat16
+"""Precision in which such a network computes, its other layers included."""
+_BLOCK, _BLOCK_OF_SCALES = 64, 256
+
+
+def computes(dtype: str) -> str:
+    """Precision in which a network computes, a key of `precision.DTYPES`: stored in 8 or 4 bits, it computes in 16."""
+    return "bf16" if dtype in ("fp8", *QUANTISED) else dtype
+
+
+def quantise(network: nn.Module, dtype: str) -> None:
+    """Replace a network's linear layers with layers that store fewer bits; ``.to(device)`` then rounds the weights.
+
+    dtype: one of `QUANTISED`. ``ValueError`` with the pip command if bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"dtype {dtype} needs a package: python -m pip install bitsandbytes") from error
+    for path, layer in list(network.named_modules()):
+        if type(layer) is nn.Linear:
+            network.set_submodule(path, _quantised(bitsandbytes.nn, layer, dtype))
+
+
+def _quantised(kinds, layer: nn.Linear, dtype: str) -> nn.Linear:
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    if dtype == "int8":
+        own = kinds.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        own.weight = kinds.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        own = kinds.Linear4bit(*sizes, compute_dtype=COMPUTES_IN, quant_type=dtype, device="meta")
+        own.weight = kinds.Params4bit(layer.weight.data, requires_grad=False, quant_type=dtype, module=own)
+        own.support_avx512bf16_for_cpu = False  # else the first call without gradients rounds the scales again
+    own.bias = layer.bias
+    return own.train(layer.training)
+
+
+def _int8_bytes(shape: tuple[int, ...]) -> int:
+    """One byte per weight, one float32 per output."""
+    return prod(shape) + 4 * shape[0]
+
+
+def _nf4_bytes(shape: tuple[int, ...]) -> int:
+    """Half a byte per weight, a byte per block, a float32 per block of scales; the sixteen levels and the mean scale."""
+    blocks = -(-prod(shape) // _BLOCK)
+    return -(-prod(shape) // 2) + blocks + 4 * -(-blocks // _BLOCK_OF_SCALES) + 4 * 16 + 4
+
+
+_BYTES: dict[str, Callable[[tuple[int, ...]], int]] = {"int8": _int8_bytes, "nf4": _nf4_bytes}
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the weight of a linear layer."""
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def kept_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """Bytes of a network's weights. shapes: by parameter name. dtype: one of `QUANTISED`, or a key of `precision.DTYPES`."""
+    if dtype not in QUANTISED:
+        return DTYPES[dtype].itemsize * sum(map(prod, shapes.values()))
+    linear = {name for name, shape in shapes.items() if is_linear(name, shape)}
+    rest = sum(prod(shape) for name, shape in shapes.items() if name not in linear)
+    return sum(_BYTES[dtype](shapes[name]) for name in linear) + COMPUTES_IN.itemsize * rest

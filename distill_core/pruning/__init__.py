@@ -1,0 +1,1 @@
+"""Pruning: plans of which blocks to remove, and the student that remains."""

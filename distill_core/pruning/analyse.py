@@ -1,0 +1,480 @@
+"""Plans made for a user's own model: they score every removable unit, without training, and meet a budget.
+
+The score of a unit is the error of the network's output when that unit alone is skipped. LAPTOP-Diff found that these
+errors nearly add up, so the choice of a plan becomes a knapsack problem (Zhang et al. 2024, arXiv 2404.11098, Sec. 3.2).
+For comparison, we also measure how much a unit changes its input; pruning by that is known to be weak (Fang et al. 2024,
+TinyFusion, arXiv 2412.01199, Table 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.settings import SEEDS, check_settings
+from ..diffusion.conditioning import Label
+from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, tap
+from ..diffusion.distance import squared_error
+from ..diffusion.macs import macs_by_module
+from ..networks.architecture import Architecture
+from ..networks.build import build_unet
+from ..networks.layouts import split
+from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
+from .plan import NameMap, PruningPlan, name_map
+from .plan_text import write_plan
+from .skip import detour, skipping
+
+CRITERIA = {
+    "output error": "error of the output when the unit is skipped",
+    "similarity": "how much the unit changes its input",
+}
+MEASURES = ("macs", "parameters")
+_RESOLUTION = 2000
+"""Steps in which a saving is counted; each rounds down, so a plan never saves less than requested."""
+
+
+# --- units ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part that can be removed on its own and leaves a working UNet."""
+
+    name: str
+    """``up.1.attn.2``, ``down.2.attn.0.block.7``, ``layer down.1.1 + up.2.1``, ``mid``, ``stage down.3``, ..."""
+    blocks: frozenset[str]
+    """The teacher's blocks that are removed."""
+    spans: tuple[tuple[str, str], ...]
+    """First and last module of each skipped stretch of the network."""
+    stage: str
+    """The stage it belongs to, by the name of the down stage; ``mid``."""
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether it removes layers, not just attention within layers that stay."""
+        return any(".resnet." in block for block in self.blocks)
+
+
+def removable_units(teacher: Architecture) -> list[Unit]:
+    """Every unit of a UNet that can be skipped: attentions, transformer blocks, layers in pairs, mid block, inner stage.
+
+    A layer of a down stage is removed together with one of an up stage, because of the skip connection between them;
+    their channels decide which ones fit together.
+    """
+    units = [unit for unit in _candidates(teacher) if _can_go(unit, teacher)]
+    if not units:
+        raise ValueError("this UNet has nothing left that can be removed; give a larger model")
+    return units
+
+
+def _can_go(unit: Unit, teacher: Architecture) -> bool:
+    try:
+        detour(teacher, unit_map(unit, teacher))
+    except ValueError:  # the plan leaves no working UNet, or changes the number of channels
+        return False
+    return True
+
+
+def unit_map(unit: Unit, teacher: Architecture) -> NameMap:
+    return name_map(teacher, PruningPlan.removing(unit.blocks, teacher, unit.name))
+
+
+def _candidates(teacher: Architecture) -> Iterator[Unit]:
+    def inside(*heads: str) -> frozenset[str]:
+        return frozenset(b for b in teacher.blocks if any(b == h or b.startswith(f"{h}.") for h in heads))
+
+    for attention in sorted(module for module in teacher.modules if ".attn." in module):
+        stage = _down_name(attention, teacher)
+        if not attention.startswith("mid"):
+            yield Unit(attention, inside(attention), ((attention, attention),), stage)
+        for n in teacher.numbers(f"{attention}.block") if teacher.depth(attention) > 1 else ():
+            block = f"{attention}.block.{n}"
+            yield Unit(block, inside(block), ((block, block),), stage)
+    if "mid.resnet.0" in teacher.modules:
+        last = max(m for m in teacher.modules if m.startswith("mid.resnet."))
+        yield Unit("mid", inside("mid"), (("mid.resnet.0", last),), "mid")
+        if "mid.attn.0" in teacher.modules:
+            yield Unit("mid to one resnet", inside("mid.attn.0", "mid.resnet.1"), (("mid.attn.0", last),), "mid")
+    for down in teacher.stages("down"):
+        up = teacher.mirror(down)
+        for j in teacher.numbers(f"{down}.resnet"):
+            for k in teacher.numbers(f"{up}.resnet"):
+                layers = [f"{side}.{part}.{n}" for side, n in ((down, j), (up, k)) for part in ("resnet", "attn")]
+                spans = tuple((f"{s}.resnet.{n}", _end(s, n, teacher)) for s, n in ((down, j), (up, k)))
+                yield Unit(f"layer {down}.{j} + {up}.{k}", inside(*layers), spans, down)
+    inner, innermost = teacher.stages("down")[-1], teacher.stages("up")[0]
+    layer = teacher.numbers(f"{innermost}.resnet")[-1]
+    spans = ((f"{inner}.resnet.{teacher.numbers(f'{inner}.resnet')[0]}", _end(innermost, layer, teacher)),)
+    # The mid block is removed too: otherwise it would run at four times the pixels.
+    yield Unit(f"stage {inner}", inside(inner, innermost, "mid"), spans, inner)
+
+
+def _end(stage: str, layer: int, teacher: Architecture) -> str:
+    attention = f"{stage}.attn.{layer}"
+    return attention if attention in teacher.modules else f"{stage}.resnet.{layer}"
+
+
+def _down_name(block: str, teacher: Architecture) -> str:
+    stage = ".".join(split(block)[0].split(".")[:2])
+    return "mid" if stage.startswith("mid") else teacher.mirror(stage) if stage.startswith("up") else stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How units are scored, and how much to save."""
+
+    saving: float = 0.4
+    """Share of the model that the plan must save at least."""
+    measure: str = "macs"
+    """What is saved, one of `MEASURES`."""
+    criterion: str = "output error"
+    """How units are chosen, a key of `CRITERIA`."""
+    num_timesteps: int = 4
+    """Timesteps the error is averaged over."""
+    num_examples: int = 4
+    """Examples the error is averaged over."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_settings(self, {"saving": (0.01, 0.95), "num_timesteps": (1, 1000), "num_examples": (1, 4096), "seed": SEEDS})
+        for name, choices in (("measure", MEASURES), ("criterion", CRITERIA)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; choose from {list(choices)}")
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """Inputs of a network: noisy latents, timesteps and conditioning."""
+
+    x_t: Tensor
+    t: Tensor
+    context: Tensor
+    label: Label | None = None
+
+
+def examples(
+    denoiser: Denoiser,
+    latents: Tensor,
+    context: Tensor,
+    *,
+    label: Label | None = None,
+    num_timesteps: int = 4,
+    generator: torch.Generator,
+) -> list[Example]:
+    """One batch for each of ``num_timesteps`` timesteps, spread evenly over the schedule.
+
+    latents: clean latents as the network sees them (B, C, H, W). context: (B, L, D). Every unit gets the same noise.
+    """
+    schedule, device, dtype = denoiser.schedule, denoiser.device, denoiser.dtype
+    batches = []
+    for i in range(num_timesteps):
+        step = int((i + 0.5) * schedule.num_timesteps / num_timesteps)
+        t = torch.full((len(latents),), step)
+        noise = torch.randn(latents.shape, generator=generator)
+        x_t = schedule.add_noise(latents.float().cpu(), noise, t)
+        placed = label and Label(*(part.to(device, dtype) for part in label))
+        batches.append(Example(x_t.to(device, dtype), t.to(device), context.to(device, dtype), placed))
+    return batches
+
+
+@dataclass(frozen=True)
+class Score:
+    """Effect of skipping one unit."""
+
+    unit: Unit
+    output_error: float
+    """Mean squared error of the output, divided by the mean square of the output itself."""
+    change: float
+    """1 - cosine similarity of the unit's input and output."""
+    macs: int
+    """Multiply-accumulates that removing it saves."""
+    parameters: int
+
+    def by(self, criterion: str) -> float:
+        if criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {criterion!r}; choose from {sorted(CRITERIA)}")
+        return self.output_error if criterion == "output error" else self.change
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model's removable units with their scores."""
+
+    teacher: Architecture
+    scores: tuple[Score, ...]
+    macs: int
+    """Multiply-accumulates of the whole network, at the size of the examples."""
+
+    @property
+    def parameters(self) -> int:
+        return self.teacher.num_parameters
+
+    def total(self, measure: str) -> int:
+        """Total of which a saving is a share; ``ValueError`` lists the measures."""
+        if measure not in MEASURES:
+            raise ValueError(f"unknown measure {measure!r}; choose from {list(MEASURES)}")
+        return getattr(self, measure)
+
+
+@torch.no_grad()
+def score(denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, int], None] = lambda done, total: None) -> Analysis:
+    """Scores of every removable unit, averaged over the batches; the network is only read.
+
+    ``on_unit(done, total)`` is called before the first unit and after each; an error it raises ends the scoring.
+    """
+    teacher = denoiser.architecture
+    units = removable_units(teacher)
+    macs = _macs(teacher, batches[0])
+    on_unit(0, len(units))
+    answers, changes = [], dict.fromkeys(units, 0.0)
+    ends = {end for unit in units for span in unit.spans for end in span}
+    with tap(denoiser, ends) as outputs, tap(denoiser, ends, of_input=True) as inputs:
+        for batch in batches:
+            answers.append(denoiser(*batch))
+            for unit in units:
+                changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
+                changes[unit] += sum(changed) / len(changed) / len(batches)
+    scores = []
+    for done, unit in enumerate(units, start=1):
+        error = _error(denoiser, batches, answers, unit_map(unit, teacher))
+        scores.append(Score(unit, error, changes[unit], *_savings(unit.blocks, teacher, macs)))
+        on_unit(done, len(units))
+    return Analysis(teacher, tuple(scores), sum(count for block, count in macs.items() if ".block." not in block))
+
+
+@torch.no_grad()
+def output_error(denoiser: Denoiser, batches: list[Example], plan: PruningPlan) -> float | None:
+    """Error of the output when everything that a plan removes is skipped at once, as `Score.output_error`.
+
+    None if the plan changes the number of channels, so that the blocks cannot be skipped.
+    """
+    mapping = name_map(denoiser.architecture, plan)
+    try:
+        detour(denoiser.architecture, mapping)
+    except ValueError:
+        return None
+    return _error(denoiser, batches, [denoiser(*batch) for batch in batches], mapping)
+
+
+def _error(denoiser: Denoiser, batches: list[Example], answers: list[Tensor], mapping: NameMap) -> float:
+    with skipping(denoiser, mapping):
+        errors = [squared_error(denoiser(*batch), answer).mean() for batch, answer in zip(batches, answers, strict=True)]
+    return float(sum(errors) / sum(answer.float().square().mean() for answer in answers))
+
+
+def _change(entering: Tensor, leaving: Tensor) -> float:
+    """Mean of 1 - cosine similarity; of an input joined with a skip connection, only the part before the joint counts."""
+    if entering.ndim == 4:
+        entering = entering[:, : leaving.shape[1]]
+    if entering.shape != leaving.shape:
+        return 1.0
+    cosine = torch.nn.functional.cosine_similarity(entering.float().flatten(1), leaving.float().flatten(1))
+    return 1 - cosine.mean().item()
+
+
+def _macs(teacher: Architecture, example: Example) -> dict[str, int]:
+    with torch.device("meta"):
+        network = build_unet(teacher)
+    _, channels, height, width = example.x_t.shape
+    denoiser = DiffusersDenoiser(network=network, architecture=teacher)
+    return macs_by_module(denoiser, (channels, height, width), example.context.shape[1])
+
+
+def _savings(removed: frozenset[str], teacher: Architecture, macs: Mapping[str, int]) -> tuple[int, int]:
+    """MACs and parameters saved by removing blocks, and the resampling that then has no purpose."""
+    mapping = name_map(teacher, PruningPlan.removing(removed, teacher, "savings"))
+    modules = mapping.removed - {b for b in mapping.removed if ".block." in b and split(b)[0] in mapping.removed}
+    sizes = Architecture({name: teacher.shapes[name] for name in _gone(mapping, teacher)}).num_parameters
+    return sum(macs[module] for module in modules), sizes
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """Some units to remove together, the sum of their scores, and what they save."""
+
+    cost: float
+    saving: float
+    units: tuple[Unit, ...] = ()
+
+    def __or__(self, other: Choice) -> Choice:
+        return Choice(self.cost + other.cost, self.saving + other.saving, self.units + other.units)
+
+
+_NOTHING = Choice(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Chooses units by their scores."""
+
+    analysis: Analysis
+    criterion: str = "output error"
+    """Key of `CRITERIA`."""
+    measure: str = "macs"
+    """What a budget counts: ``macs`` or ``parameters``."""
+
+    def __post_init__(self):
+        self.analysis.total(self.measure)
+
+    @property
+    def teacher(self) -> Architecture:
+        return self.analysis.teacher
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        return self.analysis.scores
+
+    def plan(self, saving: int, name: str = "") -> PruningPlan:
+        """The plan of least summed score that saves at least ``saving`` MACs or parameters.
+
+        Raises ``ValueError`` if no plan that ComfyUI opens saves that much.
+        """
+        removed = frozenset().union(*(unit.blocks for unit in self.choose(saving).units))
+        return PruningPlan.removing(removed, self.teacher, name or f"least {self.criterion}")
+
+    def choose(self, saving: int) -> Choice:
+        """The units that `plan` removes."""
+        tables = [self._table(depths) for depths in self._allowed_encoders()]
+        choices = [choice for table in tables for choice in table if choice.saving * (1 + 1e-9) >= saving]
+        if not choices:
+            most = max((choice.saving for table in tables for choice in table), default=0)
+            whole = self.analysis.total(self.measure)
+            raise ValueError(
+                f"no plan that ComfyUI opens saves {saving / whole:.0%} of the {self.measure}; the maximum is "
+                f"{most / whole:.0%}; ask for less"
+            )
+        return min(choices, key=lambda choice: (choice.cost, choice.saving))
+
+    def _allowed_encoders(self) -> list[dict[str, int] | None]:
+        """Transformer depths that the attentions of the down stages may end up with; None if any depth is allowed."""
+        if self.teacher.family != "sdxl" or not opens_in_comfyui(self.teacher):
+            return [None]
+        now = encoder_depths(self.teacher)
+        layers = sorted({attention.rsplit(".", 2)[0] for attention in now})
+        allowed = []
+        for depths in SDXL_DEPTHS.values():
+            if len(depths) == len(now):
+                allowed.append(dict(zip(now, depths, strict=True)))
+            elif len(depths) == len(layers):  # one layer in every stage, whichever stays
+                by_stage = dict(zip(layers, depths, strict=True))
+                allowed.append({attention: by_stage[attention.rsplit(".", 2)[0]] for attention in now} | {"layers": len(layers)})
+        return [d for d in allowed if all(d[a] <= depth for a, depth in now.items())]
+
+    def _table(self, depths: Mapping[str, int] | None) -> list[Choice]:
+        """The best choices for every saving: no other choice saves as much at a lower score."""
+        one_layer = depths is not None and "layers" in depths
+        table = [_NOTHING]
+        for stage in self.teacher.stages("down"):
+            table = self._best(a | b for a in table for b in self._stage(stage, depths, one_layer))
+        return table
+
+    def _stage(self, stage: str, depths: Mapping[str, int] | None, one_layer: bool) -> list[Choice]:
+        """Choices within a stage and its mirror: remove or keep layers, and thin out the attentions that stay."""
+        attentions = {s.unit.name: s for s in self.scores if s.unit.stage == stage and not s.unit.is_structural}
+        structural = [s for s in self.scores if s.unit.stage == stage and s.unit.is_structural]
+        pairs = [s for s in structural if s.unit.name.startswith("layer")]
+        if depths is not None and stage != "mid":
+            structural = pairs if one_layer else []
+        starts: list[tuple[Choice, frozenset[str]]] = [] if one_layer and pairs else [(_NOTHING, frozenset())]
+        starts += [(self._choice(s), s.unit.blocks) for s in structural]
+        found = []
+        for start, gone in starts:
+            table = [start]
+            for attention in sorted({split(name)[0] for name in attentions} - gone):
+                wanted = None if depths is None else depths.get(attention)
+                table = self._best(a | b for a in table for b in self._attention(attention, attentions, wanted))
+            if stage == self.teacher.stages("down")[-1] and "mid.resnet.0" not in gone:
+                table = self._best(a | b for a in table for b in self._stage("mid", depths, one_layer))
+            found += table
+        return self._best(found)
+
+    def _attention(self, attention: str, scores: Mapping[str, Score], wanted: int | None) -> list[Choice]:
+        """Choices for an attention: keep it, remove blocks by their scores, or remove it. wanted: only this depth."""
+        depth = self.teacher.depth(attention)
+        blocks = sorted((s for n, s in scores.items() if n.startswith(f"{attention}.block.")), key=lambda s: s.by(self.criterion))
+        choices = {depth: _NOTHING}
+        for n, block in enumerate(blocks[: depth - 1], start=1):
+            choices[depth - n] = choices[depth - n + 1] | self._choice(block)
+        if attention in scores and not self._is_last_of_encoder(attention):
+            choices[0] = self._choice(scores[attention])
+        if wanted is None:
+            return list(choices.values())
+        return [choices[wanted]] if wanted in choices else []
+
+    def _is_last_of_encoder(self, attention: str) -> bool:
+        """Whether it is the attention of the down stages that must stay, because ComfyUI identifies the model by it."""
+        encoder = [s for s in self.scores if re.fullmatch(r"down\.\d+\.attn\.\d+", s.unit.name)]
+        first_layers = [s for s in encoder if s.unit.name.endswith(".0")] or encoder
+        return attention == max(first_layers, key=lambda s: s.by(self.criterion)).unit.name
+
+    def _choice(self, score: Score) -> Choice:
+        return Choice(score.by(self.criterion), getattr(score, self.measure), (score.unit,))
+
+    @cached_property
+    def _step(self) -> float:
+        return (
+            sum(getattr(s, self.measure) for s in self.scores if not s.unit.is_structural or s.unit.stage == "mid") / _RESOLUTION
+        )
+
+    def _best(self, choices: Iterable[Choice]) -> list[Choice]:
+        """The cheapest choice of each saving, counted in steps, if no larger saving costs less."""
+        by_step: dict[int, Choice] = {}
+        for choice in choices:
+            step = int(choice.saving / self._step)
+            if step not in by_step or (choice.cost, -choice.saving) < (by_step[step].cost, -by_step[step].saving):
+                by_step[step] = choice
+        kept: list[Choice] = []
+        for _, choice in sorted(by_step.items(), reverse=True):
+            if not kept or choice.cost < kept[-1].cost:
+                kept.append(choice)
+        return kept
+
+
+def report(planners: Mapping[str, Planner], criterion: str, saving: int, measured_error: float | None = None) -> str:
+    """Text on what each criterion would remove for a saving, the deciding one first, and how far they agree."""
+    lines, plans = [], {}
+    for name in sorted(planners, key=lambda name: name != criterion):
+        planner = planners[name]
+        choice, plans[name] = planner.choose(saving), planner.plan(saving)
+        error = sum(score.output_error for score in planner.scores if score.unit in choice.units)
+        share = choice.saving / planner.analysis.total(planner.measure)
+        lines += [
+            f"{'Chosen' if name == criterion else 'For comparison'} by {name}: saves {share:.1%} of the {planner.measure}",
+            f"  {write_plan(plans[name], planner.teacher)}",
+            f"  output errors of its {len(choice.units)} units add up to {error:.4g} of the output's power"
+            + (
+                f"; if all are skipped at once, the error is {measured_error:.4g}"
+                if name == criterion and measured_error is not None
+                else ""
+            ),
+        ]
+    if len(plans) == 2:
+        one, other = plans.values()
+        lines.append(f"Both plans remove {agreement(one, other, planner.teacher):.0%} of the parameters that either removes.")
+    easiest = sorted(planners[criterion].scores, key=lambda score: score.by(criterion))[:5]
+    lines.append("Least needed: " + ", ".join(f"{score.unit.name} ({score.by(criterion):.2g})" for score in easiest))
+    return "\n".join(lines)
+
+
+def agreement(a: PruningPlan, b: PruningPlan, teacher: Architecture) -> float:
+    """Of the parameters that either plan removes, the share that both remove."""
+    ours, theirs = (_gone(name_map(teacher, plan), teacher) for plan in (a, b))
+    both, either = (
+        Architecture({n: teacher.shapes[n] for n in names}).num_parameters for names in (ours & theirs, ours | theirs)
+    )
+    return both / either
+
+
+def _gone(mapping: NameMap, teacher: Architecture) -> set[str]:
+    """The teacher's parameters that are removed."""
+    return {name for name in teacher.shapes if mapping.rename(name) is None}

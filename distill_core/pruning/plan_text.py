@@ -1,0 +1,189 @@
+"""Pruning plans as one line of text: ``keep down 2,2:2,2:4 mid resnet up 3:4+4+10,3:2+1+1,3``.
+
+Each side lists its stages in order, ``up`` from the innermost out; a list that is shorter than the UNet repeats its last
+entry. A stage is ``LAYERS`` or ``LAYERS:DEPTHS``:
+
+- ``LAYERS``: how many layers (a resnet and the attention after it) stay, 0 for none of the stage, or which: ``[0,2]``.
+  A number keeps the first layers; an up stage keeps its last layer in place of the last of these, because the widths of
+  the skip connections require it (Kim et al. 2023, arXiv 2305.15798, Sec. 3.1).
+- ``DEPTHS``: how many transformer blocks stay in each attention of the stage, or which: ``4``, ``[0,1,2,6]``; one for all,
+  or one for each layer, as in ``4+4+10``. 0 removes the attention. Without ``DEPTHS``, attentions stay whole.
+
+``mid`` is ``full``, ``none``, ``resnet`` (one resnet), or a number of transformer blocks. A side that is not named stays
+whole.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..base.documents import one_line
+from ..networks.architecture import Architecture
+from .plan import MAX_NAME_CHARS, PruningPlan, example_plan, name_map, preset, preset_names
+
+_NUMBERS = r"(?:[0-9]{1,4}|\[[0-9]{1,4}(?:,[0-9]{1,4})*\])"
+_STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
+_ENTRY = re.compile(r"(?:\[[^\[\]]*\]|[^,])*")  # up to a comma outside brackets
+EXAMPLE = "keep down 1,1,1,1 mid none up 2,2,2,2"
+
+
+def read_plan(text: str, teacher: Architecture) -> PruningPlan:
+    """A plan from what a person wrote: the name of a preset, JSON, or the line of text above.
+
+    ``ValueError`` says which part cannot be read or does not fit the teacher.
+    """
+    text = text.strip()
+    if text in preset_names():
+        return preset(text)
+    if text.startswith("{"):
+        return PruningPlan.from_json(text, example_plan(teacher).to_json())
+    return _Reader(text, teacher).plan()
+
+
+def write_plan(plan: PruningPlan, teacher: Architecture) -> str:
+    """The line of text for a plan, so that ``read_plan`` of it removes the same blocks."""
+    removed = name_map(teacher, plan).removed
+    sides = (
+        f"{side} {','.join(_write_stage(stage, removed, teacher) for stage in teacher.stages(side))}" for side in ("down", "up")
+    )
+    down, up = sides
+    return f"keep {down} mid {_write_mid(removed, teacher)} {up}"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads one text for one teacher."""
+
+    def __init__(self, text: str, teacher: Architecture):
+        self.text, self.teacher = text, teacher
+        self.remove: list[str] = []
+        self.keep: dict[str, tuple[int, ...]] = {}
+
+    def plan(self) -> PruningPlan:
+        if len(self.text) > MAX_NAME_CHARS:
+            raise ValueError(
+                f"a plan in one line may have at most {MAX_NAME_CHARS:,} characters, got {len(self.text):,}; write it as JSON"
+            )
+        words = re.sub(r" ?([,+:]) ?", r"\1", " ".join(self.text.split())).split()
+        words = words[1:] if words[:1] == ["keep"] else words
+        if len(words) % 2 or not set(words[::2]) <= {"down", "mid", "up"} or len(set(words[::2])) * 2 != len(words):
+            raise self.error("it is not a preset, not JSON, and not of the form 'keep down ... mid ... up ...'")
+        for side, entry in zip(words[::2], words[1::2], strict=True):
+            if side == "mid":
+                self.read_mid(entry)
+            else:
+                self.read_side(side, _entries(entry))
+        if not self.remove and not self.keep:
+            raise self.error("it keeps everything")
+        return PruningPlan(name=" ".join(self.text.split()), remove=tuple(self.remove), keep=self.keep)
+
+    def error(self, reason: str) -> ValueError:
+        example = write_plan(example_plan(self.teacher), self.teacher)
+        return ValueError(
+            f"cannot read the plan {one_line(self.text)!r}: {one_line(reason)}; an example for this UNet is {example!r}"
+        )
+
+    def read_side(self, side: str, entries: list[str]) -> None:
+        stages = self.teacher.stages(side)
+        if len(entries) > len(stages):
+            raise self.error(f"{side} lists {len(entries)} stages but this UNet has {len(stages)}")
+        for stage, entry in zip(stages, entries + entries[-1:] * (len(stages) - len(entries)), strict=True):
+            if not (match := _STAGE.fullmatch(entry)):
+                raise self.error(f"{entry!r} is not the number of layers that {stage} keeps")
+            self.read_stage(stage, match[1], match[2])
+
+    def read_stage(self, stage: str, layers: str, depths: str | None) -> None:
+        there = self.teacher.numbers(f"{stage}.resnet")
+        kept = self.pick(layers, there, f"resnets in {stage}", last=stage.startswith("up"))
+        if not kept:
+            self.remove.append(stage)
+            return
+        for layer in (layer for layer in there if layer not in kept):
+            self.remove += [
+                block for block in (f"{stage}.resnet.{layer}", f"{stage}.attn.{layer}") if block in self.teacher.modules
+            ]
+        if depths is None:
+            return
+        wanted = depths.split("+")
+        if len(wanted) not in (1, len(kept)):
+            raise self.error(f"{stage} keeps {len(kept)} layers but {len(wanted)} depths are given")
+        for layer, depth in zip(kept, wanted * (len(kept) // len(wanted)), strict=True):
+            self.read_depth(f"{stage}.attn.{layer}", depth)
+
+    def read_depth(self, attention: str, depth: str) -> None:
+        there = self.teacher.numbers(f"{attention}.block")
+        if not (kept := self.pick(depth, there, f"transformer blocks in {attention}")):
+            self.remove += [attention] if there else []
+        elif kept != there:
+            self.keep[attention] = tuple(kept)
+
+    def read_mid(self, entry: str) -> None:
+        if entry == "none":
+            self.remove.append("mid")
+        elif entry == "resnet":
+            self.remove += ["mid.attn.0", "mid.resnet.1"]
+        elif re.fullmatch(_NUMBERS, entry) and entry != "0":
+            self.read_depth("mid.attn.0", entry)
+        elif entry != "full":
+            raise self.error(f"{entry!r} is not a mid block; use full, resnet, none, or a number of transformer blocks")
+
+    def pick(self, entry: str, there: list[int], what: str, last: bool = False) -> list[int]:
+        """The existing numbers that an entry keeps."""
+        if entry.startswith("["):
+            picked = [int(number) for number in entry[1:-1].split(",")]
+            if picked != sorted(set(picked)) or not set(picked) <= set(there):
+                raise self.error(f"{entry} must list {what} in ascending order; the UNet has {there}")
+            return picked
+        if (number := int(entry)) > len(there):
+            raise self.error(f"it keeps {number} {what}, but there are only {len(there)}")
+        return _first(number, there, last)
+
+
+def _entries(text: str) -> list[str]:
+    """The parts between commas outside brackets."""
+    entries, start = [], 0
+    while start <= len(text):
+        entry = _ENTRY.match(text, start)
+        assert entry  # empty at least
+        entries.append(entry[0])
+        start += len(entries[-1]) + 1
+    return entries
+
+
+def _first(number: int, there: list[int], last: bool) -> list[int]:
+    """The first ``number`` ones; if ``last``, the very last one replaces the last of these."""
+    return there[: number - 1] + there[-1:] if last and number else there[:number]
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write_numbers(kept: list[int], there: list[int], last: bool = False) -> str:
+    short = kept == _first(len(kept), there, last)
+    return str(len(kept)) if short else f"[{','.join(map(str, kept))}]"
+
+
+def _write_depth(attention: str, removed: frozenset[str], teacher: Architecture) -> str:
+    there = teacher.numbers(f"{attention}.block")
+    return _write_numbers([n for n in there if f"{attention}.block.{n}" not in removed], there)
+
+
+def _write_stage(stage: str, removed: frozenset[str], teacher: Architecture) -> str:
+    there = teacher.numbers(f"{stage}.resnet")
+    kept = [layer for layer in there if f"{stage}.resnet.{layer}" not in removed]
+    layers = _write_numbers(kept, there, last=stage.startswith("up"))
+    depths = [_write_depth(f"{stage}.attn.{layer}", removed, teacher) for layer in kept]
+    if depths == [str(teacher.depth(f"{stage}.attn.{layer}")) for layer in kept]:
+        return layers
+    return f"{layers}:{depths[0] if len(set(depths)) == 1 else '+'.join(depths)}"
+
+
+def _write_mid(removed: frozenset[str], teacher: Architecture) -> str:
+    if "mid.resnet.0" in removed or "mid.resnet.0" not in teacher.modules:
+        return "none" if "mid.resnet.0" in removed else "full"
+    if "mid.attn.0" in removed:
+        return "resnet"
+    depth = _write_depth("mid.attn.0", removed, teacher)
+    return "full" if depth == str(teacher.depth("mid.attn.0")) else depth

@@ -1,0 +1,191 @@
+"""Pruning: the teacher's weights without the blocks that a plan removes, under the student's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..base.storage import OnBytes, fingerprint, ignore, zeros_like
+from ..networks.architecture import Architecture
+from ..networks.files import UNetFile, open_unet, save_unet
+from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
+from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..base.storage import StoredTensor
+
+Weight = TypeVar("Weight", bound="Tensor | StoredTensor")
+_OUTPUTS = {"block": ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"), "attn": ("proj_out",)}
+"""Layers that compute what a transformer block, and an attention, add to their input: zeros make them the identity."""
+_CARRIED = ("author", "license", "resolution", "tags", "trigger_phrase", "usage_hint")
+"""ModelSpec fields of a teacher that also hold for its student."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A plan applied to a teacher."""
+
+    plan: PruningPlan
+    """The plan; with identity blocks, the plan that does not remove these."""
+    mapping: NameMap
+    student: Architecture
+    identity: frozenset[str] = frozenset()
+    """The student's parameters that are zero, so that an identity block outputs its input."""
+    padding: tuple[str, ...] = ()
+    """The teacher's blocks that were put back as identity blocks."""
+
+    def weights(self, teacher: Mapping[str, Weight]) -> dict[str, Weight | Tensor]:
+        """The student's weights from the teacher's, by canonical name: the same tensors, renamed."""
+        kept = self.mapping.apply(teacher)
+        return {name: zeros_like(weight) if name in self.identity else weight for name, weight in kept.items()}
+
+
+def prune(teacher: Architecture, plan: PruningPlan, *, pad: bool = False, for_comfyui: bool = True) -> Pruning:
+    """Pruning by a plan; ``ValueError`` if it does not fit the teacher, or if stock ComfyUI could not open the result.
+
+    pad: put removed blocks back as identity blocks where ComfyUI needs them; the output stays bit-equal.
+    for_comfyui: False allows students that only diffusers, and this library, open.
+    """
+    mapping = name_map(teacher, plan)
+    padding = padding_blocks(teacher, mapping) if pad else frozenset()
+    if not padding:
+        student = pruned(teacher, mapping)
+        if for_comfyui:
+            check_opens(teacher, plan, student)
+        return Pruning(plan, mapping, student)
+    if padding == mapping.removed:
+        raise ValueError(f"{plan.name}: identity blocks would put back all that it removes; change the plan")
+    padded = PruningPlan.removing(mapping.removed - padding, teacher, f"{plan.name}, padded", plan.teacher)
+    mapping = name_map(teacher, padded)
+    zero = mapping.apply({name: block for block in padding for name in teacher.shapes if _is_output(name, block)})
+    return Pruning(padded, mapping, pruned(teacher, mapping), frozenset(zero), tuple(sorted(padding)))
+
+
+def _is_output(name: str, block: str) -> bool:
+    """Whether a parameter belongs to what a block adds to its input."""
+    outputs = _OUTPUTS["block" if ".block." in block else "attn"]
+    return any(name.startswith(f"{block}.{output}.") for output in outputs)
+
+
+def prune_file(
+    teacher: UNetFile,
+    out: Path | str,
+    plan: PruningPlan,
+    *,
+    form: str = "ldm",
+    dtype: str | None = None,
+    pad: bool = False,
+    overwrite: bool = False,
+    on_bytes: OnBytes = ignore,
+) -> Pruning:
+    """Prune a checkpoint into another, one weight in memory at a time.
+
+    Kept weights are bit-equal unless ``dtype`` asks for another precision. form: a key of `files.FORMS`. pad: see `prune`.
+    Raises ``ValueError`` if the plan does not fit the teacher, if ComfyUI could not open the file, or if ``out`` exists.
+    """
+    pruning = prune(teacher.architecture, plan, pad=pad, for_comfyui=form != "diffusers")
+    if form == "checkpoint" and not teacher.is_whole_checkpoint:
+        raise ValueError(f"{teacher.path} holds no VAE and text encoder to copy; write the ldm layout")
+    carried = {key: text for name in _CARRIED if (text := teacher.metadata.get(key := f"modelspec.{name}"))}
+    save_unet(
+        out,
+        pruning.weights(teacher.tensors),
+        pruning.student,
+        form=form,
+        dtype=dtype,
+        sampling=teacher.sampling,
+        others=teacher.others,
+        overwrite=overwrite,
+        on_bytes=on_bytes,
+        metadata={
+            "modelspec.title": f"{teacher.path.stem} pruned by {plan.name}",
+            **carried,
+            **pruning_metadata(pruning, teacher.tensors, teacher.architecture),
+        },
+    )
+    return pruning
+
+
+def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
+    """File of a student before training: the existing one, or a new one if that has another plan or teacher."""
+    try:
+        file = open_unet(path)
+        same = file.origin.get("distill.teacher") == fingerprint(teacher.tensors) and file.sampling == teacher.sampling
+        if same and plan.metadata.items() <= file.metadata.items():
+            return file
+    except (ValueError, OSError):  # it does not exist, or is damaged
+        pass
+    prune_file(teacher, path, plan, overwrite=True)
+    return open_unet(path)
+
+
+def describe(file: UNetFile) -> dict[str, Any]:
+    """What ``distill inspect`` shows of a file."""
+    plan = plan_in(file.metadata)
+    return {**file.describe(), "pruned_by": plan.name if plan else None}
+
+
+def pruning_metadata(pruning: Pruning, teacher: Mapping[str, Weight], architecture: Architecture) -> dict[str, str]:
+    """Metadata of a student's file that says where it comes from."""
+    return {
+        **pruning.plan.metadata,
+        "distill.teacher": fingerprint(teacher),
+        "distill.skips": pruning.mapping.skips(architecture).to_text(),
+        **({"distill.padding": " ".join(pruning.padding)} if pruning.padding else {}),
+    }
+
+
+def check_opens(teacher: Architecture, plan: PruningPlan, student: Architecture) -> None:
+    """``ValueError`` with what to do if ComfyUI opens the teacher but would refuse the student."""
+    if not opens_in_comfyui(teacher) or opens_in_comfyui(student):
+        return
+    depths = list(encoder_depths(student).values())
+    if student.family == "sdxl":
+        reason = (
+            f"leaves transformer depths {depths} in the down stages, which ComfyUI's loaders do not know; they know "
+            + ", ".join(f"{list(known)} ({model})" for model, known in SDXL_DEPTHS.items())
+        )
+    else:
+        reason = "leaves no attention in the down stages, by which ComfyUI's loaders recognise the model; keep one there"
+    padding = padding_blocks(teacher, name_map(teacher, plan))
+    way_out = "change the plan, or add identity blocks (--pad)" if padding else "change the plan"
+    raise ValueError(f"{plan.name} {reason}; {way_out}")
+
+
+def padding_blocks(teacher: Architecture, mapping: NameMap) -> frozenset[str]:
+    """Removed blocks of the teacher that must return as identity blocks so that ComfyUI opens the student.
+
+    As few as possible; none if the student opens as it is, or if identity blocks do not help.
+    """
+    kept = {
+        attention: [n for n in teacher.numbers(f"{attention}.block") if f"{attention}.block.{n}" not in mapping.removed]
+        for attention in encoder_depths(teacher)
+        if attention.replace("attn", "resnet") not in mapping.removed
+    }
+    depths = [len(blocks) for blocks in kept.values()]
+    most = [teacher.depth(attention) for attention in kept]
+    if teacher.family == "sdxl":
+        targets = [list(known) for known in SDXL_DEPTHS.values()]
+    elif any(depths) or not any(most):
+        targets = [depths]
+    else:
+        first = next(i for i, depth in enumerate(most) if depth)
+        targets = [[1 if i == first else 0 for i in range(len(most))]]
+    fitting = [
+        target
+        for target in targets
+        if len(target) == len(depths) and all(have <= want <= top for have, want, top in zip(depths, target, most, strict=True))
+    ]
+    if not fitting:
+        return frozenset()
+    blocks: set[str] = set()
+    for (attention, there), want in zip(kept.items(), min(fitting, key=sum), strict=True):
+        gone = [n for n in teacher.numbers(f"{attention}.block") if n not in there]
+        blocks |= {f"{attention}.block.{n}" for n in gone[: want - len(there)]}
+        if want and attention in mapping.removed:
+            blocks.add(attention)
+    return frozenset(blocks)

@@ -1,0 +1,1 @@
+"""Experts: several students of one teacher, each for a range of timesteps."""

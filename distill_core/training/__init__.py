@@ -1,0 +1,1 @@
+"""Losses, the training loop, runs on disk, and the memory they need."""

@@ -1,0 +1,39 @@
+"""Losses of a student: each compares two tensors and returns one value per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..diffusion.distance import mean_square, squared_error
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``loss(student, teacher)`` of two tensors (B, ...), in float32: (B,)."""
+
+
+def task_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Denoising loss against the true target (Kim et al. 2023, arXiv 2305.15798, Eq. 1)."""
+    return squared_error(prediction, target)
+
+
+def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Distance to the teacher's prediction (Kim et al. 2023, Eq. 2)."""
+    return squared_error(student, teacher)
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Distance to the teacher's feature of one layer; layers are summed (Kim et al. 2023, Eq. 3)."""
+    return squared_error(student, teacher)
+
+
+def normalised_feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same, divided by the norm of the teacher's feature so that no layer dominates.
+
+    ``|f_S - f_T|^2 / |f_T|^2`` (Zhang et al. 2024, arXiv 2404.11098, normalised feature distillation).
+    """
+    return squared_error(student, teacher) / mean_square(teacher).clamp(min=1e-12)
+
+
+FEATURE_LOSSES: dict[str, Loss] = {"squared": feature_loss, "normalised": normalised_feature_loss}
+"""Feature losses by name."""

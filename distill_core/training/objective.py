@@ -1,0 +1,114 @@
+"""Training objectives: weighted sums of losses, with the published ones by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..networks.architecture import Architecture
+from ..pruning.plan import NameMap
+from .feature_layers import FEATURE_LAYERS
+from .losses import FEATURE_LOSSES, output_loss, task_loss
+
+
+class Outputs(NamedTuple):
+    """Outputs of one network for a batch."""
+
+    prediction: Tensor
+    """(B, C, H, W)."""
+    features: dict[str, Tensor]
+    """Outputs of its layers (B, ...); both networks use the canonical name of the *student's* layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Weights of the losses; a loss of weight 0 is not computed. ``ValueError`` for an invalid weight, or if all are 0."""
+
+    task: float = 0.0
+    """Weight of the loss against the data."""
+    output: float = 0.0
+    """Weight of the distance to the teacher's prediction."""
+    feature: float = 0.0
+    """Weight of the distance to the teacher's features, summed over layers."""
+    feature_loss: str = "squared"
+    """How features are compared: a key of `losses.FEATURE_LOSSES`."""
+    layers: str = "stages"
+    """Where features are compared: a key of `feature_layers.FEATURE_LAYERS`."""
+
+    def __post_init__(self):
+        for name, weight in self.weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of the {name} loss must be a finite number of at least 0, got {weight}")
+        if not any(self.weights.values()):
+            raise ValueError("an objective needs at least one loss with a weight above 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss by its name."""
+        return {"task": self.task, "output": self.output, "feature": self.feature}
+
+    @property
+    def uses_teacher(self) -> bool:
+        return bool(self.output or self.feature)
+
+    def with_weights(self, *, task: float | None, output: float | None, feature: float | None) -> Objective:
+        """A copy with other weights where they are given."""
+        return replace(
+            self,
+            task=self.task if task is None else task,
+            output=self.output if output is None else output,
+            feature=self.feature if feature is None else feature,
+        )
+
+    def feature_layers(self, teacher: Architecture, student: Architecture, mapping: NameMap) -> dict[str, str]:
+        """Teacher layer -> student layer whose outputs are compared; empty if features are not compared."""
+        return FEATURE_LAYERS[self.layers](teacher, student, mapping) if self.feature else {}
+
+    def terms(self, target: Tensor, student: Outputs, teacher: Outputs | None) -> dict[str, Tensor]:
+        """Every term of the loss, (B,) each: ``task``, ``output``, ``feature/down.0.downsample``, ...
+
+        Removes features from both outputs once they are compared, so that only their difference stays in memory for the
+        backward pass.
+        """
+        terms: dict[str, Tensor] = {}
+        if self.task:
+            terms["task"] = task_loss(student.prediction, target)
+        if not self.uses_teacher:
+            return terms
+        assert teacher is not None
+        if self.output:
+            terms["output"] = output_loss(student.prediction, teacher.prediction)
+        if self.feature:
+            compare = FEATURE_LOSSES[self.feature_loss]
+            for name in list(student.features):
+                terms[f"feature/{name}"] = compare(student.features.pop(name), teacher.features.pop(name))
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Loss of each example, (B,): the weighted sum of its terms."""
+        total = sum(self.weights[name.split("/")[0]] * values for name, values in terms.items())
+        assert isinstance(total, Tensor)  # an objective has at least one loss
+        return total
+
+
+OBJECTIVES = {
+    # Kim et al. 2023, arXiv 2305.15798, Eq. 4, all weights 1
+    "bk-sdm": Objective(task=1.0, output=1.0, feature=1.0),
+    # Segmind's SD-Small and SD-Tiny, weights as their page recommends
+    "segmind": Objective(task=1.0, output=0.5, feature=0.5, layers="stages and mid"),
+    # Gupta et al. 2024, arXiv 2401.02677: layer-level losses
+    "ssd-1b": Objective(task=1.0, output=0.5, feature=0.5, layers="layers"),
+    # Lee et al. 2023, arXiv 2312.04005, Sec. 3.2: self-attention based
+    "koala": Objective(task=1.0, output=1.0, feature=1.0, layers="self-attention"),
+    # Zhang et al. 2024, arXiv 2404.11098
+    "laptop-diff": Objective(task=1.0, output=1.0, feature=1.0, feature_loss="normalised"),
+    # only the teacher's output, guided or not (Golnari 2023, arXiv 2312.06899)
+    "guidance": Objective(output=1.0),
+    # plain fine-tuning, no teacher
+    "task": Objective(task=1.0),
+}
+"""Published objectives by name."""

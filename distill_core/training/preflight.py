@@ -1,0 +1,66 @@
+"""Checks before a run reads or makes its data: settings, packages, its folder, and disk space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from ..base.disk import check_room, check_writable
+from ..base.packages import check_installed
+from ..base.precision import DTYPES
+from .memory import STATE_BYTES
+from .optim import OPTIMIZERS
+from .run import RECIPE, Run, started
+from .settings import TrainingSettings
+
+
+def check_run(folder: Path, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``ValueError`` if a run cannot start or resume in a folder.
+
+    shapes: shapes of the student's weights.
+    """
+    check_packages(settings)
+    Run(folder, settings, started(folder).inputs, main=False)  # compares the settings, but not the data
+    check_writable(folder / RECIPE, overwrite=True)
+    check_checkpoints(folder, settings, shapes)
+
+
+def check_experts_run(folder: Path, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> None:
+    """The same for a training of several experts, each with its own checkpoints."""
+    check_packages(settings)
+    check_writable(folder / RECIPE, overwrite=True)
+    check_checkpoints(folder, settings, shapes, num_experts)
+
+
+def check_packages(settings: TrainingSettings) -> None:
+    """Raise ``ValueError`` with the pip command if a package that the settings need is missing."""
+    chosen = {f"optimizer {settings.optimizer}": OPTIMIZERS[settings.optimizer].package}
+    chosen |= {f"tracker {name}": name for name in settings.trackers} | ({"a LoRA": "peft"} if settings.lora_rank else {})
+    for setting, package in chosen.items():
+        check_installed([package], setting)
+
+
+def check_checkpoints(folder: Path, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]], num_runs: int = 1) -> None:
+    """Raise ``ValueError`` if checkpoints of all weights do not fit on the disk. LoRAs are small and not checked."""
+    if settings.lora_rank:
+        return
+    written = ceil(settings.total_steps / settings.save_every_steps)
+    kept = min(written, settings.keep_checkpoints + settings.keep_best) + (written > 1)  # +1: the oldest goes after the next
+    there = sum(path.stat().st_size for path in folder.glob("**/checkpoints/*/*.safetensors"))
+    check_room(
+        folder,
+        num_runs * kept * checkpoint_bytes(shapes, settings) - there,
+        f"{num_runs * kept} checkpoints",
+        "free some space, or lower keep_checkpoints or keep_best",
+    )
+
+
+def checkpoint_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings) -> int:
+    """Size of one checkpoint: the student, the optimizer state, and the trained weights beside their EMA."""
+    sizes = [torch.Size(shape) for shape in shapes.values()]
+    weights = DTYPES[settings.weight_dtype].itemsize * sum(size.numel() for size in sizes)
+    averaged = bool(settings.ema_decay) or settings.optimizer == "schedulefree"
+    return (1 + averaged) * weights + sum(map(STATE_BYTES[settings.optimizer], sizes))

@@ -1,0 +1,172 @@
+from itertools import combinations
+
+import pytest
+import torch
+
+from distill_core.diffusion.conditioning import Label
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.diffusion.macs import count_macs
+from distill_core.evaluation import plots
+from distill_core.networks.build import build_unet
+from distill_core.networks.stock import opens_in_comfyui
+from distill_core.pruning.analyse import (
+    CRITERIA,
+    Analysis,
+    Planner,
+    Score,
+    agreement,
+    examples,
+    output_error,
+    removable_units,
+    report,
+    score,
+)
+from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
+from distill_core.pruning.plan_text import read_plan, write_plan
+from distill_core.pruning.prune import prune
+
+LATENT, TOKENS = (4, 8, 8), 3
+
+
+def _macs(architecture):
+    with torch.device("meta"):
+        network = build_unet(architecture)
+    return count_macs(DiffusersDenoiser(network=network, architecture=architecture), LATENT, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def batches(small_teacher):
+    random = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(2, *LATENT, generator=random), torch.randn(2, TOKENS, 16, generator=random)
+    return examples(small_teacher, latents, context, num_timesteps=2, generator=random)
+
+
+@pytest.fixture(scope="module")
+def analysis(small_teacher, batches):
+    return score(small_teacher, batches)
+
+
+def test_the_score_is_the_error_of_the_network_without_the_unit(small_teacher, batches, analysis):
+    weights = {n: w.detach() for n, w in small_teacher.named_parameters().items()}
+    for one in analysis.scores:
+        pruning = prune(small_teacher.architecture, PruningPlan.removing(one.unit.blocks, small_teacher.architecture, "one"))
+        student = DiffusersDenoiser(network=build_unet(pruning.student).eval(), architecture=pruning.student)
+        student.load_state_dict(pruning.weights(weights))
+        with torch.no_grad():
+            answers = [small_teacher(*batch) for batch in batches]
+            errors = [(student(*batch) - answer).square().mean() for batch, answer in zip(batches, answers, strict=True)]
+        expected = sum(errors) / sum(answer.square().mean() for answer in answers)
+        assert one.output_error == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
+        assert one.parameters == small_teacher.architecture.num_parameters - pruning.student.num_parameters
+        assert one.macs == analysis.macs - _macs(pruning.student)
+    assert analysis.macs == _macs(small_teacher.architecture)
+
+
+def test_units_cover_what_presets_remove(published):
+    names = {unit.name for unit in removable_units(published["sd1"])}
+    assert {"mid", "mid to one resnet", "stage down.3", "layer down.0.1 + up.3.1", "down.2.attn.0", "up.1.attn.2"} <= names
+    assert not [name for name in names if name.startswith("layer down.1.0")]  # it changes the number of channels
+    names = {unit.name for unit in removable_units(published["sdxl"])}
+    assert {"down.2.attn.1.block.9", "mid.attn.0.block.0", "up.1.attn.0.block.1", "layer down.2.1 + up.0.1"} <= names
+    assert not [name for name in names if name.startswith("stage")]
+
+
+def test_units_of_sdxl_are_scored_with_its_label(small_xl_teacher):
+    random = torch.Generator().manual_seed(0)
+    label = Label(torch.randn(1, 8, generator=random), torch.tensor([[64.0, 64, 0, 0, 64, 64]]))
+    one = examples(
+        small_xl_teacher, torch.randn(1, *LATENT), torch.randn(1, TOKENS, 16), label=label, num_timesteps=1, generator=random
+    )
+    found = score(small_xl_teacher, one)
+    assert all(s.output_error > 0 for s in found.scores) and any(".block.3" in s.unit.name for s in found.scores)
+
+
+@pytest.mark.parametrize("measure", ["macs", "parameters"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.4, 0.6])
+def test_a_plan_saves_what_was_asked_for(share, criterion, measure, analysis):
+    planner = Planner(analysis, criterion, measure)
+    budget = round(share * analysis.total(measure))
+    teacher, choice = analysis.teacher, planner.choose(budget)
+    plan = planner.plan(budget)
+    student = pruned(teacher, name_map(teacher, plan))
+    saved = analysis.macs - _macs(student) if measure == "macs" else teacher.num_parameters - student.num_parameters
+    assert saved == choice.saving >= budget
+    assert name_map(teacher, read_plan(write_plan(plan, teacher), teacher)).removed == name_map(teacher, plan).removed
+
+
+def test_the_plan_is_the_cheapest_of_all(analysis):
+    """Against trying every combination of a few units that do not meet."""
+    few = [
+        s
+        for s in analysis.scores
+        if s.unit.name in ("mid", "up.1.attn.0", "up.2.attn.1", "down.1.attn.1", "up.3.attn.2", "down.0.attn.1")
+    ]
+    assert len(few) == 6
+    small = Analysis(analysis.teacher, tuple(few), analysis.macs)
+    for share in (0.01, 0.03, 0.05, 0.08):
+        budget = round(share * analysis.macs)
+        sets = [c for n in range(7) for c in combinations(few, n) if sum(s.macs for s in c) >= budget]
+        kept = Planner(small)._is_last_of_encoder
+        sets = [c for c in sets if not any(kept(s.unit.name) for s in c)]
+        best = min(sum(s.output_error for s in c) for c in sets)
+        assert Planner(small).choose(budget).cost == pytest.approx(best)
+
+
+def test_more_than_there_is_cannot_be_saved(analysis):
+    with pytest.raises(ValueError, match="no plan that ComfyUI opens saves 99%"):
+        Planner(analysis).plan(round(0.99 * analysis.macs))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.6])
+def test_automatic_plans_open_in_comfyui(share, family, published):
+    """On made-up scores: the constraint is on shapes."""
+    teacher, random = published[family], torch.Generator().manual_seed(1)
+    sizes = {
+        u: sum(
+            torch.Size(teacher.shapes[n]).numel()
+            for n in teacher.shapes
+            if any(n.startswith(f"{b}.") for b in u.blocks if ".block." not in b or b == u.name)
+        )
+        for u in removable_units(teacher)
+    }
+    scores = tuple(Score(u, torch.rand(1, generator=random).item(), 0.1, size, size) for u, size in sizes.items())
+    budget = round(share * teacher.num_parameters)
+    plan = Planner(Analysis(teacher, scores, teacher.num_parameters), measure="parameters").plan(budget)
+    student = pruned(teacher, name_map(teacher, plan))
+    assert opens_in_comfyui(student) and teacher.num_parameters - student.num_parameters >= budget
+
+
+def test_the_report_and_chart_tell_both_criteria(small_teacher, batches, analysis):
+    budget = round(0.3 * analysis.macs)
+    planners = {name: Planner(analysis, name) for name in CRITERIA}
+    plan = planners["output error"].plan(budget)
+    text = report(planners, "output error", budget, output_error(small_teacher, batches, plan))
+    assert text.startswith("Chosen by output error: saves 3") and "For comparison by similarity" in text
+    assert write_plan(plan, analysis.teacher) in text and "all are skipped at once" in text
+    assert plots.score_chart(analysis, plan, "output error").width > 800
+
+
+def test_agreement(sd15):
+    base, small = preset("bk-sdm-base"), preset("bk-sdm-small")
+    assert agreement(base, base, sd15) == 1 and 0.5 < agreement(base, small, sd15) < 1
+
+
+def test_scoring_can_be_cancelled_and_leaves_the_network_as_it_was(small_teacher, batches):
+    before = small_teacher(*batches[0])
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(small_teacher, batches, stop)
+    assert torch.equal(small_teacher(*batches[0]), before)
+
+
+def test_unknown_names_list_the_choices(analysis):
+    with pytest.raises(ValueError, match="choose from"):
+        Planner(analysis, measure="seconds")
+    with pytest.raises(ValueError, match="choose from"):
+        Planner(analysis, criterion="luck").plan(1)
