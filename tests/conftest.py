@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait for a second thread; the servers' too
 
@@ -20,6 +21,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignore
 
 _tried: list[str] = []
 refuse(_tried.append)
+
+
+def pytest_collection_modifyitems(items):
+    """What starts or asks a real ComfyUI is marked by where it lies."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in ("nodes", "workflows"):
+            item.add_marker(pytest.mark.comfy)
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
     said = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "precision": dtype,
-        "pictures": f"{width} x {height} px, {settings.batch_size} per step, captions of {settings.num_tokens} tokens",
+        "images": f"{width} x {height} px, {settings.batch_size} per step, captions of {settings.num_tokens} tokens",
         "time": f"median of {settings.num_rounds} rounds",
         "distance": f"{settings.num_batches * settings.batch_size} examples of random latents and captions in each of "
         f"{NUM_BINS} timestep bins, seed {settings.seed}",

@@ -11,6 +11,8 @@ from distill_core.demo.teacher import teacher_file
 from distill_core.networks.files import open_unet, save_unet
 from distill_core.pruning.plan import plan_in, preset_names
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def teacher(small_teacher, tmp_path):

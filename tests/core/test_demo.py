@@ -6,6 +6,8 @@ from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
 from distill_core.pruning.plan import name_map, preset
 from distill_core.quickstart import Settings, judge
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_data_are_scikit_learns_digits():
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is a development extra")

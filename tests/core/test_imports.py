@@ -11,6 +11,8 @@ import pytest
 
 import distill_core
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(distill_core.__file__).parent
 ORDER = ["base", "networks", "diffusion", "pruning", "lora", "data", "training", "evaluation", "routing"]
 """From the ground up; the modules beside the packages, and the demo, stand on all of them."""

@@ -6,6 +6,8 @@ from safetensors import safe_open
 from distill_core.networks.files import open_unet
 from distill_core.quickstart import Settings, quickstart, work
 
+pytestmark = pytest.mark.slow
+
 TINY = Settings(train_steps=6, batch_size=8, num_samples=60, sample_steps=2)
 
 

@@ -22,6 +22,8 @@ from distill_core.routing.experts import Experts
 from distill_core.training.checkpoints import checkpoints_in
 from distill_core.training.processes import ALONE, Processes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 JOB = """

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from .targets import TARGETS, failure, seeds_of
 
+pytestmark = pytest.mark.slow
+
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 SECONDS = 5  # of computing, on a slow machine
 

@@ -8,6 +8,8 @@ import pytest
 
 from .. import comfyui
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = "192.0.2.1"  # for documentation (RFC 5737), so that nothing would be there
 CALLS = {
     "connect": f"socket.create_connection(({ELSEWHERE!r}, 80), 1)",

@@ -22,6 +22,8 @@ from distill_core.networks.model_sampling import ModelSampling
 from distill_core.pruning.plan import preset
 from distill_core.pruning.prune import prune_file
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [
     torch.float32,
     torch.float16,

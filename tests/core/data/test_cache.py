@@ -15,6 +15,8 @@ from distill_core.data.images import fit, folder
 from distill_core.demo.encoders import DigitsEncoders
 from distill_core.diffusion.conditioning import Caption
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(64, 64), (64, 128), (128, 64)]
 
 

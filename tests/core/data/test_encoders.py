@@ -11,6 +11,8 @@ from distill_core.data.encoders import DiffusersEncoders, warn_of_cut
 from distill_core.demo import digits
 from distill_core.demo.encoders import DigitsEncoders
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = ["a cat", "", "a photo of a cat, on a mat", "long " * 40]
 LENGTH = 16
 

@@ -14,6 +14,8 @@ from distill_core.data.teacher_data import Making, _jobs, draw_dataset, make_dat
 from distill_core.diffusion.conditioning import Caption
 from distill_core.diffusion.schedule import scaled_linear
 
+pytestmark = pytest.mark.slow
+
 MAKING = Making(size=(64, 64), guidance=2.0, num_steps=4)
 
 

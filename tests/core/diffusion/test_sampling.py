@@ -8,6 +8,8 @@ from distill_core.diffusion.sampling import sample, timesteps
 from distill_core.diffusion.schedule import flow, prediction, scaled_linear
 from distill_core.networks.model_sampling import ModelSampling
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def inputs():

@@ -14,6 +14,8 @@ from distill_core.evaluation.metrics import clip_score, feature_distances, frech
 from distill_core.networks.files import open_unet, save_unet
 from distill_core.pruning.plan import name_map, preset
 
+pytestmark = pytest.mark.slow
+
 TINY = Settings(size_px=(64, 64), num_tokens=5, num_rounds=2, num_examples=2)
 
 

@@ -18,6 +18,8 @@ from ...students import student_of
 pytest.importorskip("peft")
 from distill_core.lora.layers import ATTENTION, Lora, attach, turn_on  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def copied(denoiser):
     return DiffusersDenoiser(network=copy.deepcopy(denoiser.network), architecture=denoiser.architecture)

@@ -15,6 +15,8 @@ from distill_core.networks.layouts import LAYOUTS
 from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
 from distill_core.pruning.plan_text import read_plan
 
+pytestmark = pytest.mark.slow
+
 RANK = 2
 PRESETS = ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"]
 

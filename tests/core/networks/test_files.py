@@ -19,6 +19,8 @@ from distill_core.pruning.prune import prune_file, pruned_file
 
 from ...conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def teacher_path(small_teacher, tmp_path):

@@ -18,6 +18,8 @@ from distill_core.pruning.skip import skipping
 
 from ...students import plans
 
+pytestmark = pytest.mark.slow
+
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 

@@ -19,6 +19,8 @@ from distill_core.training.run import Run
 
 from ..training.test_guided_training import RECIPE
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 BOTH = pytest.mark.parametrize("dtype", QUANTISED)

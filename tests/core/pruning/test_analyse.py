@@ -25,6 +25,8 @@ from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
 from distill_core.pruning.plan_text import read_plan, write_plan
 from distill_core.pruning.prune import prune
 
+pytestmark = pytest.mark.slow
+
 LATENT, TOKENS = (4, 8, 8), 3
 
 

@@ -22,6 +22,8 @@ from ...conftest import SMALL, SMALL_XL  # noqa: E402
 from ...students import student_of  # noqa: E402
 from ..data.test_encoders import sd, text_encoder, vae  # noqa: E402, F401
 
+pytestmark = pytest.mark.slow
+
 GUIDANCE, NUM_STEPS = 3.0, 6
 SCHEDULERS = {
     "DDIM": {"clip_sample": False},

@@ -187,7 +187,9 @@ def test_files_that_were_swapped_or_are_missing_are_refused(three):
 def test_students_that_cannot_stand_in_for_each_other_are_refused(files, small_teacher, small_xl_teacher, tmp_path):
     other = save(tmp_path / "v.safetensors", student_of(small_teacher, preset("bk-sdm-base")), "bk-sdm-base", "v")
     two = TimestepRanges((500.0,))
-    with pytest.raises(ValueError, match="range_1.safetensors has sampling v prediction, but range_0.safetensors has eps prediction"):
+    with pytest.raises(
+        ValueError, match="range_1.safetensors has sampling v prediction, but range_0.safetensors has eps prediction"
+    ):
         write_experts(tmp_path / "mixed", two, [files["student 0"], other], teacher="abc")
     larger = save(tmp_path / "xl.safetensors", small_xl_teacher, "ssd-1b")
     with pytest.raises(ValueError, match="has family"):

@@ -26,6 +26,8 @@ from distill_core.training.settings import TrainingSettings
 from ...students import student_of
 from ..diffusion.strategies import any_boundaries
 
+pytestmark = pytest.mark.slow
+
 PLAN, TINY = preset("bk-sdm-base"), preset("bk-sdm-tiny")
 RECIPE = TrainingSettings(
     total_steps=3, batch_size=2, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=1, save_every_steps=2, seed=3

@@ -17,6 +17,8 @@ from distill_core.routing.router import ExpertDenoiser, dispatch
 
 from ...students import student_of
 
+pytestmark = pytest.mark.slow
+
 RANGES = TimestepRanges((699.0, 249.0))
 
 

@@ -24,6 +24,8 @@ from distill_core.training.settings import TrainingSettings
 
 from .runs import train, weights
 
+pytestmark = pytest.mark.slow
+
 RECIPE = TrainingSettings(total_steps=4, batch_size=2, learning_rate=1e-3, save_every_steps=2, keep_checkpoints=3, seed=3)
 NEWEST = "checkpoints/00000004"
 

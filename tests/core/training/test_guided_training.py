@@ -25,6 +25,8 @@ from ..lora.test_layers import copied, filled
 pytest.importorskip("peft")
 from distill_core.lora.layers import Lora, WithoutLora, attach  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 RECIPE = TrainingSettings(objective="guidance", guidance=3.0, caption_dropout=0.0, total_steps=6, batch_size=4, learning_rate=1e-2,
                 lora_rank=4, save_every_steps=100)  # fmt: skip
 

@@ -20,6 +20,8 @@ from distill_core.training.teachers import Teachers
 from ...students import student_of
 from .runs import PLAN, RECIPE, train, weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def data(small_data):

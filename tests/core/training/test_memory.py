@@ -42,6 +42,8 @@ from distill_core.training.settings import TrainingSettings
 
 from ...students import student_of
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"latent_shape": (4, 16, 16), "num_tokens": 5}
 OF_RECIPE = {field.name for field in fields(TrainingSettings)}
 

@@ -21,6 +21,8 @@ from distill_core.training.settings import TrainingSettings
 
 from ...students import student_of
 
+pytestmark = pytest.mark.slow
+
 try:
     import tomllib
 except ImportError:

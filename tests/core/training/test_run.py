@@ -14,6 +14,8 @@ from distill_core.training.settings import TrainingSettings
 
 from ...students import student_of
 
+pytestmark = pytest.mark.slow
+
 PLAN = preset("bk-sdm-base")
 RECIPE = TrainingSettings(
     total_steps=6, batch_size=2, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=2, save_every_steps=2, seed=3
