@@ -8,9 +8,17 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-REQUIRED = ("diffusers>=0.30", "einops", "filelock", "matplotlib", "peft", "psutil", "safetensors", "tomli_w", "tqdm") + (
-    "tomli",
-) * (sys.version_info < (3, 11))
+REQUIRED = (
+    "diffusers>=0.33",
+    "einops",
+    "filelock",
+    "matplotlib",
+    "peft>=0.15",
+    "psutil",
+    "safetensors>=0.4.3",
+    "tomli_w",
+    "tqdm",
+) + ("tomli",) * (sys.version_info < (3, 11))
 """Packages that the nodes and the library need besides torch, as pip takes them."""
 
 

@@ -168,7 +168,7 @@ def changes(now: MemorySettings, *, of_teacher: bool = True) -> Iterator[Change]
     if (whole := now.micro_batch) > 1:
         part = max(n for n in range(1, whole) if whole % n == 0)
         steps = training.accumulation_steps * (whole // part)
-        price = f"{part} examples at once instead of {whole}, same result"
+        price = f"{part} example{'s' * (part != 1)} at once instead of {whole}, same result"
         yield Change(f"accumulation_steps {steps}", price, with_training(accumulation_steps=steps))
     if training.compute_dtype == "fp32":
         yield Change("precision bf16", "", with_training(precision="bf16"))

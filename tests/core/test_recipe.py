@@ -103,7 +103,7 @@ def test_where_memory_is_short_it_says_what_helps(folder):
     told = prepared.describe_memory(None)
     assert prepared.describe_memory(1 << 40) == told and "offloaded" not in told
     table, advice = prepared.describe_memory(30 << 20).split("A step needs about ")
-    assert table.strip() == told and "0.03 GiB are free" in advice and "saves" in advice and "offloaded" not in advice
+    assert table.strip() == told and "0.03 GiB is free" in advice and "saves" in advice and "offloaded" not in advice
 
 
 def test_json_tells_where_the_student_is(folder, capsys):

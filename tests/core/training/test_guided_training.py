@@ -97,7 +97,7 @@ def test_guidance_without_an_empty_caption_is_refused(small_teacher, small_data,
 
 
 def test_guidance_and_features_do_not_go_together():
-    with pytest.raises(ValueError, match="take objective guidance"):
+    with pytest.raises(ValueError, match='use objective "guidance"'):
         TrainingSettings(objective="bk-sdm", guidance=2.0)
 
 

@@ -509,7 +509,7 @@ def test_advice_names_what_helps_the_least_harmful_first():
         *ORDER[2:],
         *["smaller images"] * (named(lines).count("smaller images") - 1),
     ]
-    assert "accumulation_steps 2 (3 of a batch at once" in lines[1] and "accumulation_steps 6 (1 of a batch" in lines[2]
+    assert "accumulation_steps 2 (3 examples at once" in lines[1] and "accumulation_steps 6 (1 example at once" in lines[2]
     assert "384 x 384 px instead of 512 x 512 px" in lines[-3] and "is still needed" in lines[-1]
     for free in range(told.total_bytes, 0, -100):  # less memory, more of the same
         some = told.advice(free)
