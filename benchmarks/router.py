@@ -65,7 +65,7 @@ class Bench:
         architecture, random = published_teacher("sd1"), torch.Generator().manual_seed(0)
         weights = {name: torch.randn(shape, generator=random) * 0.02 for name, shape in architecture.shapes.items()}
         big = build_model(weights, architecture, None, dtype=torch.float32 if not torch.cuda.is_available() else torch.float16)
-        small = bridge.prune_model(big, preset(SMALL))
+        small = bridge.prune_model(bridge.Model(big), preset(SMALL))
         self.models = {
             "big": big,
             "big, routed": self._timed(big, lambda model: bridge.route_models([model, small], [Boundary(100, "percent")])),

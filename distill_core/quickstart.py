@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base.disk import check_writable
-from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, check_settings
+from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, check_settings, setting
 from .base.storage import atomic, write_text
 from .demo import digits
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
@@ -33,37 +33,22 @@ from .training.settings import TrainingSettings
 NUM_SHOWN = 80  # digits per model in the image, eight of each
 SAMPLE_BATCH = 100
 TIMED_STEPS, TIMED_ROUNDS = 2, 5
-RANGES = {
-    "train_steps": STEPS,
-    "batch_size": BATCH,
-    "num_samples": (2, 1_000_000),  # a distance needs two
-    "sample_steps": SAMPLER_STEPS,
-    "guidance": GUIDANCE,
-    "seed": SEEDS,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of a quickstart; the defaults take a few minutes on two CPU cores."""
 
-    preset: str = "bk-sdm-base"
-    """Plan to prune with."""
-    train_steps: int = 800
-    """Distillation steps."""
-    batch_size: int = 64
-    """Digits per distillation step."""
-    num_samples: int = 500
-    """Digits sampled from each model to measure it."""
-    sample_steps: int = 20
-    """Sampler steps per digit."""
-    guidance: float = 2.0
-    """Classifier-free guidance scale."""
-    seed: int = 0
-    """Seed of training and sampling noise."""
+    preset: str = setting("bk-sdm-base", "Plan to prune with.")
+    train_steps: int = setting(800, "Distillation steps.", within=STEPS)
+    batch_size: int = setting(64, "Digits per distillation step.", within=BATCH)
+    num_samples: int = setting(500, "Digits sampled from each model to measure it; a distance needs two.", within=(2, 1_000_000))
+    sample_steps: int = setting(20, "Sampler steps per digit.", within=SAMPLER_STEPS)
+    guidance: float = setting(2.0, "Classifier-free guidance scale.", within=GUIDANCE)
+    seed: int = setting(0, "Seed of training and sampling noise.", within=SEEDS)
 
     def __post_init__(self):
-        check_settings(self, RANGES)
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)

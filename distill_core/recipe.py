@@ -35,7 +35,7 @@ import torch
 from .base.documents import MAX_LIST_BYTES, lines, one_line, read_text, read_toml
 from .base.packages import check_installed
 from .base.precision import DTYPES
-from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings, from_mapping
+from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings, from_mapping, setting
 from .base.storage import fingerprint
 from .data.cache import CachedDataset, encode
 from .data.dataset import Dataset, largest_example, num_examples
@@ -67,13 +67,6 @@ from .training.teachers import Teachers
 DEMO = "demo"
 """Name of the bundled digits, in place of a file."""
 OnItem = Callable[[str, int, int], None]
-DATA_RANGES = {
-    "encode_batch_size": BATCH,
-    "guidance": GUIDANCE,
-    "sampler_steps": SAMPLER_STEPS,
-    "images_per_prompt": (1, MOST_PICTURES),
-    "trajectory_states": (0, SAMPLER_STEPS[1]),
-}
 EXAMPLES = Path(__file__).parent / "recipes"
 
 
@@ -93,16 +86,16 @@ def example(name: str) -> str:
 class TeacherSettings:
     """One teacher."""
 
-    file: str
-    """Checkpoint or diffusers folder, or ``demo``."""
-    dtype: str = "fp32"
-    """``fp32``, ``bf16``, ``fp16``; or stored in fewer bits and computed in bf16: ``fp8``, ``int8``, or ``nf4`` (4 bits)."""
-    offload: bool = False
-    """Keep the teacher in system memory, with each layer on the GPU only while it computes."""
+    file: str = setting(words="Checkpoint or diffusers folder, or `demo`.")
+    dtype: str = setting(
+        "fp32",
+        "Data type of its weights. fp8, int8 and nf4 (4 bits) compute in bf16.",
+        choices=(*DTYPES, *QUANTISED),
+    )
+    offload: bool = setting(False, "Keep the teacher in system memory, with each layer on the GPU only while it computes.")
 
     def __post_init__(self):
-        if self.dtype not in (choices := (*DTYPES, *QUANTISED)):
-            raise ValueError(f"dtype: unknown {self.dtype!r}; choose from {list(choices)}")
+        check_settings(self)
         if self.offload and self.dtype in QUANTISED:
             raise ValueError(f"an {self.dtype} teacher cannot be offloaded; set offload to false, or use fp8")
 
@@ -111,12 +104,9 @@ class TeacherSettings:
 class StudentSettings:
     """The student: a pruned teacher, a file, or, without settings, the teacher itself (fine-tuning)."""
 
-    preset: str | None = None
-    """Name of a published plan, as `distill presets` lists them."""
-    plan: str | None = None
-    """A plan as text or JSON, or a file with one."""
-    file: str | None = None
-    """A finished student to go on from; its plan is read from the file."""
+    preset: str | None = setting(None, "Name of a published plan, as `distill presets` lists them.")
+    plan: str | None = setting(None, "A plan as text or JSON, or a file with one.")
+    file: str | None = setting(None, "A finished student to go on from; its plan is read from the file.")
 
     def __post_init__(self):
         if sum(given is not None for given in (self.preset, self.plan, self.file)) > 1:
@@ -127,37 +117,33 @@ class StudentSettings:
 class DataSettings:
     """Training data: ``images``, ``dataset`` or ``prompts``; or only a finished ``cache``."""
 
-    images: str | None = None
-    """Folder of images with .txt captions, metadata.csv or metadata.jsonl."""
-    dataset: str | None = None
-    """Folder of a Hugging Face dataset."""
-    image_column: str = "image"
-    """Column of the dataset with the images."""
-    caption_column: str = "text"
-    """Column of the dataset with the captions."""
-    prompts: str | None = None
-    """Text file with one prompt per line, from which the teacher draws the images."""
-    encoders: str | None = None
-    """Diffusers pipeline folder with the autoencoder and text encoders; default: the teacher, if it is such a folder."""
-    cache: str = "cache"
-    """Folder for latents and embeddings."""
-    resolution: str = "512"
-    """``512``, ``768x512,512x768``, ``buckets-768``, ``ssd-1b``."""
-    flip: bool = False
-    """Add a mirrored copy of each image."""
-    encode_batch_size: int = 8
-    """Images or captions that are encoded at once."""
-    guidance: float = 7.5
-    """Guidance scale of teacher-made images."""
-    sampler_steps: int = 25
-    """Sampling steps of teacher-made images."""
-    images_per_prompt: int = 1
-    """Teacher-made images for each prompt, each from its own noise."""
-    trajectory_states: int = 0
-    """Number of noisy states of the teacher's trajectory to train on; 0 adds random noise to the images instead."""
+    images: str | None = setting(None, "Folder of images with .txt captions, metadata.csv or metadata.jsonl.")
+    dataset: str | None = setting(None, "Folder of a Hugging Face dataset.")
+    image_column: str = setting("image", "Column of the dataset with the images.")
+    caption_column: str = setting("text", "Column of the dataset with the captions.")
+    prompts: str | None = setting(None, "Text file with one prompt per line, from which the teacher draws the images.")
+    encoders: str | None = setting(
+        None,
+        "Diffusers pipeline folder with the autoencoder and text encoders.",
+        unset="the teacher, if it is such a folder",
+    )
+    cache: str = setting("cache", "Folder for latents and embeddings.")
+    resolution: str = setting("512", "Sizes of the images: `512`, `768x512,512x768`, `buckets-768` or `ssd-1b`.")
+    flip: bool = setting(False, "Add a mirrored copy of each image.")
+    encode_batch_size: int = setting(8, "Images or captions that are encoded at once.", within=BATCH)
+    guidance: float = setting(7.5, "Guidance scale of teacher-made images.", within=GUIDANCE)
+    sampler_steps: int = setting(25, "Sampling steps of teacher-made images.", within=SAMPLER_STEPS)
+    images_per_prompt: int = setting(
+        1, "Teacher-made images for each prompt, each from its own noise.", within=(1, MOST_PICTURES)
+    )
+    trajectory_states: int = setting(
+        0,
+        "Number of noisy states of the teacher's trajectory to train on; 0 adds random noise to the images instead.",
+        within=(0, SAMPLER_STEPS[1]),
+    )
 
     def __post_init__(self):
-        check_settings(self, DATA_RANGES)
+        check_settings(self)
         _check_sides(self.resolution)
         if sum(given is not None for given in (self.images, self.dataset, self.prompts)) > 1:
             raise ValueError("give one of images, dataset and prompts")
@@ -167,19 +153,14 @@ class DataSettings:
 class SampleSettings:
     """Sample images during training, every ``sample_every_steps``."""
 
-    prompts: tuple[str, ...] = ()
-    """What to draw; one image for each prompt."""
-    guidance: float = 7.5
-    """Guidance scale; 1 = no guidance."""
-    steps: int = 20
-    """Sampling steps."""
-    seed: int = 0
-    """Seed of the noise, the same each time."""
-    resolution: str = "512"
-    """One size, as in `[data]`."""
+    prompts: tuple[str, ...] = setting((), "What to draw; one image for each prompt.")
+    guidance: float = setting(7.5, "Guidance scale; 1 = no guidance.", within=(0, GUIDANCE[1]))
+    steps: int = setting(20, "Sampling steps.", within=SAMPLER_STEPS)
+    seed: int = setting(0, "Seed of the noise, the same each time.", within=SEEDS)
+    resolution: str = setting("512", "One size, as in `[data]`.")
 
     def __post_init__(self):
-        check_settings(self, {"guidance": (0, GUIDANCE[1]), "steps": SAMPLER_STEPS, "seed": SEEDS})
+        check_settings(self)
         _check_sides(self.resolution)
 
 
@@ -195,14 +176,12 @@ class Recipe:
 
     folder: Path
     run: str
-    teachers: tuple[TeacherSettings, ...]
-    """Empty for fine-tuning, which needs the objective ``task``."""
+    teachers: tuple[TeacherSettings, ...] = setting(words="Leave it out for fine-tuning, which needs the objective task.")
     student: StudentSettings
     data: DataSettings
     training: TrainingSettings
     samples: SampleSettings
-    experts: ExpertsSettings | None = None
-    """None for a single student."""
+    experts: ExpertsSettings | None = setting(None, "Leave it out for a single student.")
 
     @classmethod
     def read(cls, path: Path) -> Recipe:

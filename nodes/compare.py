@@ -83,7 +83,7 @@ class CompareModels(io.ComfyNode):
             raise ValueError(f"connect at least two models, got {len(connected)}")
         called = _names(names, list(models))
         cfgs = _cfgs(cfg_of_each, cfg, len(connected))
-        drawing = bridge.Drawing(latent=latent_image, cfgs=cfgs, **settings)
+        drawing = bridge.Drawing(latent=latent_image, cfg=cfgs, **settings)
         comparison = bridge.compare_models(dict(zip(called, connected, strict=True)), drawing, cls.hidden.unique_id)
         bridge.show_text(comparison.summary(), cls.hidden.unique_id)
         grid, table = (bridge.to_image(picture) for picture in (compare.grid(comparison), compare.chart(comparison)))

@@ -6,22 +6,22 @@ from functools import partial
 import torch
 from comfy_api.latest import io, ui
 
-from ..distill_core.diffusion.ranges import SPLITS, read_boundaries
+from ..distill_core.base.settings import limits_of
+from ..distill_core.diffusion.ranges import read_boundaries
 from ..distill_core.evaluation import plots
 from ..distill_core.networks.files import open_unet
 from ..distill_core.routing.experts import MANIFEST, Experts
-from ..distill_core.routing.one_to_many import MEASURED, ExpertsSettings, OneToMany, Start
+from ..distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from ..distill_core.training.live import metrics_of
 from ..distill_core.training.loop import check_lesson
 from ..distill_core.training.preflight import check_experts_run
 from ..distill_core.training.run import Inputs
 from ..distill_core.training.settings import TrainingSettings
 from . import bridge
-from .inputs import data_inputs, learning_inputs
+from .inputs import data_inputs, learning_inputs, setting_input
 from .train import Watch, log, tell_memory
 
 _default = ExpertsSettings()
-MAX_STUDENTS = 8
 
 
 class TrainTimestepExperts(io.ComfyNode):
@@ -45,21 +45,8 @@ class TrainTimestepExperts(io.ComfyNode):
                     tooltip="Folder of the training under output/distill_runs. The same name continues it; a new name starts a "
                     "new one.",
                 ),
-                io.Int.Input(
-                    "count",
-                    display_name="experts",
-                    default=_default.count,
-                    min=1,
-                    max=MAX_STUDENTS,
-                    tooltip="Number of experts, unless boundaries is set. Each expert adds disk space and training time.",
-                ),
-                io.Combo.Input(
-                    "split",
-                    options=[*SPLITS, MEASURED],
-                    default=_default.split,
-                    tooltip="What is divided evenly between the ranges. timesteps: their number. log-snr: the logarithm of the "
-                    "signal-to-noise ratio. error: the error of the jointly trained student; needs joint_steps.",
-                ),
+                setting_input("count", ExpertsSettings, display_name="experts"),
+                setting_input("split", ExpertsSettings),
                 io.Int.Input(
                     "lora_rank",
                     default=0,
@@ -68,33 +55,16 @@ class TrainTimestepExperts(io.ComfyNode):
                     tooltip="0: each expert is a network of its own. Above 0: all experts share one network, and each is a LoRA "
                     "of this rank on it, so disk and memory hold about one model; 16 to 64 is usual.",
                 ),
-                io.Int.Input(
-                    "joint_steps",
-                    default=_default.count * 1000,
-                    min=0,
-                    max=10_000_000,
-                    tooltip="Steps to train one student on all timesteps first; every expert then starts from it. 0: every "
-                    "expert starts from the connected student.",
-                ),
-                io.Int.Input(
-                    "total_steps", default=1000, min=1, max=10_000_000, tooltip="Training steps of each expert in its range."
-                ),
+                setting_input("joint_steps", ExpertsSettings, default=_default.count * 1000),
+                setting_input("total_steps", default=1000, tooltip="Training steps of each expert in its range."),
                 *learning_inputs(),
                 io.String.Input(
                     "boundaries",
                     default=_default.boundaries,
                     advanced=True,
-                    tooltip="Where one range ends and the next begins; replaces experts and split. 500, 250 are timesteps; "
-                    "50%, 75% are shares of the sampling; sigma 4.5, 1.2 are noise levels.",
+                    tooltip=limits_of(ExpertsSettings)["boundaries"].words,
                 ),
-                io.Int.Input(
-                    "overlap",
-                    default=_default.overlap,
-                    min=0,
-                    max=999,
-                    advanced=True,
-                    tooltip="Timesteps of each neighbouring range that an expert is also trained on.",
-                ),
+                setting_input("overlap", ExpertsSettings, advanced=True),
             ],
             outputs=[
                 io.Model.Output(
@@ -130,23 +100,20 @@ class TrainTimestepExperts(io.ComfyNode):
     def execute(
         cls, teacher, student, latents, captions, run_name, steps_per_queue, null_caption=None, recipe=({},), **settings
     ) -> io.NodeOutput:
-        teacher, student, node_id = teacher[0], student[0], cls.hidden.unique_id
+        shares_base = student[0] is teacher[0]
+        teacher, student, node_id = bridge.Model(teacher[0]), bridge.Model(student[0]), cls.hidden.unique_id
         settings = {name: values[0] for name, values in settings.items()}
         of_experts = {name: settings.pop(name) for name in ("count", "split", "boundaries", "overlap", "joint_steps")}
         recipe = TrainingSettings(**settings, **recipe[0])
         if recipe.sample_every_steps:
             log.warning("sample_every_steps has no effect here: only Distill Train Step and Shared-Base LoRA make sample images")
             recipe = replace(recipe, sample_every_steps=0)
-        folder, architecture, experts = (
-            bridge.run_folder(run_name[0]),
-            bridge.architecture_of(student),
-            ExpertsSettings(**of_experts),
-        )
-        check_experts_run(folder, recipe, architecture.shapes, experts.num_experts(bridge.schedule_of(teacher)))
-        check_lesson(recipe, bridge.architecture_of(teacher), architecture, same=False)
-        plan = bridge.plan_between(student, teacher)
+        folder, experts = bridge.run_folder(run_name[0]), ExpertsSettings(**of_experts)
+        check_experts_run(folder, recipe, student.architecture.shapes, experts.num_experts(teacher.schedule))
+        check_lesson(recipe, teacher.architecture, student.architecture, same=False)
+        plan = student.plan_from(teacher)
         bridge.check_trainable(student, teacher)
-        shares_base = student is teacher and recipe.lora_rank > 0 and of_experts["joint_steps"] == 0
+        shares_base = shares_base and recipe.lora_rank > 0 and of_experts["joint_steps"] == 0
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             training = OneToMany(
@@ -154,12 +121,12 @@ class TrainTimestepExperts(io.ComfyNode):
                 experts,
                 recipe,
                 starts=[Start(plan, partial(bridge.shared_base if shares_base else bridge.trainable, student))],
-                teachers=None if shares_base else [partial(bridge.denoiser, teacher, architecture)],
-                schedule=bridge.schedule_of(teacher),
+                teachers=None if shares_base else [partial(bridge.denoiser, teacher, student.architecture)],
+                schedule=teacher.schedule,
                 dataset=data,
                 inputs=Inputs(
-                    teachers=(bridge.model_fingerprint(teacher),),
-                    student=bridge.model_fingerprint(student),
+                    teachers=(teacher.fingerprint,),
+                    student=student.fingerprint,
                     data=data.fingerprint,
                 ),
             )
@@ -203,15 +170,14 @@ def _words(training: OneToMany, stage: str) -> str:
     return f"range {number}, timesteps {held[0]} to {held[-1]}"
 
 
-def _routed(training: OneToMany, student):
+def _routed(training: OneToMany, student: bridge.Model):
     """The experts as trained so far as one MODEL; a range that has not started uses the model it will start from."""
-    architecture, origin = bridge.architecture_of(student), bridge.origin_of(student)
 
     def trained(stage: str):
         state_dict = open_unet(training.run(stage).result_file).state_dict
-        return bridge.make_student(state_dict, architecture, student, origin)
+        return bridge.make_student(state_dict, student.architecture, student, student.origin)
 
-    start = trained("joint") if "joint" in training.stages and training.steps_of("joint") else student
+    start = trained("joint") if "joint" in training.stages and training.steps_of("joint") else student.patcher
     if training.ranges is None:
         return start
     experts = []
@@ -259,7 +225,7 @@ class LoadTimestepExperts(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         experts = Experts.read(bridge.experts_folder(name))
         model = bridge.load_experts(experts)
-        ranges = experts.describe(bridge.schedule_of(model))
+        ranges = experts.describe(bridge.Model(model).schedule)
         bridge.show_text(ranges, cls.hidden.unique_id)
         return io.NodeOutput(model, ranges)
 

@@ -1,13 +1,37 @@
 """Inputs and outputs that several nodes share."""
 
+from dataclasses import fields
+from typing import get_type_hints
+
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..distill_core.training.objective import OBJECTIVES
-from ..distill_core.training.settings import LR_SCHEDULES
-from .recipe import RecipeSettings
+from ..distill_core.base.settings import STEPS, limits_of
+from ..distill_core.training.settings import TrainingSettings
 
-SEED_OF_TRAINING = "Decides data order, noise and timesteps. The same seed gives the same student."
+RecipeSettings = io.Custom("DISTILL_RECIPE")
+SEED_OF_TRAINING = limits_of(TrainingSettings)["seed"].words
+
+
+def setting_input(name: str, kind: type = TrainingSettings, *, more: str = "", **options) -> io.Input:
+    """A widget for a field of a settings dataclass, with its default, limits and words.
+
+    more: what to add to its words in a graph. options: of the widget, in place of those of the setting.
+    """
+    limits, hint = limits_of(kind)[name], get_type_hints(kind)[name]
+    types = getattr(hint, "__args__", (hint,))
+    options = {
+        "default": next(own.default for own in fields(kind) if own.name == name),
+        "tooltip": f"{limits.words} {more}".strip(),
+        **options,
+    }
+    if limits.choices:
+        return io.Combo.Input(name, options=list(limits.choices), **options)
+    if hint is bool:
+        return io.Boolean.Input(name, **options)
+    if limits.within is not None:
+        options = dict(zip(("min", "max"), limits.within, strict=True)) | options
+    return io.Float.Input(name, round=1e-8, **options) if float in types else io.Int.Input(name, **options)
 
 
 def data_inputs() -> list[io.Input]:
@@ -35,7 +59,7 @@ def run_inputs(name: str) -> list[io.Input]:
             default=name,
             tooltip="Folder of the run under output/distill_runs. The same name continues the run; a new name starts a new one.",
         ),
-        io.Int.Input("total_steps", default=1000, min=1, max=10_000_000, tooltip="Steps until the run is complete."),
+        setting_input("total_steps", default=1000),
     ]
 
 
@@ -53,25 +77,9 @@ def learning_inputs() -> list[io.Input]:
     """Inputs that set how a student learns."""
     return [
         *pace_inputs("0.00005 for Stable Diffusion, 0.001 for the demo.", default=5e-5),
-        io.Combo.Input(
-            "objective",
-            options=list(OBJECTIVES),
-            default="bk-sdm",
-            tooltip="What the student learns from. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: "
-            "the same plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. "
-            "laptop-diff: features of equal weight. guidance: only the teacher's output. task: plain fine-tuning without a "
-            "teacher.",
-        ),
+        setting_input("objective"),
         seed_input(SEED_OF_TRAINING),
-        io.Float.Input(
-            "caption_dropout",
-            default=0.1,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            advanced=True,
-            tooltip="Share of captions replaced by the null caption, if one is connected.",
-        ),
+        setting_input("caption_dropout", step=0.01, advanced=True, more="Needs null_caption."),
         *keeping_inputs(),
     ]
 
@@ -83,25 +91,12 @@ def pace_inputs(usual_rates: str, default: float) -> list[io.Input]:
             "steps_per_queue",
             default=1000,
             min=1,
-            max=10_000_000,
+            max=STEPS[1],
             tooltip="Training steps per execution. Fewer than the total show a result sooner; queue again to continue.",
         ),
-        io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Images per step. Lower it if memory runs out."),
-        io.Float.Input(
-            "learning_rate",
-            default=default,
-            min=1e-8,
-            max=1.0,
-            step=1e-6,
-            round=1e-8,
-            tooltip=f"Peak learning rate of AdamW. {usual_rates}",
-        ),
-        io.Combo.Input(
-            "lr_schedule",
-            options=list(LR_SCHEDULES),
-            default="constant",
-            tooltip="How the learning rate decreases over total_steps. With constant, you can raise total_steps later.",
-        ),
+        setting_input("batch_size", default=8),
+        setting_input("learning_rate", default=default, min=1e-8, max=1.0, step=1e-6, more=usual_rates),
+        setting_input("lr_schedule"),
     ]
 
 
@@ -119,24 +114,7 @@ def seed_input(tooltip: str, **options) -> io.Input:
 
 def keeping_inputs() -> list[io.Input]:
     """Rarely changed inputs: warm-up and checkpoints."""
-    return [
-        io.Int.Input(
-            "warmup_steps",
-            default=0,
-            min=0,
-            max=1_000_000,
-            advanced=True,
-            tooltip="Steps over which the learning rate rises from 0.",
-        ),
-        io.Int.Input(
-            "save_every_steps",
-            default=500,
-            min=1,
-            max=1_000_000,
-            advanced=True,
-            tooltip="Steps between checkpoints. The run also saves at the end, on Cancel and on errors.",
-        ),
-    ]
+    return [setting_input("warmup_steps", advanced=True), setting_input("save_every_steps", advanced=True)]
 
 
 def size_inputs() -> list[io.Input]:

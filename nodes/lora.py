@@ -67,11 +67,11 @@ class RemapLoRAToStudent(io.ComfyNode):
     def execute(
         cls, teacher, student, lora_name: str, strength_model: float, strength_clip: float = 1.0, clip=None
     ) -> io.NodeOutput:
-        mapping = bridge.mapping_between(student, teacher)
+        source = bridge.Model(teacher)
+        mapping = bridge.Model(student).mapping_from(source)
         stored, metadata = read_header(bridge.file_in("loras", lora_name))
-        remapped = remap_lora(
-            stored, bridge.architecture_of(teacher), mapping, metadata=metadata, spelling="ldm"
-        )  # a layout ComfyUI always reads
+        # names that ComfyUI always reads
+        remapped = remap_lora(stored, source.architecture, mapping, metadata=metadata, spelling="ldm")
         lora = remapped.read()
         summary = remapped.describe()
         bridge.show_text(summary, cls.hidden.unique_id)

@@ -4,12 +4,13 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
+from ..distill_core.base.settings import limits_of
 from ..distill_core.evaluation import plots
-from ..distill_core.pruning.analyse import CRITERIA, MEASURES, Planner, Settings, examples, output_error, report, score
+from ..distill_core.pruning.analyse import CRITERIA, Planner, Settings, examples, output_error, report, score
 from ..distill_core.pruning.plan import preset, preset_names
 from ..distill_core.pruning.plan_text import EXAMPLE, read_plan, write_plan
 from . import bridge
-from .inputs import seed_input
+from .inputs import seed_input, setting_input
 
 
 class PruneUNetBlocks(io.ComfyNode):
@@ -59,14 +60,15 @@ class PruneUNetBlocks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, preset: str, plan: str = "", pad: bool = False) -> io.NodeOutput:
-        teacher = bridge.architecture_of(model)
-        student = bridge.prune_model(model, read_plan(plan if plan.strip() else preset, teacher), pad)
-        before, after = (bridge.architecture_of(m).num_parameters for m in (model, student))
+        teacher = bridge.Model(model)
+        student = bridge.Model(
+            bridge.prune_model(teacher, read_plan(plan if plan.strip() else preset, teacher.architecture), pad)
+        )
+        before, after = (read.architecture.num_parameters for read in (teacher, student))
         summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
         bridge.show_text(summary, cls.hidden.unique_id)
-        own = bridge.plan_of(student)
-        assert own is not None  # it was pruned just now
-        return io.NodeOutput(student, summary, write_plan(own, teacher))
+        assert student.plan is not None  # it was pruned just now
+        return io.NodeOutput(student.patcher, summary, write_plan(student.plan, teacher.architecture))
 
 
 class AnalyseUNetBlocks(io.ComfyNode):
@@ -86,43 +88,12 @@ class AnalyseUNetBlocks(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to prune. It is only read."),
                 io.Latent.Input("latents", tooltip="Images of the kind the model makes: a KSampler's output, or VAE Encode."),
                 io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
-                io.Float.Input(
-                    "saving",
-                    default=0.4,
-                    min=0.01,
-                    max=0.95,
-                    step=0.01,
-                    tooltip="Share of the model to save, at least: 0.4 is 40 % less.",
-                ),
-                io.Combo.Input(
-                    "measure",
-                    options=list(MEASURES),
-                    default="macs",
-                    tooltip="What to save. macs: arithmetic, so time. parameters: file size and memory.",
-                ),
-                io.Combo.Input(
-                    "criterion",
-                    options=list(CRITERIA),
-                    default="output error",
-                    tooltip=" ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report shows both.",
-                ),
-                io.Int.Input(
-                    "num_timesteps",
-                    default=4,
-                    min=1,
-                    max=64,
-                    advanced=True,
-                    tooltip="Number of evenly spaced timesteps to average the error over.",
-                ),
-                io.Int.Input(
-                    "num_examples",
-                    default=4,
-                    min=1,
-                    max=256,
-                    advanced=True,
-                    tooltip="Number of images to average the error over. More images need more time and memory.",
-                ),
-                seed_input("Decides which images are used, and the noise.", advanced=True),
+                setting_input("saving", Settings, step=0.01),
+                setting_input("measure", Settings),
+                setting_input("criterion", Settings),
+                setting_input("num_timesteps", Settings, advanced=True),
+                setting_input("num_examples", Settings, advanced=True),
+                seed_input(limits_of(Settings)["seed"].words, advanced=True),
             ],
             outputs=[
                 io.String.Output(display_name="plan", tooltip="The plan as one line of text, for Prune UNet Blocks."),
@@ -136,7 +107,7 @@ class AnalyseUNetBlocks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, captions, **settings) -> io.NodeOutput:
-        model, asked = model[0], Settings(**{name: values[0] for name, values in settings.items()})
+        model, asked = bridge.Model(model[0]), Settings(**{name: values[0] for name, values in settings.items()})
         random = torch.Generator().manual_seed(asked.seed)
         pictures, contexts, label = bridge.calibration(latents, captions, model, asked.num_examples, random)
         denoiser = bridge.denoiser(model)

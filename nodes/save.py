@@ -58,19 +58,19 @@ class SaveDistilledModel(io.ComfyNode):
         if slash and first in DEFAULT_FOLDERS.values():
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
         path = bridge.output_path(filename_prefix, "" if layout == "diffusers" else ".safetensors")
-        origin, sampling, architecture = bridge.origin_of(model), bridge.sampling_of(model), bridge.architecture_of(model)
+        read = bridge.Model(model)
         save_unet(
             path,
-            bridge.state_dict_of(model),
-            architecture,
+            read.state_dict(),
+            read.architecture,
             form=layout,
             dtype=dtype,
-            sampling=sampling,
-            others=bridge.vae_and_text_encoders(model, clip, vae) if layout == "checkpoint" else None,
-            metadata=None if origin is None else origin.metadata,
+            sampling=read.sampling,
+            others=bridge.vae_and_text_encoders(read, clip, vae) if layout == "checkpoint" else None,
+            metadata=None if read.origin is None else read.origin.metadata,
         )
         note = "\n".join(
-            filter(None, [f"Saved {path}", "" if layout == "diffusers" else sampling.loading_note(architecture.family)])
+            filter(None, [f"Saved {path}", "" if layout == "diffusers" else read.sampling.loading_note(read.architecture.family)])
         )
         bridge.show_text(note, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(note))

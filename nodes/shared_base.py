@@ -16,8 +16,16 @@ from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import TrainingSettings
 from ..distill_core.training.teachers import Teachers
 from . import bridge
-from .inputs import SEED_OF_TRAINING, keeping_inputs, pace_inputs, run_inputs, run_outputs, seed_input, size_inputs
-from .recipe import RecipeSettings
+from .inputs import (
+    SEED_OF_TRAINING,
+    RecipeSettings,
+    keeping_inputs,
+    pace_inputs,
+    run_inputs,
+    run_outputs,
+    seed_input,
+    size_inputs,
+)
 from .teacher_data import DrawingProgress
 from .train import Watch, last_step, show_run, tell_memory
 
@@ -84,7 +92,6 @@ class SharedBaseLoRA(io.ComfyNode):
                 io.String.Input("layers", default="*attn*", advanced=True, tooltip="Name patterns of the layers that get a LoRA, "
                                 "separated by commas: *attn* for attention, * for all, mid.* for the mid block."),
                 *keeping_inputs(),
-                # Added after the first release: last and optional, so that graphs saved without it still run.
                 io.Boolean.Input("dora", default=False, optional=True, advanced=True, tooltip="Train a DoRA: a LoRA that also "
                                  "learns a magnitude for each input of a layer. Slower, and needs more memory. Cannot be "
                                  "combined with guidance_min."),
@@ -117,7 +124,7 @@ class SharedBaseLoRA(io.ComfyNode):
         recipe=({},),
         **settings,
     ) -> io.NodeOutput:
-        model, teacher, node_id = model[0], teacher[0], cls.hidden.unique_id
+        model, teacher, node_id = bridge.Model(model[0]), teacher[0] and bridge.Model(teacher[0]), cls.hidden.unique_id
         settings = {name: values[0] for name, values in settings.items()}
         of_data = {name: settings.pop(name) for name in DATA_SETTINGS}
         recipe = TrainingSettings(**recipe[0] | _of_lora(settings))
@@ -134,9 +141,8 @@ class SharedBaseLoRA(io.ComfyNode):
         folder = bridge.run_folder(run_name[0])
         check_run(folder, recipe, {})
         with torch.inference_mode(False), torch.enable_grad():
-            of_model, *of_teachers = [bridge.model_fingerprint(m) for m in (model, teacher) if m]
             if teacher is not None:
-                check_lesson(recipe, None, None, same=bridge.predict_alike([model, teacher], [of_model, *of_teachers]))
+                check_lesson(recipe, None, None, same=bridge.predict_alike([model, teacher]))
             if latents is None:
                 data = _drawn(teacher or model, captions, null_caption, recipe, of_data, folder, node_id)
             else:
@@ -144,10 +150,10 @@ class SharedBaseLoRA(io.ComfyNode):
             check_trajectories(recipe, data)
             assert data.null is not None  # null_caption is given
             inputs = Inputs(
-                teachers=tuple(of_teachers),
-                student=of_model,
+                teachers=() if teacher is None else (teacher.fingerprint,),
+                student=model.fingerprint,
                 data=data.fingerprint,
-                sampling=bridge.sampling_words(teacher or model),
+                sampling=(teacher or model).sampling_identity,
                 null_caption=fingerprint({"context": data.null.context}),
             )
             run = Run(folder, recipe, inputs)
@@ -155,7 +161,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 _train(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
         shown = show_run(run, node_id)
-        answers, _ = bridge.with_lora(model, None, lora, 1.0, 0.0)
+        answers, _ = bridge.with_lora(model.patcher, None, lora, 1.0, 0.0)
         return io.NodeOutput(lora, answers, *shown, run.step, run_name[0], ui=ui.PreviewImage(shown[1], cls=cls))
 
 

@@ -110,7 +110,7 @@ class TeacherDataset(io.ComfyNode):
         progress = DrawingProgress(cls.hidden.unique_id)
         try:
             made = bridge.make_data(
-                teacher[0],
+                bridge.Model(teacher[0]),
                 clip[0],
                 prompts,
                 making,

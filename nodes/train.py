@@ -77,28 +77,31 @@ class DistillTrainStep(io.ComfyNode):
         vae=(None,),
         **settings,
     ) -> io.NodeOutput:
-        teacher, student, run_name, steps_per_queue = teacher[0], student[0], run_name[0], steps_per_queue[0]
-        teachers = [teacher, *teacher_2, *teacher_3]
+        student, run_name, steps_per_queue = bridge.Model(student[0]), run_name[0], steps_per_queue[0]
+        teachers = [bridge.Model(model) for model in (teacher[0], *teacher_2, *teacher_3)]
+        teacher = teachers[0]
         recipe = TrainingSettings(**{name: values[0] for name, values in settings.items()}, **recipe[0])
-        folder, architecture = bridge.run_folder(run_name), bridge.architecture_of(student)
-        check_run(folder, recipe, architecture.shapes)
-        check_lesson(recipe, bridge.architecture_of(teacher), architecture, same=False)
-        plan = bridge.plan_between(student, teacher)
+        folder = bridge.run_folder(run_name)
+        check_run(folder, recipe, student.architecture.shapes)
+        check_lesson(recipe, teacher.architecture, student.architecture, same=False)
+        plan = student.plan_from(teacher)
         bridge.check_trainable(student, *teachers)
         with torch.inference_mode(False), torch.enable_grad():
-            of_student, *of_teachers = map(bridge.model_fingerprint, (student, *teachers))
-            same = bridge.predict_alike([student, *teachers], [of_student, *of_teachers])
-            check_lesson(recipe, None, None, same=same)
+            check_lesson(recipe, None, None, same=bridge.predict_alike([student, *teachers]))
             data = bridge.dataset(latents, captions, null_caption, teacher)
             check_trajectories(recipe, data)
             inputs = Inputs(
-                teachers=tuple(of_teachers), student=of_student, plan=plan.name if plan else "", data=data.fingerprint
+                teachers=tuple(model.fingerprint for model in teachers),
+                student=student.fingerprint,
+                plan=plan.name if plan else "",
+                data=data.fingerprint,
             )
             run = Run(folder, recipe, inputs)
             if not run.complete:
                 previews = bridge.previews(data, vae[0], teacher) if recipe.sample_every_steps else None
                 _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
-        trained = bridge.make_student(open_unet(run.result_file).state_dict, architecture, student, bridge.origin_of(student))
+        weights = open_unet(run.result_file).state_dict
+        trained = bridge.make_student(weights, student.architecture, student, student.origin)
         shown = show_run(run, cls.hidden.unique_id)
         return io.NodeOutput(trained, *shown, run.step, run_name, ui=ui.PreviewImage(shown[1], cls=cls))
 
@@ -128,12 +131,11 @@ def _train(run: Run, models, student, plan, data, previews, num_steps: int, node
     last = min(run.settings.total_steps, run.step + num_steps)
     watch = Watch(run.folder.name, run.step, last, node_id, previews)
     tell_memory(bridge.forecast_memory(models, student, plan, data, run.settings), bridge.free_bytes(student), node_id)
-    architecture = bridge.architecture_of(student)
     try:
         distill(
             run,
             student=bridge.trainable(student),
-            teacher=Teachers([partial(bridge.denoiser, model, architecture) for model in models], run.settings),
+            teacher=Teachers([partial(bridge.denoiser, model, student.architecture) for model in models], run.settings),
             plan=plan,
             dataset=data,
             num_steps=num_steps,

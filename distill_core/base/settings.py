@@ -1,10 +1,11 @@
-"""Settings as typed dataclasses: checks of types and ranges, reading from tables, writing as TOML."""
+"""Settings as typed dataclasses, each field with its meaning and limits: checks, reading from tables, writing as TOML."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_type_hints
 
 from .documents import one_line
@@ -20,22 +21,74 @@ BATCH = (1, 65_536)
 SEEDS = (-(2**63), 2**64 - 1)  # the range torch accepts
 SAMPLER_STEPS = (1, 1000)
 GUIDANCE = (1, 100)
+SHARE = (0, 1)
 SIDE_PX = (8, 16_384)
 _MAX_REASON = 1000
 """Most characters of an error in a table."""
 
 
-def check_settings(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """``ValueError`` naming a field of a dataclass that has the wrong type or is out of range.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a setting means, and which values it takes. Of a list, each entry must keep to them."""
+
+    words: str = ""
+    """Its meaning, for the person who sets it: shown in the recipe reference and as a tooltip."""
+    unset: str = ""
+    """What it is if it is left out and has no default."""
+    within: tuple[float, float] | None = None
+    """Smallest and largest number."""
+    above: float | None = None
+    """Any finite number above this one."""
+    choices: tuple[str, ...] = ()
+    """The only texts allowed; empty for any text."""
+
+    def check(self, name: str, value: Any) -> None:
+        """``ValueError`` naming the setting unless it takes the value."""
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        for entry in entries:
+            if self.within is not None:
+                check_range(name, entry, self.within)
+            if self.choices and entry not in self.choices:
+                raise ValueError(f"{name}: unknown {one_line(repr(entry))}; choose from {list(self.choices)}")
+        if self.above is not None and not all(self.above < entry < math.inf for entry in entries):
+            got = (
+                f"a number above {self.above:g}, got {value}"
+                if entries is not value
+                else f"numbers above {self.above:g}, got {[*value]}"
+            )
+            raise ValueError(f"{name} must be {got}")
+
+
+def setting(
+    default: Any = MISSING,
+    words: str = "",
+    *,
+    unset: str = "",
+    within: tuple[float, float] | None = None,
+    above: float | None = None,
+    choices: Collection[str] = (),
+) -> Any:
+    """A field of a settings dataclass, with its `Limits`."""
+    limits = Limits(words=words, unset=unset, within=within, above=above, choices=tuple(choices))
+    return field(default=default, metadata={"limits": limits})
+
+
+def limits_of(kind: type[DataclassInstance] | DataclassInstance) -> dict[str, Limits]:
+    """The limits of every field of a settings dataclass."""
+    return {own.name: own.metadata.get("limits", Limits()) for own in fields(kind)}
+
+
+def check_settings(settings: DataclassInstance) -> None:
+    """``ValueError`` naming a field of a dataclass that has the wrong type or is beyond its limits.
 
     Values may come from anywhere: a file, or a link in a graph, which no widget limits.
     """
     for name, hint in get_type_hints(type(settings)).items():
         if _is_plain(hint) and not _fits(value := getattr(settings, name), hint):
             raise ValueError(f"{name} must be {_words(hint)}, got {one_line(repr(value))}")
-    for name, bounds in ranges.items():
+    for name, limits in limits_of(settings).items():
         if (value := getattr(settings, name)) is not None:
-            check_range(name, value, bounds)
+            limits.check(name, value)
 
 
 def check_range(name: str, value: float, bounds: tuple[float, float]) -> None:
@@ -51,7 +104,7 @@ def _spelt(value: Any) -> str:
 
 def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:
     """A settings dataclass from a table; ``ValueError`` names a field that is misspelt, missing or of the wrong type."""
-    known, hints = {field.name: field for field in fields(kind)}, get_type_hints(kind)
+    known, hints = {own.name: own for own in fields(kind)}, get_type_hints(kind)
     for name, value in table.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
@@ -59,8 +112,8 @@ def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> 
             raise ValueError(f"{where}: there is no setting {one_line(name)!r}; {meant}")
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {name} must be {_words(hints[name])}, got {one_line(repr(value))}")
-    for name, field in known.items():
-        if name not in table and field.default is MISSING and field.default_factory is MISSING:
+    for name, own in known.items():
+        if name not in table and own.default is MISSING and own.default_factory is MISSING:
             raise ValueError(f"{where}: {name} is missing; add it")
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})

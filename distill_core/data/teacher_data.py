@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base.disk import check_room
 from ..base.precision import DTYPES
 from ..base.seeding import generator
-from ..base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings
+from ..base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings, setting
 from ..base.storage import ignore
 from ..diffusion.conditioning import Caption, conditions
 from ..diffusion.denoiser import Denoiser, Load
@@ -28,13 +28,6 @@ from .images import Size
 MOST_PICTURES = 10_000_000  # a gigabyte of index
 TELL_EVERY = 1000  # images that already exist
 FEWEST_CHANNELS = 4  # of a latent
-RANGES = {
-    "guidance": GUIDANCE,
-    "num_steps": SAMPLER_STEPS,
-    "num_per_prompt": (1, MOST_PICTURES),
-    "num_states": (0, SAMPLER_STEPS[1]),
-    "seed": SEEDS,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +36,19 @@ class Making:
 
     size: Size
     """Height and width of the images, in pixels."""
-    guidance: float = 7.5
-    """Classifier-free guidance scale."""
+    guidance: float = setting(7.5, "Classifier-free guidance scale.", within=GUIDANCE)
     guidance_min: float | None = None
     """Lowest of a range of scales up to ``guidance``. Each image and its trajectory get one, drawn uniformly, so that a range is
     trained on the states that each scale leads through (Perez Jensen and Sadat 2025, arXiv 2503.07274). None for one scale."""
-    num_steps: int = 25
-    """Sampler steps."""
-    num_per_prompt: int = 1
-    """Images for each prompt, from different noise."""
-    num_states: int = 0
-    """Noisy states of the teacher's own trajectory stored for each image, to train on instead of adding noise.
-    A guided student will see such states (Jensen et al. 2025, arXiv 2503.07274, Sec. 3.2). 0 stores none."""
-    seed: int = 0
+    num_steps: int = setting(25, "Sampler steps.", within=SAMPLER_STEPS)
+    num_per_prompt: int = setting(1, "Images for each prompt, from different noise.", within=(1, MOST_PICTURES))
+    num_states: int = setting(0, "Noisy states stored for each image.", within=(0, SAMPLER_STEPS[1]))
+    """They come from the teacher's own trajectory, to train on instead of adding noise. A guided student will see such states
+    (Jensen et al. 2025, arXiv 2503.07274, Sec. 3.2). 0 stores none."""
+    seed: int = setting(0, "Seed of the noise.", within=SEEDS)
 
     def __post_init__(self):
-        check_settings(self, RANGES)
+        check_settings(self)
         for name, side in zip(("height", "width"), self.size, strict=True):
             check_range(name, side, SIDE_PX)
         if self.num_states > self.num_steps:

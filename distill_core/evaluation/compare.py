@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base.image_grid import image_rows, stacked
 from ..base.precision import DTYPES, PRECISIONS
 from ..base.seeding import generator
-from ..base.settings import SEEDS, SIDE_PX, check_range, check_settings
+from ..base.settings import SEEDS, SIDE_PX, check_settings, setting
 from ..base.storage import atomic, write_text
 from ..data.dataset import Bucket, LatentDataset
 from ..diffusion.conditioning import Label
@@ -42,30 +42,20 @@ MOST_SHOWN = 8  # images of each model in a grid
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-RANGES = {"batch_size": (1, 4096), "num_tokens": (1, 4620), "num_rounds": (1, 10_000), "num_examples": (1, 4096), "seed": SEEDS}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of a comparison."""
 
-    size_px: tuple[int, int] = (512, 512)
-    """Height and width of the images."""
-    batch_size: int = 1
-    """Images per step."""
-    num_tokens: int = 77
-    num_rounds: int = 10
-    """Timed steps of each model."""
-    num_examples: int = 4
-    """Examples per bin for the distance, rounded up to full batches."""
-    dtype: str | None = None
-    """One of `PRECISIONS`; None for fp16 on a GPU and fp32 on a CPU."""
-    seed: int = 0
+    size_px: tuple[int, int] = setting((512, 512), "Height and width of the images.", within=(64, SIDE_PX[1]))
+    batch_size: int = setting(1, "Images per step.", within=(1, 4096))
+    num_tokens: int = setting(77, "Tokens of a caption.", within=(1, 4620))
+    num_rounds: int = setting(10, "Timed steps of each model.", within=(1, 10_000))
+    num_examples: int = setting(4, "Examples per bin for the distance, rounded up to full batches.", within=(1, 4096))
+    dtype: str | None = setting(None, "Precision of weights and computation.", unset="fp16 on a GPU, fp32 on a CPU")
+    seed: int = setting(0, "Seed of latents, captions and noise.", within=SEEDS)
 
     def __post_init__(self):
-        check_settings(self, RANGES)
-        for side in self.size_px:
-            check_range("size_px", side, (64, SIDE_PX[1]))
+        check_settings(self)
         if any(side % 64 for side in self.size_px):
             raise ValueError(f"size_px must be multiples of 64 pixels, got {self.size_px[0]} x {self.size_px[1]}")
         if self.dtype not in (None, *PRECISIONS):

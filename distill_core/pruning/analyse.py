@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base.settings import SEEDS, check_settings
+from ..base.settings import SEEDS, check_settings, setting
 from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, tap
 from ..diffusion.distance import squared_error
@@ -129,23 +129,21 @@ def _down_name(block: str, teacher: Architecture) -> str:
 class Settings:
     """How units are scored, and how much to save."""
 
-    saving: float = 0.4
-    """Share of the model that the plan must save at least."""
-    measure: str = "macs"
-    """What is saved, one of `MEASURES`."""
-    criterion: str = "output error"
-    """How units are chosen, a key of `CRITERIA`."""
-    num_timesteps: int = 4
-    """Timesteps the error is averaged over."""
-    num_examples: int = 4
-    """Examples the error is averaged over."""
-    seed: int = 0
+    saving: float = setting(0.4, "Share of the model to save, at least: 0.4 is 40 % less.", within=(0.01, 0.95))
+    measure: str = setting("macs", "What to save. macs: arithmetic, so time. parameters: file size and memory.", choices=MEASURES)
+    criterion: str = setting(
+        "output error",
+        " ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report shows both.",
+        choices=CRITERIA,
+    )
+    num_timesteps: int = setting(4, "Number of evenly spaced timesteps to average the error over.", within=(1, 1000))
+    num_examples: int = setting(
+        4, "Number of images to average the error over. More images need more time and memory.", within=(1, 4096)
+    )
+    seed: int = setting(0, "Decides which images are used, and the noise.", within=SEEDS)
 
     def __post_init__(self):
-        check_settings(self, {"saving": (0.01, 0.95), "num_timesteps": (1, 1000), "num_examples": (1, 4096), "seed": SEEDS})
-        for name, choices in (("measure", MEASURES), ("criterion", CRITERIA)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; choose from {list(choices)}")
+        check_settings(self)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

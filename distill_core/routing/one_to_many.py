@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ..base.documents import numbers, read_json
 from ..base.locks import locked
-from ..base.settings import OR_NONE, check_settings
+from ..base.settings import OR_NONE, check_settings, setting
 from ..base.storage import fingerprint, write_text
 from ..data.dataset import Dataset
 from ..diffusion.denoiser import Denoiser, Load
@@ -48,24 +48,34 @@ NUM_ERROR_BINS, NUM_ERROR_EXAMPLES = 50, 16  # examples per bin
 class ExpertsSettings:
     """Number of experts, their timestep ranges, and the student they start from."""
 
-    count: int = 4
-    """Number of experts, if there are no ``boundaries``."""
-    boundaries: str = ""
-    """Boundaries of the ranges as text (`ranges.read_ranges`): ``500, 250``; ``50%, 75%``; ``sigma 4.5``."""
-    split: str = "timesteps"
-    """Without boundaries, the quantity all ranges share equally: ``timesteps``, ``log-snr``, or the joint student's ``error``."""
-    overlap: int = 0
-    """Timesteps of each neighbouring range that an expert also trains on."""
-    joint_steps: int | None = None
-    """Training steps over all timesteps for the joint student, from which all experts start; None for the sum of the steps of
-    all experts, 0 to start from the pruned teacher."""
-    plans: tuple[str, ...] = ()
-    """A preset or plan for each expert, noisiest first; empty for one plan for all."""
+    count: int = setting(
+        4,
+        "Number of experts, unless boundaries is set. Each expert adds disk space and training time.",
+        within=(1, MOST_RANGES),
+    )
+    boundaries: str = setting(
+        "",
+        "Where one range ends and the next begins; replaces the number of experts and split. 500, 250 are timesteps; 50%, 75% are shares of the "
+        "sampling; sigma 4.5, 1.2 are noise levels.",
+    )
+    split: str = setting(
+        "timesteps",
+        "What is divided evenly between the ranges. timesteps: their number. log-snr: the logarithm of the signal-to-noise ratio. "
+        "error: the error of the jointly trained student; needs joint_steps.",
+        choices=(*SPLITS, MEASURED),
+    )
+    overlap: int = setting(0, "Timesteps of each neighbouring range that an expert is also trained on.", within=(0, 10_000))
+    joint_steps: int | None = setting(
+        None,
+        "Steps to train one student on all timesteps first; every expert then starts from it. 0: every expert starts from the "
+        "untrained student.",
+        unset="as many as all experts train together",
+        within=OR_NONE,
+    )
+    plans: tuple[str, ...] = setting((), "A preset or plan for each expert, noisiest first; empty for one plan for all.")
 
     def __post_init__(self):
-        check_settings(self, {"count": (1, MOST_RANGES), "overlap": (0, 10_000), "joint_steps": OR_NONE})
-        if self.split not in (*SPLITS, MEASURED):
-            raise ValueError(f"split: unknown {self.split!r}; choose from {[*SPLITS, MEASURED]}")
+        check_settings(self)
         if self.measured and self.joint_steps == 0:
             raise ValueError("split error measures the joint student; set joint_steps above 0")
 

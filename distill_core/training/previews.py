@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base.image_grid import image_rows
 from ..base.seeding import generator
-from ..base.settings import GUIDANCE, SAMPLER_STEPS, SEEDS, check_settings
+from ..base.settings import GUIDANCE, SAMPLER_STEPS, SEEDS, check_settings, setting
 from ..base.storage import atomic
 from ..diffusion.conditioning import Caption, conditions
 from ..diffusion.denoiser import Denoiser
@@ -30,15 +30,15 @@ class Previews:
     """(C, H, W)."""
     decode: Callable[[Tensor], Tensor]
     """Latents (B, C, H, W) -> images (B, 3, H, W) in [-1, 1]."""
-    guidance: float = 7.5
-    num_steps: int = 20
-    seed: int = 0
+    guidance: float = setting(7.5, within=(0, GUIDANCE[1]))
+    num_steps: int = setting(20, within=SAMPLER_STEPS)
+    seed: int = setting(0, within=SEEDS)
     latest: Path | None = None
     """Path of the newest sample image."""
     _by_teacher: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        check_settings(self, {"guidance": (0, GUIDANCE[1]), "num_steps": SAMPLER_STEPS, "seed": SEEDS})
+        check_settings(self)
 
     def draw(
         self, folder: Path, step: int, student: Denoiser, teacher: Denoiser, *, baked: float = 1.0, write: bool = True

@@ -24,19 +24,8 @@ from .interface import (
     times_lost,
     to_image,
 )
-from .model import (
-    architecture_of,
-    mapping_between,
-    model_fingerprint,
-    origin_of,
-    plan_between,
-    plan_of,
-    state_dict_of,
-    vae_and_text_encoders,
-    with_lora,
-)
+from .model import Model, vae_and_text_encoders, with_lora
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
-from .sampling import prediction_of, sampling_of, sampling_words, schedule_of
 from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
 from .training import (
     check_trainable,
@@ -52,8 +41,8 @@ from .training import (
 __all__ = [
     "DigitsVAE",
     "Drawing",
+    "Model",
     "predict_alike",
-    "architecture_of",
     "boundary_sigmas",
     "calibration",
     "check_trainable",
@@ -77,18 +66,12 @@ __all__ = [
     "losses_written",
     "make_data",
     "make_student",
-    "mapping_between",
     "memory_in_use",
-    "model_fingerprint",
     "newest_step",
     "opened_base",
-    "origin_of",
     "output_path",
     "picture_features",
     "pixels_of",
-    "plan_between",
-    "plan_of",
-    "prediction_of",
     "previews",
     "prune_model",
     "release_memory",
@@ -96,15 +79,11 @@ __all__ = [
     "route_experts",
     "run_folder",
     "sample_routed",
-    "sampling_of",
-    "sampling_words",
-    "schedule_of",
     "serve_runs",
     "share_boundaries",
     "shared_base",
     "show_text",
     "sorted_boundaries",
-    "state_dict_of",
     "experts_folder",
     "experts_folders",
     "tell_chart",

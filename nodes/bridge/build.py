@@ -17,8 +17,8 @@ from ...distill_core.pruning.plan import PruningPlan
 from ...distill_core.pruning.prune import describe, prune, pruning_metadata
 from .control import with_control
 from .demo import DigitsModelConfig, build_digits, is_demo
-from .model import LDM, ORIGIN, Origin, architecture_of, origin_of, state_dict_of
-from .sampling import name_type, put_sampling, sampling_of
+from .model import LDM, ORIGIN, Model, Origin
+from .sampling import name_type, put_sampling
 
 
 def build_model(
@@ -50,12 +50,12 @@ def build_model(
 
 
 def make_student(
-    state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: ModelPatcher, origin: Origin | None
+    state_dict: Mapping[str, Tensor], architecture: Architecture, teacher: Model, origin: Origin | None
 ) -> ModelPatcher:
     """A finished student MODEL with the teacher's precision and sampling, which ComfyUI can reload."""
-    config_class, sampling = type(teacher.model.model_config), sampling_of(teacher)
-    own_sampling, latent_format = (teacher.get_model_object(name) for name in ("model_sampling", "latent_format"))
-    dtype = teacher.model.get_dtype_inference()
+    patcher, sampling = teacher.patcher, teacher.sampling
+    own_sampling, latent_format = (patcher.get_model_object(name) for name in ("model_sampling", "latent_format"))
+    config_class, dtype = type(patcher.model.model_config), patcher.model.get_dtype_inference()
     state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
@@ -86,12 +86,12 @@ def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
     return model
 
 
-def prune_model(teacher: ModelPatcher, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
+def prune_model(teacher: Model, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
     """The teacher without the blocks that a plan removes; the teacher does not change. pad: see `prune.prune`."""
-    architecture, weights = architecture_of(teacher), state_dict_of(teacher)
+    architecture, weights = teacher.architecture, teacher.state_dict()
     pruning = prune(architecture, plan, pad=pad)
     metadata, skips = pruning_metadata(pruning, weights, architecture), pruning.mapping.skips(architecture)
-    if before := origin_of(teacher):
+    if before := teacher.origin:
         skips = before.skips.then(skips)
         metadata["distill.skips"] = skips.to_text()
     return make_student(pruning.weights(weights), pruning.student, teacher, Origin(pruning.plan, skips, metadata))

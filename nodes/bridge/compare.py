@@ -25,7 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...distill_core.base.settings import SEEDS, check_range, check_settings
+from ...distill_core.base.settings import SEEDS, check_settings, setting
 from ...distill_core.diffusion.macs import counted_macs
 from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
 from ...distill_core.evaluation.comparison import Comparison, Measured
@@ -49,18 +49,16 @@ class Drawing:
     latent: Mapping[str, Any]
     """LATENT for one seed."""
     vae: comfy.sd.VAE
-    seed: int
-    num_seeds: int
-    steps: int
-    cfgs: Sequence[float]
+    seed: int = setting(within=(0, SEEDS[1]))
+    num_seeds: int = setting(within=(1, 10_000))
+    steps: int = setting(within=(1, 10_000))
+    cfg: Sequence[float] = setting(within=(0, 100))
     """One per model."""
     sampler_name: str
     scheduler: str
 
     def __post_init__(self):
-        check_settings(self, {"seed": (0, SEEDS[1]), "num_seeds": (1, 10_000), "steps": (1, 10_000)})
-        for cfg in self.cfgs:
-            check_range("cfg", cfg, (0, 100))
+        check_settings(self)
 
     @property
     def seeds(self) -> range:
@@ -91,7 +89,7 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     )
     artists = [
         Artist(name=name, model=model, cfg=cfg, drawing=drawing, progress=progress)
-        for (name, model), cfg in zip(models.items(), drawing.cfgs, strict=True)
+        for (name, model), cfg in zip(models.items(), drawing.cfg, strict=True)
     ]
     for artist in artists:
         artist.prepare()

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import comfy.sd
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...distill_core.base.storage import fingerprint
@@ -21,8 +20,7 @@ from ...distill_core.diffusion.conditioning import Caption, Label, tile
 from ...distill_core.training.previews import Previews
 from .demo import is_demo
 from .interface import pixels_of
-from .model import architecture_of, model_fingerprint, unet_of
-from .sampling import sampling_words, schedule_of
+from .model import Model
 from .training import check_trainable, denoiser
 
 STATES = "distill_states"  # in a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
@@ -32,7 +30,7 @@ STORED = "fp16"  # precision on disk
 NUM_PREVIEWS = 4
 
 
-def dataset(latents: list[dict], positive: list, null_caption: list | None, model: ModelPatcher) -> LatentDataset:
+def dataset(latents: list[dict], positive: list, null_caption: list | None, model: Model) -> LatentDataset:
     """Training data from ComfyUI's lists: one LATENT with many images, many LATENTs with one each, or buckets of several.
 
     Latents are scaled once, as by the model's sampler; latents of one size form a bucket. ``ValueError`` if they do not fit
@@ -47,14 +45,14 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
     return LatentDataset(buckets, null and Caption(null.context.clone(), null.pooled), timesteps)
 
 
-def told_captions(positive: list, null_caption: list, model: ModelPatcher) -> tuple[list[Caption], Caption]:
+def told_captions(positive: list, null_caption: list, model: Model) -> tuple[list[Caption], Caption]:
     """Captions, and the empty caption or negative prompt, at one token length; ``ValueError`` if they do not fit the model."""
     *captions, null = (Caption(told.context, told.pooled) for told in _captions([*positive, *null_caption], model))
     return captions, null
 
 
 def calibration(
-    latents: list[dict], positive: list, model: ModelPatcher, num_examples: int, generator: torch.Generator
+    latents: list[dict], positive: list, model: Model, num_examples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Label | None]:
     """A few random latents with their captions' conditioning: (B, C, H, W), (B, L, D), and the label of an SDXL.
 
@@ -66,7 +64,7 @@ def calibration(
     return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
 
 
-def previews(data: Dataset, vae: comfy.sd.VAE | None, model: ModelPatcher) -> Previews:
+def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model) -> Previews:
     """Sample images of a few captions while a run trains; ``ValueError`` without a VAE or the empty caption."""
     if vae is None or data.null is None:
         what = "a VAE" if vae is None else "null_caption (the empty prompt, encoded)"
@@ -79,10 +77,9 @@ def previews(data: Dataset, vae: comfy.sd.VAE | None, model: ModelPatcher) -> Pr
     captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
 
     def decode(latents: Tensor) -> Tensor:
-        return pixels_of(vae.decode(model.model.process_latent_out(latents)))
+        return pixels_of(vae.decode(model.patcher.model.process_latent_out(latents)))
 
-    unet = unet_of(model)
-    is_small = unet is not None and is_demo(unet)
+    is_small = model.unet is not None and is_demo(model.unet)
     return Previews(
         captions=captions,
         null=data.null,
@@ -101,10 +98,10 @@ class _Reads(NamedTuple):
     """Whether the MODEL needs a pooled output with each caption."""
 
 
-def _reads(model: ModelPatcher) -> _Reads:
-    architecture = unet_of(model)
+def _reads(model: Model) -> _Reads:
+    architecture = model.unet
     if architecture is None:  # a LoRA can still be trained on it
-        return _Reads(model.model.latent_format.latent_channels, None, None)
+        return _Reads(model.patcher.model.latent_format.latent_channels, None, None)
     return _Reads(architecture.channels("conv_in")[0], architecture.context_width, bool(architecture.label_width))
 
 
@@ -123,7 +120,7 @@ class _Told(NamedTuple):
         return [height, width, options.get("crop_h", 0), options.get("crop_w", 0), *target]
 
 
-def _captions(conditioning: list, model: ModelPatcher) -> list[_Told]:
+def _captions(conditioning: list, model: Model) -> list[_Told]:
     """Captions of all conditioning, at one length: repeating a context does not change the prediction."""
     reads = _reads(model)
     told = _told(conditioning, reads)
@@ -155,7 +152,7 @@ def _told(conditioning: list, reads: _Reads) -> list[_Told]:
     return told
 
 
-def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) -> list[Bucket]:
+def _buckets(latents: list[dict], captions: list[_Told], model: Model) -> list[Bucket]:
     """Latents by size, with their captions; ``ValueError`` if they do not fit the model."""
     wanted = _reads(model).channels
     for samples in (entry["samples"] for entry in latents):
@@ -176,7 +173,7 @@ def _buckets(latents: list[dict], captions: list[_Told], model: ModelPatcher) ->
     by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Told]]] = {}
     told = iter(captions if len(captions) > 1 else captions * num_latents)
     for entry in latents:
-        samples = model.model.process_latent_in(entry["samples"].float().cpu())
+        samples = model.patcher.model.process_latent_in(entry["samples"].float().cpu())
         states, scales = (entry.get(name, [None] * len(samples)) for name in (STATES, SCALES))
         for example in zip(samples, states, scales, told, strict=False):
             by_size.setdefault(tuple(samples.shape[2:]), []).append(example)
@@ -218,7 +215,7 @@ class ClipEncoders:
 
 
 def make_data(
-    teacher: ModelPatcher,
+    teacher: Model,
     clip: comfy.sd.CLIP,
     prompts: list[str],
     making: Making,
@@ -232,17 +229,16 @@ def make_data(
     Images that are already in the folder are not sampled again; see `teacher_data.make_dataset`.
     """
     check_trainable(teacher)
-    architecture = architecture_of(teacher)
     encoders = ClipEncoders(clip, _reads(teacher))
     height, width = (side // 8 for side in making.size)
     data = make_dataset(
-        partial(denoiser, teacher, batch_shape=(2 * batch_size, architecture.channels("conv_in")[0], height, width)),
-        f"{model_fingerprint(teacher)} {sampling_words(teacher)}",
+        partial(denoiser, teacher, batch_shape=(2 * batch_size, teacher.architecture.channels("conv_in")[0], height, width)),
+        teacher.identity,
         encoders,
         prompts,
         making,
         folder,
-        schedule=schedule_of(teacher),
+        schedule=teacher.schedule,
         batch_size=batch_size,
         dtype=STORED,
         on_caption=on_caption,
@@ -252,13 +248,13 @@ def make_data(
     return *_in_order(data, prompts, encoders, teacher), _conditioning(data.null.context.float(), data.null.pooled)
 
 
-def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, teacher: ModelPatcher) -> tuple[list, list]:
+def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, teacher: Model) -> tuple[list, list]:
     """LATENT and CONDITIONING of each example, in the order of the prompts; examples of one prompt share a CONDITIONING."""
     order = {text_key(prompt.strip(), encoders.fingerprint, STORED): number for number, prompt in enumerate(prompts)}
     latents, captions, of_text = [], [], {}
     for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):
         example, text = data.read(0, torch.tensor([number])), data.entries[number].text
-        latent = {"samples": teacher.model.process_latent_out(example.latents.float())}
+        latent = {"samples": teacher.patcher.model.process_latent_out(example.latents.float())}
         if example.states is not None:
             latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
         if example.scale is not None:

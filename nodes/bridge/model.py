@@ -1,9 +1,10 @@
-"""The architecture, origin and weights of a MODEL."""
+"""What the core needs to know of a MODEL, read once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import comfy.model_management
 import comfy.sd
@@ -12,60 +13,127 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...distill_core.base.storage import fingerprint
+from ...distill_core.diffusion.schedule import NoiseSchedule
 from ...distill_core.networks import files
 from ...distill_core.networks.architecture import Architecture
 from ...distill_core.networks.files import UNetFile
 from ...distill_core.networks.layouts import layout
-from ...distill_core.pruning import plan as plans
-from ...distill_core.pruning.plan import KeptSkips, NameMap, PruningPlan, name_map, plan_in
+from ...distill_core.networks.model_sampling import ModelSampling
+from ...distill_core.pruning.plan import KeptSkips, NameMap, PruningPlan, name_map, plan_between, plan_in
 from .demo import DigitsModelConfig
 from .router import ROUTE
+from .sampling import sampling_identity, sampling_of, schedule_of
 from .weights import patched_weights, weights_of
 
 ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
 LDM = layout("ldm")
 
 
-def architecture_of(model: ModelPatcher) -> Architecture:
-    """The architecture of a MODEL's UNet; ``ValueError`` if it is routed, or not a UNet of the Stable Diffusion family."""
-    _check_not_routed(model)
-    weights = weights_of(model.model.diffusion_model)
-    head_channels = model.model.model_config.unet_config.get("num_head_channels", -1)
-    try:
-        return Architecture.from_state_dict(weights, head_channels if head_channels > 0 else None)
-    except ValueError as error:
-        raise ValueError(f"this MODEL ({type(model.model).__name__}) cannot be pruned or distilled here: {error}") from error
+class Model:
+    """A MODEL in the core's terms. Each property is read when first asked for, and only once."""
 
+    def __init__(self, patcher: ModelPatcher):
+        self.patcher = patcher
 
-def _check_not_routed(model: ModelPatcher) -> None:
-    if model.get_attachment(ROUTE) is not None:
-        raise ValueError("this MODEL is routed: it holds several models; connect one of them instead")
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The architecture of its UNet; ``ValueError`` if it is routed, or not a UNet of the Stable Diffusion family."""
+        self._check_not_routed()
+        weights = weights_of(self.patcher.model.diffusion_model)
+        head_channels = self.patcher.model.model_config.unet_config.get("num_head_channels", -1)
+        try:
+            return Architecture.from_state_dict(weights, head_channels if head_channels > 0 else None)
+        except ValueError as error:
+            name = type(self.patcher.model).__name__
+            raise ValueError(f"this MODEL ({name}) cannot be pruned or distilled here: {error}") from error
 
+    @cached_property
+    def unet(self) -> Architecture | None:
+        """The same, or None for another family; ``ValueError`` if the MODEL is routed."""
+        self._check_not_routed()
+        try:
+            return self.architecture
+        except ValueError:
+            return None
 
-def unet_of(model: ModelPatcher) -> Architecture | None:
-    """The same, or None for another family; ``ValueError`` if the MODEL is routed."""
-    _check_not_routed(model)
-    try:
-        return architecture_of(model)
-    except ValueError:
-        return None
+    def _check_not_routed(self) -> None:
+        if self.patcher.get_attachment(ROUTE) is not None:
+            raise ValueError("this MODEL is routed: it holds several models; connect one of them instead")
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A text that identifies its weights; see `storage.fingerprint`."""
+        with torch.inference_mode():
+            return fingerprint(self._weights())
 
-def state_dict_of(model: ModelPatcher) -> dict[str, Tensor]:
-    """Weights of a MODEL on the CPU, with its patches (LoRA): by canonical names for a UNet, by ComfyUI's for other networks.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its weights on the CPU, with its patches (LoRA): by canonical names for a UNet, by ComfyUI's for other networks.
 
-    Quantised weights come in the precision they compute in; ``ValueError`` for weights that cannot be read.
-    """
-    with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
+        Quantised weights come in the precision they compute in; ``ValueError`` for weights that cannot be read.
+        """
+        with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
+            return {name: weight.to("cpu") for name, weight in self._weights().items()}
+
+    def _weights(self) -> dict[str, Tensor]:
         # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
-        comfy.model_management.load_models_gpu([model])
-        weights = patched_weights(model)
-        names = LDM.to_canonical(weights) if unet_of(model) else {name: name for name in weights}
+        comfy.model_management.load_models_gpu([self.patcher])
+        weights = patched_weights(self.patcher)
+        names = LDM.to_canonical(weights) if self.unet else {name: name for name in weights}
         return {names[name]: weight for name, weight in weights.items()}
 
+    @cached_property
+    def sampling(self) -> ModelSampling:
+        """How it is sampled, with its patches; see `sampling.sampling_of`."""
+        return sampling_of(self.patcher)
 
-def model_fingerprint(model: ModelPatcher) -> str:
-    return fingerprint(state_dict_of(model))
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """Noise levels of its timesteps."""
+        return schedule_of(self.patcher)
+
+    @cached_property
+    def sampling_identity(self) -> str:
+        """A text that identifies how it samples; ``ValueError`` for a MODEL that cannot be trained."""
+        return sampling_identity(self.patcher, self.prediction)
+
+    @cached_property
+    def identity(self) -> str:
+        """A text that identifies what it predicts: its weights and how it samples."""
+        return f"{self.fingerprint} {self.sampling_identity}"
+
+    @cached_property
+    def prediction(self) -> str:
+        """What it predicts, "flow" for flows of any shift; ``ValueError`` for a MODEL that cannot be trained."""
+        if self.sampling.prediction == "flow" and hasattr(self.patcher.get_model_object("model_sampling"), "sigmas"):
+            return "flow"
+        self.sampling.check_trainable()
+        return self.sampling.prediction
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it comes from if this pack pruned it; None for other MODELs."""
+        return self.patcher.get_attachment(ORIGIN)
+
+    @property
+    def origin_metadata(self) -> dict[str, str]:
+        """Metadata about its origin for files made from it, by the keys of `files.ORIGIN`; empty if it was not pruned here."""
+        if self.origin is None:
+            return {}
+        return {key: self.origin.metadata[key] for key in files.ORIGIN if key in self.origin.metadata}
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """The plan that pruned it; None if there is none."""
+        return self.origin.plan if self.origin else None
+
+    def plan_from(self, teacher: Model) -> PruningPlan | None:
+        """The plan from a teacher to it, None if they have the same shape; ``ValueError`` if they do not belong together."""
+        return plan_between(teacher.architecture, self.architecture, self.plan)
+
+    def mapping_from(self, teacher: Model) -> NameMap:
+        """Name map from a teacher to it; ``ValueError`` if they do not belong together."""
+        plan = self.plan_from(teacher)
+        return NameMap.identity(teacher.architecture) if plan is None else name_map(teacher.architecture, plan)
 
 
 @dataclass(frozen=True)
@@ -88,37 +156,9 @@ class Origin:
         return cls(plan, KeptSkips.from_text(metadata["distill.skips"]), metadata)
 
 
-def origin_of(model: ModelPatcher) -> Origin | None:
-    """The origin of a MODEL that this pack pruned; None for other MODELs."""
-    return model.get_attachment(ORIGIN)
-
-
-def told_of(model: ModelPatcher) -> dict[str, str]:
-    """Metadata about a MODEL's origin for files made from it, by the keys of `files.ORIGIN`; empty if it was not pruned here."""
-    if (origin := origin_of(model)) is None:
-        return {}
-    return {key: origin.metadata[key] for key in files.ORIGIN if key in origin.metadata}
-
-
-def plan_of(model: ModelPatcher) -> PruningPlan | None:
-    """The plan that pruned a MODEL; None if there is none."""
-    return origin.plan if (origin := origin_of(model)) else None
-
-
-def plan_between(student: ModelPatcher, teacher: ModelPatcher) -> PruningPlan | None:
-    """The plan from teacher to student, None if they have the same shape; ``ValueError`` if they do not belong together."""
-    return plans.plan_between(architecture_of(teacher), architecture_of(student), plan_of(student))
-
-
-def mapping_between(student: ModelPatcher, teacher: ModelPatcher) -> NameMap:
-    """Name map from teacher to student; ``ValueError`` if they do not belong together."""
-    found, architecture = plan_between(student, teacher), architecture_of(teacher)
-    return NameMap.identity(architecture) if found is None else name_map(architecture, found)
-
-
-def vae_and_text_encoders(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
+def vae_and_text_encoders(model: Model, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
     """The weights of a full checkpoint besides the UNet, by LDM names, on the CPU."""
-    config = model.model.model_config
+    config = model.patcher.model.model_config
     if isinstance(config, DigitsModelConfig):
         raise ValueError("other programs cannot read the demo's CLIP and VAE; choose the ldm layout")
     with torch.inference_mode():

@@ -100,21 +100,6 @@ def name_type(model: ModelPatcher, sampling: ModelSampling) -> None:
 # --- for training ---------------------------------------------------------------------------------------------------
 
 
-def prediction_of(model: ModelPatcher) -> str:
-    """The prediction type of a MODEL on Stable Diffusion's timesteps; ``ValueError`` for other MODELs."""
-    sampling = sampling_of(model)
-    sampling.check_trainable()
-    return sampling.prediction
-
-
-def prediction_or_flow(model: ModelPatcher) -> str:
-    """The prediction type as `prediction_of`, and "flow" for flows of any shift."""
-    sampling = sampling_of(model)
-    if sampling.prediction == "flow" and hasattr(model.get_model_object("model_sampling"), "sigmas"):
-        return "flow"
-    return prediction_of(model)
-
-
 def schedule_of(model: ModelPatcher) -> NoiseSchedule:
     """Noise levels of a MODEL's timesteps."""
     sampling = model.get_model_object("model_sampling")
@@ -125,6 +110,6 @@ def schedule_of(model: ModelPatcher) -> NoiseSchedule:
     return NoiseSchedule(1 - sigmas, sigmas)
 
 
-def sampling_words(model: ModelPatcher) -> str:
+def sampling_identity(model: ModelPatcher, prediction: str) -> str:
     """A text that identifies how a MODEL samples."""
-    return f"{prediction_or_flow(model)} {fingerprint({'sigmas': model.get_model_object('model_sampling').sigmas})}"
+    return f"{prediction} {fingerprint({'sigmas': model.get_model_object('model_sampling').sigmas})}"

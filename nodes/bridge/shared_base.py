@@ -23,12 +23,9 @@ from ...distill_core.data.dataset import Dataset
 from ...distill_core.data.teacher_data import Making, draw_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
-from ...distill_core.networks.architecture import Architecture
-from ...distill_core.networks.model_sampling import ModelSampling
 from ...distill_core.training.memory import Forecast
 from ...distill_core.training.settings import TrainingSettings
-from .model import model_fingerprint, told_of, unet_of
-from .sampling import prediction_or_flow, sampling_of, sampling_words, schedule_of
+from .model import Model
 from .training import PLAIN_ATTENTION, forecast_memory
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -108,53 +105,52 @@ class UNetDenoiser(ModelDenoiser):
     lora_names, inner_blocks, path = Denoiser.lora_names, Denoiser.inner_blocks, Denoiser.path
 
 
-def shared_base(model: ModelPatcher) -> ModelDenoiser:
+def shared_base(model: Model) -> ModelDenoiser:
     """A MODEL's own network, with its patches, to put a LoRA on; the MODEL itself does not change.
 
     Unloads all other models to free memory. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained.
     """
-    architecture = unet_of(model)
-    sampling_kind, delegate_of = _trainable_sampling(model, architecture), None
-    if model.is_dynamic():
-        model, delegate_of = model.get_non_dynamic_delegate(), model
+    _check_base(model)
+    patcher, delegate_of = model.patcher, None
+    if patcher.is_dynamic():
+        patcher, delegate_of = patcher.get_non_dynamic_delegate(), patcher
     with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
-        comfy.model_management.load_models_gpu([model], memory_required=EVERYTHING, force_full_load=True)
-    if any(type(weight) not in (Tensor, nn.Parameter) for weight in model.model.diffusion_model.parameters()):
+        comfy.model_management.load_models_gpu([patcher], memory_required=EVERYTHING, force_full_load=True)
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in patcher.model.diffusion_model.parameters()):
         raise ValueError("the weights of this MODEL are quantised; load it in fp32, bf16, fp16 or plain fp8")
-    shell = twin(model.model)
-    sampling = shell.model_sampling = twin(model.get_model_object("model_sampling"))
+    shell = twin(patcher.model)
+    sampling = shell.model_sampling = twin(patcher.get_model_object("model_sampling"))
     sampling.calculate_denoised = lambda sigma, output, x: output
-    return (UNetDenoiser if architecture else ModelDenoiser)(
+    return (UNetDenoiser if model.unet else ModelDenoiser)(
         network=shell.diffusion_model,
-        architecture=architecture,  # type: ignore[arg-type]  # None of other families, whose layers have ComfyUI's names
-        sampling=sampling_kind,
-        noise_levels=schedule_of(model),
-        origin=told_of(model),
+        architecture=model.unet,  # type: ignore[arg-type]  # None of other families, whose layers have ComfyUI's names
+        sampling=model.sampling,
+        noise_levels=model.schedule,
+        origin=model.origin_metadata,
         shell=shell,
-        patcher=model,
+        patcher=patcher,
         delegate_of=delegate_of,
     )
 
 
-def _trainable_sampling(model: ModelPatcher, architecture: Architecture | None) -> ModelSampling:
-    """How a MODEL is sampled; ``ValueError`` if its network cannot be trained."""
-    prediction_or_flow(model)
-    form = model.model.latent_format
+def _check_base(model: Model) -> None:
+    """``ValueError`` if a LoRA cannot be trained on a MODEL's network."""
+    _ = model.prediction  # refuses what is sampled in a way training does not know
+    form = model.patcher.model.latent_format
     if form.latent_dimensions != 2:
         raise ValueError(
-            f"this MODEL ({type(model.model).__name__}) is not an image model; only image models can be trained here"
+            f"this MODEL ({type(model.patcher.model).__name__}) is not an image model; only image models can be trained here"
         )
-    if architecture and architecture.channels("conv_in")[0] != form.latent_channels:
+    if model.unet and model.unet.channels("conv_in")[0] != form.latent_channels:
         raise ValueError("this MODEL reads more than a latent: inpainting and editing models cannot be trained here")
-    if model.injections:
+    if model.patcher.injections:
         raise ValueError(
             "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA instead of Load LoRA (Bypass)"
         )
-    return sampling_of(model)
 
 
 @contextlib.contextmanager
-def opened_base(model: ModelPatcher) -> Iterator[ModelDenoiser]:
+def opened_base(model: Model) -> Iterator[ModelDenoiser]:
     """A MODEL's `shared_base` while it is open; afterwards a network loaded only for it is released."""
     base = shared_base(model)
     try:
@@ -180,7 +176,7 @@ def with_gradients(base: ModelDenoiser) -> Iterator[None]:
 
 
 def draw_latents(
-    model: ModelPatcher,
+    model: Model,
     captions: list[Caption],
     null: Caption,
     making: Making,
@@ -192,30 +188,27 @@ def draw_latents(
 
     making: its size is in pixels; the MODEL's own downscaling ratio converts it to latents.
     """
-    ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
+    ratio = getattr(model.patcher.model.latent_format, "spacial_downscale_ratio", 8)
     height, width = (side // ratio * 8 for side in making.size)  # the core's latents are one eighth of the size
     making = replace(making, size=(height, width))
-    told = f"{model_fingerprint(model)} {sampling_words(model)}"
     with contextlib.ExitStack() as stack:
         load = partial(stack.enter_context, opened_base(model))
         return draw_dataset(
             load,
-            told,
+            model.identity,
             captions,
             null,
             making,
             folder,
-            schedule=schedule_of(model),
+            schedule=model.schedule,
             batch_size=batch_size,
             on_item=on_item,
         )
 
 
-def forecast_shared_base(
-    model: ModelPatcher, teacher: ModelPatcher | None, data: Dataset, recipe: TrainingSettings
-) -> Forecast | None:
+def forecast_shared_base(model: Model, teacher: Model | None, data: Dataset, recipe: TrainingSettings) -> Forecast | None:
     """The memory of a training step if a UNet's MODEL learns from itself; None otherwise."""
-    if teacher is not None or unet_of(model) is None:
+    if teacher is not None or model.unet is None:
         return None
     return forecast_memory([model], model, None, data, recipe, shares_base=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import comfy.model_management
 import psutil
@@ -22,8 +22,7 @@ from ...distill_core.pruning.plan import PruningPlan
 from ...distill_core.training.memory import Forecast, MemorySettings, forecast
 from ...distill_core.training.settings import TrainingSettings
 from .build import build_model
-from .model import architecture_of, state_dict_of, told_of
-from .sampling import sampling_of, sampling_words, schedule_of
+from .model import Model
 
 PLAIN_ATTENTION = {"optimized_attention_override": lambda chosen, *args, **named: attention_pytorch(*args, **named)}
 """Some of ComfyUI's attentions have no gradient (sage); others split by free memory, so runs would not be reproducible."""
@@ -59,61 +58,60 @@ class ComfyDenoiser(LdmDenoiser):
         return self.patcher.model.get_dtype_inference()
 
 
-def denoiser(
-    model: ModelPatcher, beside: Architecture | None = None, batch_shape: tuple[int, ...] | None = None
-) -> ComfyDenoiser:
+def denoiser(model: Model, beside: Architecture | None = None, batch_shape: tuple[int, ...] | None = None) -> ComfyDenoiser:
     """A MODEL as a denoiser, loaded to its device with its patches applied.
 
     Leaves memory free to train a student of the architecture ``beside``, or to sample batches of a shape (B, C, H, W).
     """
-    wrapped = _wrap(model, model)
-    wrapped.room_bytes = _training_bytes(beside) if beside else model.memory_required(batch_shape) if batch_shape else 0
+    wrapped = _wrap(model.patcher, model)
+    if beside:
+        wrapped.room_bytes = _training_bytes(beside)
+    else:
+        wrapped.room_bytes = model.patcher.memory_required(batch_shape) if batch_shape else 0
     wrapped.load()
     return wrapped
 
 
-def trainable(student: ModelPatcher) -> ComfyDenoiser:
+def trainable(student: Model) -> ComfyDenoiser:
     """A float32 copy of a student's network to train. Call it outside inference mode, or its weights cannot be trained."""
-    weights = {name: weight.float() for name, weight in state_dict_of(student).items()}
-    architecture = architecture_of(student)
+    weights = {name: weight.float() for name, weight in student.state_dict().items()}
     copy = build_model(
         weights,
-        architecture,
-        type(student.model.model_config),
+        student.architecture,
+        type(student.patcher.model.model_config),
         dtype=torch.float32,
         disable_dynamic=True,
     )
-    device = student.load_device
+    device = student.patcher.load_device
     if not comfy.model_management.is_device_cpu(device):
-        comfy.model_management.free_memory(_training_bytes(architecture), device)
+        comfy.model_management.free_memory(_training_bytes(student.architecture), device)
     copy.model.diffusion_model.to(device, torch.float32)
     return _wrap(copy, student)
 
 
-def check_trainable(*models: ModelPatcher) -> None:
+def check_trainable(*models: Model) -> None:
     """``ValueError`` for a MODEL that the training engine cannot run, before any work starts."""
     for model in models:
-        denoisers.check_trainable(architecture_of(model), sampling_of(model))
+        denoisers.check_trainable(model.architecture, model.sampling)
 
 
-def _wrap(model: ModelPatcher, sampled_as: ModelPatcher) -> ComfyDenoiser:
-    """A denoiser around a MODEL's network; ``ValueError`` for a MODEL that the training engine cannot run."""
-    architecture, sampling = architecture_of(model), sampling_of(sampled_as)
-    denoisers.check_trainable(architecture, sampling)
+def _wrap(patcher: ModelPatcher, model: Model) -> ComfyDenoiser:
+    """A denoiser around a network of a MODEL, its own or a copy; ``ValueError`` for a MODEL that the training engine cannot run."""
+    check_trainable(model)
     wrapped = ComfyDenoiser(
-        network=model.model.diffusion_model,
-        architecture=architecture,
-        sampling=sampling,
-        noise_levels=schedule_of(sampled_as),
-        origin=told_of(sampled_as),
+        network=patcher.model.diffusion_model,
+        architecture=model.architecture,
+        sampling=model.sampling,
+        noise_levels=model.schedule,
+        origin=model.origin_metadata,
     )
-    wrapped.patcher = model
+    wrapped.patcher = patcher
     return wrapped
 
 
-def predict_alike(models: Sequence[ModelPatcher], fingerprints: Iterable[str]) -> bool:
-    """Whether MODELs have the same weights, by their fingerprints, and the same sampling."""
-    return len({*fingerprints}) == 1 and len({sampling_words(model) for model in models}) == 1
+def predict_alike(models: Sequence[Model]) -> bool:
+    """Whether MODELs have the same weights and the same sampling."""
+    return len({model.identity for model in models}) == 1
 
 
 def _training_bytes(architecture: Architecture) -> int:
@@ -122,8 +120,8 @@ def _training_bytes(architecture: Architecture) -> int:
 
 
 def forecast_memory(
-    teachers: list[ModelPatcher],
-    student: ModelPatcher,
+    teachers: Sequence[Model],
+    student: Model,
     plan: PruningPlan | None,
     data: Dataset,
     recipe: TrainingSettings,
@@ -136,17 +134,17 @@ def forecast_memory(
     """
     example = largest_example(data)
     _, channels, height, width = example.latents.shape
-    stored = max((teacher.model.get_dtype() for teacher in teachers), key=lambda dtype: dtype.itemsize)
+    stored = max((teacher.patcher.model.get_dtype() for teacher in teachers), key=lambda dtype: dtype.itemsize)
     settings = MemorySettings(
         training=recipe,
         teacher_dtype=next(name for name, dtype in DTYPES.items() if dtype.itemsize == stored.itemsize),
         shares_base=shares_base,
         num_teachers=len(teachers),
-        device=student.load_device.type,
+        device=student.patcher.load_device.type,
     )
     return forecast(
-        teacher=architecture_of(teachers[0]),
-        student=architecture_of(student),
+        teacher=teachers[0].architecture,
+        student=student.architecture,
         plan=plan,
         latent_shape=(channels, height, width),
         num_tokens=example.contexts.shape[1],
@@ -154,9 +152,9 @@ def forecast_memory(
     )
 
 
-def free_bytes(model: ModelPatcher) -> int:
+def free_bytes(model: Model) -> int:
     """Memory of a MODEL's device that is free, or that ComfyUI can free by unloading MODELs."""
-    device, loaded = model.load_device, comfy.model_management.current_loaded_models
+    device, loaded = model.patcher.load_device, comfy.model_management.current_loaded_models
     free = comfy.model_management.get_free_memory(device)
     if comfy.model_management.is_device_cpu(device):  # unloaded MODELs stay there
         return free

@@ -31,14 +31,14 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def patched_weights(model: ModelPatcher) -> dict[str, Tensor]:
-    """Weights of a loaded MODEL on the CPU, with its patches (LoRA), by ComfyUI's names.
+    """Weights of a loaded MODEL, with its patches (LoRA), by ComfyUI's names.
 
     Quantised weights come in the precision they compute in. ``ValueError`` as in `weights_of`.
     """
     network = model.model.diffusion_model
     patched = model.model_state_dict_for_saving(network, "diffusion_model.")
     return {
-        name: _dequantised(model, name) if isinstance(weight, QuantizedTensor) else patched[name].to("cpu").detach()
+        name: _dequantised(model, name) if isinstance(weight, QuantizedTensor) else patched[name].detach()
         for name, weight in weights_of(network).items()
     }
 
@@ -48,4 +48,4 @@ def _dequantised(model: ModelPatcher, name: str) -> Tensor:
     layer = model.model.diffusion_model.get_submodule(name.rpartition(".")[0])
     if not getattr(layer, "comfy_patched_weights", False):  # else loading has already applied the patches
         weight = model.patch_weight_to_device(f"diffusion_model.{name}", device_to=model.load_device, return_weight=True)
-    return weight.dequantize().detach().to("cpu")
+    return weight.dequantize().detach()

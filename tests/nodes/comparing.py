@@ -23,7 +23,7 @@ def drawing_of(bridge, cfgs, **changes):
     clip = bridge.demo_clip()
     positive, negative = ([[*clip.encode_from_tokens_scheduled(clip.tokenize(text))][0]] for text in ("the digit seven", ""))
     settings = SETTINGS | {"latent": {"samples": torch.zeros(2, 4, 8, 8)}} | changes
-    return bridge.Drawing(positive=positive, negative=negative, vae=bridge.DigitsVAE(), cfgs=cfgs, **settings)
+    return bridge.Drawing(positive=positive, negative=negative, vae=bridge.DigitsVAE(), cfg=cfgs, **settings)
 
 
 def shifted(model, shift):
@@ -52,7 +52,7 @@ def demo(out):
     from pack.distill_core.pruning.plan import preset
 
     teacher = bridge.demo_teacher()
-    student = bridge.prune_model(teacher, preset("bk-sdm-base"))
+    student = bridge.prune_model(bridge.Model(teacher), preset("bk-sdm-base"))
     routed = bridge.route_models([student, teacher], [Boundary(50, "percent")])
     models = {"teacher": teacher, "again": teacher, "student": student, "shifted": shifted(teacher, 0.1), "routed": routed}
     before = {name: state(model) for name, model in models.items()}

@@ -27,11 +27,11 @@ def control_lora(out):
     from pack.nodes.bridge.control import with_control
 
     teacher = bridge.demo_teacher()
-    architecture = bridge.architecture_of(teacher)
+    architecture = bridge.Model(teacher).architecture
     models = {"teacher": teacher}
     for name, plan in PLANS.items():
-        models[name] = bridge.prune_model(teacher, read_plan(plan, architecture))
-    origin = bridge.origin_of(models["decoder"])
+        models[name] = bridge.prune_model(bridge.Model(teacher), read_plan(plan, architecture))
+    origin = bridge.Model(models["decoder"]).origin
     back = {"encoder put back": "up.1.attn.1 down.1.attn.1", "decoder put back": "up.1.attn.1"}
     for name, padding in back.items():
         models[name] = with_control(teacher.clone(), replace(origin, metadata={"distill.padding": padding}))
@@ -72,9 +72,9 @@ def _save(model, path):
     from pack.distill_core.networks.files import save_unet
     from pack.nodes import bridge
 
-    origin = bridge.origin_of(model)
+    origin = bridge.Model(model).origin
     save_unet(
-        path, bridge.state_dict_of(model), bridge.architecture_of(model), 
+        path, bridge.Model(model).state_dict(), bridge.Model(model).architecture, 
         metadata=dict(origin.metadata),
     )  # fmt: skip
 

@@ -116,9 +116,9 @@ def receive_control(plans, out):
     from pack.distill_core.pruning.plan_text import read_plan
 
     teacher = bridge.demo_teacher()
-    architecture = bridge.architecture_of(teacher)
+    architecture = bridge.Model(teacher).architecture
     models = {"teacher": teacher} | {
-        plan: bridge.prune_model(teacher, read_plan(plan, architecture)) for plan in json.loads(plans)
+        plan: bridge.prune_model(bridge.Model(teacher), read_plan(plan, architecture)) for plan in json.loads(plans)
     }
     taken = []
     apply_control = openai.apply_control
@@ -178,14 +178,15 @@ def tell_memory(out):
     from pack.nodes import train
 
     teacher, plan = bridge.demo_teacher(), preset("bk-sdm-base")
-    student, data = bridge.prune_model(teacher, plan), bridge.dataset(*bridge.demo_data(), None, teacher)
+    read = bridge.Model(teacher)
+    student, data = bridge.Model(bridge.prune_model(read, plan)), bridge.dataset(*bridge.demo_data(), None, read)
     found, shown, logged = [], [], []
     bridge.show_text = lambda text, node_id: shown.append(text)
     train.log.setLevel(logging.INFO)
     train.log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: logged.append(record.getMessage())
     for free in (bridge.free_bytes(student), 30 << 20):
-        told = bridge.forecast_memory([teacher], student, plan, data, TrainingSettings(batch_size=4))
+        told = bridge.forecast_memory([read], student, plan, data, TrainingSettings(batch_size=4))
         train.tell_memory(told, free, "1")
         found.append([free, shown.pop(), "\n".join(logged)])
     Path(out).write_text(json.dumps(found))

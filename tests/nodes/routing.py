@@ -25,7 +25,7 @@ class Bench:
 
         self.Boundary, self.load_lora = Boundary, comfy.sd.load_lora_for_models
         self.teacher = self.bridge.demo_teacher()
-        self.student = self.bridge.prune_model(self.teacher, preset("bk-sdm-base"))
+        self.student = self.bridge.prune_model(self.bridge.Model(self.teacher), preset("bk-sdm-base"))
         random = torch.Generator().manual_seed(0)
         self.positive, self.negative = ([[torch.randn(1, 8, 64, generator=random), {}]] for _ in range(2))
         self.latent = {"samples": torch.zeros(2, 4, 8, 8)}
@@ -123,7 +123,7 @@ def equalities(out):
     one = [student, bench.with_lora(student, 5)]
     for name, models in {"one network, LoRA on the second": one, "one network, LoRA on the first": one[::-1]}.items():
         same(name, draw(bench.route(models, 0.5)), bench.handed_over(models))
-    other = bench.bridge.prune_model(teacher, bench.bridge.plan_of(student))
+    other = bench.bridge.prune_model(bench.bridge.Model(teacher), bench.bridge.Model(student).plan)
     behind = bench.with_lora(bench.route([student, other], 0.5), 7)
     same("a LoRA behind the router", draw(behind), bench.handed_over([bench.with_lora(m, 7) for m in (student, other)]))
     same("a LoRA behind the router, again", draw(behind), bench.handed_over([bench.with_lora(m, 7) for m in (student, other)]))
@@ -225,7 +225,7 @@ def _hooked(bench):
     """The conditioning carries a LoRA of its own."""
     import comfy.hooks
 
-    models = [bench.student, bench.bridge.prune_model(bench.teacher, bench.bridge.plan_of(bench.student))]
+    models = [bench.student, bench.bridge.prune_model(bench.bridge.Model(bench.teacher), bench.bridge.Model(bench.student).plan)]
     hooks = comfy.hooks.create_hook_lora(lora=bench.lora(bench.student, 9), strength_model=1.0, strength_clip=0.0)
     positive = comfy.hooks.set_hooks_for_conditioning(copy.copy(bench.positive), hooks)
     reference = bench.handed_over(models, positive=positive)
@@ -314,7 +314,7 @@ def refusals(out):
     said("order", lambda: bench.route([teacher, student, teacher], 0.7, 0.3))
     said("count", lambda: bench.route([teacher, student], 0.3, 0.7))
     said("LoRA behind the router", lambda: bench.draw(bench.with_lora(bench.route([teacher, student], 0.5), 1)))
-    said("prune", lambda: bench.bridge.architecture_of(bench.route([teacher, student], 0.5)))
+    said("prune", lambda: bench.bridge.Model(bench.route([teacher, student], 0.5)).architecture)
     Path(out).write_text(json.dumps(found))
 
 
@@ -331,7 +331,7 @@ def untouched(out):
         for m in models:
             options = {k: sorted(map(str, v)) for k, v in m.model_options["transformer_options"].get("patches", {}).items()}
             told.append([len(m.patches), options, sorted(m.wrappers), sorted(m.additional_models), sorted(m.attachments),
-                         str(m.patches_uuid), [round(float(w.double().sum()), 6) for w in bench.bridge.state_dict_of(m).values()]])  # fmt: skip
+                         str(m.patches_uuid), [round(float(w.double().sum()), 6) for w in bench.bridge.Model(m).state_dict().values()]])  # fmt: skip
         return told
 
     before, drawn = facts(), [bench.draw(m)["samples"] for m in models]

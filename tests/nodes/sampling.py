@@ -84,15 +84,15 @@ def travels(out):
         prune_file(open_unet(teacher), student, plan, overwrite=True)
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model(str(teacher))
-            pruned, loaded = bridge.prune_model(model, plan), bridge.load_student(student)[0]
-            save_unet(saved, bridge.state_dict_of(pruned), bridge.architecture_of(pruned), sampling=bridge.sampling_of(pruned),
+            pruned, loaded = bridge.prune_model(bridge.Model(model), plan), bridge.load_student(student)[0]
+            save_unet(saved, bridge.Model(pruned).state_dict(), bridge.Model(pruned).architecture, sampling=bridge.Model(pruned).sampling,
                       overwrite=True)  # fmt: skip
             save_checkpoint(pruned, filename_prefix=f"stock/{family}", output_dir=str(folder))
             (by_stock,) = (folder / "stock").glob("*.safetensors")
             stock = comfy.utils.load_torch_file(str(by_stock))
             found[kind] = {
                 "teacher": _words(model),
-                "train": _error(lambda model=model: bridge.check_trainable(model)),
+                "train": _error(lambda model=model: bridge.check_trainable(bridge.Model(model))),
                 "stock loader": _words(comfy.sd.load_diffusion_model(str(student))),
                 "Load Distilled Model": _words(loaded),
                 "Prune UNet Blocks": _words(pruned),
@@ -132,13 +132,13 @@ def patched(out):
             "shifted flow": ModelSamplingSD3().patch(model, 3.0)[0],
         }
         for kind, patched in kinds.items():
-            told = found[kind] = {"teacher": _words(patched), "pruned": _words(bridge.prune_model(patched, plan))}
+            told = found[kind] = {"teacher": _words(patched), "pruned": _words(bridge.prune_model(bridge.Model(patched), plan))}
             file = folder / "saved.safetensors"
-            told["train"] = _error(lambda model=patched: bridge.prediction_of(model))
+            told["train"] = _error(lambda model=patched: bridge.check_trainable(bridge.Model(model)))
             told["save"] = _error(lambda model=patched, file=file: save_unet(
-                file, bridge.state_dict_of(model), shape, sampling=bridge.sampling_of(model), overwrite=True))  # fmt: skip
+                file, bridge.Model(model).state_dict(), shape, sampling=bridge.Model(model).sampling, overwrite=True))  # fmt: skip
             if told["save"] is None:
-                assert open_unet(file).sampling.describe() == bridge.sampling_of(patched).describe()
+                assert open_unet(file).sampling.describe() == bridge.Model(patched).sampling.describe()
                 told["loaded"] = _words(bridge.load_student(file)[0])
     Path(out).write_text(json.dumps(found))
 
@@ -183,18 +183,18 @@ def quantised(out):
         save_file({name: tensor.contiguous() for name, tensor in kept.items()}, folder / "quantised.safetensors")
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model(str(folder / "quantised.safetensors"))
-            told = found[form] = {"shapes": bridge.architecture_of(model).shapes == shape.shapes}
-            read, pruned = bridge.state_dict_of(model), bridge.prune_model(model, plan)
+            told = found[form] = {"shapes": bridge.Model(model).architecture.shapes == shape.shapes}
+            read, pruned = bridge.Model(model).state_dict(), bridge.prune_model(bridge.Model(model), plan)
             save_unet(folder / "saved.safetensors", read, shape, dtype="fp16", overwrite=True)
-            patched = bridge.state_dict_of(bridge.with_lora(model, None, lora, 1.0, 0.0)[0])
+            patched = bridge.Model(bridge.with_lora(model, None, lora, 1.0, 0.0)[0]).state_dict()
         told["read"] = _furthest(read, weights)
         told["saved"] = _furthest(open_unet(folder / "saved.safetensors").state_dict, weights)
-        told["pruned"] = _furthest(bridge.state_dict_of(pruned), weights)
+        told["pruned"] = _furthest(bridge.Model(pruned).state_dict(), weights)
         told["opens"] = comfy.sd.load_diffusion_model(str(folder / "saved.safetensors")) is not None
         changed = patched[f"{layer}.weight"].float() - read[f"{layer}.weight"].float()
         told["lora"] = float((changed - up @ down).abs().max() / (up @ down).abs().max())
         told["file"] = _error(lambda: _furthest(open_unet(folder / "quantised.safetensors").state_dict, weights))
-    found["unknown"] = _error(lambda: bridge.architecture_of(_with_odd_weight(model)))
+    found["unknown"] = _error(lambda: bridge.Model(_with_odd_weight(model)).architecture)
     Path(out).write_text(json.dumps(found))
 
 

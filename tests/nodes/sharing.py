@@ -20,7 +20,9 @@ def small(out):
         "demo as dora": _told(bridge.demo_teacher, 4, 64, None, out, dora=True, targets=["*"]),
         "sd3 as dora": _told(_sd3, 16, 4096, 2048, out, dora=True),
     }
-    refused = _refused(partial(bridge.make_data, _flux(), None, ["a"], None, Path(out).parent / "data", 1, None, None))
+    refused = _refused(
+        partial(bridge.make_data, bridge.Model(_flux()), None, ["a"], None, Path(out).parent / "data", 1, None, None)
+    )
     Path(out).write_text(json.dumps({"families": found, "teacher dataset": refused}))
 
 
@@ -56,7 +58,7 @@ def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, *
     with torch.inference_mode():
         model = load()
     with torch.inference_mode(False):
-        base = bridge.shared_base(model)
+        base = bridge.shared_base(bridge.Model(model))
         label = pooled_width and Label(torch.randn(2, pooled_width), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2))
         asked = torch.randn(2, channels, 8, 8), torch.tensor([300, 900]), torch.randn(2, 6, width), label
         with torch.no_grad():

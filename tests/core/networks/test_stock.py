@@ -51,7 +51,9 @@ def test_padding_changes_no_output(text, small_xl_teacher, xl_batch, monkeypatch
     import distill_core.networks.stock as stock
 
     teacher = small_xl_teacher.architecture
-    monkeypatch.setattr(stock, "SDXL_DEPTHS", {"full": (0, 0, 2, 2, 4, 4)})
+    for model in list(stock.SDXL_DEPTHS):
+        monkeypatch.delitem(stock.SDXL_DEPTHS, model)
+    monkeypatch.setitem(stock.SDXL_DEPTHS, "full", (0, 0, 2, 2, 4, 4))
     monkeypatch.setattr(type(teacher), "family", property(lambda self: "sdxl"))
     plan = read_plan(text, teacher)
     weights = {name: weight.detach() for name, weight in small_xl_teacher.named_parameters().items()}

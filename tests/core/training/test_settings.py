@@ -6,11 +6,14 @@ import pytest
 
 from distill_core import quickstart
 from distill_core.base.documents import read_toml
-from distill_core.base.settings import check_range, from_mapping, to_toml
+from distill_core.base.settings import check_range, from_mapping, limits_of, to_toml
 from distill_core.pruning import analyse
-from distill_core.recipe import DataSettings, SampleSettings
+from distill_core.recipe import DataSettings, SampleSettings, StudentSettings, TeacherSettings
 from distill_core.routing.one_to_many import ExpertsSettings
-from distill_core.training.settings import RANGES, TrainingSettings
+from distill_core.training.settings import TrainingSettings
+
+LIMITS = limits_of(TrainingSettings)
+RANGES = {name: limits.within for name, limits in LIMITS.items() if limits.within is not None}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,15 @@ def test_a_bad_setting_is_named(field, value):
 def test_every_number_of_a_recipe_has_a_range():
     hints = get_type_hints(TrainingSettings)
     numbers = {name for name, hint in hints.items() if hint in (int, float, int | None, float | None)}
-    assert numbers - RANGES.keys() == {"learning_rate", "max_grad_norm", "snr_gamma"}  # above 0 is all there is to say
+    assert numbers == RANGES.keys() | {"learning_rate", "max_grad_norm", "snr_gamma"}
+    assert LIMITS["learning_rate"].above == LIMITS["max_grad_norm"].above == LIMITS["snr_gamma"].above == 0
+
+
+@pytest.mark.parametrize(
+    "kind", [TrainingSettings, ExpertsSettings, DataSettings, SampleSettings, TeacherSettings, StudentSettings]
+)
+def test_every_setting_of_a_recipe_says_what_it_means(kind):
+    assert not [name for name, limits in limits_of(kind).items() if not limits.words.endswith(".")]
 
 
 @pytest.mark.parametrize("name", RANGES)
