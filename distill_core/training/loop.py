@@ -19,10 +19,8 @@ from ..base.precision import DTYPES
 from ..base.seeding import generator
 from ..base.storage import fingerprint
 from ..data.dataset import Batch, Dataset, draw, held_out_batches, num_examples
-from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, check_trainable, checkpointing, tap
-from ..diffusion.guidance import guided
-from ..diffusion.schedule import convert, prediction
+from ..diffusion.schedule import prediction
 from ..networks.architecture import Architecture
 from ..pruning.plan import NameMap, PruningPlan, name_map
 from .ema import EMA
@@ -35,6 +33,7 @@ from .processes import ALONE, Processes
 from .run import Run, State
 from .settings import TrainingSettings
 from .sharding import shared_like, whole
+from .step import Inputs, student_outputs, teacher_outputs
 from .teachers import Teachers
 from .trackers import open_trackers
 from .weighting import example_weights
@@ -303,23 +302,19 @@ class Training:
         kind, coefficients = prediction(student.prediction), student.schedule.at(batch.t, x0)
         scale = self.settings.guidance if batch.scale is None else batch.scale
         self._put_on(None if batch.scale is None else (batch.scale - 1) / (self.settings.guidance - 1))
-        from_teacher = self._teach(step, x_t, t, context, batch.label, scale) if self.objective.uses_teacher else None
-        with self.autocast:
-            context = context.to(student.dtype)
-            answer = student(x_t.to(student.dtype), t, context, batch.label and batch.label.to(context))
-        features = {name: self._ours.pop(name) for name in self.layers.values()}
+        inputs = x_t, t, context, batch.label
+        from_teacher = self._teach(step, inputs, scale) if self.objective.uses_teacher else None
+        outputs = student_outputs(student, self._ours, inputs, self.layers, self.autocast)
         if self.done == 0:
-            for name, feature in features.items():
+            for name, feature in outputs.features.items():
                 if torch.is_grad_enabled() and not feature.requires_grad:
                     raise RuntimeError(f"feature layer {name} has no gradient, so its loss would train nothing")
-        terms = self.objective.terms(kind.target(x0, eps, coefficients), Outputs(answer, features), from_teacher)
+        terms = self.objective.terms(kind.target(x0, eps, coefficients), outputs, from_teacher)
         weights = example_weights(self.settings.weighting, student.prediction, student.schedule, t, self.settings.snr_gamma)
-        self._ours.clear()
         return terms, weights * self.objective.total(terms)
 
-    @torch.no_grad()
-    def _teach(self, step: int, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None, scale: float | Tensor) -> Outputs:
-        """The teacher's outputs for a step, converted to the student's prediction type."""
+    def _teach(self, step: int, inputs: Inputs, scale: float | Tensor) -> Outputs:
+        """The outputs of the teacher of a step."""
         teacher, number = self.teachers.at(step), self.teachers.number_at(step)
         if number not in self._theirs:
             if self._theirs and self._feature_layers(teacher) != self.layers:
@@ -327,13 +322,8 @@ class Training:
             if self.settings.teacher_mode == "sequence":
                 self._theirs.clear()
             self._theirs[number] = self._stack.enter_context(tap(teacher, self.layers))
-        context = context.to(teacher.dtype)
-        label, null = label and label.to(context), self.dataset.null
-        answer = guided(teacher, x_t.to(teacher.dtype), t, context, label, null, scale)
-        features = {self.layers[name]: feature for name, feature in self._theirs[number].items()}
-        self._theirs[number].clear()
-        answer = convert(answer, x_t, t, self.student.schedule, teacher.prediction, self.student.prediction)
-        return Outputs(answer, features)
+        features = self._theirs[number]
+        return teacher_outputs(teacher, features, inputs, self.layers, self.student, null=self.dataset.null, scale=scale)
 
     def _readable(self, measured: list[dict[str, Tensor]], t: Tensor, norm: Tensor) -> dict[str, float]:
         """Means over the batch as numbers, with one device synchronisation; also the sum over feature layers."""

@@ -38,9 +38,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..base.precision import DTYPES
 from ..base.sizes import gib
-from ..diffusion.conditioning import Label
+from ..diffusion.conditioning import Caption, Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, checkpointing, tap
-from ..diffusion.guidance import combined
 from ..networks.architecture import Architecture
 from ..networks.build import build_unet
 from ..networks.quantised import QUANTISED, computes, is_linear, kept_bytes
@@ -49,6 +48,7 @@ from .exports import trained
 from .objective import Outputs
 from .optim import OPTIMIZERS
 from .settings import TrainingSettings
+from .step import Inputs, student_outputs, teacher_outputs
 
 RESERVE = 0.05
 """Share of the free memory kept for what is not counted."""
@@ -403,9 +403,8 @@ class _Step:
         if not self.uses_teacher:
             return Counter(), None
         network = _unfilled(self.teacher, dtype)
-        examples = 2 * micro_batch if self.guided else micro_batch
         with without_contents(self.mode):
-            inputs = inputs_of(network, latent_shape, self.num_tokens, examples)
+            inputs = inputs_of(network, latent_shape, self.num_tokens, micro_batch)
             return teacher_pass(emptied(network), self.layers, inputs, guided=self.guided)
 
     def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
@@ -520,7 +519,7 @@ def norms_as_on_cuda(network: nn.Module) -> None:
         norm.forward = partial(in_float32, norm.forward)
 
 
-def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, micro_batch: int) -> tuple:
+def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, micro_batch: int) -> Inputs:
     """Inputs for a denoiser, all zero."""
     _, height, width = latent_shape
     dtype, label_width = next(denoiser.network.parameters()).dtype, denoiser.architecture.label_width
@@ -532,37 +531,41 @@ def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, mi
     return x_t, torch.zeros(micro_batch, dtype=torch.long), context, label
 
 
-def teacher_outputs(teacher: Denoiser, inputs: tuple, layers: Mapping[str, str], *, guided: bool = False) -> Outputs:
-    """A teacher's prediction, and its features by student names. guided: the second half of the inputs is unconditional."""
-    with tap(teacher, layers) as features, torch.no_grad():
-        prediction = teacher(*inputs).float()
-        if guided:
-            conditional, unconditional = prediction.chunk(2)
-            prediction = combined(conditional, unconditional, 1.0)
-    return Outputs(prediction, {layers[name]: feature for name, feature in features.items()})
+def taught(teacher: Denoiser, layers: Mapping[str, str], inputs: Inputs, *, guided: bool = False) -> Outputs:
+    """A teacher's outputs for inputs. guided: whether it predicts a second time, for the empty caption."""
+    _, _, context, label = inputs
+    null = Caption(context[0], None if label is None else label.pooled[0]) if guided else None
+    with tap(teacher, layers) as features:
+        return teacher_outputs(teacher, features, inputs, layers, teacher, null=null, scale=2.0 if guided else 1.0)
 
 
 def student_loss(
-    student: Denoiser, inputs: tuple, training: TrainingSettings, features: dict[str, Tensor], answer: Outputs | None
+    student: Denoiser,
+    layers: Mapping[str, str],
+    inputs: Inputs,
+    training: TrainingSettings,
+    features: dict[str, Tensor],
+    from_teacher: Outputs | None,
 ) -> Tensor:
-    """The student's forward pass and its loss. features: its tapped features. answer: the teacher's outputs, if any."""
-    with torch.autocast("cpu", DTYPES[training.compute_dtype], enabled=training.compute_dtype != "fp32"):
-        prediction = student(*inputs)
-    terms = training.weighted_objective.terms(
-        torch.zeros_like(inputs[0], dtype=torch.float32), Outputs(prediction, features), answer
-    )
+    """The student's forward pass and its loss. features: its tapped features. from_teacher: the teacher's outputs, if any."""
+    autocast = torch.autocast("cpu", DTYPES[training.compute_dtype], enabled=training.compute_dtype != "fp32")
+    outputs = student_outputs(student, features, inputs, layers, autocast)
+    target = torch.zeros_like(inputs[0], dtype=torch.float32)
+    terms = training.weighted_objective.terms(target, outputs, from_teacher)
     return training.weighted_objective.total(terms).mean()
 
 
-def teacher_pass(teacher: Denoiser, layers: Mapping[str, str], inputs: tuple, *, guided: bool = False) -> tuple[Counter, Outputs]:
-    """Peak bytes of a teacher's forward pass, and its outputs; guided as for `teacher_outputs`."""
+def teacher_pass(
+    teacher: Denoiser, layers: Mapping[str, str], inputs: Inputs, *, guided: bool = False
+) -> tuple[Counter, Outputs]:
+    """Peak bytes of a teacher's forward pass, and its outputs; guided as for `taught`."""
     with Ledger(teacher.network.parameters(), "teacher activations") as ledger:
-        answer = teacher_outputs(teacher, inputs, layers, guided=guided)
-        return ledger.most, answer
+        outputs = taught(teacher, layers, inputs, guided=guided)
+        return ledger.most, outputs
 
 
 def student_pass(
-    student: Denoiser, layers: Mapping[str, str], inputs: tuple, answer: Outputs | None, training: TrainingSettings
+    student: Denoiser, layers: Mapping[str, str], inputs: Inputs, answer: Outputs | None, training: TrainingSettings
 ) -> Counter:
     """Peak bytes of a student's forward and backward pass, including the teacher's outputs."""
     student.network.train()
@@ -580,8 +583,7 @@ def student_pass(
                 ledger.mark("gradients", weight.grad)
             weight.register_post_accumulate_grad_hook(lambda weight: ledger.mark("gradients", weight.grad))
         with ledger.keeping():
-            loss = student_loss(student, inputs, training, features, answer)
-        features.clear()
+            loss = student_loss(student, layers, inputs, training, features, answer)
         del answer
         loss.backward()
         return ledger.most

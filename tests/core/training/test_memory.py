@@ -33,7 +33,7 @@ from distill_core.training.memory import (
     inputs_of,
     norms_as_on_cuda,
     student_loss,
-    teacher_outputs,
+    taught,
     update_bytes,
     without_contents,
 )
@@ -207,9 +207,9 @@ def test_what_is_kept_without_contents_is_what_a_real_run_keeps(which, precision
     points = pair.points(recipe)
 
     def forward(student, teacher):
-        answer = teacher_outputs(teacher, inputs_of(teacher, **SIZES, micro_batch=2), points)
+        answer = taught(teacher, points, inputs_of(teacher, **SIZES, micro_batch=2))
         with checkpointing(student) if again else contextlib.nullcontext(), tap(student, points.values()) as features:
-            return student_loss(student, inputs_of(student, **SIZES, micro_batch=2), recipe, features, answer)
+            return student_loss(student, points, inputs_of(student, **SIZES, micro_batch=2), recipe, features, answer)
 
     student = ready(pair.student, recipe)
     with kept_by(student.network) as seen:
@@ -250,8 +250,8 @@ def test_a_real_step_needs_what_was_forecast(changes, tiny):
         ledger = stack.enter_context(Ledger([*student.network.parameters(), *teacher.network.parameters()]))
         for weight in student.network.parameters() if recipe.accumulation_steps > 1 else ():
             weight.grad = torch.zeros_like(weight)
-        answer = teacher_outputs(teacher, inputs_of(teacher, **SIZES, micro_batch=8), points) if aim.uses_teacher else None
-        loss = student_loss(student, inputs_of(student, **SIZES, micro_batch=8), recipe, features, answer)
+        answer = taught(teacher, points, inputs_of(teacher, **SIZES, micro_batch=8)) if aim.uses_teacher else None
+        loss = student_loss(student, points, inputs_of(student, **SIZES, micro_batch=8), recipe, features, answer)
         features.clear()
         del answer
         loss.backward()
@@ -292,7 +292,7 @@ def test_autocast_keeps_what_cuda_keeps(tiny):
                 with contextlib.ExitStack() as stack:
                     for context in contexts:
                         stack.enter_context(context)
-                    loss = student_loss(student, inputs, recipe, {}, None)  # noqa: F841  it holds what is kept
+                    loss = student_loss(student, {}, inputs, recipe, {}, None)  # noqa: F841  it holds what is kept
                 return ledger.alive["kept activations"] + ledger.alive["half-precision weights"]
 
     on_cuda = kept("cuda", "fp32", autocast_of_cuda(), FusedOnCuda())
