@@ -1,6 +1,5 @@
 """Nodes that compare models side by side and write a report."""
 
-from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.disk import check_writable
@@ -203,8 +202,7 @@ def _judged(comparison, clip_vision, real_images, clip, prompt: str, node_id: st
     """The evaluation of every model's images, and a description of how it was done."""
     real = None if real_images is None else bridge.pixels_of(real_images)
     total = sum(map(len, comparison.pictures.values())) + (0 if real is None else len(real))
-    bar = ProgressBar(total, node_id=node_id)
-    bridge.show_text(f"evaluating {total} images", node_id)
+    progress = bridge.Progress(node_id, "images evaluated", total)
     first, pictures = next(iter(comparison.pictures.items()))
     text = None
     if real is not None or len(comparison.pictures) > 1:  # refuse before the long work, like a clip that does not match
@@ -212,8 +210,8 @@ def _judged(comparison, clip_vision, real_images, clip, prompt: str, node_id: st
     if clip is not None:
         width = bridge.picture_features(clip_vision, pictures[:1]).shape[1]
         text = bridge.text_features(clip, prompt, width)
-    features = {name: bridge.picture_features(clip_vision, seen, bar.update) for name, seen in comparison.pictures.items()}
-    of_real = None if real is None else bridge.picture_features(clip_vision, real, bar.update)
+    features = {name: bridge.picture_features(clip_vision, seen, progress.add) for name, seen in comparison.pictures.items()}
+    of_real = None if real is None else bridge.picture_features(clip_vision, real, progress.add)
     held_against = f"{len(pictures)} images by {first}" if real is None else f"{len(real)} real images"
     return compare.judge(features, of_real, text), {
         "judged": f"{len(pictures)} images of each model, compared with {held_against}",

@@ -1,7 +1,6 @@
 """Nodes that remove blocks and find out which blocks to remove."""
 
 import torch
-from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.settings import limits_of
@@ -112,13 +111,7 @@ class AnalyseUNetBlocks(io.ComfyNode):
         pictures, contexts, label = bridge.calibration(latents, captions, model, asked.num_examples, random)
         denoiser = bridge.denoiser(model)
         batches = examples(denoiser, pictures, contexts, label=label, num_timesteps=asked.num_timesteps, generator=random)
-        bar = ProgressBar(1, node_id=cls.hidden.unique_id)
-
-        def on_unit(done: int, total: int) -> None:
-            bar.update_absolute(done, total)
-            bridge.throw_if_cancelled()
-
-        analysis = score(denoiser, batches, on_unit)
+        analysis = score(denoiser, batches, bridge.Progress(cls.hidden.unique_id, "parts scored").at)
         budget = round(asked.saving * analysis.total(asked.measure))
         planners = {name: Planner(analysis, name, asked.measure) for name in CRITERIA}
         plan = planners[asked.criterion].plan(budget)

@@ -26,7 +26,6 @@ from .inputs import (
     seed_input,
     size_inputs,
 )
-from .teacher_data import DrawingProgress
 from .train import Watch, last_step, show_run, tell_memory
 
 LORA_SETTINGS = ("rank", "alpha", "layers")
@@ -196,7 +195,7 @@ def _drawn(model, captions, null_caption, recipe: TrainingSettings, settings: di
     told = bridge.told_captions(captions, null_caption, model)
     try:
         return bridge.draw_latents(
-            model, *told, making, bridge.data_folder(folder.name), recipe.batch_size, DrawingProgress(node_id).pictures
+            model, *told, making, bridge.data_folder(folder.name), recipe.batch_size, bridge.Progress(node_id, "images").at
         )
     finally:
         bridge.release_memory()

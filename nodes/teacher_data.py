@@ -1,8 +1,5 @@
 """A node that makes training data without images: the teacher samples it."""
 
-import time
-
-from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from ..distill_core.base.documents import lines
@@ -107,7 +104,7 @@ class TeacherDataset(io.ComfyNode):
             num_states=trajectory_states[0],
             seed=seed[0],
         )
-        progress = DrawingProgress(cls.hidden.unique_id)
+        node_id = cls.hidden.unique_id
         try:
             made = bridge.make_data(
                 bridge.Model(teacher[0]),
@@ -116,34 +113,12 @@ class TeacherDataset(io.ComfyNode):
                 making,
                 bridge.data_folder(name[0]),
                 batch_size[0],
-                on_caption=progress.captions,
-                on_item=progress.pictures,
+                on_caption=bridge.Progress(node_id, "prompts encoded").at,
+                on_item=bridge.Progress(node_id, "images").at,
             )
         finally:
             bridge.release_memory()
         return io.NodeOutput(*made)
-
-
-class DrawingProgress:
-    """Shows the progress on the node, and stops the work on Cancel."""
-
-    def __init__(self, node_id: str):
-        self._node_id = node_id
-        self._began: tuple[int, float] | None = None
-
-    def captions(self, done: int, total: int) -> None:
-        bridge.show_text(f"{done} of {total} prompts encoded", self._node_id)
-        bridge.throw_if_cancelled()
-
-    def pictures(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._began is None:
-            self._began, self._bar = (done, now), ProgressBar(total, node_id=self._node_id)
-        first, started = self._began
-        left = f", {bridge.duration((total - done) * (now - started) / (done - first))} left" if first < done < total else ""
-        bridge.show_text(f"{done} of {total} images{left}", self._node_id)
-        self._bar.update_absolute(done)
-        bridge.throw_if_cancelled()
 
 
 NODES = [TeacherDataset]

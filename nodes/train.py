@@ -5,7 +5,6 @@ import time
 from functools import partial
 
 import torch
-from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.sizes import gib
@@ -152,15 +151,14 @@ class Watch:
     def __init__(self, run_name: str, first: int, last: int, node_id: str, previews: Previews | None = None):
         self.stage = ""  # what is being trained, when there are several experts
         self._live, self._first, self._node_id, self._previews = Live(run_name, last), first, node_id, previews
-        self._bar = ProgressBar(last - first, node_id=node_id)
+        self._progress = bridge.Progress(node_id, total=last - first)
 
     def __call__(self, progress: Progress) -> None:
-        self._bar.update_absolute(progress.step - self._first)
         if message := self._live.tell(progress, time.monotonic()):
             sample = None if self._previews is None else self._previews.latest
             memory = bridge.memory_in_use()
             bridge.tell_chart(message | {"stage": self.stage, "memory": memory}, sample, self._node_id)
-        bridge.throw_if_cancelled()
+        self._progress.at(progress.step - self._first)
 
 
 def tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:

@@ -7,7 +7,6 @@ from .demo import DigitsVAE, demo_clip, demo_data
 from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
     data_folder,
-    duration,
     experts_folder,
     experts_folders,
     file_in,
@@ -20,11 +19,11 @@ from .interface import (
     serve_runs,
     show_text,
     tell_chart,
-    throw_if_cancelled,
     times_lost,
     to_image,
 )
 from .model import Model, vae_and_text_encoders, with_lora
+from .progress import Progress
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
 from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
 from .training import (
@@ -42,6 +41,7 @@ __all__ = [
     "DigitsVAE",
     "Drawing",
     "Model",
+    "Progress",
     "predict_alike",
     "boundary_sigmas",
     "calibration",
@@ -55,7 +55,6 @@ __all__ = [
     "denoiser",
     "describe_route",
     "draw_latents",
-    "duration",
     "file_in",
     "forecast_memory",
     "forecast_shared_base",
@@ -88,7 +87,6 @@ __all__ = [
     "experts_folders",
     "tell_chart",
     "text_features",
-    "throw_if_cancelled",
     "times_lost",
     "to_image",
     "told_captions",

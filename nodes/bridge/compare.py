@@ -30,7 +30,8 @@ from ...distill_core.diffusion.macs import counted_macs
 from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
 from ...distill_core.evaluation.comparison import Comparison, Measured
 from ...distill_core.evaluation.measuring import in_rounds, synchronize, watched_memory
-from .interface import pixels_of, show_text, throw_if_cancelled, to_images
+from .interface import pixels_of, throw_if_cancelled, to_images
+from .progress import Progress
 from .training import PLAIN_ATTENTION
 
 KEY = "distill_compare"  # key of the wrappers that measure
@@ -84,9 +85,8 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     models that do not share latents.
     """
     _check(models)
-    progress = Progress(
-        len(models) * (1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS * drawing.num_parts), node_id
-    )
+    of_each = 1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS * drawing.num_parts
+    progress = Progress(node_id, total=len(models) * of_each)
     artists = [
         Artist(name=name, model=model, cfg=cfg, drawing=drawing, progress=progress)
         for (name, model), cfg in zip(models.items(), drawing.cfg, strict=True)
@@ -150,21 +150,6 @@ def _each(words: Mapping[str, str]) -> str:
     """One word if all are the same, else one per name."""
     same = len({*words.values()}) == 1
     return next(iter(words.values())) if same else ", ".join(f"{name}: {word}" for name, word in words.items())
-
-
-class Progress:
-    """A progress bar over the whole comparison, with a preview of the current image."""
-
-    def __init__(self, total: int, node_id: str):
-        self._bar, self._node_id, self.done = comfy.utils.ProgressBar(total, node_id=node_id), node_id, 0
-
-    def tell(self, text: str) -> None:
-        show_text(text, self._node_id)
-
-    def add(self, count: int = 1, preview=None) -> None:
-        self.done += count
-        self._bar.update_absolute(self.done, preview=preview)
-        throw_if_cancelled()
 
 
 @dataclass(kw_only=True)

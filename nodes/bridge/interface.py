@@ -191,12 +191,6 @@ def _picture(path: Path | None) -> dict[str, Any] | None:
     return picture | {"version": path.stat().st_mtime_ns // 1_000_000}
 
 
-def duration(seconds: float) -> str:
-    """A duration as text: ``2 min 10 s``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
 def to_image(picture) -> Tensor:
     """A PIL image as an IMAGE (1, H, W, 3) in [0, 1]."""
     import numpy as np

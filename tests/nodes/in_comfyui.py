@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,6 +191,33 @@ def tell_memory(out):
         train.tell_memory(told, free, "1")
         found.append([free, shown.pop(), "\n".join(logged)])
     Path(out).write_text(json.dumps(found))
+
+
+def progress(out):
+    """What the node of a long task shows, and how far its bar is; whether a cancel ends the task.
+
+    Writes ``[[text, ...], [[done, total], ...], whether it was cancelled]``. Each unit takes two seconds.
+    """
+    import comfy.model_management
+
+    bridge, shown, bars = pack(), [], []
+    from pack.nodes.bridge import progress
+
+    clock = iter(range(100, 1000, 2))
+    progress.time = SimpleNamespace(monotonic=lambda: next(clock))
+    progress.show_text = lambda text, node_id: shown.append(text)
+    reporter = bridge.Progress("1", "images", 40)
+    reporter._bar.update_absolute = lambda done, total, preview: bars.append([done, total])
+    for done in (30, 31, 33, 40):  # 30 were there before
+        reporter.at(done)
+    reporter.tell("measuring")
+    comfy.model_management.interrupt_current_processing()
+    try:
+        reporter.add()
+        cancelled = False
+    except comfy.model_management.InterruptProcessingException:
+        cancelled = True
+    Path(out).write_text(json.dumps([shown, bars, cancelled]))
 
 
 if __name__ == "__main__":
