@@ -80,7 +80,7 @@ def prune(arguments: argparse.Namespace) -> None:
             teacher,
             arguments.out,
             plan,
-            form=arguments.layout,
+            layout=arguments.layout,
             dtype=arguments.dtype,
             pad=arguments.pad,
             overwrite=arguments.overwrite,
@@ -156,7 +156,7 @@ def remap_lora(arguments: argparse.Namespace) -> None:
     teacher = open_unet(arguments.teacher).architecture
     mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
-        arguments.lora, arguments.out, teacher, mapping, spelling=arguments.layout, overwrite=arguments.overwrite
+        arguments.lora, arguments.out, teacher, mapping, layout=arguments.layout, overwrite=arguments.overwrite
     )
     if arguments.json:
         facts = {name: getattr(remapped, name) for name in ("num_kept", "num_dropped", "num_text_encoder", "switched_to_ldm")}
@@ -324,7 +324,7 @@ def _size_px(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
     from .base.storage import CODES
-    from .networks.files import FORMS
+    from .networks.files import FILE_LAYOUTS
     from .networks.layouts import LAYOUTS
     from .pruning.plan import preset_names
 
@@ -362,9 +362,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(command)
     command.add_argument(
         "--layout",
-        choices=FORMS,
+        choices=FILE_LAYOUTS,
         default="ldm",
-        help="; ".join(f"{name}: {what}" for name, what in FORMS.items()) + " (default: %(default)s)",
+        help="; ".join(f"{name}: {what}" for name, what in FILE_LAYOUTS.items()) + " (default: %(default)s)",
     )
     command.add_argument("--dtype", choices=CODES, help="precision to write (default: the teacher's)")
     command.add_argument(

@@ -4,7 +4,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.storage import CODES
-from ..distill_core.networks.files import FORMS, save_unet
+from ..distill_core.networks.files import FILE_LAYOUTS, save_unet
 from . import bridge
 
 STUDENT_FOLDER = "diffusion_models"  # where the stock Load Diffusion Model looks
@@ -38,10 +38,10 @@ class SaveDistilledModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "layout",
-                    options=list(FORMS),
+                    options=list(FILE_LAYOUTS),
                     default="ldm",
                     advanced=True,
-                    tooltip=" ".join(f"{name}: {what}." for name, what in FORMS.items()),
+                    tooltip=" ".join(f"{name}: {what}." for name, what in FILE_LAYOUTS.items()),
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The teacher's text encoder, for the checkpoint layout."),
                 io.Vae.Input("vae", optional=True, tooltip="The teacher's VAE, for the checkpoint layout."),
@@ -63,7 +63,7 @@ class SaveDistilledModel(io.ComfyNode):
             path,
             read.state_dict(),
             read.architecture,
-            form=layout,
+            layout=layout,
             dtype=dtype,
             sampling=read.sampling,
             others=bridge.vae_and_text_encoders(read, clip, vae) if layout == "checkpoint" else None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.architecture import Architecture
-from ..networks.layouts import heads, layout, split
+from ..networks.layouts import heads, layout_named, split
 from ..networks.lora_names import kohya_names
 from ..networks.model_sampling import STABLE_DIFFUSION, ModelSampling
 from .conditioning import Label
@@ -82,7 +82,7 @@ class Denoiser:
     origin: Mapping[str, str] = field(default_factory=dict)
     """What it was pruned from, according to its file: see `files.UNetFile.origin`."""
 
-    spelling: ClassVar[str]
+    layout: ClassVar[str]
     """Layout of the network's parameter names: a key of `layouts.LAYOUTS`."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
@@ -153,13 +153,13 @@ class Denoiser:
     def _paths(self) -> dict[str, str]:
         """Paths of parameters, layers and blocks, by canonical name; built once, because SDXL has thousands."""
         names = {head for name in self.architecture.shapes for head in heads(name) if head.startswith(split(name)[0])}
-        return layout(self.spelling).from_canonical(names)
+        return layout_named(self.layout).from_canonical(names)
 
 
 class DiffusersDenoiser(Denoiser):
     """A ``UNet2DConditionModel``."""
 
-    spelling = "diffusers"
+    layout = "diffusers"
 
     @classmethod
     def of_file(cls, file: UNetFile, network: nn.Module) -> DiffusersDenoiser:
@@ -174,7 +174,7 @@ class DiffusersDenoiser(Denoiser):
 class LdmDenoiser(Denoiser):
     """A ``UNetModel`` in the LDM layout, called as CompVis and ComfyUI call it."""
 
-    spelling = "ldm"
+    layout = "ldm"
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         y = None if label is None else label.vector()

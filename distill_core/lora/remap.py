@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.storage import StoredTensor, read_header, write_tensors
 from ..networks.architecture import Architecture
-from ..networks.layouts import heads, layout
+from ..networks.layouts import heads, layout_named
 from ..networks.lora_names import _DIALECTS, _TRANSLATED_PREFIX, _paths, comfyui_reads_diffusers_names
 from ..pruning.plan import NameMap, pruned
 from .metadata import KEY, PeftConfig, read_configs, written
@@ -269,18 +269,18 @@ def remap_lora(
     mapping: NameMap,
     *,
     metadata: Mapping[str, str] | None = None,
-    spelling: str | None = None,
+    layout: str | None = None,
 ) -> Remapped:
     """A teacher's LoRA with layers renamed to the student's, without those of removed blocks.
 
-    metadata: of the file; it may hold peft's configuration. spelling: layout to name the layers of the UNet in, a key of
+    metadata: of the file; it may hold peft's configuration. layout: layout to name the layers of the UNet in, a key of
     `layouts.LAYOUTS`; None keeps the given format, unless ComfyUI would misread it for this student. Layers that change
     layout are named as kohya does (``lora_unet_``, underscores).
 
     Raises ``ValueError`` if the LoRA was not made for the teacher, if its tensors are damaged, or if nothing of it is left.
     """
-    if spelling is not None:
-        layout(spelling)
+    if layout is not None:
+        layout_named(layout)
     lora, student = _Lora.of(tensors, teacher, metadata), pruned(teacher, mapping)
     kept = {layer: name for layer in lora.layers if (name := mapping.rename(layer)) is not None}
     if not kept:
@@ -290,8 +290,8 @@ def remap_lora(
         )
     left = lora.only(kept)
     left.check(teacher)
-    switched = spelling is None and not comfyui_reads_diffusers_names(student) and _has_diffusers_names(left.places)
-    target = spelling or ("ldm" if switched else None)
+    switched = layout is None and not comfyui_reads_diffusers_names(student) and _has_diffusers_names(left.places)
+    target = layout or ("ldm" if switched else None)
     renamed = _respell(left.places, kept, student, target)
     remapped: dict[str, Weight] = {renamed.get(key, key): tensor for key, tensor in left.tensors.items()}
     told = {key: text for key, text in (metadata or {}).items() if key not in _STALE_METADATA}
@@ -397,7 +397,7 @@ def remap_lora_file(
     teacher: Architecture,
     mapping: NameMap,
     *,
-    spelling: str | None = None,
+    layout: str | None = None,
     overwrite: bool = False,
 ) -> Remapped:
     """Convert a LoRA file into one for a student, one tensor in memory at a time; see `remap_lora`.
@@ -410,7 +410,7 @@ def remap_lora_file(
     if "distill.remapped" in header.metadata:
         raise ValueError(f"{path} is already a LoRA for a student; start from the one made for the teacher")
     try:
-        remapped = remap_lora(header.tensors, teacher, mapping, metadata=header.metadata, spelling=spelling)
+        remapped = remap_lora(header.tensors, teacher, mapping, metadata=header.metadata, layout=layout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     done = {"kept": remapped.num_kept, "dropped": remapped.num_dropped, "from": Path(path).name}

@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from .layouts import find_unet, kind, layout, split
+from .layouts import find_unet, kind, layout_named, split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +66,9 @@ class Architecture:
         ``head_channels`` is guessed if it is not given: 64 if the attentions project with linear layers (SD2, SDXL),
         eight heads otherwise (SD1.x).
         """
-        spelling, prefix = find_unet(tensors)
+        layout, prefix = find_unet(tensors)
         names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        canonical = layout(spelling).to_canonical(names)
+        canonical = layout_named(layout).to_canonical(names)
         found = ((canonical[name], tensors[prefix + name]) for name in names)
         shapes = {name: tuple(of if isinstance(of, Sequence) else of.shape) for name, of in found}
         architecture = cls(shapes, head_channels)

@@ -16,13 +16,13 @@ from ..base.documents import MAX_LIST_BYTES, one_line, read_json
 from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from .architecture import Architecture
 from .diffusers_config import diffusers_config
-from .layouts import find_unet, layout, what_else
+from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMS = {
+FILE_LAYOUTS = {
     "ldm": "one file with bare LDM names, for ComfyUI's models/diffusion_models",
     "checkpoint": "one file with VAE and text encoder too, for ComfyUI's models/checkpoints",
     "diffusers": "a folder for UNet2DConditionModel.from_pretrained",
@@ -47,7 +47,7 @@ class UNetFile:
     """A UNet on disk, described by its header; weights are read on demand."""
 
     path: Path
-    spelling: str
+    layout: str
     """Layout the file is written in: a key of `layouts.LAYOUTS`."""
     prefix: str
     names: Mapping[str, str]
@@ -94,7 +94,7 @@ class UNetFile:
         return {
             "file": str(self.path),
             "family": architecture.family,
-            "layout": self.spelling + (f", under the prefix {self.prefix}" if self.prefix else ""),
+            "layout": self.layout + (f", under the prefix {self.prefix}" if self.prefix else ""),
             "dtype": self.dtype,
             "prediction": self.prediction,
             "sampling": self.sampling.describe(),
@@ -148,7 +148,7 @@ def _diffusers_folder(path: Path) -> Path | None:
 
 
 def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UNetFile:
-    spelling, prefix = find_unet(header.tensors)
+    layout, prefix = find_unet(header.tensors)
     markers = {name: tensor for name, tensor in header.tensors.items() if is_marker(name)}
     found = {
         name.removeprefix(prefix): tensor
@@ -161,17 +161,17 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
     found = _unscaled(found)
     if other := what_else(found):
         raise ValueError(f"it is {other}; only UNets of SD1.x, SD2 and SDXL are supported")
-    canonical = layout(spelling).to_canonical(found)
+    canonical = layout_named(layout).to_canonical(found)
     tensors = {canonical[name]: tensor for name, tensor in found.items()}
     architecture = Architecture.from_state_dict(found, _head_channels(header.metadata, config))
-    _check_whole(architecture, spelling)
+    _check_whole(architecture, layout)
     sign = None
     if architecture.family == "sd2" and architecture.channels("conv_in")[0] == 4:  # SD2 for inpainting predicts noise
         sign = tensors.get(SD2_V_SIGN) if SD2_V_SIGN_LDM in found or written_sign is None else written_sign
     beside = tuple(prefix for prefixes in _BESIDE.values() for prefix in prefixes) if prefix else ()
     return UNetFile(
         path,
-        spelling,
+        layout,
         prefix,
         names={canonical[name]: prefix + name for name in found},
         tensors=tensors,
@@ -183,10 +183,10 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
     )
 
 
-def _check_whole(architecture: Architecture, spelling: str) -> None:
+def _check_whole(architecture: Architecture, layout: str) -> None:
     """``ValueError`` unless the UNet is complete; it names missing parameters as the file would."""
     if missing := architecture.missing_parameters():
-        name = layout(spelling).from_canonical([*architecture.shapes, *missing])[missing[0]]
+        name = layout_named(layout).from_canonical([*architecture.shapes, *missing])[missing[0]]
         more = f", and {len(missing) - 1} more parameters" if missing[1:] else ""
         raise ValueError(f"the UNet is incomplete: {name} is missing{more}; download it again")
     try:
@@ -277,7 +277,7 @@ def save_unet(
     state_dict: Mapping[str, Tensor | StoredTensor],
     architecture: Architecture,
     *,
-    form: str = "ldm",
+    layout: str = "ldm",
     dtype: str | None = None,
     sampling: ModelSampling = STABLE_DIFFUSION,
     others: Mapping[str, Tensor | StoredTensor] | None = None,
@@ -287,20 +287,20 @@ def save_unet(
 ) -> None:
     """Write a UNet so that others can open it, one weight in memory at a time.
 
-    state_dict: weights by canonical name. form: a key of `FORMS`. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what
+    state_dict: weights by canonical name. layout: a key of `FILE_LAYOUTS`. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what
     is there. sampling: how the network is sampled, by default as Stable Diffusion. others: VAE and text encoders under their
     LDM names, for a full checkpoint. metadata: more entries for the header, such as ``modelspec.title``. Raises
-    ``ValueError`` if the architecture, its sampling, or the path does not allow the form.
+    ``ValueError`` if the architecture, its sampling, or the path does not allow the layout.
     """
-    sampling.check_writable(form)
-    if form not in FORMS:
-        raise ValueError(f"unknown layout {form!r}; choose from {sorted(FORMS)}")
+    sampling.check_writable(layout)
+    if layout not in FILE_LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose from {sorted(FILE_LAYOUTS)}")
     if dtype is not None and dtype not in CODES:
         raise ValueError(f"unknown dtype {dtype!r}; choose from {sorted(CODES)}")
-    if form == "checkpoint" and not others:
+    if layout == "checkpoint" and not others:
         raise ValueError("a full checkpoint needs a VAE and a text encoder, and there are none; write the ldm layout")
-    prefix = _FULL_PREFIX if form == "checkpoint" else ""
-    names = layout("diffusers" if form == "diffusers" else "ldm").from_canonical(architecture.shapes)
+    prefix = _FULL_PREFIX if layout == "checkpoint" else ""
+    names = layout_named("diffusers" if layout == "diffusers" else "ldm").from_canonical(architecture.shapes)
     tensors = {prefix + names[name]: weight for name, weight in state_dict.items()}
     codes = dict.fromkeys(tensors, CODES[dtype]) if dtype else {}
     header = {
@@ -313,7 +313,7 @@ def save_unet(
         **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
         **(metadata or {}),
     }
-    if form != "diffusers":
+    if layout != "diffusers":
         beside = sampling.markers(architecture.family, prefix)
         tensors = {**{name: tensor for name, tensor in beside.items() if name not in tensors}, **tensors}
         write_tensors(

@@ -1,10 +1,10 @@
-"""Parameter names of a UNet in three spellings: canonical, LDM and diffusers.
+"""Parameter names of a UNet in three layouts: canonical, LDM and diffusers.
 
 Canonical names follow the structure of the network, as in ``down.0.resnet.1.conv1.weight``,
 ``down.2.attn.0.block.3.attn1.to_q.weight``, ``mid.resnet.0.norm1.bias``, ``up.1.upsample.conv.weight``. ``up.0`` is the
-innermost stage; the attention ``attn.j`` follows the resnet ``resnet.j`` of its stage. The LDM spelling (CompVis,
+innermost stage; the attention ``attn.j`` follows the resnet ``resnet.j`` of its stage. The LDM layout (CompVis,
 ComfyUI, single-file checkpoints) numbers blocks in one running sequence, so its indices depend on what the network
-contains; the diffusers spelling only replaces words.
+contains; the diffusers layout only replaces words.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def from_diffusers(names: Iterable[str]) -> dict[str, str]:
 
 
 class Layout(NamedTuple):
-    """One spelling: two functions that map all names of a network to their translations."""
+    """One way to name parameters: two functions that map all names of a network to their translations."""
 
     to_canonical: Callable[[Iterable[str]], dict[str, str]]
     from_canonical: Callable[[Iterable[str]], dict[str, str]]
@@ -250,7 +250,7 @@ LAYOUTS = {
 }
 
 
-def layout(name: str) -> Layout:
+def layout_named(name: str) -> Layout:
     """Look a layout up by name; ``ValueError`` lists the choices."""
     if name not in LAYOUTS:
         raise ValueError(f"unknown layout {name!r}; choose from {sorted(LAYOUTS)}")
@@ -263,10 +263,10 @@ def find_unet(names: Iterable[str]) -> tuple[str, str]:
     The prefix is ``""`` for a bare UNet, ``"model.diffusion_model."`` for a full checkpoint.
     """
     names = set(names)
-    for spelling, layout in LAYOUTS.items():
+    for name, layout in LAYOUTS.items():
         for prefix in ("", "model.diffusion_model.", "diffusion_model.", "unet."):
             if prefix + layout.first_weight in names:
-                return spelling, prefix
+                return name, prefix
     raise ValueError(
         "it contains no Stable Diffusion UNet (neither input_blocks.* nor down_blocks.*); "
         "transformer models such as SD3, Flux or Wan are not supported"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .architecture import Architecture
-from .layouts import layout
+from .layouts import layout_named
 
 
 class _Dialect(NamedTuple):
@@ -44,8 +44,8 @@ _TRANSLATED_PREFIX = "lora_unet_"
 
 
 def _paths(architecture: Architecture, dialect: _Dialect) -> dict[str, str]:
-    """Canonical layer -> its spelling in a dialect, for all layers of a network."""
-    names = layout(dialect.layout).from_canonical(architecture.shapes)
+    """Canonical layer -> its layout in a dialect, for all layers of a network."""
+    names = layout_named(dialect.layout).from_canonical(architecture.shapes)
     return {_parent(name): dialect.spell(_parent(path)) for name, path in names.items()}
 
 

@@ -92,9 +92,9 @@ class ModelSampling:
                 "eps, v or x0 prediction on Stable Diffusion's 1000 timesteps (pruning works with any)"
             )
 
-    def check_writable(self, form: str) -> None:
-        """``ValueError`` for a sampling that a file cannot store. form: a key of `files.FORMS`."""
-        if self.prediction == OTHER or (self.noise == OTHER and form != "diffusers"):
+    def check_writable(self, layout: str) -> None:
+        """``ValueError`` for a sampling that a file cannot store. layout: a key of `files.FILE_LAYOUTS`."""
+        if self.prediction == OTHER or (self.noise == OTHER and layout != "diffusers"):
             raise ValueError(
                 f"a file cannot store that this model samples with {self.describe()}; remove the patch that changed it (such as "
                 "LCM), or write the diffusers layout and use the teacher's scheduler"

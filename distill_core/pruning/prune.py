@@ -76,7 +76,7 @@ def prune_file(
     out: Path | str,
     plan: PruningPlan,
     *,
-    form: str = "ldm",
+    layout: str = "ldm",
     dtype: str | None = None,
     pad: bool = False,
     overwrite: bool = False,
@@ -84,18 +84,18 @@ def prune_file(
 ) -> Pruning:
     """Prune a checkpoint into another, one weight in memory at a time.
 
-    Kept weights are bit-equal unless ``dtype`` asks for another precision. form: a key of `files.FORMS`. pad: see `prune`.
+    Kept weights are bit-equal unless ``dtype`` asks for another precision. layout: a key of `files.FILE_LAYOUTS`. pad: see `prune`.
     Raises ``ValueError`` if the plan does not fit the teacher, if ComfyUI could not open the file, or if ``out`` exists.
     """
-    pruning = prune(teacher.architecture, plan, pad=pad, for_comfyui=form != "diffusers")
-    if form == "checkpoint" and not teacher.is_whole_checkpoint:
+    pruning = prune(teacher.architecture, plan, pad=pad, for_comfyui=layout != "diffusers")
+    if layout == "checkpoint" and not teacher.is_whole_checkpoint:
         raise ValueError(f"{teacher.path} holds no VAE and text encoder to copy; write the ldm layout")
     carried = {key: text for name in _CARRIED if (text := teacher.metadata.get(key := f"modelspec.{name}"))}
     save_unet(
         out,
         pruning.weights(teacher.tensors),
         pruning.student,
-        form=form,
+        layout=layout,
         dtype=dtype,
         sampling=teacher.sampling,
         others=teacher.others,

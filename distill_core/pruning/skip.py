@@ -86,7 +86,7 @@ def skipping(denoiser: Denoiser, mapping: NameMap) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(tap(denoiser, {source for _, source in way.rewired.values()}))
         for name, channels in way.passed_over.items():
-            in_tuple = denoiser.spelling == "diffusers" and kind(name) == "attn" and ".block." not in name
+            in_tuple = denoiser.layout == "diffusers" and kind(name) == "attn" and ".block." not in name
             stack.enter_context(instead(denoiser.module(name), _pass_on(channels, in_tuple)))
         for name, (channels, source) in way.rewired.items():
             module = denoiser.module(name)

@@ -17,7 +17,7 @@ from ...distill_core.diffusion.schedule import NoiseSchedule
 from ...distill_core.networks import files
 from ...distill_core.networks.architecture import Architecture
 from ...distill_core.networks.files import UNetFile
-from ...distill_core.networks.layouts import layout
+from ...distill_core.networks.layouts import layout_named
 from ...distill_core.networks.model_sampling import ModelSampling
 from ...distill_core.pruning.plan import KeptSkips, NameMap, PruningPlan, name_map, plan_between, plan_in
 from .demo import DigitsModelConfig
@@ -26,7 +26,7 @@ from .sampling import sampling_identity, sampling_of, schedule_of
 from .weights import patched_weights, weights_of
 
 ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
-LDM = layout("ldm")
+LDM = layout_named("ldm")
 
 
 class Model:

@@ -101,7 +101,7 @@ class ModelDenoiser(Denoiser):
 class UNetDenoiser(ModelDenoiser):
     """A `ModelDenoiser` for UNets of the Stable Diffusion family: canonical layer names, and kohya's names in files."""
 
-    spelling = "ldm"
+    layout = "ldm"
     lora_names, inner_blocks, path = Denoiser.lora_names, Denoiser.inner_blocks, Denoiser.path
 
 

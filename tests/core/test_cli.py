@@ -31,7 +31,7 @@ def test_prune_writes_a_student(teacher, tmp_path, capsys):
 def test_prune_takes_a_plan_file(teacher, tmp_path):
     (tmp_path / "plan.json").write_text('{"name": "mine", "remove": ["mid"]}')
     assert main(["prune", str(teacher), str(tmp_path / "s"), "--plan", str(tmp_path / "plan.json"), "--layout", "diffusers"]) == 0
-    assert open_unet(tmp_path / "s").spelling == "diffusers"
+    assert open_unet(tmp_path / "s").layout == "diffusers"
 
 
 def test_inspect_and_presets_print_json(teacher, capsys):

@@ -75,7 +75,7 @@ def _unets(folder: Path) -> list[bytes]:
     teacher = folder / "t.safetensors"
     save_unet(teacher, _weights(small_shapes()), small_unet(), dtype="fp16")
     prune_file(open_unet(teacher), folder / "s.safetensors", preset("bk-sdm-tiny"))
-    save_unet(folder / "d", _weights(small_shapes()), small_unet(), form="diffusers", dtype="fp16")
+    save_unet(folder / "d", _weights(small_shapes()), small_unet(), layout="diffusers", dtype="fp16")
     means = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
     for name, sampling in {
         "v": ModelSampling(prediction="v", noise=ZERO_SNR),
@@ -103,7 +103,7 @@ def _read_unet(data: bytes, folder: Path) -> None:
 
 
 def _configs(folder: Path) -> list[bytes]:
-    save_unet(folder / "d", _weights(small_shapes()), small_unet(), form="diffusers", dtype="fp16")
+    save_unet(folder / "d", _weights(small_shapes()), small_unet(), layout="diffusers", dtype="fp16")
     return [
         (folder / "d" / "config.json").read_bytes(),
         b'{"prediction_type": "v_prediction", "rescale_betas_zero_snr": true, "beta_start": 0.00085, "trained_betas": null}',
@@ -117,7 +117,7 @@ def _read_configs(data: bytes, folder: Path) -> None:
     """The same text as every JSON there is beside a UNet."""
     pipeline = folder / "pipeline"
     if not pipeline.exists():
-        save_unet(pipeline / "unet", _weights(small_shapes()), small_unet(), form="diffusers", dtype="fp16")
+        save_unet(pipeline / "unet", _weights(small_shapes()), small_unet(), layout="diffusers", dtype="fp16")
         (pipeline / "scheduler").mkdir()
         (pipeline / "shards").mkdir()
         (pipeline / "config.json").write_bytes((pipeline / "unet" / "config.json").read_bytes())

@@ -88,10 +88,10 @@ def until(condition, what, seconds=120):
         time.sleep(0.02)
 
 
-def lora(spelling, separator, prefix, kind, processor=False):
+def lora(layout, separator, prefix, kind, processor=False):
     """An adapter on every attention layer of the demo teacher, in one of the formats that ComfyUI opens."""
     architecture = teacher_file().architecture
-    names = LAYOUTS[spelling].from_canonical(architecture.shapes)
+    names = LAYOUTS[layout].from_canonical(architecture.shapes)
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in architecture.shapes.items():

@@ -100,5 +100,5 @@ def test_what_would_load_wrong_from_the_diffusers_layout_is_never_put_where_comf
         "models/unet/student",
     ):
         with pytest.raises(ValueError, match="reads experts in the diffusers layout wrongly"):
-            save_unet(tmp_path / place, weights, student, form="diffusers")
+            save_unet(tmp_path / place, weights, student, layout="diffusers")
     assert list(tmp_path.iterdir()) == []

@@ -360,7 +360,7 @@ def test_a_full_checkpoint_keeps_its_vae_and_text_encoder(teacher, tmp_path):
         open_unet(tmp_path / "full.safetensors"),
         tmp_path / "s.safetensors",
         preset("bk-sdm-tiny"),
-        form="checkpoint",
+        layout="checkpoint",
         dtype="fp16",
     )
     tensors = load_file(tmp_path / "s.safetensors")
@@ -379,7 +379,9 @@ def test_a_checkpoint_of_a_bare_unet_is_refused(teacher, tmp_path):
     architecture, weights = teacher
     save_unet(tmp_path / "bare.safetensors", weights, architecture)
     with pytest.raises(ValueError, match="no VAE and text encoder"):
-        prune_file(open_unet(tmp_path / "bare.safetensors"), tmp_path / "s.safetensors", preset("bk-sdm-tiny"), form="checkpoint")
+        prune_file(
+            open_unet(tmp_path / "bare.safetensors"), tmp_path / "s.safetensors", preset("bk-sdm-tiny"), layout="checkpoint"
+        )
     assert not (tmp_path / "s.safetensors").exists()
 
 
@@ -428,13 +430,13 @@ def test_markers_of_v_prediction_are_read_and_carried(prefix, teacher, tmp_path)
     markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file({**load_file(tmp_path / "eps.safetensors"), **markers}, tmp_path / "v.safetensors")
     for form in ("ldm", "checkpoint") if prefix else ("ldm",):
-        prune_file(open_unet(tmp_path / "v.safetensors"), tmp_path / form, preset("bk-sdm-base"), form=form)
+        prune_file(open_unet(tmp_path / "v.safetensors"), tmp_path / form, preset("bk-sdm-base"), layout=form)
         assert open_unet(tmp_path / form).prediction == "v" and markers.keys() <= load_file(tmp_path / form).keys()
 
 
 def test_the_prediction_of_a_pipeline_is_its_schedulers(teacher, tmp_path):
     architecture, weights = teacher
-    save_unet(tmp_path / "pipe" / "unet", weights, architecture, form="diffusers")
+    save_unet(tmp_path / "pipe" / "unet", weights, architecture, layout="diffusers")
     file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file), file)  # without our metadata
     (tmp_path / "pipe" / "scheduler").mkdir()
@@ -444,7 +446,7 @@ def test_the_prediction_of_a_pipeline_is_its_schedulers(teacher, tmp_path):
 
 def test_shards_and_the_fp16_variant_of_a_folder_are_read(teacher, tmp_path):
     architecture, weights = teacher
-    save_unet(tmp_path / "whole", weights, architecture, form="diffusers")
+    save_unet(tmp_path / "whole", weights, architecture, layout="diffusers")
     tensors = load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")
     config = (tmp_path / "whole" / "config.json").read_text()
     for folder in ("half", "shards"):
@@ -484,9 +486,9 @@ def test_an_sd2_that_predicts_v_is_known_by_comfyuis_sign_and_its_student_carrie
 def test_a_diffusers_folder_is_not_written_where_comfyui_would_misread_it(place, teacher, tmp_path):
     architecture, weights = teacher
     with pytest.raises(ValueError, match="misreads students in the diffusers layout"):
-        save_unet(tmp_path / place, weights, architecture, form="diffusers")
+        save_unet(tmp_path / place, weights, architecture, layout="diffusers")
     assert list(tmp_path.iterdir()) == []
-    save_unet(tmp_path / "pipeline" / "unet", weights, architecture, form="diffusers")
+    save_unet(tmp_path / "pipeline" / "unet", weights, architecture, layout="diffusers")
 
 
 def test_a_student_tells_licence_plan_and_teacher(teacher, tmp_path):
@@ -507,7 +509,7 @@ def test_a_student_tells_licence_plan_and_teacher(teacher, tmp_path):
 def test_damaged_json_beside_a_unet_is_one_sentence(text, teacher, tmp_path):
     architecture, weights = teacher
     folder = tmp_path / "pipe"
-    save_unet(folder / "unet", weights, architecture, form="diffusers")
+    save_unet(folder / "unet", weights, architecture, layout="diffusers")
     (folder / "scheduler").mkdir()
     places = [folder / "scheduler" / "scheduler_config.json", folder / "unet" / "config.json"]
     for place in places:

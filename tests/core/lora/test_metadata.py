@@ -157,7 +157,7 @@ def test_text_encoders_keep_theirs_or_get_alphas(small_teacher, tmp_path):
     kept = remap_lora(tensors, teacher, mapping, metadata={KEY: text})
     assert {name: v for name, v in json.loads(kept.metadata[KEY]).items() if name.startswith("text")} == theirs
     assert f"{layer}.alpha" not in kept.tensors
-    switched = remap_lora(tensors, teacher, mapping, metadata={KEY: text}, spelling="ldm")
+    switched = remap_lora(tensors, teacher, mapping, metadata={KEY: text}, layout="ldm")
     assert switched.tensors[f"{layer}.alpha"].item() == 6 and KEY not in switched.metadata
     alphas = {
         tensor.item() for name, tensor in switched.tensors.items() if name.startswith("lora_unet") and name.endswith(".alpha")
@@ -235,4 +235,4 @@ def test_what_comfyui_has_no_place_for_is_refused_in_its_layout(name, message, s
         small_teacher.network, tmp_path / "lora.safetensors", LoraConfig(**{"r": 4, "target_modules": ["to_q"]} | CONFIGS[name])
     )
     with pytest.raises(ValueError, match=message):
-        remap_lora(load_file(tmp_path / "lora.safetensors"), teacher, name_map(teacher, preset("bk-sdm-base")), spelling="ldm")
+        remap_lora(load_file(tmp_path / "lora.safetensors"), teacher, name_map(teacher, preset("bk-sdm-base")), layout="ldm")

@@ -31,17 +31,17 @@ def layers_of(architecture, with_convolutions=True):
 
 
 @functools.cache
-def paths(spelling, shapes):
-    names = LAYOUTS[spelling].from_canonical(shapes)
+def paths(layout, shapes):
+    names = LAYOUTS[layout].from_canonical(shapes)
     return {name.removesuffix(".weight"): path.removesuffix(".weight") for name, path in names.items()}
 
 
-def kohya(spelling, prefix="lora_unet_"):
-    return lambda layer, architecture: prefix + paths(spelling, tuple(architecture.shapes))[layer].replace(".", "_")
+def kohya(layout, prefix="lora_unet_"):
+    return lambda layer, architecture: prefix + paths(layout, tuple(architecture.shapes))[layer].replace(".", "_")
 
 
-def dotted(spelling, prefix):
-    return lambda layer, architecture: prefix + paths(spelling, tuple(architecture.shapes))[layer]
+def dotted(layout, prefix):
+    return lambda layer, architecture: prefix + paths(layout, tuple(architecture.shapes))[layer]
 
 
 def processor(layer, architecture):
@@ -189,11 +189,11 @@ def test_names_comfyui_would_misread_become_ldm_names(form, small_teacher):
         ("ComfyUI", "ldm", "ComfyUI"),
     ],
 )
-def test_the_spelling_can_be_chosen(form, to, there, small_teacher):
+def test_the_layout_can_be_chosen(form, to, there, small_teacher):
     teacher = small_teacher.architecture
     mapping = name_map(teacher, preset("bk-sdm-base"))
     file, deltas = make(form, teacher)
-    found = read_back(remap_lora(file, teacher, mapping, spelling=to).tensors, there, pruned(teacher, mapping))
+    found = read_back(remap_lora(file, teacher, mapping, layout=to).tensors, there, pruned(teacher, mapping))
     for layer, value in mapping.apply(deltas).items():
         torch.testing.assert_close(found[layer], value, rtol=1e-6, atol=1e-7)
 

@@ -29,11 +29,11 @@ def teacher_path(small_teacher, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("spelling", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
-def test_kept_weights_are_bit_equal_and_both_layouts_agree(name, spelling, teacher_path, small_teacher, tmp_path, batch):
+def test_kept_weights_are_bit_equal_and_both_layouts_agree(name, layout, teacher_path, small_teacher, tmp_path, batch):
     out = tmp_path / "student"
-    prune_file(open_unet(teacher_path), out, preset(name), form=spelling)
+    prune_file(open_unet(teacher_path), out, preset(name), layout=layout)
     student, weights = open_unet(out), small_teacher.named_parameters()
     mapping = name_map(small_teacher.architecture, preset(name))
     inherited = mapping.apply({n: n for n in small_teacher.architecture.shapes})
@@ -43,7 +43,7 @@ def test_kept_weights_are_bit_equal_and_both_layouts_agree(name, spelling, teach
     # What was written in the one layout answers as what diffusers loads from the other.
     x, t, context = batch
     other = tmp_path / "other"
-    save_unet(other, student.state_dict, student.architecture, form="diffusers")
+    save_unet(other, student.state_dict, student.architecture, layout="diffusers")
     from diffusers import UNet2DConditionModel
 
     theirs = UNet2DConditionModel.from_pretrained(other).eval()
@@ -52,10 +52,10 @@ def test_kept_weights_are_bit_equal_and_both_layouts_agree(name, spelling, teach
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("spelling", LAYOUTS)
-def test_every_spelling_of_a_checkpoint_reads_the_same(prefix, spelling, small_teacher, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_a_checkpoint_reads_the_same(prefix, layout, small_teacher, tmp_path):
     weights = small_teacher.named_parameters()
-    names = LAYOUTS[spelling].from_canonical(weights)
+    names = LAYOUTS[layout].from_canonical(weights)
     tensors = {prefix + names[n]: w.detach().contiguous() for n, w in weights.items()}
     tensors["first_stage_model.decoder.conv_in.weight"] = torch.zeros(3)
     path = tmp_path / "model.safetensors"
@@ -88,9 +88,9 @@ def test_metadata_tells_plan_prediction_and_dtype(prediction, small_teacher, tmp
 @pytest.mark.parametrize("head_channels", [None, 16])
 def test_the_number_of_heads_survives_both_layouts(head_channels, small_teacher, tmp_path):
     architecture = replace(small_teacher.architecture, head_channels=head_channels)
-    for spelling in LAYOUTS:
-        save_unet(tmp_path / spelling, small_teacher.named_parameters(), architecture, form=spelling)
-        assert open_unet(tmp_path / spelling).architecture.head_channels == head_channels
+    for layout in LAYOUTS:
+        save_unet(tmp_path / layout, small_teacher.named_parameters(), architecture, layout=layout)
+        assert open_unet(tmp_path / layout).architecture.head_channels == head_channels
     # A folder of others has no metadata of ours.
     weights = tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(weights), weights)
@@ -201,24 +201,24 @@ def test_a_failed_overwrite_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-@pytest.mark.parametrize("spelling", LAYOUTS)
-def test_overwriting_never_deletes_a_folder_of_other_things(spelling, teacher_path, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_overwriting_never_deletes_a_folder_of_other_things(layout, teacher_path, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "holiday.jpg").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
-        prune_file(open_unet(teacher_path), folder, preset("bk-sdm-base"), form=spelling, overwrite=True)
+        prune_file(open_unet(teacher_path), folder, preset("bk-sdm-base"), layout=layout, overwrite=True)
     assert (folder / "holiday.jpg").read_text() == "precious"
 
 
 def test_a_folder_of_ours_is_overwritten_when_asked(teacher_path, tmp_path):
     for name in ("bk-sdm-base", "bk-sdm-tiny"):
-        prune_file(open_unet(teacher_path), tmp_path / "s", preset(name), form="diffusers", overwrite=True)
+        prune_file(open_unet(teacher_path), tmp_path / "s", preset(name), layout="diffusers", overwrite=True)
     assert plan_in(open_unet(tmp_path / "s").metadata).name == "bk-sdm-tiny"
 
 
 def test_a_broken_config_is_named(teacher_path, tmp_path):
-    prune_file(open_unet(teacher_path), tmp_path / "s", preset("bk-sdm-base"), form="diffusers")
+    prune_file(open_unet(teacher_path), tmp_path / "s", preset("bk-sdm-base"), layout="diffusers")
     for text in ("{", "[]", "{}"):
         (tmp_path / "s" / "config.json").write_text(text)
         with pytest.raises(
@@ -314,7 +314,7 @@ def test_buffers_of_a_schedule_are_no_vae(small_teacher, tmp_path):
     file = open_unet(tmp_path / "t.safetensors")
     assert not file.others and not file.is_whole_checkpoint
     with pytest.raises(ValueError, match="no VAE and text encoder"):
-        prune_file(file, tmp_path / "s.safetensors", preset("bk-sdm-base"), form="checkpoint")
+        prune_file(file, tmp_path / "s.safetensors", preset("bk-sdm-base"), layout="checkpoint")
     vae = {"first_stage_model.x": torch.ones(1)}
     save_file(weights | beside | vae, tmp_path / "t.safetensors")
     assert not open_unet(tmp_path / "t.safetensors").is_whole_checkpoint

@@ -5,14 +5,14 @@ from distill_core.networks.layouts import LAYOUTS, UnknownParameter, find_unet
 from distill_core.pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
 
 
-@pytest.mark.parametrize("spelling", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", *preset_names()])
-def test_names_survive_a_round_trip(spelling, name, published):
+def test_names_survive_a_round_trip(layout, name, published):
     teacher = published[name if name in published else preset(name).teacher]
     shapes = teacher.shapes if name in published else pruned(teacher, name_map(teacher, preset(name))).shapes
-    table = LAYOUTS[spelling].from_canonical(shapes)
+    table = LAYOUTS[layout].from_canonical(shapes)
     assert len(set(table.values())) == len(shapes)
-    back = LAYOUTS[spelling].to_canonical(table.values())
+    back = LAYOUTS[layout].to_canonical(table.values())
     assert {back[theirs] for theirs in table.values()} == set(shapes)
     assert all(back[table[canonical]] == canonical for canonical in shapes)
 
@@ -59,10 +59,10 @@ def test_an_upsampling_behind_a_resnet_without_attention_keeps_its_place(sd15):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("spelling", LAYOUTS)
-def test_layout_and_prefix_are_found(spelling, prefix, sd15):
-    names = [prefix + n for n in LAYOUTS[spelling].from_canonical(sd15.shapes).values()]
-    assert find_unet([*names, "first_stage_model.encoder.conv_in.weight"]) == (spelling, prefix)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_and_prefix_are_found(layout, prefix, sd15):
+    names = [prefix + n for n in LAYOUTS[layout].from_canonical(sd15.shapes).values()]
+    assert find_unet([*names, "first_stage_model.encoder.conv_in.weight"]) == (layout, prefix)
 
 
 def test_a_model_without_unet_is_refused():
@@ -70,7 +70,7 @@ def test_a_model_without_unet_is_refused():
         find_unet(["double_blocks.0.img_attn.qkv.weight"])
 
 
-@pytest.mark.parametrize("spelling", LAYOUTS)
-def test_a_foreign_parameter_is_named(spelling):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_foreign_parameter_is_named(layout):
     with pytest.raises(UnknownParameter, match="lora_up"):
-        LAYOUTS[spelling].to_canonical(["lora_up.weight"])
+        LAYOUTS[layout].to_canonical(["lora_up.weight"])

@@ -62,7 +62,7 @@ def plain(sdxl, tmp_path):
 @pytest.mark.parametrize("form", ["ldm", "diffusers"])
 def test_it_comes_back_from_a_file_in_every_form_and_through_pruning(sampling, form, sdxl, tmp_path):
     architecture, weights = sdxl
-    save_unet(tmp_path / "teacher.safetensors", weights, architecture, form=form, sampling=sampling)
+    save_unet(tmp_path / "teacher.safetensors", weights, architecture, layout=form, sampling=sampling)
     teacher = open_unet(tmp_path / "teacher.safetensors")
     assert teacher.sampling == sampling
     prune_file(teacher, tmp_path / "student.safetensors", preset("ssd-1b"))
@@ -159,8 +159,8 @@ def test_what_no_file_can_tell_is_not_written(sdxl, tmp_path):
     architecture, weights = sdxl
     for form, sampling in {"ldm": ModelSampling(noise=OTHER), "diffusers": ModelSampling(prediction=OTHER)}.items():
         with pytest.raises(ValueError, match="a file cannot store"):
-            save_unet(tmp_path / form, weights, architecture, form=form, sampling=sampling)
-    save_unet(tmp_path / "kept", weights, architecture, form="diffusers", sampling=ModelSampling(noise=OTHER))
+            save_unet(tmp_path / form, weights, architecture, layout=form, sampling=sampling)
+    save_unet(tmp_path / "kept", weights, architecture, layout="diffusers", sampling=ModelSampling(noise=OTHER))
     assert open_unet(tmp_path / "kept").sampling == ModelSampling(noise=OTHER)
 
 

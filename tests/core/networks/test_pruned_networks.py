@@ -62,7 +62,7 @@ def _check(text, teacher, inputs, folder):
         answer = _forward(load_unet(student).double(), inputs)
         # The diffusers route, where its config has words for the student.
         try:
-            prune_file(file, folder / "diffusers", pruning.plan, form="diffusers")
+            prune_file(file, folder / "diffusers", pruning.plan, layout="diffusers")
         except ValueError as error:
             assert "the diffusers layout cannot express" in str(error)
         else:

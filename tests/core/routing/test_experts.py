@@ -208,7 +208,7 @@ def test_loras_of_another_network_are_refused(files, tmp_path):
 def test_every_file_is_one_that_stock_loaders_open(shared, three):
     from safetensors.torch import load_file
 
-    assert all(open_unet(path).spelling == "ldm" for path in (*three.files, shared.base))
+    assert all(open_unet(path).layout == "ldm" for path in (*three.files, shared.base))
     assert all(name.startswith("lora_unet_") for path in shared.files for name in load_file(path))
 
 
