@@ -210,7 +210,7 @@ def compare(arguments: argparse.Namespace) -> None:
             raise MemoryError("the device is out of memory; lower --size or --batch, or compare fewer models") from error
     save_chart(arguments.out, comparison, overwrite=arguments.overwrite)
     if arguments.json:
-        print(json.dumps(comparison.facts() | {"picture": str(arguments.out)}, indent=2))
+        print(json.dumps(comparison.facts() | {"image": str(arguments.out)}, indent=2))
         return
     print(table_text(COLUMNS, comparison.rows()))
     bins = [[model.name, *(f"{distance:.3g}" for distance in model.distances or ())] for model in comparison.models[1:]]

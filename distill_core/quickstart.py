@@ -95,7 +95,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     run = Run(out / "run", training, Inputs(plan=plan.name, data=dataset.fingerprint))
     student = load_denoiser(pruned_file(file, out / "pruned.safetensors", plan))
 
-    rows, pictures = [], {}
+    rows, images = [], {}
     for name, denoiser in (("teacher", teacher), ("pruned only", student), ("distilled", student)):
         if name == "distilled":
             progress.set_description("distilling")
@@ -109,7 +109,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
                 on_step=lambda _: progress.update(_train_cost(settings)),
             )
         progress.set_description(f"sampling: {name}")
-        row, pictures[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
+        row, images[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
         rows.append(row)
     progress.set_description("timing")
     of_teacher, of_student = _ms_per_image([teacher, student], settings)
@@ -122,7 +122,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         metadata={"modelspec.title": f"Handwritten digits, distilled by {plan.name}", **student.origin},
         overwrite=True,
     )
-    write_report(out, rows, pictures, run.metrics(), settings)
+    write_report(out, rows, images, run.metrics(), settings)
     return rows
 
 
@@ -143,17 +143,17 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
         part.drawn_by(denoiser, settings, settings.sample_steps, partial(on_step, 2 * len(part.noise))).cpu()
         for part in asked.split(SAMPLE_BATCH)
     ]
-    pictures = digits.decode(torch.cat(latents)).clamp(-1, 1)
+    images = digits.decode(torch.cat(latents)).clamp(-1, 1)
     real, _ = digits.load_digits()
     with torch.no_grad():
-        distance = frechet_distance(classifier.features(pictures), classifier.features(real))
+        distance = frechet_distance(classifier.features(images), classifier.features(real))
     return Row(
         model=name,
         parameters=denoiser.architecture.num_parameters,
         gmacs=count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS) / 1e9,
-        accuracy=digits.accuracy(classifier, pictures, asked.labels),
+        accuracy=digits.accuracy(classifier, images, asked.labels),
         frechet_distance=distance,
-    ), pictures
+    ), images
 
 
 def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[float]:
@@ -235,14 +235,14 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def draw_report(rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, settings: Settings):
+def draw_report(rows: Sequence[Row], images: Mapping[str, Tensor], metrics, settings: Settings):
     drawing = plots.figure(11, 8)
     drawing.suptitle(f"Distill quickstart: {settings.preset} on handwritten digits, guidance {settings.guidance:g}", fontsize=13)
     (top,), (bottom,) = drawing.subfigures(2, 1, squeeze=False, height_ratios=(1, 0.95))
     for axes, row in zip(top.subplots(1, len(rows)), rows, strict=True):
         subtitle = f"{row.model}\n{row.parameters / 1e6:.2f} M parameters, {row.accuracy:.1%} correct"
         # Ten columns, one for each digit.
-        plots.draw_grid(axes, pictures[row.model][:NUM_SHOWN], 10, subtitle)
+        plots.draw_grid(axes, images[row.model][:NUM_SHOWN], 10, subtitle)
     curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.25))
     plots.draw_losses(curve, metrics)
     curve.set_title("distillation loss", fontsize=11)
@@ -250,9 +250,9 @@ def draw_report(rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, se
     return drawing
 
 
-def write_report(out: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor], metrics, settings: Settings) -> None:
+def write_report(out: Path, rows: Sequence[Row], images: Mapping[str, Tensor], metrics, settings: Settings) -> None:
     """Write ``report.png``, ``report.json`` and, last, ``report.html``."""
-    drawn = plots.to_image(draw_report(rows, pictures, metrics, settings))
+    drawn = plots.to_image(draw_report(rows, images, metrics, settings))
     with atomic(out / "report.png", overwrite=True) as made:
         drawn.save(made, format="png")
     facts = {"settings": asdict(settings), "models": [asdict(row) for row in rows]}
@@ -260,7 +260,7 @@ def write_report(out: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor],
     page = report.page(
         "Distill quickstart",
         report.paragraph(summary(rows)),
-        report.picture(drawn, "Digits by the teacher, the pruned and the distilled model, loss curves and table"),
+        report.embedded(drawn, "Digits by the teacher, the pruned and the distilled model, loss curves and table"),
         report.heading("Figures"),
         report.table(list(COLUMNS.values()), map(cells, rows)),
         report.listing(MEANINGS),

@@ -340,8 +340,8 @@ class Prepared:
 
         free_bytes: as returned by `memory.free_bytes`.
         """
-        told = self.forecast()
-        return "\n".join(filter(None, [told.describe(), told.describe_shortage(free_bytes)]))
+        forecast = self.forecast()
+        return "\n".join(filter(None, [forecast.describe(), forecast.describe_shortage(free_bytes)]))
 
     def forecast(self) -> Forecast:
         """Forecast of the memory a step needs on the device."""
@@ -484,14 +484,14 @@ class Prepared:
         if data.prompts is not None:
             return self._made(data.prompts, cache, on_item)
         if data.images is not None:
-            pictures = folder(self.recipe.path(data.images))
+            images = folder(self.recipe.path(data.images))
         elif data.dataset is not None:
             path = self.recipe.path(data.dataset)
-            pictures = hugging_face(path, image_column=data.image_column, caption_column=data.caption_column)
+            images = hugging_face(path, image_column=data.image_column, caption_column=data.caption_column)
         else:
             return CachedDataset.open(cache)
         return encode(
-            pictures,
+            images,
             self.encoders,
             sizes(data.resolution),
             cache,

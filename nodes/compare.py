@@ -85,7 +85,7 @@ class CompareModels(io.ComfyNode):
         drawing = bridge.Drawing(latent=latent_image, cfg=cfgs, **settings)
         comparison = bridge.compare_models(dict(zip(called, connected, strict=True)), drawing, cls.hidden.unique_id)
         bridge.show_text(comparison.summary(), cls.hidden.unique_id)
-        grid, table = (bridge.to_image(picture) for picture in (compare.grid(comparison), compare.chart(comparison)))
+        grid, table = (bridge.to_image(image) for image in (compare.grid(comparison), compare.chart(comparison)))
         return io.NodeOutput(grid, table, comparison, ui=ui.PreviewImage(grid, cls=cls))
 
 
@@ -192,29 +192,29 @@ class DistillationReport(io.ComfyNode):
             _judged(comparison, clip_vision, real_images, clip, prompt, cls.hidden.unique_id) if clip_vision else ((), {})
         )
         losses = stacked(curves) if curves else None
-        picture = compare.write_report(path, comparison, title=title, judged=judged, judged_by=by, losses=losses)
+        drawn = compare.write_report(path, comparison, title=title, judged=judged, judged_by=by, losses=losses)
         bridge.show_text(f"Saved {path}", cls.hidden.unique_id)
-        image = bridge.to_image(picture)
+        image = bridge.to_image(drawn)
         return io.NodeOutput(image, str(path), ui=ui.PreviewImage(image, cls=cls))
 
 
 def _judged(comparison, clip_vision, real_images, clip, prompt: str, node_id: str) -> tuple[list[compare.Judged], dict[str, str]]:
     """The evaluation of every model's images, and a description of how it was done."""
     real = None if real_images is None else bridge.pixels_of(real_images)
-    total = sum(map(len, comparison.pictures.values())) + (0 if real is None else len(real))
+    total = sum(map(len, comparison.images.values())) + (0 if real is None else len(real))
     progress = bridge.Progress(node_id, "images evaluated", total)
-    first, pictures = next(iter(comparison.pictures.items()))
+    first, images = next(iter(comparison.images.items()))
     text = None
-    if real is not None or len(comparison.pictures) > 1:  # refuse before the long work, like a clip that does not match
-        distance_metrics(len(pictures if real is None else real), len(pictures))
+    if real is not None or len(comparison.images) > 1:  # refuse before the long work, like a clip that does not match
+        distance_metrics(len(images if real is None else real), len(images))
     if clip is not None:
-        width = bridge.picture_features(clip_vision, pictures[:1]).shape[1]
+        width = bridge.image_features(clip_vision, images[:1]).shape[1]
         text = bridge.text_features(clip, prompt, width)
-    features = {name: bridge.picture_features(clip_vision, seen, progress.add) for name, seen in comparison.pictures.items()}
-    of_real = None if real is None else bridge.picture_features(clip_vision, real, progress.add)
-    held_against = f"{len(pictures)} images by {first}" if real is None else f"{len(real)} real images"
+    features = {name: bridge.image_features(clip_vision, seen, progress.add) for name, seen in comparison.images.items()}
+    of_real = None if real is None else bridge.image_features(clip_vision, real, progress.add)
+    held_against = f"{len(images)} images by {first}" if real is None else f"{len(real)} real images"
     return compare.judge(features, of_real, text), {
-        "judged": f"{len(pictures)} images of each model, compared with {held_against}",
+        "judged": f"{len(images)} images of each model, compared with {held_against}",
         **({"prompt": prompt} if clip is not None else {}),
     }
 

@@ -132,8 +132,8 @@ class TrainTimestepExperts(io.ComfyNode):
             )
             if not training.complete:
                 whole = replace(recipe, lora_rank=0) if training.step < of_experts["joint_steps"] else recipe
-                told = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
-                tell_memory(told, bridge.free_bytes(student), node_id)
+                forecast = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
+                tell_memory(forecast, bridge.free_bytes(student), node_id)
                 _train(training, run_name[0], steps_per_queue[0], node_id)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))

@@ -108,9 +108,9 @@ class AnalyseUNetBlocks(io.ComfyNode):
     def execute(cls, model, latents, captions, **settings) -> io.NodeOutput:
         model, asked = bridge.Model(model[0]), Settings(**{name: values[0] for name, values in settings.items()})
         random = torch.Generator().manual_seed(asked.seed)
-        pictures, contexts, label = bridge.calibration(latents, captions, model, asked.num_examples, random)
+        images, contexts, label = bridge.calibration(latents, captions, model, asked.num_examples, random)
         denoiser = bridge.denoiser(model)
-        batches = examples(denoiser, pictures, contexts, label=label, num_timesteps=asked.num_timesteps, generator=random)
+        batches = examples(denoiser, images, contexts, label=label, num_timesteps=asked.num_timesteps, generator=random)
         analysis = score(denoiser, batches, bridge.Progress(cls.hidden.unique_id, "parts scored").at)
         budget = round(asked.saving * analysis.total(asked.measure))
         planners = {name: Planner(analysis, name, asked.measure) for name in CRITERIA}

@@ -160,8 +160,8 @@ class SharedBaseLoRA(io.ComfyNode):
                 _train(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
         shown = show_run(run, node_id)
-        answers, _ = bridge.with_lora(model.patcher, None, lora, 1.0, 0.0)
-        return io.NodeOutput(lora, answers, *shown, run.step, run_name[0], ui=ui.PreviewImage(shown[1], cls=cls))
+        with_lora, _ = bridge.with_lora(model.patcher, None, lora, 1.0, 0.0)
+        return io.NodeOutput(lora, with_lora, *shown, run.step, run_name[0], ui=ui.PreviewImage(shown[1], cls=cls))
 
 
 def _of_lora(settings: dict) -> dict:
@@ -192,10 +192,10 @@ def _drawn(model, captions, null_caption, recipe: TrainingSettings, settings: di
         num_states=num_states,
         seed=recipe.seed,
     )
-    told = bridge.told_captions(captions, null_caption, model)
+    encoded = bridge.encoded_captions(captions, null_caption, model)
     try:
         return bridge.draw_latents(
-            model, *told, making, bridge.data_folder(folder.name), recipe.batch_size, bridge.Progress(node_id, "images").at
+            model, *encoded, making, bridge.data_folder(folder.name), recipe.batch_size, bridge.Progress(node_id, "images").at
         )
     finally:
         bridge.release_memory()
@@ -205,8 +205,8 @@ def _train(run: Run, model, teacher, data: Dataset, vae, num_steps: int, node_id
     last = min(run.settings.total_steps, run.step + num_steps)
     previews = bridge.previews(data, vae, model) if run.settings.sample_every_steps else None
     watch = Watch(run.folder.name, run.step, last, node_id, previews)
-    if told := bridge.forecast_shared_base(model, teacher, data, run.settings):
-        tell_memory(told, bridge.free_bytes(model), node_id)
+    if forecast := bridge.forecast_shared_base(model, teacher, data, run.settings):
+        tell_memory(forecast, bridge.free_bytes(model), node_id)
     with contextlib.ExitStack() as stack:
         stack.callback(bridge.release_memory)
         base = stack.enter_context(bridge.opened_base(model))

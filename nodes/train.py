@@ -161,13 +161,13 @@ class Watch:
         self._progress.at(progress.step - self._first)
 
 
-def tell_memory(told: Forecast, free_bytes: int, node_id: str) -> None:
+def tell_memory(forecast: Forecast, free_bytes: int, node_id: str) -> None:
     """Show the total on the node, with advice if it is too much, and write the parts to the log."""
-    log.info("%s", told.describe())
-    shortage = told.describe_shortage(free_bytes, of_teacher=False)
+    log.info("%s", forecast.describe())
+    shortage = forecast.describe_shortage(free_bytes, of_teacher=False)
     if shortage:
         log.warning("%s", shortage)
-    bridge.show_text(shortage or f"a step needs about {gib(told.total_bytes)} of memory", node_id)
+    bridge.show_text(shortage or f"a step needs about {gib(forecast.total_bytes)} of memory", node_id)
 
 
 def title(run: Run) -> str:

@@ -33,11 +33,11 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image
     for number, name in enumerate(columns[:count]):
         drawing.text((gap + number * (width + gap) + width // 2, line // 2), name, "#555555", font, anchor="mm")
     top = bool(columns) * line
-    for name, pictures in rows.items():
+    for name, images in rows.items():
         drawing.text((gap, top + line // 2), name, "black", font, anchor="lm")
         top += line
-        for number, picture in enumerate(pictures):
-            pixels = (picture.detach().cpu().float().permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().byte().numpy()
+        for number, image in enumerate(images):
+            pixels = (image.detach().cpu().float().permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().byte().numpy()
             sheet.paste(Image.fromarray(pixels).resize((width, height), 0), (gap + number * (width + gap), top))
         top += height
     return sheet
@@ -51,13 +51,13 @@ def _font(size_px: int):
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size_px)
 
 
-def stacked(pictures: Sequence[Image]) -> Image:
+def stacked(images: Sequence[Image]) -> Image:
     """Images stacked vertically, centred on a white background."""
     from PIL import Image
 
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    sheet = Image.new("RGB", (max(p.width for p in images), sum(p.height for p in images)), "white")
     top = 0
-    for picture in pictures:
-        sheet.paste(picture, ((sheet.width - picture.width) // 2, top))
-        top += picture.height
+    for image in images:
+        sheet.paste(image, ((sheet.width - image.width) // 2, top))
+        top += image.height
     return sheet

@@ -412,7 +412,7 @@ class _Queue:
 
 
 def encode(
-    pictures: Sequence[ImageFile],
+    images: Sequence[ImageFile],
     encoders: Encoders,
     sizes: Sequence[Size],
     folder: Path | str,
@@ -429,12 +429,12 @@ def encode(
     `CacheWriter`. ``on_item(done, total)`` is called after each image. If it is interrupted, encoded items stay.
     """
     with writing(folder, dtype=dtype, verify=verify) as writer:
-        return _encode(writer, pictures, encoders, sizes, batch_size, flip, on_item)
+        return _encode(writer, images, encoders, sizes, batch_size, flip, on_item)
 
 
 def _encode(
     writer: CacheWriter,
-    pictures: Sequence[ImageFile],
+    images: Sequence[ImageFile],
     encoders: Encoders,
     sizes: Sequence[Size],
     batch_size: int,
@@ -447,8 +447,8 @@ def _encode(
         for name, caption in zip(captions, encoders.captions([*captions.values()]), strict=True):
             writer.add_text(name, caption)
 
-    def encode_pictures(size: Size, cropped: dict[str, tuple[ImageFile, bool]]) -> None:
-        pixels = [(fit(picture.open(), size).pixels, mirrored) for picture, mirrored in cropped.values()]
+    def encode_images(size: Size, cropped: dict[str, tuple[ImageFile, bool]]) -> None:
+        pixels = [(fit(image.open(), size).pixels, mirrored) for image, mirrored in cropped.values()]
         latents = encoders.latents(torch.stack([one.flip(-1) if mirrored else one for one, mirrored in pixels]))
         for name, latent in zip(cropped, latents, strict=True):
             writer.add_latent(name, latent)
@@ -459,23 +459,23 @@ def _encode(
             texts.add(name, caption)
         return name
 
-    captions = {picture.caption for picture in pictures}
+    captions = {image.caption for image in images}
     warn_of_cut([text for text in captions if not writer.has(text_key(text, encoders.fingerprint, writer.dtype))], encoders)
     texts = _Queue(batch_size, encode_texts)
-    queues = {size: _Queue(batch_size, partial(encode_pictures, size)) for size in sizes}
+    queues = {size: _Queue(batch_size, partial(encode_images, size)) for size in sizes}
     entries, null, num_enlarged = [], named(""), 0
-    for number, picture in enumerate(pictures, 1):
-        content, original = picture.content(), picture.size()
+    for number, image in enumerate(images, 1):
+        content, original = image.content(), image.size()
         size = best_size(original, sizes)
         num_enlarged += original[0] < size[0] or original[1] < size[1]
         for mirrored in (False, True) if flip else (False,):
             name = latent_key(content, encoders.fingerprint, writer.dtype, size, mirrored)
             if not writer.has(name):
-                queues[size].add(name, (picture, mirrored))
-            entries.append(Entry(name, named(picture.caption), crop(original, size).sizes))
-        on_item(number, len(pictures))
+                queues[size].add(name, (image, mirrored))
+            entries.append(Entry(name, named(image.caption), crop(original, size).sizes))
+        on_item(number, len(images))
     for queue in (texts, *queues.values()):
         queue.empty()
     if num_enlarged:
-        log.warning("%d of %d images are smaller than their training size, and are enlarged", num_enlarged, len(pictures))
+        log.warning("%d of %d images are smaller than their training size, and are enlarged", num_enlarged, len(images))
     return writer.finish(entries, null)

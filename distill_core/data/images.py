@@ -328,7 +328,7 @@ class Fitted(NamedTuple):
 
 def fit(image: Image.Image, size: Size) -> Fitted:
     """An RGB image cropped and resized to a size, with the Lanczos filter."""
-    box, told = crop((image.height, image.width), size)
+    box, numbers = crop((image.height, image.width), size)
     resized = image.resize(size[::-1], Image.Resampling.LANCZOS, box=box)
     values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(*size, 3)
-    return Fitted(values.permute(2, 0, 1).float() / 127.5 - 1, told)
+    return Fitted(values.permute(2, 0, 1).float() / 127.5 - 1, numbers)

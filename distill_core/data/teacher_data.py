@@ -71,8 +71,8 @@ class Making:
     @property
     def words(self) -> list:
         """Values that an image depends on besides its caption and number, for its key."""
-        told = {name: value for name, value in vars(self).items() if name != "guidance_min" or value is not None}
-        return [*(told | {"num_per_prompt": None}).values()]
+        values = {name: value for name, value in vars(self).items() if name != "guidance_min" or value is not None}
+        return [*(values | {"num_per_prompt": None}).values()]
 
     def kept(self, schedule: NoiseSchedule) -> Tensor | None:
         """Timesteps of the stored states, evenly spaced among the sampler's, (K,)."""

@@ -46,18 +46,18 @@ def build_digits(path: Path) -> None:
     save_file({"images": images, "labels": torch.from_numpy(scans.target).to(torch.uint8)}, path)
 
 
-def jitter(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, rotate and scale each image a little, so that a classifier of 1,437 examples generalises."""
-    n = len(pictures)
+    n = len(images)
     angle, size = 0.2 * torch.randn(n, generator=generator), 1 + 0.08 * torch.randn(n, generator=generator)
     shift = 0.08 * torch.randn(n, 2, 1, generator=generator)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
-    grid = F.affine_grid(torch.cat([turn * size[:, None, None], shift], 2), list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures + 1, grid, align_corners=False) - 1
+    grid = F.affine_grid(torch.cat([turn * size[:, None, None], shift], 2), list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
 def build_classifier(path: Path, *, num_steps: int = 2500, batch_size: int = 128, seed: int = 0) -> None:
-    pictures, labels = digits.load_digits()
+    images, labels = digits.load_digits()
     train, held_out = digits.held_out_split()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -66,12 +66,12 @@ def build_classifier(path: Path, *, num_steps: int = 2500, batch_size: int = 128
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in trange(num_steps, desc="classifier"):
         pick = train[torch.randint(len(train), (batch_size,), generator=generator)]
-        loss = F.cross_entropy(classifier(jitter(pictures[pick], generator)), labels[pick], label_smoothing=0.05)
+        loss = F.cross_entropy(classifier(jitter(images[pick], generator)), labels[pick], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-    print(f"held-out accuracy {digits.accuracy(classifier.eval(), pictures[held_out], labels[held_out]):.4f}")
+    print(f"held-out accuracy {digits.accuracy(classifier.eval(), images[held_out], labels[held_out]):.4f}")
     save_file(classifier.state_dict(), path)
 
 
@@ -80,8 +80,8 @@ def build_teacher(teacher_path: Path, text_path: Path, *, num_steps: int, batch_
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    pictures, labels = digits.load_digits()
-    latents, schedule = digits.encode(pictures), scaled_linear()
+    images, labels = digits.load_digits()
+    latents, schedule = digits.encode(images), scaled_linear()
     tokens = torch.tensor([[digits.tokenize(digits.caption(n, k)) for k in range(len(digits.TEMPLATES))] for n in range(10)])
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -37,9 +37,9 @@ def enlarge(scans: Tensor) -> Tensor:
     return F.interpolate(scans[:, None].float() / 8 - 1, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def encode(pictures: Tensor) -> Tensor:
+def encode(images: Tensor) -> Tensor:
     """Images (B, 1, 16, 16) -> latents (B, 4, 8, 8); exact inverse of `decode`."""
-    return (rearrange(pictures, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2) - LATENT_MEAN) / LATENT_STD
+    return (rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2) - LATENT_MEAN) / LATENT_STD
 
 
 def decode(latents: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class DigitsAutoencoder(nn.Module):
         return encode(F.avg_pool2d(rgb.mean(1, keepdim=True), self.scale))
 
     def decode(self, latents: Tensor) -> Tensor:
-        picture = F.interpolate(decode(latents), scale_factor=self.scale, mode="nearest")
-        return picture.clamp(-1, 1).expand(-1, 3, -1, -1)
+        image = F.interpolate(decode(latents), scale_factor=self.scale, mode="nearest")
+        return image.clamp(-1, 1).expand(-1, 3, -1, -1)
 
 
 # --- captions -------------------------------------------------------------------------------------------------------
@@ -136,11 +136,11 @@ class DigitsClassifier(nn.Module):
         )
         self.head = nn.Linear(64, 10)
 
-    def features(self, pictures: Tensor) -> Tensor:
-        return self.body(pictures)
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.head(self.features(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
 
     @classmethod
     def bundled(cls) -> DigitsClassifier:
@@ -156,7 +156,7 @@ def held_out_split(num_examples: int = 1797, fraction: float = 0.2, seed: int = 
     return order[num_held_out:], order[:num_held_out]
 
 
-def accuracy(classifier: DigitsClassifier, pictures: Tensor, labels: Tensor) -> float:
+def accuracy(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
     """Fraction of images (B, 1, 16, 16) that the classifier assigns to their labels (B,)."""
     with torch.no_grad():
-        return (classifier(pictures.clamp(-1, 1)).argmax(1) == labels).float().mean().item()
+        return (classifier(images.clamp(-1, 1)).argmax(1) == labels).float().mean().item()

@@ -26,7 +26,7 @@ def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
 
 def load_dataset() -> LatentDataset:
     """All digits with their captions ("the digit seven")."""
-    pictures, labels = digits.load_digits()
+    images, labels = digits.load_digits()
     text = digits.DigitsTextEncoder.bundled()
     by_label = text.captions([digits.caption(n) for n in range(10)])
-    return LatentDataset.of(digits.encode(pictures), by_label[labels], text.captions([""])[0])
+    return LatentDataset.of(digits.encode(images), by_label[labels], text.captions([""])[0])

@@ -145,11 +145,11 @@ def random_data(file: UNetFile, settings: Settings) -> LatentDataset:
         raise ValueError("diffusers builds no UNet of this kind without any attention, so it cannot be compared")
     latents = torch.randn(count, architecture.channels("conv_in")[0], height // 8, width // 8, generator=random)
     contexts = torch.randn(count, settings.num_tokens, architecture.context_width, generator=random)
-    told = {}
+    conditioning = {}
     if architecture.label_width:
         label = Label.neutral(architecture.label_width, count, settings.size_px, latents)
-        told = {"pooled": torch.randn(label.pooled.shape, generator=random), "sizes": label.sizes}
-    return LatentDataset([Bucket(latents=latents, contexts=contexts, **told)])
+        conditioning = {"pooled": torch.randn(label.pooled.shape, generator=random), "sizes": label.sizes}
+    return LatentDataset([Bucket(latents=latents, contexts=contexts, **conditioning)])
 
 
 def _load(file: UNetFile, device: torch.device, dtype: torch.dtype) -> Denoiser:
@@ -204,7 +204,7 @@ def _distances(model: Denoiser, first: Denoiser, dataset, settings: Settings, on
 
 def grid(comparison: Comparison) -> Image:
     """Images of the models: one row per model, one column per seed."""
-    shown = {name: pictures[:MOST_SHOWN] for name, pictures in comparison.pictures.items()}
+    shown = {name: images[:MOST_SHOWN] for name, images in comparison.images.items()}
     return image_rows(shown, comparison.seeds[:MOST_SHOWN])
 
 
@@ -236,8 +236,8 @@ class Judged:
     def cells(self) -> dict[str, str]:
         """Cell texts by column; the CLIP score only if there is one."""
         distances = (self.frechet_distance, self.kernel_distance)
-        told = [self.name, *("reference" if value is None else f"{value:.4g}" for value in distances)]
-        return dict(zip(self.COLUMNS, told if self.clip_score is None else [*told, f"{self.clip_score:.2f}"], strict=False))
+        cells = [self.name, *("reference" if value is None else f"{value:.4g}" for value in distances)]
+        return dict(zip(self.COLUMNS, cells if self.clip_score is None else [*cells, f"{self.clip_score:.2f}"], strict=False))
 
 
 def judge(features: Mapping[str, Tensor], real: Tensor | None = None, text: Tensor | None = None) -> list[Judged]:
@@ -268,17 +268,17 @@ def write_report(
 
     judged: scores of each model's images, if any; judged_by: how they were measured, in words. losses: a loss curve.
     """
-    parts, pictures = [report.paragraph(comparison.summary())], []
+    parts, images = [report.paragraph(comparison.summary())], []
 
     def show(image: Image, description: str, form: str = "png") -> None:
-        parts.append(report.picture(image, description, form))
-        pictures.append(image)
+        parts.append(report.embedded(image, description, form))
+        images.append(image)
 
     def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], meanings: Mapping[str, str], title: str = "") -> None:
         parts.extend([report.table(columns, rows), report.listing(meanings)])
-        pictures.append(plots.table_image(columns, rows, title))
+        images.append(plots.table_image(columns, rows, title))
 
-    if comparison.pictures:
+    if comparison.images:
         parts.append(report.heading("The same seeds through every model"))
         show(grid(comparison), "Images by each model", "jpeg")
     parts.append(report.heading("Figures"))
@@ -295,7 +295,7 @@ def write_report(
         show(losses, "Loss of every step")
     parts.extend([report.heading("Settings"), report.listing({**comparison.settings, **(judged_by or {})})])
     write_text(path, report.page(title, *parts), overwrite=False)
-    return stacked(pictures)
+    return stacked(images)
 
 
 def save_chart(path: Path, comparison: Comparison, *, overwrite: bool = False) -> None:

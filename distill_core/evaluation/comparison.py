@@ -54,7 +54,7 @@ class Comparison:
     models: tuple[Measured, ...]
     settings: Mapping[str, str]
     """Conditions of the measurement, in words."""
-    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
     """Images of each model, (N, 3, H, W) in [-1, 1], image n from the same noise for each; empty if none were drawn."""
     seeds: Sequence[str] = ()
     """Labels of the N images of a model."""
@@ -82,8 +82,8 @@ class Comparison:
 def _cells(model: Measured, first: Measured | None) -> list[str]:
     def cell(name: str, unit: float, form: str) -> str:
         value = getattr(model, name) / unit
-        told = f"{value:,.0f}" if value >= 1000 else f"{value:{form}}"
-        return told if first is None else f"{told} ({getattr(model, name) / getattr(first, name):.0%})"
+        text = f"{value:,.0f}" if value >= 1000 else f"{value:{form}}"
+        return text if first is None else f"{text} ({getattr(model, name) / getattr(first, name):.0%})"
 
     distance = model.mean_distance
     return [

@@ -72,10 +72,10 @@ def distance_metrics(num_real: int, num_drawn: int) -> tuple[type, type]:
     return FrechetInceptionDistance, KernelInceptionDistance
 
 
-def clip_score(pictures: Tensor, text: Tensor) -> float:
+def clip_score(images: Tensor, text: Tensor) -> float:
     """100 times the mean of ``max(cos, 0)`` of image embeddings (N, D) and a text embedding (D,) (Hessel et al. 2021,
     arXiv 2104.08718, Eq. 1, which uses the factor 2.5 instead)."""
-    cosines = torch.nn.functional.cosine_similarity(pictures.float(), text.float()[None], dim=1)
+    cosines = torch.nn.functional.cosine_similarity(images.float(), text.float()[None], dim=1)
     return 100 * cosines.clamp(min=0).mean().item()
 
 
@@ -115,10 +115,10 @@ def output_error(
 def _distance(student: Predictor, teacher: Predictor, batch: Batch, null: Caption | None, guidance: float) -> Tensor:
     """Squared distance between the predictions of a student and of a guided teacher, (B,)."""
 
-    def answer(denoiser: Predictor, scale: float) -> Tensor:
+    def prediction(denoiser: Predictor, scale: float) -> Tensor:
         x_t, context = (tensor.to(denoiser.device, denoiser.dtype) for tensor in (batch.x_t, batch.context))
         t, label = batch.t.to(denoiser.device), batch.label and batch.label.to(context)
         output = guided(denoiser, x_t, t, context, label, null, scale).cpu()
         return convert(output, batch.x_t, batch.t, student.schedule, denoiser.prediction, student.prediction)
 
-    return squared_error(answer(student, 1.0), answer(teacher, guidance))
+    return squared_error(prediction(student, 1.0), prediction(teacher, guidance))

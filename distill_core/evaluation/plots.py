@@ -110,13 +110,13 @@ def _place(module: str) -> tuple[int, list[int]]:
     return ("down", "mid", "up").index(side), [int(part) for part in rest if part.isdigit()]
 
 
-def draw_grid(axes: Axes, pictures: Tensor, columns: int, title: str) -> None:
+def draw_grid(axes: Axes, images: Tensor, columns: int, title: str) -> None:
     """Draw images (N, 1, H, W) in [-1, 1] as one grid with gaps, dark ink on white; an incomplete last row is omitted."""
     import torch.nn.functional as F
     from einops import rearrange
 
-    whole = len(pictures) // columns * columns
-    framed = F.pad(pictures[:whole].clamp(-1, 1), (1, 1, 1, 1), value=-1)
+    whole = len(images) // columns * columns
+    framed = F.pad(images[:whole].clamp(-1, 1), (1, 1, 1, 1), value=-1)
     axes.imshow(rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=columns).cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
     axes.set_title(title, fontsize=11)
     axes.set_axis_off()

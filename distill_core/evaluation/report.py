@@ -43,7 +43,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead>{head}</thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
 
 
-def picture(image: Image, description: str, form: str = "png") -> str:
+def embedded(image: Image, description: str, form: str = "png") -> str:
     """An embedded image. form: ``png``, or ``jpeg`` for large photographs."""
     buffer = io.BytesIO()
     image.save(buffer, format=form, quality=92)

@@ -294,19 +294,19 @@ def remap_lora(
     target = layout or ("ldm" if switched else None)
     renamed = _respell(left.places, kept, student, target)
     remapped: dict[str, Weight] = {renamed.get(key, key): tensor for key, tensor in left.tensors.items()}
-    told = {key: text for key, text in (metadata or {}).items() if key not in _STALE_METADATA}
+    kept_metadata = {key: text for key, text in (metadata or {}).items() if key not in _STALE_METADATA}
     if target == "ldm" or any(target not in (None, _DIALECTS[place.dialect].layout) for place in left.places.values()):
         remapped |= _alphas(left, renamed, teacher)
-        told.pop(KEY, None)
+        kept_metadata.pop(KEY, None)
     elif left.configs:
-        told |= {KEY: written(_moved(left, kept, teacher, student))}
+        kept_metadata |= {KEY: written(_moved(left, kept, teacher, student))}
     return Remapped(
         remapped,
         num_kept=len(kept),
         num_dropped=len(lora.layers) - len(kept),
         num_text_encoder=len(lora.outside),
         switched_to_ldm=switched,
-        metadata=told,
+        metadata=kept_metadata,
     )
 
 
@@ -458,8 +458,8 @@ def _plain(lora: _Lora, keys: Mapping[str, str], path: str) -> tuple[Tensor, Ten
         raise ValueError(f"{keys['alpha']} has no matrices beside it; download the LoRA again")
     read = {name: in_memory(lora.tensors[key]) for name, key in keys.items()}
     down, up, config = read["lora_down"], read["lora_up"], lora.configs.get(_of_unet(lora.configs))
-    told = config.scale(path, len(down)) if config else 1.0
-    scaled = (up.float() * (read["alpha"].item() / len(down) if "alpha" in read else told)).to(up)
+    scale = config.scale(path, len(down)) if config else 1.0
+    scaled = (up.float() * (read["alpha"].item() / len(down) if "alpha" in read else scale)).to(up)
     if not scaled.float().isfinite().all():
         raise ValueError(f"{keys['lora_up']} overflows with alpha multiplied into it; convert the LoRA to fp32 first")
     return down, scaled

@@ -12,8 +12,8 @@ from ..diffusion.denoiser import Denoiser
 from .layers import attach, turn_on
 
 
-class SharedBase:
-    """A frozen network with the LoRAs of several files; each student is the network with one of them active."""
+class AdapterSwitch:
+    """A frozen network with the LoRAs of several files; one of them is active at a time."""
 
     def __init__(self, base: Denoiser, files: Sequence[Path]):
         """files: as `layers.Lora` writes them. The network is changed in place."""
@@ -23,12 +23,12 @@ class SharedBase:
         for number, file in enumerate(distinct):
             attach(base, file, _name(number))
 
-    def student(self, number: int) -> Denoiser:
+    def using(self, number: int) -> Denoiser:
         """The network with the LoRA of one file active, as a denoiser of its own."""
         number = self._lora_of[number]
 
         def forward(*inputs, **options) -> Tensor:
-            if self._on != number:  # stays active until another student predicts
+            if self._on != number:  # stays active until another LoRA is used
                 turn_on(self.base.network, _name(number))
                 self.base.network.requires_grad_(False)  # peft makes the adapters it activates trainable
                 self._on = number

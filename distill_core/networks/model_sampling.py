@@ -161,14 +161,14 @@ def read_sampling(
 
     sd2_v_sign: `SD2_V_SIGN` of an SD2. ``ValueError`` for a damaged marker or metadata.
     """
-    if told := _of_markers(markers):
-        return told
+    if found := _of_markers(markers):
+        return found
     if sd2_v_sign is not None and sd2_v_sign.shape == (2,):  # a marker written here, not a weight
         return ModelSampling(prediction="v", noise=ZERO_SNR if "ztsnr" in markers else DISCRETE)
-    told = _of_scheduler(scheduler) or _of_metadata(metadata)
-    if told is None:
-        told = ModelSampling(prediction="v" if sd2_v_sign is not None and _spreads(sd2_v_sign) else "eps")
-    return replace(told, noise=ZERO_SNR) if "ztsnr" in markers and told == ModelSampling(prediction="v") else told
+    found = _of_scheduler(scheduler) or _of_metadata(metadata)
+    if found is None:
+        found = ModelSampling(prediction="v" if sd2_v_sign is not None and _spreads(sd2_v_sign) else "eps")
+    return replace(found, noise=ZERO_SNR) if "ztsnr" in markers and found == ModelSampling(prediction="v") else found
 
 
 def _spreads(sign: StoredTensor) -> bool:

@@ -232,17 +232,17 @@ def score(denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, in
     units = removable_units(teacher)
     macs = _macs(teacher, batches[0])
     on_unit(0, len(units))
-    answers, changes = [], dict.fromkeys(units, 0.0)
+    predictions, changes = [], dict.fromkeys(units, 0.0)
     ends = {end for unit in units for span in unit.spans for end in span}
     with tap(denoiser, ends) as outputs, tap(denoiser, ends, of_input=True) as inputs:
         for batch in batches:
-            answers.append(denoiser(*batch))
+            predictions.append(denoiser(*batch))
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
     scores = []
     for done, unit in enumerate(units, start=1):
-        error = _error(denoiser, batches, answers, unit_map(unit, teacher))
+        error = _error(denoiser, batches, predictions, unit_map(unit, teacher))
         scores.append(Score(unit, error, changes[unit], *_savings(unit.blocks, teacher, macs)))
         on_unit(done, len(units))
     return Analysis(teacher, tuple(scores), sum(count for block, count in macs.items() if ".block." not in block))
@@ -262,10 +262,12 @@ def output_error(denoiser: Denoiser, batches: list[Example], plan: PruningPlan) 
     return _error(denoiser, batches, [denoiser(*batch) for batch in batches], mapping)
 
 
-def _error(denoiser: Denoiser, batches: list[Example], answers: list[Tensor], mapping: NameMap) -> float:
+def _error(denoiser: Denoiser, batches: list[Example], predictions: list[Tensor], mapping: NameMap) -> float:
     with skipping(denoiser, mapping):
-        errors = [squared_error(denoiser(*batch), answer).mean() for batch, answer in zip(batches, answers, strict=True)]
-    return float(sum(errors) / sum(answer.float().square().mean() for answer in answers))
+        errors = [
+            squared_error(denoiser(*batch), prediction).mean() for batch, prediction in zip(batches, predictions, strict=True)
+        ]
+    return float(sum(errors) / sum(prediction.float().square().mean() for prediction in predictions))
 
 
 def _change(entering: Tensor, leaving: Tensor) -> float:

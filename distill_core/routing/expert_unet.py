@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import DiffusersDenoiser
 from ..diffusion.ranges import TimestepRanges
 from ..lora.remap import remap_lora
-from ..lora.switch import SharedBase
+from ..lora.switch import AdapterSwitch
 from ..networks.architecture import Architecture
 from ..networks.build import load_unet
 from ..networks.files import UNetFile, open_unet
@@ -66,7 +66,7 @@ class ExpertUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"there are {len(ranges)} ranges but {len(networks)} networks; give one network per range")
         _check_alike(networks)
         self.ranges, self.networks = ranges, nn.ModuleList(networks)
-        self.answers: tuple[Callable[..., tuple[Tensor]], ...] = tuple(networks)
+        self.predictors: tuple[Callable[..., tuple[Tensor]], ...] = tuple(networks)
         """The function called for each range."""
         self.register_to_config(**networks[-1].config)
 
@@ -83,9 +83,9 @@ class ExpertUNet(ModelMixin, ConfigMixin):
             return cls([networks[path] for path in experts.to_load], experts.ranges)
         file = experts.unet(0)
         network = _open(file, torch_dtype)
-        shared = SharedBase(DiffusersDenoiser(network=network, architecture=file.architecture), experts.to_load)
+        shared = AdapterSwitch(DiffusersDenoiser(network=network, architecture=file.architecture), experts.to_load)
         routed = cls([network] * count, experts.ranges)
-        routed.answers = tuple(shared.student(number).running for number in range(count))
+        routed.predictors = tuple(shared.using(number).running for number in range(count))
         return routed
 
     def forward(
@@ -94,12 +94,12 @@ class ExpertUNet(ModelMixin, ConfigMixin):
         """As ``UNet2DConditionModel.forward``: sample (B, C, H, W), timestep a number or (B,); other arguments are passed on."""
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float64)
 
-        def answer(number: int, which: Tensor | slice) -> Tensor:
+        def predict(number: int, which: Tensor | slice) -> Tensor:
             own = partial(_examples, which=which, batch=len(sample))
             when = t[which] if t.ndim else timestep
-            return self.answers[number](own(sample), when, *own(inputs), **own(options), return_dict=False)[0]
+            return self.predictors[number](own(sample), when, *own(inputs), **own(options), return_dict=False)[0]
 
-        output = dispatch(self.ranges.of(t.detach().cpu().reshape(-1)), answer)
+        output = dispatch(self.ranges.of(t.detach().cpu().reshape(-1)), predict)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
     @property
@@ -146,7 +146,7 @@ class ExpertUNet(ModelMixin, ConfigMixin):
         )
 
     def _refuse_loras_if_shared(self) -> None:
-        if self.answers != tuple(self.networks):
+        if self.predictors != tuple(self.networks):
             raise ValueError(
                 "these experts are LoRAs on one base, and a LoRA of the pipeline would disable them; use a folder of full "
                 "experts, or load the LoRA in ComfyUI"

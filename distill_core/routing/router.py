@@ -19,18 +19,18 @@ from ..networks.files import open_unet
 from .experts import Experts
 
 
-def dispatch(numbers: Tensor, answer: Callable[[int, Tensor | slice], Tensor]) -> Tensor:
+def dispatch(numbers: Tensor, predict: Callable[[int, Tensor | slice], Tensor]) -> Tensor:
     """Predictions for a batch, in its order, each by the network for its range.
 
-    numbers: range of each example, (B,). ``answer(number, which)`` returns the predictions for the examples with indices
+    numbers: range of each example, (B,). ``predict(number, which)`` returns the predictions for the examples with indices
     ``which``. If all examples are in one range, it is called once with a slice of the whole batch.
     """
     present = numbers.unique().tolist()
     if len(present) == 1:
-        return answer(present[0], slice(None))
+        return predict(present[0], slice(None))
     places = [(numbers == number).nonzero(as_tuple=True)[0] for number in present]
-    answers = [answer(number, which) for number, which in zip(present, places, strict=True)]
-    return torch.cat(answers)[torch.cat(places).argsort()]
+    predictions = [predict(number, which) for number, which in zip(present, places, strict=True)]
+    return torch.cat(predictions)[torch.cat(places).argsort()]
 
 
 class ExpertDenoiser:
@@ -49,7 +49,7 @@ class ExpertDenoiser:
     @classmethod
     def given(cls, ranges: TimestepRanges, experts: Sequence[Denoiser]) -> ExpertDenoiser:
         """Create it from loaded experts."""
-        return cls(ranges, [partial(lambda student: student, student) for student in experts])
+        return cls(ranges, [partial(lambda expert: expert, expert) for expert in experts])
 
     @classmethod
     def open(cls, experts: Experts, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ExpertDenoiser:
@@ -57,41 +57,41 @@ class ExpertDenoiser:
         if experts.base is None:
             load = cache(lambda path: _network(path, device, dtype))
             return cls(experts.ranges, [partial(load, path) for path in experts.to_load])
-        from ..lora.switch import SharedBase
+        from ..lora.switch import AdapterSwitch
 
-        shared = SharedBase(_network(experts.base, device, dtype), experts.to_load)
-        return cls(experts.ranges, [partial(shared.student, number) for number in range(len(experts.ranges))])
+        shared = AdapterSwitch(_network(experts.base, device, dtype), experts.to_load)
+        return cls(experts.ranges, [partial(shared.using, number) for number in range(len(experts.ranges))])
 
-    def student(self, number: int) -> Denoiser:
+    def expert(self, number: int) -> Denoiser:
         """The expert of a range, ready to predict."""
         if number not in self._loaded:
-            student = self._load[number]()
+            expert = self._load[number]()
             for other in self._loaded.values():
-                if student.schedule != other.schedule or student.prediction != other.prediction:
+                if expert.schedule != other.schedule or expert.prediction != other.prediction:
                     raise ValueError("the experts have different noise schedules or prediction types; train them alike")
-            if student.schedule.num_timesteps != self.ranges.num_timesteps:
+            if expert.schedule.num_timesteps != self.ranges.num_timesteps:
                 raise ValueError(
                     f"the ranges cover {self.ranges.num_timesteps} timesteps, but the expert's schedule has "
-                    f"{student.schedule.num_timesteps}; give boundaries for its schedule"
+                    f"{expert.schedule.num_timesteps}; give boundaries for its schedule"
                 )
-            self._loaded[number] = student
+            self._loaded[number] = expert
         return self._loaded[number]
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         """As `Denoiser.__call__`."""
 
-        def answer(number: int, which: Tensor | slice) -> Tensor:
+        def predict(number: int, which: Tensor | slice) -> Tensor:
             own_label = label and Label(*(entry[which] for entry in label))
-            return self.student(number)(x_t[which], t[which], context[which], own_label)
+            return self.expert(number)(x_t[which], t[which], context[which], own_label)
 
-        return dispatch(self.ranges.of(t), answer)
+        return dispatch(self.ranges.of(t), predict)
 
     # --- properties that all experts share
 
     @property
     def _any(self) -> Denoiser:
         """Any loaded expert, or else the noisiest, which sampling needs first."""
-        return next(iter(self._loaded.values()), None) or self.student(0)
+        return next(iter(self._loaded.values()), None) or self.expert(0)
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -408,14 +408,14 @@ class _Step:
             return teacher_pass(emptied(network), self.layers, inputs, guided=self.guided)
 
     def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
-        _, answer = self._teacher_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
+        _, from_teacher = self._teacher_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
         network = self._unfilled_student(settings.training, settings.student_dtype)
         with without_contents(self.mode):
             inputs = inputs_of(network, latent_shape, self.num_tokens, settings.micro_batch)
             network = emptied(network)
             if settings.device != "cpu":
                 norms_as_on_cuda(network.network)
-            return student_pass(network, self.layers, inputs, answer, settings.training)
+            return student_pass(network, self.layers, inputs, from_teacher, settings.training)
 
 
 def _unfilled(architecture: Architecture, dtype: str) -> Denoiser:
@@ -565,7 +565,7 @@ def teacher_pass(
 
 
 def student_pass(
-    student: Denoiser, layers: Mapping[str, str], inputs: Inputs, answer: Outputs | None, training: TrainingSettings
+    student: Denoiser, layers: Mapping[str, str], inputs: Inputs, from_teacher: Outputs | None, training: TrainingSettings
 ) -> Counter:
     """Peak bytes of a student's forward and backward pass, including the teacher's outputs."""
     student.network.train()
@@ -574,16 +574,16 @@ def student_pass(
             stack.enter_context(checkpointing(student))
         features = stack.enter_context(tap(student, layers.values()))
         ledger = stack.enter_context(Ledger(student.network.parameters()))
-        if answer:
-            answer = Outputs(*tree_map(torch.empty_like, tuple(answer)))
-            ledger.mark("teacher features", *tree_leaves(answer))
+        if from_teacher:
+            from_teacher = Outputs(*tree_map(torch.empty_like, tuple(from_teacher)))
+            ledger.mark("teacher features", *tree_leaves(from_teacher))
         for weight in (weight for weight in student.network.parameters() if weight.requires_grad):
             if training.accumulation_steps > 1:
                 weight.grad = torch.zeros_like(weight)
                 ledger.mark("gradients", weight.grad)
             weight.register_post_accumulate_grad_hook(lambda weight: ledger.mark("gradients", weight.grad))
         with ledger.keeping():
-            loss = student_loss(student, layers, inputs, training, features, answer)
-        del answer
+            loss = student_loss(student, layers, inputs, training, features, from_teacher)
+        del from_teacher
         loss.backward()
         return ledger.most

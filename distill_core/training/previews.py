@@ -49,18 +49,18 @@ class Previews:
         guidance. write: False for a process that only takes part because the student is sharded.
         """
         if self._by_teacher is None:
-            self._by_teacher = self._pictures(teacher, self.guidance if baked == 1 else baked)
+            self._by_teacher = self._images(teacher, self.guidance if baked == 1 else baked)
         path = folder / f"{step:08d}.png"
         rows = {
             "teacher": self._by_teacher,
-            f"student, step {step}": self._pictures(student, self.guidance if baked == 1 else 1.0),
+            f"student, step {step}": self._images(student, self.guidance if baked == 1 else 1.0),
         }
         if write:
             with atomic(path, overwrite=True) as made:
                 image_rows(rows).save(made, format="png")
             self.latest = path
 
-    def _pictures(self, denoiser: Denoiser, guidance: float) -> Tensor:
+    def _images(self, denoiser: Denoiser, guidance: float) -> Tensor:
         noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))
         height, width = (8 * side for side in self.latent_shape[1:])
         context, label, null = conditions(self.captions, self.null, (height, width))

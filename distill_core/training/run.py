@@ -254,12 +254,12 @@ class Run:
                 f"the folder of run {self.folder.name!r} was deleted or moved while it trained; move it back, or start "
                 "again from step 0"
             )
-        inside, told = own(self.folder / "checkpoints"), json.dumps(self._started())
+        inside, started = own(self.folder / "checkpoints"), json.dumps(self._started())
         try:
             with atomic(inside / f"{state.step:08d}", overwrite=True) as folder:
                 folder.mkdir()
                 trained.write(folder / trained.file_name, state.weights, self._about(state.step))
-                write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest), _SETTINGS: told})
+                write_tensors(folder / TRAINING, state.tensors, {"distill.training": json.dumps(state.rest), _SETTINGS: started})
                 write_checksums(folder)
         except WriteError as error:
             raise WriteError(error.path, error.reason, f"the run keeps step {self.step}") from error

@@ -1,8 +1,8 @@
 """The one package that knows both ComfyUI (MODEL, CLIP, VAE, LATENT, CONDITIONING) and distill_core."""
 
 from .build import demo_teacher, load_student, make_student, prune_model
-from .compare import Drawing, compare_models, picture_features, text_features
-from .data import calibration, dataset, make_data, previews, told_captions
+from .compare import Drawing, compare_models, image_features, text_features
+from .data import calibration, dataset, encoded_captions, make_data, previews
 from .demo import DigitsVAE, demo_clip, demo_data
 from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
@@ -69,7 +69,7 @@ __all__ = [
     "newest_step",
     "opened_base",
     "output_path",
-    "picture_features",
+    "image_features",
     "pixels_of",
     "previews",
     "prune_model",
@@ -89,7 +89,7 @@ __all__ = [
     "text_features",
     "times_lost",
     "to_image",
-    "told_captions",
+    "encoded_captions",
     "trainable",
     "vae_and_text_encoders",
     "with_gradients",

@@ -96,9 +96,9 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     seconds = in_rounds([artist.draw for artist in artists], drawing.num_seeds)
     first, *_ = artists
     examples = torch.cat(first.latents)[:NUM_EXAMPLES]
-    reference, measured = first.answers(examples, first.model), []
+    reference, measured = first.predictions(examples, first.model), []
     for artist, of_a_step in zip(artists, seconds, strict=True):
-        answers = reference if artist is first else artist.answers(examples, first.model)
+        predictions = reference if artist is first else artist.predictions(examples, first.model)
         measured.append(
             Measured(
                 name=artist.name,
@@ -108,13 +108,13 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
                 ms_per_step=1000 * of_a_step,
                 peak_bytes=artist.peak_bytes,
                 distances=None
-                if answers is None or reference is None
-                else tuple((ours - theirs).square().mean().item() for ours, theirs in zip(answers, reference, strict=True)),
+                if predictions is None or reference is None
+                else tuple((ours - theirs).square().mean().item() for ours, theirs in zip(predictions, reference, strict=True)),
             )
         )
-    pictures = {artist.name: artist.pictures() for artist in artists}
+    images = {artist.name: artist.images() for artist in artists}
     return Comparison(
-        models=tuple(measured), settings=_settings(artists, pictures[first.name]), pictures=pictures, seeds=drawing.places
+        models=tuple(measured), settings=_settings(artists, images[first.name]), images=images, seeds=drawing.places
     )
 
 
@@ -130,18 +130,18 @@ def _check(models: Mapping[str, ModelPatcher]) -> None:
             raise ValueError(f"{name} does not go with {first}: their latents differ ({names}); compare models of one family")
 
 
-def _settings(artists: Sequence[Artist], pictures: Tensor) -> dict[str, str]:
+def _settings(artists: Sequence[Artist], images: Tensor) -> dict[str, str]:
     drawing, device = artists[0].drawing, artists[0].device
     guidance = {artist.name: f"{artist.cfg:g}" for artist in artists}
     precisions = {artist.name: str(artist.model.model_dtype()).removeprefix("torch.") for artist in artists}
     return {
         "device": comfy.model_management.get_torch_device_name(device),
         "precision": _each(precisions),
-        "images": f"{pictures.shape[3]} x {pictures.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
+        "images": f"{images.shape[3]} x {images.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
         "seeds": f"{drawing.seed}" if drawing.num_seeds == 1 else f"{drawing.seeds[0]} to {drawing.seeds[-1]}",
         "sampling": f"{drawing.sampler_name}, {drawing.scheduler}, {drawing.steps} steps",
         "cfg": _each(guidance),
-        "distance": f"{min(NUM_EXAMPLES, len(pictures))} images by {artists[0].name} with added noise, in {NUM_BINS} bins of "
+        "distance": f"{min(NUM_EXAMPLES, len(images))} images by {artists[0].name} with added noise, in {NUM_BINS} bins of "
         "timesteps",
     }
 
@@ -229,7 +229,7 @@ class Artist:
         self.progress.add(begun + drawing.steps - self.progress.done)  # some samplers report another number of steps
         return (spent - aside) / drawing.steps
 
-    def pictures(self) -> Tensor:
+    def images(self) -> Tensor:
         """The sampled images, (N, 3, H, W) in [-1, 1], float16."""
         made = []
         for latents in self.latents:
@@ -268,7 +268,7 @@ class Artist:
             seed=seed,
         )
 
-    def answers(self, latents: Tensor, first: ModelPatcher) -> list[Tensor] | None:
+    def predictions(self, latents: Tensor, first: ModelPatcher) -> list[Tensor] | None:
         """The predicted noise, or a flow's velocity, in the middle of each bin of timesteps, the least noisy first.
 
         None if this model and the first one use incompatible noise schedules.
@@ -282,7 +282,7 @@ class Artist:
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.drawing.seed))
         size = len(self.drawing.latent["samples"])
         parts = [self._answers(*part, sigmas) for part in zip(latents.split(size), noise.split(size), strict=True)]
-        return [torch.cat(answers) for answers in zip(*parts, strict=True)]
+        return [torch.cat(predictions) for predictions in zip(*parts, strict=True)]
 
     def _answers(self, latents: Tensor, noise: Tensor, sigmas: list[float]) -> list[Tensor]:
         """The predictions at each noise level."""
@@ -357,12 +357,12 @@ class _Networks:
 # --- evaluation of images -------------------------------------------------------------------------------------------
 
 
-def picture_features(
-    clip_vision: comfy.clip_vision.ClipVisionModel, pictures: Tensor, on_batch: Callable[[int], Any] = lambda count: None
+def image_features(
+    clip_vision: comfy.clip_vision.ClipVisionModel, images: Tensor, on_batch: Callable[[int], Any] = lambda count: None
 ) -> Tensor:
     """Embeddings (N, D) of images (N, 3, H, W). ``on_batch`` receives the size of each finished batch."""
     found = []
-    for part in pictures.split(CLIP_BATCH):
+    for part in images.split(CLIP_BATCH):
         throw_if_cancelled()
         found.append(clip_vision.encode_image(to_images(part))["image_embeds"].float().cpu())
         on_batch(len(part))

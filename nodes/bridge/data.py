@@ -45,9 +45,9 @@ def dataset(latents: list[dict], positive: list, null_caption: list | None, mode
     return LatentDataset(buckets, null and Caption(null.context.clone(), null.pooled), timesteps)
 
 
-def told_captions(positive: list, null_caption: list, model: Model) -> tuple[list[Caption], Caption]:
+def encoded_captions(positive: list, null_caption: list, model: Model) -> tuple[list[Caption], Caption]:
     """Captions, and the empty caption or negative prompt, at one token length; ``ValueError`` if they do not fit the model."""
-    *captions, null = (Caption(told.context, told.pooled) for told in _captions([*positive, *null_caption], model))
+    *captions, null = (Caption(caption.context, caption.pooled) for caption in _captions([*positive, *null_caption], model))
     return captions, null
 
 
@@ -105,7 +105,7 @@ def _reads(model: Model) -> _Reads:
     return _Reads(architecture.channels("conv_in")[0], architecture.context_width, bool(architecture.label_width))
 
 
-class _Told(NamedTuple):
+class _Encoded(NamedTuple):
     """One caption with everything its conditioning holds."""
 
     context: Tensor
@@ -120,22 +120,22 @@ class _Told(NamedTuple):
         return [height, width, options.get("crop_h", 0), options.get("crop_w", 0), *target]
 
 
-def _captions(conditioning: list, model: Model) -> list[_Told]:
+def _captions(conditioning: list, model: Model) -> list[_Encoded]:
     """Captions of all conditioning, at one length: repeating a context does not change the prediction."""
     reads = _reads(model)
-    told = _told(conditioning, reads)
-    if reads.context_width is None and len({caption.context.shape for caption in told}) > 1:
+    encoded = _encoded(conditioning, reads)
+    if reads.context_width is None and len({caption.context.shape for caption in encoded}) > 1:
         raise ValueError(
             "the captions are encoded to different lengths, which this family of models cannot batch; shorten the longest, or "
             "give captions with equally many tokens"
         )
-    length = math.lcm(*{len(caption.context) for caption in told})
-    return [caption._replace(context=tile(caption.context, length)) for caption in told]
+    length = math.lcm(*{len(caption.context) for caption in encoded})
+    return [caption._replace(context=tile(caption.context, length)) for caption in encoded]
 
 
-def _told(conditioning: list, reads: _Reads) -> list[_Told]:
+def _encoded(conditioning: list, reads: _Reads) -> list[_Encoded]:
     """Captions of all conditioning; ``ValueError`` if they do not fit what the model reads."""
-    told = []
+    encoded = []
     for embedding, options in (entry for one in conditioning for entry in one):
         if reads.context_width not in (None, embedding.shape[-1]):
             raise ValueError(
@@ -146,13 +146,13 @@ def _told(conditioning: list, reads: _Reads) -> list[_Told]:
         if reads.labelled and pooled is None:
             raise ValueError("the captions' conditioning has no pooled output; encode the captions with the model's own CLIP")
         for i, context in enumerate(embedding.float().cpu()):
-            told.append(_Told(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
-    if len({caption.pooled is None for caption in told}) > 1:
+            encoded.append(_Encoded(context, None if pooled is None else pooled[min(i, len(pooled) - 1)].float().cpu(), options))
+    if len({caption.pooled is None for caption in encoded}) > 1:
         raise ValueError("some captions have a pooled output and some not; encode all of them with the model's own CLIP")
-    return told
+    return encoded
 
 
-def _buckets(latents: list[dict], captions: list[_Told], model: Model) -> list[Bucket]:
+def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> list[Bucket]:
     """Latents by size, with their captions; ``ValueError`` if they do not fit the model."""
     wanted = _reads(model).channels
     for samples in (entry["samples"] for entry in latents):
@@ -170,12 +170,12 @@ def _buckets(latents: list[dict], captions: list[_Told], model: Model) -> list[B
         raise ValueError(
             f"there are {num_latents} latents but {len(captions)} captions; give one caption for each, or one for all"
         )
-    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Told]]] = {}
-    told = iter(captions if len(captions) > 1 else captions * num_latents)
+    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Encoded]]] = {}
+    encoded = iter(captions if len(captions) > 1 else captions * num_latents)
     for entry in latents:
         samples = model.patcher.model.process_latent_in(entry["samples"].float().cpu())
         states, scales = (entry.get(name, [None] * len(samples)) for name in (STATES, SCALES))
-        for example in zip(samples, states, scales, told, strict=False):
+        for example in zip(samples, states, scales, encoded, strict=False):
             by_size.setdefault(tuple(samples.shape[2:]), []).append(example)
     return [
         _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1) for (height, width), examples in by_size.items()
@@ -183,7 +183,7 @@ def _buckets(latents: list[dict], captions: list[_Told], model: Model) -> list[B
 
 
 def _bucket(
-    examples: list[tuple[Tensor, Tensor | None, Tensor | None, _Told]], height: int, width: int, one_for_all: bool
+    examples: list[tuple[Tensor, Tensor | None, Tensor | None, _Encoded]], height: int, width: int, one_for_all: bool
 ) -> Bucket:
     latents, states, scales, captions = zip(*examples, strict=True)
     sizes = [caption.sizes(height, width) for caption in captions]
@@ -211,7 +211,7 @@ class ClipEncoders:
 
     def captions(self, captions: list[str]) -> list[Caption]:
         encoded = [self._clip.encode_from_tokens_scheduled(self._clip.tokenize(caption)) for caption in captions]
-        return [Caption(told.context, told.pooled) for told in _told(encoded, self._reads)]
+        return [Caption(caption.context, caption.pooled) for caption in _encoded(encoded, self._reads)]
 
 
 def make_data(

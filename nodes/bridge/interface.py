@@ -152,7 +152,7 @@ def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> No
     """Send the progress of a training to the charts of all open pages; sample: its newest sample image."""
     from server import PromptServer
 
-    message = message | {"node": node_id, "sample": _picture(sample)}
+    message = message | {"node": node_id, "sample": _image_view(sample)}
     PromptServer.instance.send_sync("distill.progress", message)
 
 
@@ -173,7 +173,7 @@ def serve_runs() -> None:
             raise web.HTTPNotFound from None
         try:
             history = await asyncio.to_thread(live.history, folder)
-            message = history and history | {"sample": _picture(live.newest_sample(folder))}
+            message = history and history | {"sample": _image_view(live.newest_sample(folder))}
         except (OSError, ValueError) as error:  # the folder vanished, or is not readable
             log.warning("run %s cannot be shown: %s", folder.name, error)
             message = None
@@ -182,25 +182,25 @@ def serve_runs() -> None:
         return web.json_response(message, headers={"Cache-Control": "no-store"})
 
 
-def _picture(path: Path | None) -> dict[str, Any] | None:
+def _image_view(path: Path | None) -> dict[str, Any] | None:
     """The parameters of ComfyUI's ``/view`` for an image in the output folder; ``version`` changes with its content."""
     if path is None:
         return None
     place = path.relative_to(folder_paths.get_output_directory())
-    picture = {"filename": place.name, "subfolder": place.parent.as_posix(), "type": "output"}
-    return picture | {"version": path.stat().st_mtime_ns // 1_000_000}
+    image = {"filename": place.name, "subfolder": place.parent.as_posix(), "type": "output"}
+    return image | {"version": path.stat().st_mtime_ns // 1_000_000}
 
 
-def to_image(picture) -> Tensor:
+def to_image(image) -> Tensor:
     """A PIL image as an IMAGE (1, H, W, 3) in [0, 1]."""
     import numpy as np
 
-    return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
+    return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255
 
 
-def to_images(pictures: Tensor) -> Tensor:
+def to_images(images: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] as an IMAGE."""
-    return (pictures.float().movedim(1, -1) + 1).clamp(0, 2) / 2
+    return (images.float().movedim(1, -1) + 1).clamp(0, 2) / 2
 
 
 def pixels_of(image: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ class ModelDenoiser(Denoiser):
         """The conditions that the model family makes from captions."""
         if self.architecture is not None and label is not None:  # SDXL: each example has its own sizes
             return {"c_crossattn": context, "y": label.vector()}
-        told = {"cross_attn": context, "noise": x_t, "device": x_t.device}
+        given = {"cross_attn": context, "noise": x_t, "device": x_t.device}
         if label is not None:
-            told["pooled_output"] = label.pooled
+            given["pooled_output"] = label.pooled
         try:
-            conditions = self.shell.extra_conds(**told)
+            conditions = self.shell.extra_conds(**given)
         except KeyError as error:
             raise ValueError(f"the captions lack {error}, which this model reads; encode them with its own CLIP") from None
         return {name: cond.process_cond(batch_size=len(x_t)).cond for name, cond in conditions.items()}

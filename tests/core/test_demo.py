@@ -25,7 +25,7 @@ def test_latents_have_the_shape_and_scale_of_stable_diffusions():
     torch.testing.assert_close(digits.decode(latents), pictures)
 
 
-def test_the_autoencoder_inverts_on_screen_sized_pictures():
+def test_the_autoencoder_inverts_on_screen_sized_images():
     pictures, _ = digits.load_digits()
     latents, autoencoder = digits.encode(pictures[:8]), digits.DigitsAutoencoder()
     rgb = autoencoder.decode(latents)

@@ -63,13 +63,13 @@ def demo(out):
     (drawn,) = nodes.common_ksampler(student, 4, 3, 2.0, "euler", "normal", **sampling)
     told = comparison.facts() | {
         "untouched": before == after,
-        "of KSampler": (bridge.pixels_of(drawing.vae.decode(drawn["samples"])) - comparison.pictures["student"][2:].float())
+        "of KSampler": (bridge.pixels_of(drawing.vae.decode(drawn["samples"])) - comparison.images["student"][2:].float())
         .abs()
         .max()
         .item(),
-        "itself": torch.equal(comparison.pictures["teacher"], comparison.pictures["again"]),
+        "itself": torch.equal(comparison.images["teacher"], comparison.images["again"]),
         "seeds": list(comparison.seeds),
-        "shape": list(comparison.pictures["teacher"].shape),
+        "shape": list(comparison.images["teacher"].shape),
     }
     Path(out).write_text(json.dumps(told))
 
@@ -122,7 +122,7 @@ def judging(out):
         weight.copy_(0.2 * torch.randn(weight.shape))
     random = torch.Generator().manual_seed(0)
     pictures = torch.rand(40, 3, 48, 48, generator=random) * 2 - 1
-    comparison = types.SimpleNamespace(pictures={"teacher": pictures, "same": pictures, "dark": pictures * 0.2 - 0.8})
+    comparison = types.SimpleNamespace(images={"teacher": pictures, "same": pictures, "dark": pictures * 0.2 - 0.8})
     told, told_by = {}, compare._judged(comparison, vision, None, None, "", "1")
     told["teacher's"] = [one.__dict__ for one in told_by[0]]
     real = comparing.to_images(pictures.flip(0))

@@ -70,7 +70,7 @@ def test_distances_are_zero_to_itself_and_a_known_shift_squared(told):
     assert min(model(told, "student")["distances"]) > 1e-4 and model(told, "routed")["mean_distance"] > 0
 
 
-def test_pictures_are_those_of_ksampler_and_models_stay(told):
+def test_images_are_those_of_ksampler_and_models_stay(told):
     assert told["untouched"] and told["of KSampler"] < 2e-3  # kept in 16 bits
     assert told["seeds"] == ["seed 3 #1", "seed 3 #2", "seed 4 #1", "seed 4 #2"] and told["shape"] == [4, 3, 64, 64]
     assert told["settings"]["cfg"].endswith("routed: 1") and told["settings"]["seeds"] == "3 to 4"
@@ -82,7 +82,7 @@ def test_models_that_share_no_latents_are_refused(found):
     assert video.startswith("video (BaseModel) is not an image model")
 
 
-def test_pictures_are_judged_by_the_clip_models_there_are(found):
+def test_images_are_judged_by_the_clip_models_there_are(found):
     pytest.importorskip("torchmetrics")
     told = found("comparing.judging")
     teacher, same, dark = told["teacher's"]

@@ -88,7 +88,7 @@ def test_the_model_with_the_lora_draws_otherwise_and_the_model_itself_stays(plai
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_stock_save_and_load_lora_give_the_same_pictures(dora, server):
+def test_stock_save_and_load_lora_give_the_same_images(dora, server):
     stock = {
         "class_type": "LoraModelLoader",
         "inputs": {"model": ["teacher", 0], "lora": ["bake", 0], "strength_model": 1.0, "bypass": False},

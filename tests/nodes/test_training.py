@@ -82,7 +82,7 @@ def test_weights_are_trained_in_half_precision(precision, server):
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
 
 
-def test_sample_pictures_are_drawn_while_it_trains(server):
+def test_sample_images_are_drawn_while_it_trains(server):
     import numpy as np
     from PIL import Image
 

@@ -25,10 +25,10 @@ class Counting(DigitsEncoders):
 
     def __init__(self):
         super().__init__()
-        self.num_pictures, self.texts = 0, []
+        self.num_images, self.texts = 0, []
 
     def latents(self, pixels):
-        self.num_pictures += len(pixels)
+        self.num_images += len(pixels)
         return super().latents(pixels)
 
     def captions(self, captions):
@@ -132,8 +132,8 @@ def test_encoding_twice_is_encoding_once(pictures, tmp_path, small_shards):
     dataset = encoded(pictures, first, tmp_path / "cache", on_item=lambda *item: done.append(item))
     before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "cache")}
     other = encoded(pictures, again, tmp_path / "cache", verify=True)
-    assert first.num_pictures == 9 and sorted(first.texts) == ["", *(f"the digit {i}" for i in range(5))]
-    assert again.num_pictures == 0 and again.texts == []
+    assert first.num_images == 9 and sorted(first.texts) == ["", *(f"the digit {i}" for i in range(5))]
+    assert again.num_images == 0 and again.texts == []
     assert same(dataset, other) and same(dataset, CachedDataset.open(tmp_path / "cache"))
     assert dataset.fingerprint == other.fingerprint and done == [(i + 1, 9) for i in range(9)]
     assert before == {path: path.stat().st_mtime_ns for path in shards(tmp_path / "cache")}
@@ -159,7 +159,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(after, pictures, tmp_path,
     with pytest.raises(ValueError, match="holds no finished cache"):
         CachedDataset.open(tmp_path / "cache")
     dataset = encoded(pictures, encoders, tmp_path / "cache")
-    assert encoders.num_pictures == 9 and len(encoders.texts) == 6
+    assert encoders.num_images == 9 and len(encoders.texts) == 6
     whole = encoded(pictures, DigitsEncoders(), tmp_path / "whole")
     assert same(dataset, whole) and dataset.fingerprint == whole.fingerprint
 
@@ -171,27 +171,27 @@ def test_only_what_is_new_is_encoded(pictures, tmp_path):
     add_picture(pictures / "9.png", 9, (70, 70), "the digit 0")
     encoders = Counting()
     dataset = encoded(pictures, encoders, to)
-    assert encoders.num_pictures == 2 and encoders.texts == ["a three"]
+    assert encoders.num_images == 2 and encoders.texts == ["a three"]
     assert sum(dataset.bucket_sizes) == 10 and dataset.fingerprint != first.fingerprint
     assert same(dataset, encoded(pictures, DigitsEncoders(), tmp_path / "fresh"))
     encoded(pictures, encoders, to, flip=True)
-    assert encoders.num_pictures == 12  # the mirrored ones
+    assert encoders.num_images == 12  # the mirrored ones
     encode(folder(pictures), encoders, [(64, 64)], to)
-    assert encoders.num_pictures == 18  # those of other shapes
+    assert encoders.num_images == 18  # those of other shapes
     assert encoders.texts == ["a three"]
 
 
 def test_each_precision_and_each_encoder_has_its_own_entries(pictures, tmp_path):
     encoders = Counting()
     half, single = (encoded(pictures, encoders, tmp_path / "cache", dtype=dtype) for dtype in ("fp16", "fp32"))
-    assert encoders.num_pictures == 18 and half.fingerprint != single.fingerprint
+    assert encoders.num_images == 18 and half.fingerprint != single.fingerprint
     assert {part.dtype for part in everything(single)} == {torch.float32}
     encoders.fingerprint = "another"
     assert encoded(pictures, encoders, tmp_path / "cache").fingerprint not in (half.fingerprint, single.fingerprint)
-    assert encoders.num_pictures == 27
+    assert encoders.num_images == 27
 
 
-def test_mirrored_pictures_are_mirrored(pictures, tmp_path):
+def test_mirrored_images_are_mirrored(pictures, tmp_path):
     dataset = encoded(pictures, DigitsEncoders(), tmp_path / "cache", flip=True, dtype="fp32")
     assert dataset.bucket_sizes == [6, 6, 6]
     decoded = DigitsEncoders().decode(dataset.read(0, torch.arange(6)).latents)
@@ -259,7 +259,7 @@ def test_damage_is_found_and_rebuilt_to_the_bit(damage, number, pictures, tmp_pa
     damage(damaged)
     dataset = encoded(pictures, encoders, to, verify=True)
     assert all(torch.equal(a, b) for a, b in zip(everything(dataset), whole, strict=True))
-    assert encoders.num_pictures + len(encoders.texts) == num_entries
+    assert encoders.num_images + len(encoders.texts) == num_entries
     assert len(caplog.records) == (damage is not delete) and "Traceback" not in caplog.text
 
 
@@ -454,10 +454,10 @@ def test_a_damaged_picture_stops_encoding_and_what_was_encoded_stays(pictures, t
     with pytest.raises(ValueError, match="8.png cannot be read as an image"):
         encoded(pictures, encoders, tmp_path / "cache")
     (pictures / "8.png").unlink()
-    assert sum(encoded(pictures, encoders, tmp_path / "cache").bucket_sizes) == 8 == encoders.num_pictures
+    assert sum(encoded(pictures, encoders, tmp_path / "cache").bucket_sizes) == 8 == encoders.num_images
 
 
-def test_enlarged_pictures_are_told(pictures, tmp_path, caplog):
+def test_enlarged_images_are_told(pictures, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "distill"):
         encode(folder(pictures), DigitsEncoders(), [(72, 72)], tmp_path / "cache", flip=True)
     assert "9 of 9 images are smaller" in caplog.text

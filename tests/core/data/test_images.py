@@ -149,7 +149,7 @@ TURNED = [(0, 0), (39, 0), (39, 19), (0, 19), (0, 0), (19, 0), (19, 39), (0, 39)
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation,corner", list(enumerate(TURNED, 1)))
-def test_pictures_are_turned_upright(format, orientation, corner):
+def test_images_are_turned_upright(format, orientation, corner):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 12, 8))
     exif = Image.Exif()
@@ -165,7 +165,7 @@ def test_sixteen_bits_of_grey_keep_their_shades():
     assert picture(Image.new("I;16", (2, 2), 257 * 100)).open().getpixel((0, 0)) == (100, 100, 100)
 
 
-def test_the_content_tells_pictures_apart(tmp_path):
+def test_the_content_tells_images_apart(tmp_path):
     red, blue = picture(Image.new("RGB", (4, 4), "red")), picture(Image.new("RGB", (4, 4), "blue"))
     assert red.content() == red.content() != blue.content()
 
@@ -232,7 +232,7 @@ def test_of_an_animation_the_first_picture_is_taken():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names, and links only for administrators")
-def test_links_to_files_are_pictures_and_captions_as_files_are(tmp_path):
+def test_links_to_files_are_images_and_captions_as_files_are(tmp_path):
     """A data set is commonly a folder of links into a store."""
     save(tmp_path / "store" / "x.png")
     (tmp_path / "store" / "x.txt").write_text("a cat")
@@ -338,7 +338,7 @@ def test_captions_that_cannot_be_read_are_one_sentence(name, data, said, tmp_pat
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no images; add files that end in \.bmp"):
         folder(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):

@@ -126,7 +126,7 @@ def test_prompts_of_different_lengths_are_drawn_together(tmp_path, small_teacher
     torch.testing.assert_close(together[name], alone[name], rtol=2e-3, atol=2e-3)
 
 
-def test_several_pictures_of_a_prompt_differ(tmp_path, small_teacher):
+def test_several_images_of_a_prompt_differ(tmp_path, small_teacher):
     dataset = make(
         tmp_path / "c", small_teacher, prompts=["one", "two"], making=Making(size=(64, 64), num_steps=2, num_per_prompt=3)
     )
@@ -234,7 +234,7 @@ def test_a_state_is_trained_at_the_scale_it_was_drawn_with(tmp_path, small_teach
             assert scale == examples.scale[number]
 
 
-def test_one_scale_makes_the_pictures_it_made_before_and_tells_the_scale(tmp_path, small_teacher):
+def test_one_scale_makes_the_images_it_made_before_and_tells_the_scale(tmp_path, small_teacher):
     states = replace(MAKING, num_states=2)
     made = make(tmp_path / "c", small_teacher, making=states)
     assert made.scales == (2.0, 2.0) and everything(made).scale.tolist() == [2.0] * 3
@@ -263,7 +263,7 @@ def test_scales_that_are_none_are_refused(scales, tmp_path, small_teacher):
         CachedDataset.open(tmp_path / "c")
 
 
-def test_pictures_are_told_before_they_are_counted(tmp_path):
+def test_images_are_told_before_they_are_counted(tmp_path):
     """Neither time nor memory goes by how many there are to be."""
 
     class Stop(BaseException):
@@ -279,7 +279,7 @@ def test_pictures_are_told_before_they_are_counted(tmp_path):
     assert time.process_time() - began < 2
 
 
-def test_more_pictures_than_there_is_room_for_are_refused(tmp_path, small_teacher, monkeypatch):
+def test_more_images_than_there_is_room_for_are_refused(tmp_path, small_teacher, monkeypatch):
     def load():
         raise AssertionError("too late")
 

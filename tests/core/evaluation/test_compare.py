@@ -133,7 +133,7 @@ def test_tables_line_up():
     ]
 
 
-def test_pictures_keep_their_pixels_and_their_places():
+def test_images_keep_their_pixels_and_their_places():
     rows = {"teacher": torch.full((2, 3, 200, 200), 1.0), "student": torch.full((2, 3, 200, 200), -1.0)}
     sheet = image_rows(rows, ["seed 0", "seed 1"])
     assert sheet.width >= 400 and sheet.height >= 400
@@ -149,7 +149,7 @@ def drawn():
         for name, number, distances in (("<b>teacher</b>", 10, (0.0, 0.0)), ("it's & \"more\"", 5, None))
     ]  # fmt: skip
     pictures = {model.name: torch.zeros(2, 3, 16, 16) for model in measured}
-    return Comparison(models=tuple(measured), settings={"<i>": "</ul>"}, pictures=pictures, seeds=["<s>0</s>", "1"])
+    return Comparison(models=tuple(measured), settings={"<i>": "</ul>"}, images=pictures, seeds=["<s>0</s>", "1"])
 
 
 def test_a_report_is_one_file_whose_texts_are_escaped(drawn, tmp_path):
@@ -230,7 +230,7 @@ def test_the_command_prints_a_table_and_draws_a_picture(compared, tmp_path, caps
     assert main(["compare", *compared, *QUICK, "--out", str(out), "--overwrite", "--names", "big, little", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [model["name"] for model in facts["models"]] == ["big", "little"] and len(facts["models"][1]["distances"]) == NUM_BINS
-    assert facts["settings"]["device"] and facts["picture"] == str(out)
+    assert facts["settings"]["device"] and facts["image"] == str(out)
 
 
 @pytest.mark.parametrize(

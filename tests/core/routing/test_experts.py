@@ -221,7 +221,7 @@ def test_one_file_of_many_ranges_is_loaded_once(files, tmp_path, monkeypatch):
     first = asdict(experts.members[0])
     change(experts.folder, lambda manifest: manifest["experts"].__setitem__(3, first))
     routed = router.ExpertDenoiser.open(Experts.read(experts.folder))
-    networks = [routed.student(number).network for number in range(4)]
+    networks = [routed.expert(number).network for number in range(4)]
     assert len(opened) == 2 and networks[0] is networks[2] is networks[3] is not networks[1]
 
 

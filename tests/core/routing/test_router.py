@@ -172,5 +172,5 @@ def test_a_shared_base_answers_as_networks_with_each_lora_alone(small_teacher, t
                 expected = alone[number](x[places], t[places], context[places])
                 torch.testing.assert_close(answer[places], expected, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(expected, base(x[places], t[places], context[places]), atol=1e-2)
-    networks = {id(routed.student(number).network) for number in range(3)}
-    assert len(networks) == 1 and not any(p.requires_grad for p in routed.student(0).network.parameters())
+    networks = {id(routed.expert(number).network) for number in range(3)}
+    assert len(networks) == 1 and not any(p.requires_grad for p in routed.expert(0).network.parameters())
