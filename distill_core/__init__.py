@@ -12,7 +12,7 @@ training    losses, the training loop, runs on disk, the memory they need
 evaluation  what models cost, how close they are, charts and reports
 routing     experts, each for a range of timesteps
 
-`recipe` reads a whole training from a file, `cli` is the command ``distill``, `quickstart` tells the whole story on `demo`.
+`recipe` reads a whole training from a file, `preparation` opens its models and data, `cli` is the command ``distill``, `quickstart` tells the whole story on `demo`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from .networks.architecture import Architecture
     from .networks.build import load_unet
     from .networks.files import open_unet, save_unet
+    from .preparation import prepare
     from .pruning.plan import PruningPlan, preset, preset_names
     from .pruning.plan_text import read_plan
     from .pruning.prune import prune, prune_file
-    from .recipe import Prepared, Recipe
+    from .recipe import Recipe
     from .routing.expert_unet import ExpertUNet
     from .routing.experts import Experts
     from .training.loop import distill
@@ -45,7 +46,6 @@ _HOME = {
     "ExpertUNet": "routing.expert_unet",
     "Experts": "routing.experts",
     "LatentDataset": "data.dataset",
-    "Prepared": "recipe",
     "PruningPlan": "pruning.plan",
     "Recipe": "recipe",
     "Run": "training.run",
@@ -53,6 +53,7 @@ _HOME = {
     "distill": "training.loop",
     "load_unet": "networks.build",
     "open_unet": "networks.files",
+    "prepare": "preparation",
     "preset": "pruning.plan",
     "preset_names": "pruning.plan",
     "prune": "pruning.prune",
@@ -69,7 +70,6 @@ __all__ = [
     "ExpertUNet",
     "Experts",
     "LatentDataset",
-    "Prepared",
     "PruningPlan",
     "Recipe",
     "Run",
@@ -77,6 +77,7 @@ __all__ = [
     "distill",
     "load_unet",
     "open_unet",
+    "prepare",
     "preset",
     "preset_names",
     "prune",

@@ -108,7 +108,8 @@ def recipes(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .recipe import Prepared, Recipe
+    from .preparation import prepare
+    from .recipe import Recipe
     from .routing.one_to_many import has_begun
     from .training.checkpoints import checkpoints_in
     from .training.loop import Progress
@@ -127,12 +128,12 @@ def train(arguments: argparse.Namespace) -> None:
                 bars[what] = stack.enter_context(tqdm(total=total, desc=what, file=sys.stderr, disable=quiet, leave=False))
             bars[what].update(done - bars[what].n)
 
-        prepared = Prepared(recipe, processes, on_item)
+        prepared = prepare(recipe, processes, on_item)
     run = prepared.run
     if processes.main and not arguments.json:
         print(prepared.describe())
         if not run.complete:
-            print(prepared.describe_memory(free_bytes(prepared.device)))
+            print(prepared.describe_memory(free_bytes(prepared.models.device)))
     with tqdm(total=run.total_steps, initial=run.step, desc="training", file=sys.stderr, disable=quiet) as bar:
 
         def on_step(progress: Progress) -> None:

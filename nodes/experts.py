@@ -161,13 +161,13 @@ def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str) -> 
 
 
 def _words(training: OneToMany, stage: str) -> str:
-    """What is being trained, for display: ``range 2, timesteps 667 to 999``."""
+    """What is being trained, for display: ``range 0, timesteps 999 to 667``."""
     if not stage.startswith("range_"):
         return "all timesteps"
     number = int(stage.removeprefix("range_"))
     assert training.ranges is not None  # measured by now
     held = training.ranges.timesteps(number)
-    return f"range {number}, timesteps {held[0]} to {held[-1]}"
+    return f"range {number}, timesteps {held[-1]} to {held[0]}"
 
 
 def _routed(training: OneToMany, student: bridge.Model):

@@ -235,7 +235,7 @@ class OneToMany:
         begins = f"a student distilled for {self.joint_steps:,} steps" if self.joint_steps else "the pruned teacher"
         kept = f"LoRAs of rank {self.training.lora_rank} on one base" if self.training.lora_rank else "all weights"
         ranges = self.ranges.describe(self.schedule) if self.ranges else "boundaries will be measured"
-        return f"experts  {len(self)}, {kept}, started from {begins}\n{ranges}"
+        return f"experts   {len(self)}, {kept}, started from {begins}\n{ranges}"
 
     def describe_state(self) -> str:
         """The step reached, and the path of the result or the unfinished stages."""

@@ -16,8 +16,9 @@ import torch
 from distill_core.cli import main
 from distill_core.data.images import sizes
 from distill_core.networks.files import open_unet
+from distill_core.preparation import Data, prepare
 from distill_core.pruning.plan import plan_in, preset
-from distill_core.recipe import Prepared, Recipe, TeacherSettings, example, example_names
+from distill_core.recipe import Recipe, TeacherSettings, example, example_names
 from distill_core.routing.experts import Experts
 from distill_core.training.checkpoints import checkpoints_in
 from distill_core.training.processes import ALONE, Processes
@@ -52,7 +53,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     (folder / "prompts.txt").write_text("the digit one\nthe digit two\nthe digit three\n\nthe digit four\n")
     (folder / "job.toml").write_text(JOB)
-    Prepared(Recipe.read(folder / "job.toml"), ALONE)
+    prepare(Recipe.read(folder / "job.toml"))
     return folder
 
 
@@ -99,7 +100,7 @@ def test_the_memory_of_a_step_is_told_before_the_first(folder, capsys):
 
 
 def test_where_memory_is_short_it_says_what_helps(folder):
-    prepared = Prepared(Recipe.read(write(folder, ('file = "demo"', 'file = "demo"\noffload = true'))), ALONE)
+    prepared = prepare(Recipe.read(write(folder, ('file = "demo"', 'file = "demo"\noffload = true'))))
     told = prepared.describe_memory(None)
     assert prepared.describe_memory(1 << 40) == told and "offloaded" not in told
     table, advice = prepared.describe_memory(30 << 20).split("A step needs about ")
@@ -155,17 +156,17 @@ def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
     training = 'objective = "guidance"\nguidance = 2.0\ncaption_dropout = 0.0\nlora_rank = 4'
     path = write(folder, ("[student]\npreset = \"bk-sdm-base\"\n", ""), ("[training]", f"[training]\n{training}"),
                  ('file = "demo"', 'file = "demo"\ndtype = "bf16"'))  # fmt: skip
-    prepared = Prepared(Recipe.read(path), ALONE)
-    student = prepared.student()
-    teacher = prepared.teachers(student).at(0)
-    assert prepared.shares_base and teacher.network is student.network and student.dtype == torch.bfloat16
+    prepared = prepare(Recipe.read(path))
+    student = prepared.models.student()
+    teacher = prepared.models.teachers(student).at(0)
+    assert prepared.models.shares_base and teacher.network is student.network and student.dtype == torch.bfloat16
     parts = dict(prepared.forecast().parts)
-    assert parts["teacher weights"] == 0 and parts["student weights"] < 2.5 * prepared.architecture.num_parameters
+    assert parts["teacher weights"] == 0 and parts["student weights"] < 2.5 * prepared.models.architecture.num_parameters
     prepared.train(lambda progress: None)
     assert prepared.run.result_file.name == "lora.safetensors"
     changes = ("[training]", f"[training]\n{training}"), ('run = "run"', 'run = "pruned"')
     unshared = Recipe.read(write(folder, *changes))
-    assert not Prepared(unshared, ALONE).shares_base
+    assert not prepare(unshared).models.shares_base
     for joint_steps, shares in ((0, True), (5, False)):
         experts = f"[experts]\ncount = 2\njoint_steps = {joint_steps}\n\n[training]\n{training}"
         several = write(
@@ -174,15 +175,15 @@ def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
             ("[training]", experts),
             ('run = "run"', f'run = "{joint_steps}"'),
         )
-        assert Prepared(Recipe.read(several), ALONE).shares_base == shares
+        assert prepare(Recipe.read(several)).models.shares_base == shares
 
 
 @pytest.mark.parametrize("dtype,stored", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.float8_e4m3fn)])
 def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
-    prepared = Prepared(Recipe.read(write(folder)), ALONE)
-    file = prepared.teacher_files[0]
-    plain = prepared.teacher(TeacherSettings(file="demo"), file)
-    teacher = prepared.teacher(TeacherSettings(file="demo", dtype=dtype), file)
+    prepared = prepare(Recipe.read(write(folder)))
+    file = prepared.models.teacher_files[0]
+    plain = prepared.models.teacher(TeacherSettings(file="demo"), file)
+    teacher = prepared.models.teacher(TeacherSettings(file="demo", dtype=dtype), file)
     convolution = teacher.module("down.0.resnet.0").conv1.weight
     assert convolution.dtype == stored and teacher.dtype == {"fp8": torch.bfloat16}.get(dtype, stored)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.randn(2, 8, 64)
@@ -193,10 +194,10 @@ def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
 
 
 def test_an_offloaded_teacher_lies_in_the_computers_memory(folder):
-    prepared = Prepared(Recipe.read(write(folder)), ALONE)
-    teacher = prepared.teacher(TeacherSettings(file="demo", offload=True), prepared.teacher_files[0])
+    prepared = prepare(Recipe.read(write(folder)))
+    teacher = prepared.models.teacher(TeacherSettings(file="demo", offload=True), prepared.models.teacher_files[0])
     hooks = [m for m in teacher.network.modules() if getattr(m, "_diffusers_hook", None) is not None]
-    assert hooks and {p.device.type for p in teacher.network.parameters()} == {"cpu"} and teacher.device == prepared.device
+    assert hooks and {p.device.type for p in teacher.network.parameters()} == {"cpu"} and teacher.device == prepared.models.device
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_run_that_cannot_be_is_refused_before_data_are_made(run, message, fold
     (folder / "full" / "thing").write_text("")
     if run == "begun":
         assert main(["train", str(write(folder, ('run = "run"', 'run = "begun"'), ("total_steps = 4", "total_steps = 1")))]) == 0
-    monkeypatch.setattr(Prepared, "_dataset", late)
+    monkeypatch.setattr(Data, "dataset", late)
     job = write(folder, ('run = "run"', f'run = "{run}"'), ("learning_rate = 1e-3", "learning_rate = 2e-3"))
     assert main(["train", str(job), "--resume"]) == 2
     assert message in capsys.readouterr().err
@@ -223,7 +224,7 @@ def test_a_range_of_guidance_is_drawn_and_learnt(tmp_path):
     (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
     states = ("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2")
     path = write(tmp_path, states, ('[student]\npreset = "bk-sdm-base"\n', ""), ("[training]", f"[training]\n{training}"))
-    prepared = Prepared(Recipe.read(path), ALONE)
+    prepared = prepare(Recipe.read(path))
     assert prepared.dataset.scales == (1.0, 2.0)
     prepared.train(lambda progress: None)
     assert prepared.run.complete
@@ -260,7 +261,7 @@ def test_images_are_encoded_and_trained_on(folder, tmp_path):
         (tmp_path / "pictures" / f"{number}.txt").write_text(f"the digit {number}")
     job = write(folder, ('prompts = "prompts.txt"', 'images = "pictures"\ncache = "encoded"\nflip = true'))
     assert main(["train", str(job)]) == 0
-    assert Prepared(Recipe.read(job), ALONE).dataset.bucket_sizes == [6]
+    assert prepare(Recipe.read(job)).dataset.bucket_sizes == [6]
 
 
 # --- killed
@@ -459,7 +460,7 @@ def test_it_is_told_before_the_first_step_and_at_the_end(folder, two_experts, ca
     job = write(folder, *STUDENTS, ("count = 2", 'boundaries = "300"'))
     assert main(["train", str(job), "--range", "0"]) == 0
     out = capsys.readouterr()
-    assert "experts  2, all weights, started from a student distilled for 2 steps\n1: timesteps 301 to 999" in out.out
+    assert "experts   2, all weights, started from a student distilled for 2 steps\n0: timesteps 999 to 301" in out.out
     assert "The most memory" in out.out and "step 4 of 6: still to train: range_1" in out.out
     assert main(["train", str(job)]) == 2 and "resume it with --resume" in capsys.readouterr().err
     assert main(["train", str(job), "--resume", "--json"]) == 0
@@ -482,7 +483,7 @@ def test_students_of_plans_of_their_own(folder, capsys):
 
 def test_memory_is_told_for_the_stage_that_needs_the_most(folder):
     lora = ("batch_size = 4", "batch_size = 4\nlora_rank = 2")
-    needed = [Prepared(Recipe.read(write(folder, *changes)), ALONE).describe_memory(None)
+    needed = [prepare(Recipe.read(write(folder, *changes))).describe_memory(None)
               for changes in ([("run = \"run\"", "run = \"one\"")], [*STUDENTS, lora], [*STUDENTS, lora, ("joint_steps = 2", "joint_steps = 0")])]  # fmt: skip
     assert needed[0] == needed[1] != needed[2]
 

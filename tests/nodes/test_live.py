@@ -179,7 +179,7 @@ def test_every_step_is_told_while_it_trains(make, last, server):
     used, total = told[-1]["memory"]
     assert 1 << 20 < used < total
     assert told[-1]["seconds_left"] == 0 and told[-1]["seconds_per_step"] > 0
-    assert told[-1]["stage"] == ("range 2, timesteps 0 to 332" if make is experts else "")
+    assert told[-1]["stage"] == ("range 2, timesteps 332 to 0" if make is experts else "")
     history = asked(server, name)[1]
     told_totals = [value for message in told for value in message["points"]["mean"]["total"]]
     assert history["points"]["mean"]["total"] == told_totals and history["step"] == last

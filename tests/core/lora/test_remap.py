@@ -246,5 +246,5 @@ def test_from_file_to_file(small_teacher, tmp_path):
     assert metadata["ss_network_dim"] == "2" and json.loads(metadata["distill.remapped"])["from"] == "lora.safetensors"
     with pytest.raises(ValueError, match="exists already"):
         remap_lora_file(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", teacher, mapping)
-    with pytest.raises(ValueError, match="for a student already"):
+    with pytest.raises(ValueError, match="already a LoRA for a student"):
         remap_lora_file(tmp_path / "out.safetensors", tmp_path / "twice.safetensors", teacher, mapping)

@@ -11,10 +11,10 @@ from distill_core.base.storage import read_header
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.lora.layers import Lora, WithoutLora
 from distill_core.networks.quantised import QUANTISED, kept_bytes, quantise
-from distill_core.recipe import Prepared, Recipe
+from distill_core.preparation import prepare
+from distill_core.recipe import Recipe
 from distill_core.training.loop import distill
 from distill_core.training.memory import MemorySettings, forecast
-from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
 
 from ..training.test_guided_training import RECIPE
@@ -181,16 +181,16 @@ learning_rate = 1e-3
 def test_a_recipe_asks_for_it_by_the_teachers_dtype(dtype, tmp_path):
     (tmp_path / "prompts.txt").write_text("the digit 1\nthe digit 7\n")
     (tmp_path / "job.toml").write_text(JOB.format(dtype=dtype))
-    prepared = Prepared(Recipe.read(tmp_path / "job.toml"), ALONE)
-    assert prepared.shares_base
+    prepared = prepare(Recipe.read(tmp_path / "job.toml"))
+    assert prepared.models.shares_base
     parts = dict(prepared.forecast().parts)
-    assert parts["student weights"] < 2 * prepared.architecture.num_parameters
+    assert parts["student weights"] < 2 * prepared.models.architecture.num_parameters
     prepared.train(lambda progress: None)
     assert prepared.run.complete and prepared.run.result_file.name == "lora.safetensors"
     several = JOB.format(dtype=dtype).replace('"run"', '"several"') + "\n[experts]\ncount = 2\njoint_steps = 0\n"
     (tmp_path / "several.toml").write_text(several)
-    with pytest.raises(ValueError, match=f"which {dtype} has none of"):
-        Prepared(Recipe.read(tmp_path / "several.toml"), ALONE)
+    with pytest.raises(ValueError, match=f"{dtype} weights cannot be saved"):
+        prepare(Recipe.read(tmp_path / "several.toml"))
 
 
 @BOTH
