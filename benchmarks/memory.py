@@ -7,6 +7,7 @@ beside the forecast; without one nothing is measured. Writes ``results/memory.md
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ CASES = [
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     RESULTS.mkdir(exist_ok=True)
     sections = []
     for case in CASES:

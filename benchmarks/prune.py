@@ -6,6 +6,7 @@ same run, on the same disk, and flushed to it as the student is. Writes ``result
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import statistics
@@ -20,6 +21,7 @@ ROUNDS = 5
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
