@@ -137,7 +137,7 @@ class Models:
         )
 
     def student(self, plan: PruningPlan | None = None, name: str = "pruned") -> Denoiser:
-        """The untrained student on the device. plan, name: of an expert with its own plan, and the name of its file."""
+        """The untrained student on the device. plan: an expert's own, in place of the recipe's. name: of the pruned file, without its suffix."""
         if self.shares_base:
             return self.teacher(self.teacher_settings[0], self.teacher_files[0])
         file = self.student_file
@@ -151,7 +151,7 @@ class Models:
 
     @property
     def shares_base(self) -> bool:
-        """Whether the students are LoRAs on their only teacher, so that its weights are in memory once."""
+        """Whether every student is a LoRA on the only teacher, without joint training, so that its weights are in memory once."""
         same = self.student_file is self.teacher_files[0] and len(self.recipe.teachers) == 1
         parted = self.recipe.experts is None or self.recipe.experts.joint_steps == 0
         return same and parted and bool(self.recipe.training.lora_rank)

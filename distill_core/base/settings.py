@@ -24,17 +24,17 @@ GUIDANCE = (1, 100)
 SHARE = (0, 1)
 SIDE_PX = (8, 16_384)
 _MAX_REASON = 1000
-"""Most characters of an error in a table."""
+"""Longest error quoted for a table, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a setting means, and which values it takes. Of a list, each entry must keep to them."""
+    """What a setting means, and which values are allowed. For a list, they apply to each entry."""
 
     words: str = ""
     """Its meaning, for the person who sets it: shown in the recipe reference and as a tooltip."""
     unset: str = ""
-    """What it is if it is left out and has no default."""
+    """What None stands for, in words."""
     within: tuple[float, float] | None = None
     """Smallest and largest number."""
     above: float | None = None
@@ -43,7 +43,7 @@ class Limits:
     """The only texts allowed; empty for any text."""
 
     def check(self, name: str, value: Any) -> None:
-        """``ValueError`` naming the setting unless it takes the value."""
+        """``ValueError`` naming the setting, if the value is not allowed."""
         entries = value if isinstance(value, (list, tuple)) else [value]
         for entry in entries:
             if self.within is not None:
@@ -79,7 +79,7 @@ def limits_of(kind: type[DataclassInstance] | DataclassInstance) -> dict[str, Li
 
 
 def check_settings(settings: DataclassInstance) -> None:
-    """``ValueError`` naming a field of a dataclass that has the wrong type or is beyond its limits.
+    """``ValueError`` naming the field whose value has the wrong type or is not allowed.
 
     Values may come from anywhere: a file, or a link in a graph, which no widget limits.
     """
@@ -103,7 +103,7 @@ def _spelt(value: Any) -> str:
 
 
 def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:
-    """A settings dataclass from a table; ``ValueError`` names a field that is misspelt, missing or of the wrong type."""
+    """A settings dataclass from a table; ``ValueError`` names a setting that is misspelt, missing, of the wrong type or not allowed."""
     known, hints = {own.name: own for own in fields(kind)}, get_type_hints(kind)
     for name, value in table.items():
         if name not in known:

@@ -33,7 +33,7 @@ from .processes import ALONE, Processes
 from .run import Run, State
 from .settings import TrainingSettings
 from .sharding import shared_like, whole
-from .step import Inputs, student_outputs, teacher_outputs
+from .step import StepInputs, student_outputs, teacher_outputs
 from .teachers import Teachers
 from .trackers import open_trackers
 from .weighting import example_weights
@@ -313,7 +313,7 @@ class Training:
         weights = example_weights(self.settings.weighting, student.prediction, student.schedule, t, self.settings.snr_gamma)
         return terms, weights * self.objective.total(terms)
 
-    def _teach(self, step: int, inputs: Inputs, scale: float | Tensor) -> Outputs:
+    def _teach(self, step: int, inputs: StepInputs, scale: float | Tensor) -> Outputs:
         """The outputs of the teacher of a step."""
         teacher, number = self.teachers.at(step), self.teachers.number_at(step)
         if number not in self._theirs:

@@ -48,7 +48,7 @@ from .exports import trained
 from .objective import Outputs
 from .optim import OPTIMIZERS
 from .settings import TrainingSettings
-from .step import Inputs, student_outputs, teacher_outputs
+from .step import StepInputs, student_outputs, teacher_outputs
 
 RESERVE = 0.05
 """Share of the free memory kept for what is not counted."""
@@ -519,7 +519,7 @@ def norms_as_on_cuda(network: nn.Module) -> None:
         norm.forward = partial(in_float32, norm.forward)
 
 
-def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, micro_batch: int) -> Inputs:
+def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, micro_batch: int) -> StepInputs:
     """Inputs for a denoiser, all zero."""
     _, height, width = latent_shape
     dtype, label_width = next(denoiser.network.parameters()).dtype, denoiser.architecture.label_width
@@ -531,7 +531,7 @@ def inputs_of(denoiser: Denoiser, latent_shape: LatentShape, num_tokens: int, mi
     return x_t, torch.zeros(micro_batch, dtype=torch.long), context, label
 
 
-def taught(teacher: Denoiser, layers: Mapping[str, str], inputs: Inputs, *, guided: bool = False) -> Outputs:
+def taught(teacher: Denoiser, layers: Mapping[str, str], inputs: StepInputs, *, guided: bool = False) -> Outputs:
     """A teacher's outputs for inputs. guided: whether it predicts a second time, for the empty caption."""
     _, _, context, label = inputs
     null = Caption(context[0], None if label is None else label.pooled[0]) if guided else None
@@ -542,7 +542,7 @@ def taught(teacher: Denoiser, layers: Mapping[str, str], inputs: Inputs, *, guid
 def student_loss(
     student: Denoiser,
     layers: Mapping[str, str],
-    inputs: Inputs,
+    inputs: StepInputs,
     training: TrainingSettings,
     features: dict[str, Tensor],
     from_teacher: Outputs | None,
@@ -556,7 +556,7 @@ def student_loss(
 
 
 def teacher_pass(
-    teacher: Denoiser, layers: Mapping[str, str], inputs: Inputs, *, guided: bool = False
+    teacher: Denoiser, layers: Mapping[str, str], inputs: StepInputs, *, guided: bool = False
 ) -> tuple[Counter, Outputs]:
     """Peak bytes of a teacher's forward pass, and its outputs; guided as for `taught`."""
     with Ledger(teacher.network.parameters(), "teacher activations") as ledger:
@@ -565,7 +565,7 @@ def teacher_pass(
 
 
 def student_pass(
-    student: Denoiser, layers: Mapping[str, str], inputs: Inputs, from_teacher: Outputs | None, training: TrainingSettings
+    student: Denoiser, layers: Mapping[str, str], inputs: StepInputs, from_teacher: Outputs | None, training: TrainingSettings
 ) -> Counter:
     """Peak bytes of a student's forward and backward pass, including the teacher's outputs."""
     student.network.train()

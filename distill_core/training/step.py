@@ -14,7 +14,7 @@ from ..diffusion.guidance import guided
 from ..diffusion.schedule import convert
 from .objective import Outputs
 
-Inputs = tuple[Tensor, Tensor, Tensor, Label | None]
+StepInputs = tuple[Tensor, Tensor, Tensor, Label | None]
 """x_t (B, C, H, W), t (B,), context (B, L, D) and the label, as for `Denoiser.__call__`."""
 
 
@@ -22,7 +22,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Label | None]
 def teacher_outputs(
     teacher: Denoiser,
     features: dict[str, Tensor],
-    inputs: Inputs,
+    inputs: StepInputs,
     layers: Mapping[str, str],
     student: Denoiser,
     *,
@@ -47,11 +47,11 @@ def teacher_outputs(
 def student_outputs(
     student: Denoiser,
     features: dict[str, Tensor],
-    inputs: Inputs,
+    inputs: StepInputs,
     layers: Mapping[str, str],
     autocast: AbstractContextManager,
 ) -> Outputs:
-    """A student's prediction and its features. features, layers: as for `teacher_outputs`."""
+    """A student's prediction and its features. features: where its `tap` puts them; those of ``layers`` are removed."""
     x_t, t, context, label = inputs
     with autocast:
         context = context.to(student.dtype)

@@ -1,4 +1,4 @@
-"""What the core needs to know of a MODEL, read once."""
+"""What the core needs to know of a MODEL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LDM = layout_named("ldm")
 
 
 class Model:
-    """A MODEL in the core's terms. Each property is read when first asked for, and only once."""
+    """A MODEL in the core's terms. What is costly to read is read when first asked for, and only once."""
 
     def __init__(self, patcher: ModelPatcher):
         self.patcher = patcher
@@ -49,7 +49,7 @@ class Model:
 
     @cached_property
     def unet(self) -> Architecture | None:
-        """The same, or None for another family; ``ValueError`` if the MODEL is routed."""
+        """The architecture, or None if `architecture` cannot read it (another family); ``ValueError`` if the MODEL is routed."""
         self._check_not_routed()
         try:
             return self.architecture

@@ -12,7 +12,7 @@ SECONDS_BETWEEN_TEXTS = 0.5
 
 
 class Progress:
-    """A bar and a line of text on a node: what is done, and the time left. Each update stops the task if it was cancelled."""
+    """A bar and a line of text on a node: what is done, and the time left. `add` and `at` stop the task if it was cancelled."""
 
     def __init__(self, node_id: str, what: str = "", total: int = 1):
         """what: what is counted, in the plural, such as ``images``; without it there is no text until `tell`."""
