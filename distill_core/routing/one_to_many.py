@@ -125,13 +125,24 @@ class OneToMany:
         settings that cannot be combined, or if the folder holds a training with other settings.
         """
         count = settings.num_experts(schedule)
-        joint_steps = count * training.total_steps if settings.joint_steps is None else settings.joint_steps
-        self.folder, self.settings, self.training = Path(folder), replace(settings, joint_steps=joint_steps), training
-        self.teachers, self.inputs, self.schedule, self.dataset = teachers, inputs, schedule, dataset
-        self.processes, self.joint_steps = processes, joint_steps
         if len(starts) not in (1, count):
             raise ValueError(f"there are {count} experts but {len(starts)} plans; give one for all, or one for each")
-        if teachers is None and not (training.lora_rank and joint_steps == 0):
+        self.joint_steps = count * training.total_steps if settings.joint_steps is None else settings.joint_steps
+        self.folder, self.settings, self.training = Path(folder), replace(settings, joint_steps=self.joint_steps), training
+        self.teachers, self.inputs, self.schedule, self.dataset = teachers, inputs, schedule, dataset
+        self.processes = processes
+        self.starts = list(starts) if len(starts) == count else list(starts) * count
+        self.plans = list(dict.fromkeys(_spelt(start.plan) for start in self.starts))
+        self._check_settings()
+        self._check_folder()
+        for stage in self.stages:
+            if checkpoints_in(self.folder / stage) and (stage.startswith("joint") or self.ranges):
+                self._check(stage)
+
+    def _check_settings(self) -> None:
+        """Raise ``ValueError`` for settings that cannot be combined."""
+        training = self.training
+        if self.teachers is None and not (training.lora_rank and self.joint_steps == 0):
             raise ValueError(
                 "experts that learn from their own base must be LoRAs on it; set lora_rank above 0 and joint_steps to 0"
             )
@@ -139,11 +150,12 @@ class OneToMany:
             raise ValueError("timestep_range cannot be set for several experts, as each has its own; remove it")
         if training.sample_every_steps:
             raise ValueError("sample_every_steps needs a student for all timesteps; set it to 0 for several experts")
-        self.starts = list(starts) if len(starts) == count else list(starts) * count
-        self.plans = list(dict.fromkeys(_spelt(start.plan) for start in self.starts))
-        if len(self.plans) > 1 and (training.lora_rank or settings.measured):
+        if len(self.plans) > 1 and (training.lora_rank or self.settings.measured):
             what = "the LoRAs share one base" if training.lora_rank else "the boundaries are measured on one student"
             raise ValueError(f"{what}, so all experts need one plan, got {len(self.plans)}")
+
+    def _check_folder(self) -> None:
+        """Raise ``ValueError`` if the folder holds something else, or a joint student that was trained for longer."""
         names = [path.name for path in self.folder.iterdir() if path.name[0] != "."] if self.folder.exists() else []
         for name in names:
             if name in ("experts", "ranges.json", "base.safetensors") or name.startswith(("joint", "range_", "pruned")):
@@ -156,9 +168,6 @@ class OneToMany:
                     f"the joint student in {self.folder} is trained for {done:,} steps already; set joint_steps to that or more, "
                     "or choose another folder"
                 )
-        for stage in self.stages:
-            if checkpoints_in(self.folder / stage) and (stage.startswith("joint") or self.ranges):
-                self._check(stage)
 
     def _check(self, stage: str) -> None:
         """Raise ``ValueError`` if a stage was started with other settings."""
