@@ -322,16 +322,8 @@ def _size_px(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from . import __version__
-    from .base.storage import CODES
-    from .networks.files import FILE_LAYOUTS
-    from .networks.layouts import LAYOUTS
+def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     from .pruning.plan import preset_names
-
-    parser = argparse.ArgumentParser(prog="distill", description="Make a diffusion checkpoint smaller and faster.")
-    parser.add_argument("--version", action="version", version=f"distill {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("quickstart", help="prune and distil a bundled digits model in minutes on a CPU, with a report")
     command.set_defaults(function=quickstart)
@@ -345,16 +337,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="seed for training and sampling (default: %(default)s)")
 
+
+def _add_presets(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "presets", help="list every published plan with its size and cost, measured on the built network"
     )
     command.set_defaults(function=presets)
     command.add_argument("--json", action="store_true", help="print JSON")
 
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("inspect", help="show what a checkpoint contains; reads only its header")
     command.set_defaults(function=inspect)
     command.add_argument("file", type=Path, help=".safetensors file or diffusers folder")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_prune(commands: argparse._SubParsersAction) -> None:
+    from .base.storage import CODES
+    from .networks.files import FILE_LAYOUTS
 
     command = commands.add_parser("prune", help="remove blocks from a checkpoint")
     command.set_defaults(function=prune)
@@ -375,11 +376,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
+
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("recipes", help="list example recipes for distill train, including published ones")
     command.set_defaults(function=recipes)
     command.add_argument("name", nargs="?", help="print this recipe, to save it to a file of your own")
     command.add_argument("--json", action="store_true", help="print the list as JSON")
 
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train", help="train a student from a recipe; also: accelerate launch -m distill_core train RECIPE.toml"
     )
@@ -394,6 +399,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="print JSON at the end, without progress")
 
+
+def _add_remap_lora(commands: argparse._SubParsersAction) -> None:
+    from .networks.layouts import LAYOUTS
+
     command = commands.add_parser("remap-lora", help="convert a teacher's LoRA to one for its student")
     command.set_defaults(function=remap_lora)
     command.add_argument("lora", type=Path, help="LoRA for the teacher, of any kind, with kohya's, diffusers' or ComfyUI's names")
@@ -406,6 +415,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
+
+def _add_convert_lora(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "convert-lora", help="convert a plain LoRA of a UNet to diffusers' format, for diffusers and peft"
     )
@@ -415,6 +426,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, required=True, help=".safetensors file or diffusers folder of its model")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from .base.storage import CODES
 
     command = commands.add_parser(
         "compare",
@@ -438,6 +453,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=CODES, help="precision to compute in (default: fp16 on a GPU, else fp32)")
     command.add_argument("--seed", type=int, default=0, help="seed for latents and captions (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="distill", description="Make a diffusion checkpoint smaller and faster.")
+    parser.add_argument("--version", action="version", version=f"distill {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (
+        _add_quickstart,
+        _add_presets,
+        _add_inspect,
+        _add_prune,
+        _add_recipes,
+        _add_train,
+        _add_remap_lora,
+        _add_convert_lora,
+        _add_compare,
+    ):
+        add(commands)
     return parser
 
 
