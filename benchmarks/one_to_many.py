@@ -27,6 +27,7 @@ from distill_core.pruning.plan import preset, preset_names
 from distill_core.quickstart import Settings, judge
 from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from distill_core.routing.router import ExpertDenoiser
+from distill_core.training.run import Inputs
 from distill_core.training.settings import TrainingSettings
 
 RUNS = RESULTS / "one_to_many.runs"
@@ -144,7 +145,7 @@ class Demo:
             TrainingSettings(**settings_of(max(1, each), seed), **row.lora),
             starts=[Start(self.plan, partial(pruned_student, self.teacher, self.plan))],
             teachers=[lambda: self.teacher],
-            teacher="demo",
+            inputs=Inputs(teachers=("demo",)),
             schedule=self.teacher.schedule,
             dataset=self.dataset,
         )

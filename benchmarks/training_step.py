@@ -150,7 +150,7 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
     with training.open():
         (optimizer,), step = training.optimizer.parts, partial(next, map(training.step, range(recipe.total_steps)))
         step_bytes = _peak(step, teacher, student, optimizer)
-        with torch.no_grad(), tap(teacher, training.points) as features:
+        with torch.no_grad(), tap(teacher, training.layers) as features:
             teacher(*_on_device(batch))
             feature_bytes = sum(feature.nbytes for feature in features.values())
             features.clear()
@@ -171,8 +171,8 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
 def _bare_sum(teacher: DiffusersDenoiser, student: DiffusersDenoiser, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     inputs = _on_device(batch)
     with torch.no_grad():
-        answer = teacher(*inputs)
-    F.mse_loss(student(*inputs), answer).backward()
+        target = teacher(*inputs)
+    F.mse_loss(student(*inputs), target).backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -25,14 +25,15 @@ from distill_core.diffusion.schedule import scaled_linear
 from distill_core.lora import remap as lora
 from distill_core.networks.architecture import Architecture
 from distill_core.networks.files import open_unet, save_unet
+from distill_core.networks.lora_names import kohya_names
 from distill_core.networks.model_sampling import EDM, ZERO_SNR, ModelSampling
 from distill_core.pruning.plan import KeptSkips, name_map, plan_in, preset, pruned
 from distill_core.pruning.plan_text import read_plan
 from distill_core.pruning.prune import prune_file
-from distill_core.recipe import Recipe
+from distill_core.recipe import EXAMPLES, Recipe
 from distill_core.routing.experts import MANIFEST, Experts, write_experts
 from distill_core.training.run import METRICS, Inputs, Run, read_metrics
-from distill_core.training.settings import EXAMPLES, TrainingSettings
+from distill_core.training.settings import TrainingSettings
 
 from . import mutations
 
@@ -230,7 +231,7 @@ def _read_manifest(data: bytes, folder: Path) -> None:
 
 
 def _loras(folder: Path) -> list[bytes]:
-    names, found = lora.kohya_names(small_unet()), []
+    names, found = kohya_names(small_unet()), []
     layers = [layer for layer in names if ".attn1.to_" in layer][:3]
     shapes = {layer: small_unet().shapes[f"{layer}.weight"] for layer in layers}
     for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
@@ -342,7 +343,7 @@ def _checkpoint(folder: Path) -> Path:
     if not checkpoint.exists():
         run = Run(folder / "run", RECIPE, Inputs(data="some"))
         save_unet(checkpoint / "student.safetensors", _weights(small_shapes()), small_unet())
-        told = {"distill.training": '{"optimizer": {}, "scaler": {}}', "distill.run": json.dumps(run._settings())}
+        told = {"distill.training": '{"optimizer": {}, "scaler": {}}', "distill.run": json.dumps(run._started())}
         write_tensors(checkpoint / "training.safetensors", {"optimizer/conv_in.weight/exp_avg": torch.zeros(4)}, told)
     return checkpoint / "training.safetensors"
 

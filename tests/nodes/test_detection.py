@@ -99,6 +99,6 @@ def test_what_would_load_wrong_from_the_diffusers_layout_is_never_put_where_comf
         "models/checkpoints/student",
         "models/unet/student",
     ):
-        with pytest.raises(ValueError, match="reads experts in the diffusers layout wrongly"):
+        with pytest.raises(ValueError, match="misreads students in the diffusers layout"):
             save_unet(tmp_path / place, weights, student, layout="diffusers")
     assert list(tmp_path.iterdir()) == []
