@@ -1,9 +1,9 @@
 """What distillation is worth on the demo: ``python benchmarks/learning.py``.
 
-Experts of one size, trained for as many steps on as many examples, several seeds each: distilled, without the teacher's
-answers, from random weights, and distilled on pictures the teacher made. Writes ``results/learning.md``, every figure
-measured in that run. Each student's figures are kept in ``results/learning.jsonl`` as they come, so that an interrupted
-run goes on; the finished one deletes it.
+Students of one size, trained for as many steps on as many examples, several seeds each: distilled, without the teacher's
+predictions, from random weights, and distilled on images the teacher made. Writes ``results/learning.md``, every figure
+measured in that run. Each student's figures are written to ``results/learning.jsonl``, so that an interrupted
+run continues; a finished one deletes it.
 """
 
 from __future__ import annotations

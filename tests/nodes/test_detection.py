@@ -17,7 +17,7 @@ from ..students import plans
 
 NUM_RANDOM = 120  # of each family
 
-# The rows of experts that ComfyUI reads wrongly, or not at all, from the diffusers layout.
+# The rows of students that ComfyUI reads wrongly, or not at all, from the diffusers layout.
 DANGEROUS = {
     "sd1, no mid block": ("sd1", "keep mid none"),
     "sd1, mid block of one resnet": ("sd1", "keep mid resnet"),
@@ -32,22 +32,24 @@ SILENTLY_WRONG = DANGEROUS.keys() - {"sd2, tiny"}
 @pytest.fixture(scope="module")
 def detected(in_comfyui, tmp_path_factory, published):
     """Everything this module asks, answered by one process of ComfyUI."""
-    folder, experts = tmp_path_factory.mktemp("detection"), {}
+    folder, students = tmp_path_factory.mktemp("detection"), {}
     for name in preset_names():
-        experts[name] = prune(published[preset(name).teacher], preset(name)).student
+        students[name] = prune(published[preset(name).teacher], preset(name)).student
     for name, (family, text) in DANGEROUS.items():
-        experts[name] = prune(published[family], read_plan(text, published[family])).student
+        students[name] = prune(published[family], read_plan(text, published[family])).student
     for family, (stages, depths, mid) in {
         "sd1": (4, [1, 1, 1, 0], 1),
         "sd2": (4, [1, 1, 1, 0], 1),
         "sdxl": (3, [0, 2, 10], 10),
     }.items():
-        experts |= {f"{family}: {text}": student for text, student in _random(published[family], plans(stages, depths, mid))}
-    questions = {(name, way): LAYOUTS[way].from_canonical(student.shapes) for name, student in experts.items() for way in LAYOUTS}
-    shapes = [{names[n]: experts[name].shapes[n] for n in names} for (name, _), names in questions.items()]
+        students |= {f"{family}: {text}": student for text, student in _random(published[family], plans(stages, depths, mid))}
+    questions = {
+        (name, way): LAYOUTS[way].from_canonical(student.shapes) for name, student in students.items() for way in LAYOUTS
+    }
+    shapes = [{names[n]: students[name].shapes[n] for n in names} for (name, _), names in questions.items()]
     (folder / "shapes.json").write_text(json.dumps(shapes))
     in_comfyui("detect", folder / "shapes.json", folder / "found.json")
-    return experts, dict(zip(questions, json.loads((folder / "found.json").read_text()), strict=True))
+    return students, dict(zip(questions, json.loads((folder / "found.json").read_text()), strict=True))
 
 
 def _random(teacher, strategy):
@@ -69,29 +71,29 @@ CLASSES = {"sd1": {"SD15"}, "sd2": {"SD20"}, "sdxl": {"SDXL", "SSD1B", "Segmind_
 
 
 def test_in_the_ldm_layout_every_network_is_read_right_or_refused_and_we_know_which(detected):
-    experts, found = detected
+    students, found = detected
     opened = 0
-    for name, student in experts.items():
+    for name, student in students.items():
         kind, missing, unused = found[name, "ldm"]
         assert (missing, unused) == (0, 0), name
         assert (kind in CLASSES[student.family]) == opens_in_comfyui(student), (name, kind)
         opened += kind is not None
-    assert len(experts) > 250 and 150 < opened < len(experts)
+    assert len(students) > 250 and 150 < opened < len(students)
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_recognised(name, detected):
-    experts, found = detected
+    students, found = detected
     assert found[name, "ldm"][0] in CLASSES[preset(name).teacher]
 
 
 @pytest.mark.parametrize("name", DANGEROUS)
 def test_what_would_load_wrong_from_the_diffusers_layout_is_never_put_where_comfyui_looks(name, detected, tmp_path):
-    experts, found = detected
+    students, found = detected
     kind, missing, _ = found[name, "diffusers"]
     assert kind is not None and missing > 0  # the danger is real: ComfyUI takes it for another model, or leaves weights empty
     assert found[name, "ldm"][1:] == [0, 0]  # and the layout we write there is read right
-    student = experts[name]
+    student = students[name]
     weights = {n: torch.zeros(1).expand(shape) for n, shape in student.shapes.items()}
     for place in (
         "models/diffusion_models/student",

@@ -110,8 +110,8 @@ def test_output_error_is_from_what_a_guided_teacher_answers(small_teacher, data)
 
 
 def test_output_error_of_students_is_that_of_each_in_its_range(small_teacher, data):
-    experts = [student_of(small_teacher, preset(name)) for name in ("bk-sdm-tiny", "bk-sdm-base")]
+    students = [student_of(small_teacher, preset(name)) for name in ("bk-sdm-tiny", "bk-sdm-base")]
     options = {"num_bins": 4, "batch_size": 2}
-    high, low = (output_error(student, small_teacher, data, **options) for student in experts)
-    routed = output_error(ExpertDenoiser.given(TimestepRanges((499.0,)), experts), small_teacher, data, **options)
+    high, low = (output_error(student, small_teacher, data, **options) for student in students)
+    routed = output_error(ExpertDenoiser.given(TimestepRanges((499.0,)), students), small_teacher, data, **options)
     assert torch.equal(routed, torch.cat([low[:2], high[2:]]))
