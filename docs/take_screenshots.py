@@ -1,0 +1,127 @@
+"""Takes the pictures of the workflows and of single nodes in a real ComfyUI: ``python docs/take_screenshots.py o2mkd_digits``.
+
+Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg``; with ``--node TYPE`` also
+``web/docs/images/TYPE.png`` of that node. Needs a ComfyUI as the tests do (`tests/comfyui.py`), playwright, and Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+comfyui = importlib.import_module("tests.comfyui")
+
+WORKFLOWS, NODES = ROOT / "workflows", ROOT / "web" / "docs" / "images"
+VIEW = {"width": 2600, "height": 1900}
+MARGIN_PX = 8  # around the picture
+BEFORE_PX, AFTER_PX = 120, 420  # what ComfyUI itself shows at the left and the top, at the right and the bottom
+MOST_WIDE_PX = 1400
+PLACE = """([left, top, scale]) => {
+    const canvas = window.app.canvas;
+    canvas.ds.scale = scale; canvas.ds.offset = [left, top]; canvas.setDirty(true, true);
+}"""
+BOUNDS = """() => {
+    const graph = window.app.graph, boxes = [...graph._groups.map(g => g._bounding ?? g.boundingRect)];
+    for (const node of graph._nodes) boxes.push([node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]);
+    const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
+    return [left, top, Math.max(...boxes.map(b => b[0] + b[2])) - left, Math.max(...boxes.map(b => b[1] + b[3])) - top];
+}"""
+ADD = """async type => {
+    const node = window.LiteGraph.createNode(type);
+    window.app.graph.add(node);
+    await window.app.refreshComboInNodes();  // a run of just now is listed
+    for (const widget of node.widgets) widget.value ??= widget.options.values?.[0];
+    node.setSize([440, node.computeSize()[1]]);
+}"""
+NODE_BOX = """type => {
+    const node = window.app.graph._nodes.find(node => node.type === type);
+    return [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30];
+}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", metavar="WORKFLOW", choices=[path.stem for path in WORKFLOWS.glob("*.json")])
+    parser.add_argument("--run", action="store_true", help="run each workflow before its picture is taken")
+    parser.add_argument("--node", action="append", default=[], metavar="TYPE", help="take a picture of this node, too")
+    parser.add_argument("--alone", action="append", default=[], metavar="TYPE", help="take a picture of this node by itself")
+    arguments = parser.parse_args()
+    place = comfyui.find() or sys.exit(comfyui.HOW_TO_GET_IT)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("there is no Chromium")
+    with tempfile.TemporaryDirectory() as base, comfyui.Server(place, comfyui.python(place), Path(base)) as server:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport=VIEW)
+            page.goto(f"http://127.0.0.1:{server.port}", timeout=120_000)
+            page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.DistillTrainStep")
+            page.wait_for_timeout(5000)
+            for name in arguments.names:
+                take(page, server, name, arguments.run, arguments.node)
+            for kind in arguments.alone:
+                take_alone(page, kind)
+            browser.close()
+
+
+def take(page: Page, server, name: str, run: bool, node_types: list[str]) -> None:
+    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(2000)
+    bounds = page.evaluate(BOUNDS)
+    framed(page, bounds)  # before it runs, so that every widget is made
+    if run:
+        page.evaluate("() => window.app.queuePrompt(0)")
+        page.wait_for_timeout(2000)
+        while any(server.get("queue").values()):
+            time.sleep(1)
+        page.wait_for_timeout(4000)
+        bounds = page.evaluate(BOUNDS)
+    image = framed(page, bounds)
+    image.thumbnail((MOST_WIDE_PX, MOST_WIDE_PX))
+    image.save(WORKFLOWS / f"{name}.jpg", quality=85)
+    for kind in node_types:
+        if any(node["type"] == kind for node in workflow["nodes"]):
+            framed(page, page.evaluate(NODE_BOX, kind), scale=1.0).save(NODES / f"{kind}.png")
+    print(f"took {name}")
+
+
+def take_alone(page: Page, kind: str) -> None:
+    """A picture of a node by itself, with its defaults."""
+    page.evaluate("() => window.app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4})")
+    page.evaluate(ADD, kind)
+    page.wait_for_timeout(1000)
+    framed(page, page.evaluate(NODE_BOX, kind), scale=1.0).save(NODES / f"{kind}.png")
+    print(f"took {kind}")
+
+
+def framed(page: Page, bounds: list[float], scale: float | None = None) -> Image.Image:
+    """The part of the graph within bounds (left, top, width, height, in the graph's own units), as large as the page allows."""
+    left, top, width, height = bounds
+    room = VIEW["width"] - BEFORE_PX - AFTER_PX, VIEW["height"] - BEFORE_PX - AFTER_PX
+    scale = scale or min(1.0, room[0] / width, room[1] / height)
+    page.evaluate(PLACE, [BEFORE_PX / scale - left, BEFORE_PX / scale - top, scale])
+    page.wait_for_timeout(1500)
+    shown = page.locator("#graph-canvas").bounding_box() or {"x": 0, "y": 0}
+    clip = {
+        "x": BEFORE_PX + shown["x"] - MARGIN_PX,
+        "y": BEFORE_PX + shown["y"] - MARGIN_PX,
+        "width": width * scale + 2 * MARGIN_PX,
+        "height": height * scale + 2 * MARGIN_PX,
+    }
+    return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+
+
+if __name__ == "__main__":
+    main()
