@@ -90,7 +90,7 @@ def main() -> None:
         took = f"The forecast took {time.process_time() - started:.1f} s of one processor core."
         sections.append("\n".join([f"## {case.heading}", "", "```", told.describe(), "```", "", took, _measured(case, told)]))
         print(sections[-1], end="\n\n")
-    settings = "Teachers in fp16. Experts compute in bf16, with weights in float32 (prune_distil_sdxl: bf16); a LoRA as its base, in fp16."
+    settings = "Teachers in fp16. Students compute in bf16, with weights in float32 (prune_distil_sdxl: bf16); a LoRA as its base, in fp16."
     (RESULTS / "memory.md").write_text("\n\n".join([settings, *sections]) + "\n", encoding="utf-8")
 
 
