@@ -222,6 +222,42 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"image: {arguments.out}")
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .base.disk import check_writable
+    from .evaluation import bench as benches
+    from .evaluation.comparison import table_text
+
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.out} exists already; choose another --out, or add --overwrite")
+    check_writable(arguments.out, overwrite=arguments.overwrite)
+    asked = benches.Settings(
+        family=arguments.family,
+        presets=tuple(arguments.preset or ()),
+        size_px=arguments.size,
+        batch_size=arguments.batch,
+        num_rounds=arguments.rounds,
+        dtype=arguments.dtype,
+        train=not arguments.no_training,
+    )
+    settings = benches.quick(asked) if arguments.quick else asked
+    with tqdm(total=benches.work(settings), desc="measuring", file=sys.stderr, leave=False) as progress:
+
+        def on_part(part: str) -> None:
+            progress.set_postfix_str(part)
+            progress.update()
+
+        measured = benches.bench(settings, on_part)
+    benches.save_chart(arguments.out, measured, overwrite=arguments.overwrite)
+    if arguments.json:
+        print(json.dumps(measured.facts() | {"image": str(arguments.out)}, indent=2))
+        return
+    print(table_text(measured.COLUMNS, measured.cells()))
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in {**benches.MEANINGS, **measured.settings}.items()))
+    print(f"image: {arguments.out}")
+
+
 def _check_suffix(out: Path) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, the format of the file; choose such a name")
@@ -455,6 +491,30 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    from .base.storage import CODES
+    from .pruning.plan import preset_names
+
+    command = commands.add_parser(
+        "bench",
+        help="measure on this machine what pruning gains: time, memory and training speed of every preset",
+        description="Builds the full model of a family and its pruned versions with random weights, which cost as much as real "
+        "ones, and measures sampling and training on this machine. Nothing is downloaded.",
+    )
+    command.set_defaults(function=bench)
+    command.add_argument("--family", choices=("sd1", "sd2", "sdxl"), default="sd1", help="family (default: %(default)s)")
+    command.add_argument("--preset", action="append", choices=preset_names(), help="measure only this preset; may be repeated")
+    command.add_argument("--size", type=_size_px, help="side of the images in pixels (default: 512, sdxl: 1024)")
+    command.add_argument("--batch", type=_at_least(1), default=1, help="images at once (default: %(default)s)")
+    command.add_argument("--rounds", type=_at_least(1), default=5, help="timed rounds (default: %(default)s)")
+    command.add_argument("--dtype", choices=CODES, help="precision (default: fp16 on a GPU, else fp32)")
+    command.add_argument("--no-training", action="store_true", help="measure sampling only")
+    command.add_argument("--quick", action="store_true", help="one preset, few rounds, small images on a CPU: under a minute")
+    command.add_argument("--out", type=Path, default=Path("bench.png"), help="image to write (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
@@ -471,6 +531,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_remap_lora,
         _add_convert_lora,
         _add_compare,
+        _add_bench,
     ):
         add(commands)
     return parser

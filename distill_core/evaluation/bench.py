@@ -1,0 +1,390 @@
+"""What pruning gains on one's own machine: time, memory and training speed of networks of true shape with random weights.
+
+Nothing is loaded or downloaded: the cost of a network does not depend on its weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base.image_grid import stacked
+from ..base.precision import DTYPES, PRECISIONS
+from ..base.seeding import generator
+from ..base.settings import SIDE_PX, check_settings, setting
+from ..base.sizes import gib
+from ..base.storage import atomic
+from ..data.dataset import Bucket, LatentDataset
+from ..diffusion.conditioning import Label
+from ..diffusion.denoiser import DiffusersDenoiser
+from ..diffusion.macs import count_macs
+from ..networks.architecture import Architecture
+from ..networks.build import build_unet
+from ..pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
+from ..training.loop import Training
+from ..training.memory import RESERVE, Forecast, MemorySettings, forecast, free_bytes
+from ..training.processes import ALONE
+from ..training.run import Run
+from ..training.settings import TrainingSettings
+from ..training.teachers import Teachers
+from . import plots
+from .catalog import LATENT_SHAPES, NUM_TOKENS, TEACHER_CONFIGS, published_teacher
+from .measuring import seconds_of, synchronize, watched_memory
+
+TEACHER = "full model"
+LONG_RUN = 10_000  # steps of the run whose duration is told
+_WARM_UPS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure, and how."""
+
+    family: str = setting("sd1", "Family of the models.", choices=TEACHER_CONFIGS)
+    presets: tuple[str, ...] = setting((), "Presets to measure; empty for all of the family.")
+    size_px: int | None = setting(
+        None, "Side of the images, in pixels.", unset="512 for sd1 and sd2, 1024 for sdxl", within=(64, SIDE_PX[1])
+    )
+    batch_size: int = setting(1, "Images at once, in sampling and in training.", within=(1, 4096))
+    num_rounds: int = setting(5, "Timed rounds; the full model and the pruned one take turns.", within=(1, 10_000))
+    sampler_steps: int = setting(25, "Sampling steps of an image, each with guidance.", within=(1, 1000))
+    dtype: str | None = setting(None, "Precision.", unset="fp16 on a GPU, fp32 on a CPU")
+    train: bool = setting(True, "Measure training, too.")
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.dtype not in (None, *PRECISIONS):
+            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {self.dtype}")
+        if self.size_px is not None and self.size_px % 64:
+            raise ValueError(f"size_px must be a multiple of 64, got {self.size_px}")
+        for name in self.presets:
+            if preset(name).teacher != self.family:
+                raise ValueError(f"{name} is a preset for {preset(name).teacher}, not for {self.family}")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return self.presets or tuple(preset_names(self.family))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        channels, height, width = LATENT_SHAPES[self.family]
+        return (channels, height, width) if self.size_px is None else (channels, self.size_px // 8, self.size_px // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network. Ratios are over the full model, measured in the same rounds."""
+
+    name: str
+    parameters: int
+    gmacs: float
+    ms_per_step: float
+    """A sampling step with guidance."""
+    time_of_full: float
+    """Its time per step over the full model's."""
+    seconds_per_image: float
+    sampling_bytes: int
+    """Peak memory of a sampling step, including the weights."""
+    training: TrainingRow | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRow:
+    """Distilling the network from the full model."""
+
+    forecast_bytes: int
+    peak_bytes: int | None = None
+    """Measured peak; None where it was not measured."""
+    steps_per_second: float | None = None
+    left_out: str = ""
+    """Why it was not measured."""
+
+    @property
+    def hours(self) -> float | None:
+        """Duration of a run of `LONG_RUN` steps."""
+        return None if not self.steps_per_second else LONG_RUN / self.steps_per_second / 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """All rows, the full model first, and how they were measured."""
+
+    rows: tuple[Row, ...]
+    settings: dict[str, str]
+
+    COLUMNS = (
+        "network",
+        "parameters",
+        "GMACs",
+        "ms per step",
+        "s per image",
+        "sampling",
+        "training",
+        "steps per s",
+        "10,000 steps",
+    )
+
+    def cells(self) -> list[list[str]]:
+        """Cell texts of the table for `COLUMNS`."""
+        return [_cells(row) for row in self.rows]
+
+    def facts(self) -> dict[str, Any]:
+        """All figures, for scripts."""
+        rows = [
+            asdict(row) | ({"training": asdict(row.training) | {"hours": row.training.hours}} if row.training else {})
+            for row in self.rows
+        ]
+        return {"rows": rows, "settings": self.settings}
+
+
+MEANINGS = {
+    "ms per step": "median time of a sampling step with guidance (two predictions); in brackets, of the full model's, timed in turn.",
+    "sampling": "peak memory of such a step, including the weights. On a CPU: of all tensors.",
+    "training": "peak memory of a training step, and in brackets the forecast that nodes and distill train show; no room: the "
+    "forecast exceeds the free memory, so it was not measured.",
+    "10,000 steps": "how long a run of 10,000 such training steps takes.",
+}
+
+
+def _cells(row: Row) -> list[str]:
+    trained = row.training
+    if trained is None:
+        training = ["", "", ""]
+    elif trained.peak_bytes is None:
+        training = [f"({gib(trained.forecast_bytes)})", "no room", ""]
+    else:
+        assert trained.steps_per_second and trained.hours
+        training = [
+            f"{gib(trained.peak_bytes)} ({gib(trained.forecast_bytes)})",
+            f"{trained.steps_per_second:.3g}",
+            f"{trained.hours:.1f} h",
+        ]
+    share = "" if row.name == TEACHER else f" ({row.time_of_full:.0%})"
+    return [
+        row.name, f"{row.parameters / 1e6:,.0f} M", f"{row.gmacs:,.0f}", f"{row.ms_per_step:,.0f}{share}", f"{row.seconds_per_image:.2f}",
+        gib(row.sampling_bytes), *training,
+    ]  # fmt: skip
+
+
+def device_of_choice() -> torch.device:
+    """The GPU that training would use: CUDA (or ROCm), MPS, or else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def device_words(device: torch.device) -> str:
+    """Name of a device, so that results can be told apart."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
+
+
+class _Networks:
+    """Random networks of a family, one device, one precision."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.dtype = settings.dtype or ("fp32" if device.type == "cpu" else "fp16")
+        self.teacher = published_teacher(settings.family)
+
+    def architecture(self, plan: PruningPlan | None) -> Architecture:
+        return self.teacher if plan is None else pruned(self.teacher, name_map(self.teacher, plan))
+
+    def build(self, plan: PruningPlan | None, dtype: str) -> DiffusersDenoiser:
+        """A network of small random weights: values like 0 or denormals would be computed faster or slower than real ones."""
+        architecture = self.architecture(plan)
+        with torch.device("meta"):
+            network = build_unet(architecture)
+        nn.Module.to(network, DTYPES[dtype])  # diffusers' own `to` warns
+        network.to_empty(device=self.device)
+        random = torch.Generator(self.device).manual_seed(0)
+        for weight in network.parameters():
+            weight.data.uniform_(-0.02, 0.02, generator=random)
+        return DiffusersDenoiser(network=network.eval().requires_grad_(False), architecture=architecture)
+
+    def gmacs(self, plan: PruningPlan | None) -> float:
+        """Billions of multiply-accumulates of one prediction for one image, counted on a network without weights."""
+        architecture = self.architecture(plan)
+        with torch.device("meta"):
+            empty = DiffusersDenoiser(network=build_unet(architecture), architecture=architecture)
+        return count_macs(empty, self.settings.latent_shape, NUM_TOKENS) / 1e9
+
+    @cached_property
+    def data(self) -> LatentDataset:
+        """Random examples of the size asked for."""
+        random, count = generator(0, 0, "bench"), self.settings.batch_size
+        channels, height, width = self.settings.latent_shape
+        assert self.teacher.context_width is not None  # of the published families, all have attention
+        latents = torch.randn(count, channels, height, width, generator=random)
+        contexts = torch.randn(count, NUM_TOKENS, self.teacher.context_width, generator=random)
+        if not self.teacher.label_width:
+            return LatentDataset([Bucket(latents=latents, contexts=contexts)])
+        label = Label.neutral(self.teacher.label_width, count, (8 * height, 8 * width), latents)
+        return LatentDataset([Bucket(latents=latents, contexts=contexts, pooled=label.pooled, sizes=label.sizes)])
+
+    def step(self, network: DiffusersDenoiser) -> Callable[[], Any]:
+        """A sampling step with guidance: conditional and unconditional predictions in one batch."""
+        examples = self.data.read(0, torch.arange(self.settings.batch_size).repeat(2))
+        x, context = (tensor.to(self.device, DTYPES[self.dtype]) for tensor in (examples.latents, examples.contexts))
+        label = examples.label and examples.label.to(context)
+        t = torch.full((len(x),), 500, device=self.device)
+        return torch.no_grad()(partial(network, x, t, context, label))
+
+
+def save_chart(path: Path, measured: Bench, *, overwrite: bool = False) -> None:
+    """Write the table and the chart as one PNG."""
+    image = stacked([plots.table_image(Bench.COLUMNS, measured.cells()), plots.bench_chart(measured)])
+    with atomic(path, overwrite=overwrite) as made:
+        image.save(made, format="png")
+
+
+def quick(settings: Settings) -> Settings:
+    """Settings that take less than a minute: one preset, two rounds, and small images on a CPU."""
+    size_px = 128 if settings.size_px is None and device_of_choice().type == "cpu" else settings.size_px
+    return replace(settings, presets=settings.chosen[:1], num_rounds=min(2, settings.num_rounds), size_px=size_px)
+
+
+def work(settings: Settings) -> int:
+    """Number of parts of a bench, for a progress bar."""
+    return len(settings.chosen) * (1 + settings.train)
+
+
+def bench(settings: Settings, on_part: Callable[[str], None] = lambda part: None) -> Bench:
+    """Measure the full model of a family and its presets. ``on_part`` is called with what was measured, `work` times.
+
+    The full model and one preset are on the device at a time. A training step is measured only if its forecast fits into
+    the free memory.
+    """
+    device = device_of_choice()
+    networks = _Networks(settings, device)
+    rows: list[Row] = []
+    full: list[Row] = []
+    for name in settings.chosen:
+        of_teacher, of_student = _sampling(networks, name)
+        on_part(f"{name}, sampling")
+        if settings.train:
+            of_student = _with_training(networks, name, of_student)
+            on_part(f"{name}, training")
+        full.append(of_teacher)
+        rows.append(of_student)
+    return Bench(rows=(_of_all(full), *rows), settings=_words(networks))
+
+
+def _of_all(rows: Sequence[Row]) -> Row:
+    """The full model, which was measured beside every preset."""
+    ms = statistics.median(row.ms_per_step for row in rows)
+    return Row(**{**vars(rows[0]), "ms_per_step": ms, "seconds_per_image": ms * rows[0].seconds_per_image / rows[0].ms_per_step})
+
+
+def _words(networks: _Networks) -> dict[str, str]:
+    settings = networks.settings
+    _, height, width = settings.latent_shape
+    return {
+        "device": device_words(networks.device),
+        "torch": torch.__version__,
+        "family": settings.family,
+        "precision": networks.dtype,
+        "images": f"{8 * width} x {8 * height} px, {settings.batch_size} at once; an image is {settings.sampler_steps} steps with guidance, "
+        "without text encoders and VAE",
+        "time": f"median of {settings.num_rounds} rounds",
+        "weights": "random",
+    }
+
+
+def _sampling(networks: _Networks, name: str) -> tuple[Row, Row]:
+    """The full model and a preset, sampled in turn."""
+    plans = {TEACHER: None, name: preset(name)}
+    built = {called: networks.build(plan, networks.dtype) for called, plan in plans.items()}
+    steps = {called: networks.step(network) for called, network in built.items()}
+    peaks = {}
+    for called, step in steps.items():
+        for _ in range(_WARM_UPS):
+            step()
+        weights = list(built[called].network.parameters())
+        with watched_memory(networks.device, weights) as peak:
+            step()
+        peaks[called] = peak.num_bytes + sum(weight.nbytes for weight in weights)
+    settings = networks.settings
+    rounds = [[seconds_of(step, networks.device) for step in steps.values()] for _ in range(settings.num_rounds)]
+    ratio = statistics.median(student / teacher for teacher, student in rounds)
+    rows = []
+    for place, (called, plan) in enumerate(plans.items()):
+        seconds = statistics.median(of_round[place] for of_round in rounds)
+        rows.append(
+            Row(
+                name=called,
+                parameters=built[called].architecture.num_parameters,
+                gmacs=networks.gmacs(plan),
+                ms_per_step=1000 * seconds,
+                time_of_full=ratio if place else 1.0,
+                seconds_per_image=seconds * settings.sampler_steps / settings.batch_size,
+                sampling_bytes=peaks[called],
+            )
+        )
+    return rows[0], rows[1]
+
+
+def training_settings(settings: Settings, device: torch.device) -> TrainingSettings:
+    """What is trained: the published losses, as the workflows for one's own checkpoint train them."""
+    on_gpu = device.type != "cpu"
+    return TrainingSettings(
+        total_steps=1 + _WARM_UPS + settings.num_rounds,
+        objective="ssd-1b" if settings.family == "sdxl" else "bk-sdm",
+        batch_size=settings.batch_size,
+        caption_dropout=0.0,
+        precision="bf16" if on_gpu else "fp32",
+        gradient_checkpointing=on_gpu,
+    )
+
+
+def _forecast(networks: _Networks, plan: PruningPlan, training: TrainingSettings) -> Forecast:
+    return forecast(
+        teacher=networks.teacher,
+        student=networks.architecture(plan),
+        plan=plan,
+        latent_shape=networks.settings.latent_shape,
+        num_tokens=NUM_TOKENS,
+        settings=MemorySettings(training=training, teacher_dtype=networks.dtype, device=networks.device.type),
+    )
+
+
+def _with_training(networks: _Networks, name: str, row: Row) -> Row:
+    """A row with its training measured, if the device has room for it."""
+    plan, training = preset(name), training_settings(networks.settings, networks.device)
+    needed = _forecast(networks, plan, training).total_bytes
+    free = free_bytes(networks.device)
+    if free is not None and needed > (1 - RESERVE) * free:
+        measured = TrainingRow(forecast_bytes=needed, left_out=f"only {gib(free)} free")
+    else:
+        measured = _trained(networks, plan, training, needed)
+    return Row(**{**vars(row), "training": measured})
+
+
+def _trained(networks: _Networks, plan: PruningPlan, training: TrainingSettings, needed: int) -> TrainingRow:
+    teacher, student = networks.build(None, networks.dtype), networks.build(plan, training.weight_dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", training)
+        loop = Training(run, student, Teachers.single(teacher, training), plan, networks.data, ALONE)
+        weights = [*teacher.network.parameters(), *student.network.parameters()]
+        resident = sum(weight.nbytes for weight in weights)
+        with loop.open():
+            for step in range(_WARM_UPS):
+                loop.step(step)
+            state = sum(tensor.nbytes for tensor in loop.optimizer.state()[0].values())
+            with watched_memory(networks.device, weights) as peak:
+                loop.step(_WARM_UPS)
+            steps = range(_WARM_UPS + 1, training.total_steps)
+            seconds = [seconds_of(partial(loop.step, step), networks.device) for step in steps]
+    synchronize(networks.device)
+    # What stays between steps is not new memory of a step: weights, and the optimiser's state.
+    peak_bytes = peak.num_bytes + resident + state
+    return TrainingRow(forecast_bytes=needed, peak_bytes=peak_bytes, steps_per_second=1 / statistics.median(seconds))
