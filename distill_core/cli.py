@@ -244,11 +244,11 @@ def bench(arguments: argparse.Namespace) -> None:
     settings = benches.quick(asked) if arguments.quick else asked
     with tqdm(total=benches.work(settings), desc="measuring", file=sys.stderr, leave=False) as progress:
 
-        def on_part(part: str) -> None:
-            progress.set_postfix_str(part)
-            progress.update()
+        def on_step(what: str, count: int) -> None:
+            progress.set_postfix_str(what)
+            progress.update(count)
 
-        measured = benches.bench(settings, on_part)
+        measured = benches.bench(settings, on_step)
     benches.save_chart(arguments.out, measured, overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps(measured.facts() | {"image": str(arguments.out)}, indent=2))

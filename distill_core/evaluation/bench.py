@@ -254,12 +254,17 @@ def quick(settings: Settings) -> Settings:
 
 
 def work(settings: Settings) -> int:
-    """Number of parts of a bench, for a progress bar."""
-    return len(settings.chosen) * (1 + settings.train)
+    """Number of steps of a bench, for a progress bar: building networks counts as one."""
+    return len(settings.chosen) * (1 + settings.num_rounds) * (1 + settings.train)
 
 
-def bench(settings: Settings, on_part: Callable[[str], None] = lambda part: None) -> Bench:
-    """Measure the full model of a family and its presets. ``on_part`` is called with what was measured, `work` times.
+OnStep = Callable[[str, int], None]
+
+
+def bench(settings: Settings, on_step: OnStep = lambda what, count: None) -> Bench:
+    """Measure the full model of a family and its presets.
+
+    on_step: called with what is measured and the number of steps just done, `work` in all.
 
     The full model and one preset are on the device at a time. A training step is measured only if its forecast fits into
     the free memory.
@@ -269,11 +274,9 @@ def bench(settings: Settings, on_part: Callable[[str], None] = lambda part: None
     rows: list[Row] = []
     full: list[Row] = []
     for name in settings.chosen:
-        of_teacher, of_student = _sampling(networks, name)
-        on_part(f"{name}, sampling")
+        of_teacher, of_student = _sampling(networks, name, partial(on_step, f"{name}, sampling"))
         if settings.train:
-            of_student = _with_training(networks, name, of_student)
-            on_part(f"{name}, training")
+            of_student = _with_training(networks, name, of_student, partial(on_step, f"{name}, training"))
         full.append(of_teacher)
         rows.append(of_student)
     return Bench(rows=(_of_all(full), *rows), settings=_words(networks))
@@ -300,7 +303,7 @@ def _words(networks: _Networks) -> dict[str, str]:
     }
 
 
-def _sampling(networks: _Networks, name: str) -> tuple[Row, Row]:
+def _sampling(networks: _Networks, name: str, on_steps: Callable[[int], None]) -> tuple[Row, Row]:
     """The full model and a preset, sampled in turn."""
     plans = {TEACHER: None, name: preset(name)}
     built = {called: networks.build(plan, networks.dtype) for called, plan in plans.items()}
@@ -313,8 +316,11 @@ def _sampling(networks: _Networks, name: str) -> tuple[Row, Row]:
         with watched_memory(networks.device, weights) as peak:
             step()
         peaks[called] = peak.num_bytes + sum(weight.nbytes for weight in weights)
-    settings = networks.settings
-    rounds = [[seconds_of(step, networks.device) for step in steps.values()] for _ in range(settings.num_rounds)]
+    on_steps(1)
+    settings, rounds = networks.settings, []
+    for _ in range(settings.num_rounds):
+        rounds.append([seconds_of(step, networks.device) for step in steps.values()])
+        on_steps(1)
     ratio = statistics.median(student / teacher for teacher, student in rounds)
     rows = []
     for place, (called, plan) in enumerate(plans.items()):
@@ -357,19 +363,22 @@ def _forecast(networks: _Networks, plan: PruningPlan, training: TrainingSettings
     )
 
 
-def _with_training(networks: _Networks, name: str, row: Row) -> Row:
+def _with_training(networks: _Networks, name: str, row: Row, on_steps: Callable[[int], None]) -> Row:
     """A row with its training measured, if the device has room for it."""
     plan, training = preset(name), training_settings(networks.settings, networks.device)
     needed = _forecast(networks, plan, training).total_bytes
     free = free_bytes(networks.device)
     if free is not None and needed > (1 - RESERVE) * free:
         measured = TrainingRow(forecast_bytes=needed, left_out=f"only {gib(free)} free")
+        on_steps(1 + networks.settings.num_rounds)
     else:
-        measured = _trained(networks, plan, training, needed)
+        measured = _trained(networks, plan, training, needed, on_steps)
     return Row(**{**vars(row), "training": measured})
 
 
-def _trained(networks: _Networks, plan: PruningPlan, training: TrainingSettings, needed: int) -> TrainingRow:
+def _trained(
+    networks: _Networks, plan: PruningPlan, training: TrainingSettings, needed: int, on_steps: Callable[[int], None]
+) -> TrainingRow:
     teacher, student = networks.build(None, networks.dtype), networks.build(plan, training.weight_dtype)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", training)
@@ -382,8 +391,11 @@ def _trained(networks: _Networks, plan: PruningPlan, training: TrainingSettings,
             state = sum(tensor.nbytes for tensor in loop.optimizer.state()[0].values())
             with watched_memory(networks.device, weights) as peak:
                 loop.step(_WARM_UPS)
-            steps = range(_WARM_UPS + 1, training.total_steps)
-            seconds = [seconds_of(partial(loop.step, step), networks.device) for step in steps]
+            on_steps(1)
+            seconds = []
+            for step in range(_WARM_UPS + 1, training.total_steps):
+                seconds.append(seconds_of(partial(loop.step, step), networks.device))
+                on_steps(1)
     synchronize(networks.device)
     # What stays between steps is not new memory of a step: weights, and the optimiser's state.
     peak_bytes = peak.num_bytes + resident + state

@@ -22,10 +22,10 @@ def small(small_teacher, monkeypatch):
 
 
 def test_every_preset_is_measured_beside_the_full_model(small):
-    parts = []
+    counts = []
     settings = Settings(**QUICK)
-    measured = bench(settings, parts.append)
-    assert len(parts) == work(settings) == 4
+    measured = bench(settings, lambda what, count: counts.append(count))
+    assert sum(counts) == work(settings) == 12
     full, base, tiny = measured.rows
     assert full.name == TEACHER and full.training is None and full.time_of_full == 1
     for row in (base, tiny):
@@ -47,7 +47,9 @@ def test_the_peak_of_training_is_near_its_forecast(small):
 
 def test_training_that_does_not_fit_is_left_out_with_the_reason(small, monkeypatch):
     monkeypatch.setattr(benches, "free_bytes", lambda device: 1 << 20)
-    (_, row) = bench(Settings(**QUICK | {"presets": ("bk-sdm-base",)})).rows
+    counts, settings = [], Settings(**QUICK | {"presets": ("bk-sdm-base",)})
+    (_, row) = bench(settings, lambda what, count: counts.append(count)).rows
+    assert sum(counts) == work(settings)
     assert row.training.peak_bytes is None and row.training.steps_per_second is None and row.training.hours is None
     assert row.training.left_out == "only 0.00 GiB free" and "no room" in Bench(rows=(row,), settings={}).cells()[0]
 
@@ -55,7 +57,7 @@ def test_training_that_does_not_fit_is_left_out_with_the_reason(small, monkeypat
 def test_training_can_be_left_out(small):
     settings = Settings(**QUICK | {"train": False})
     measured = bench(settings)
-    assert work(settings) == 2 and all(row.training is None for row in measured.rows)
+    assert work(settings) == 6 and all(row.training is None for row in measured.rows)
     assert all(len(cells) == len(Bench.COLUMNS) for cells in measured.cells())
 
 
