@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ..base.image_grid import stacked
 from ..base.precision import DTYPES, PRECISIONS
 from ..base.seeding import generator
 from ..base.settings import SIDE_PX, check_settings, setting
-from ..base.sizes import gib
+from ..base.sizes import GIB, gib
 from ..base.storage import atomic
 from ..data.dataset import Bucket, LatentDataset
 from ..diffusion.conditioning import Label
@@ -38,6 +38,9 @@ from ..training.teachers import Teachers
 from . import plots
 from .catalog import LATENT_SHAPES, NUM_TOKENS, TEACHER_CONFIGS, published_teacher
 from .measuring import seconds_of, synchronize, watched_memory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEACHER = "full model"
 LONG_RUN = 10_000  # steps of the run whose duration is told
@@ -240,9 +243,34 @@ class _Networks:
         return torch.no_grad()(partial(network, x, t, context, label))
 
 
+def chart(measured: Bench) -> Image:
+    """Bars of each network: time of a sampling step, peak memory of sampling and of training."""
+    drawing = plots.figure(plots.CHART_WIDTH_IN, 1.6 + 0.4 * len(measured.rows))
+    times, memory = drawing.subplots(1, 2, sharey=True)
+    names = [plots.plain(row.name) for row in measured.rows]
+    places = range(len(names))
+    bars = times.barh(places, [row.ms_per_step for row in measured.rows], color=plots.KEPT_COLOR)
+    times.bar_label(bars, [f"{row.ms_per_step:,.0f} ({row.time_of_full:.0%})" for row in measured.rows], padding=3, fontsize=9)
+    times.set(yticks=list(places), yticklabels=names, xlabel="ms per sampling step")
+    times.margins(x=0.4)
+    times.invert_yaxis()
+    sampled = [row.sampling_bytes / GIB for row in measured.rows]
+    trained = [(row.training.peak_bytes or row.training.forecast_bytes) / GIB if row.training else 0.0 for row in measured.rows]
+    memory.barh([place - 0.2 for place in places], sampled, 0.38, color=plots.KEPT_COLOR, label="sampling")
+    if any(trained):
+        memory.barh([place + 0.2 for place in places], trained, 0.38, color=plots.REMOVED_COLOR, label="training")
+        memory.legend(loc="best", framealpha=0.9)
+    memory.set(xlabel="peak memory (GiB)")
+    drawing.suptitle(
+        plots.plain(f"{measured.settings['family']} on {measured.settings['device']}, {measured.settings['precision']}"),
+        fontsize=11,
+    )
+    return plots.to_image(drawing)
+
+
 def save_chart(path: Path, measured: Bench, *, overwrite: bool = False) -> None:
     """Write the table and the chart as one PNG."""
-    image = stacked([plots.table_image(Bench.COLUMNS, measured.cells()), plots.bench_chart(measured)])
+    image = stacked([plots.table_image(Bench.COLUMNS, measured.cells()), chart(measured)])
     with atomic(path, overwrite=overwrite) as made:
         image.save(made, format="png")
 

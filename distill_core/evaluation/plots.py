@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ..base.sizes import GIB
 from ..pruning.plan import name_map
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from ..pruning.analyse import Analysis
     from ..pruning.plan import PruningPlan
-    from .bench import Bench
     from .comparison import Comparison
 
 CHART_WIDTH_IN = 9.5
@@ -128,14 +126,14 @@ def draw_table(axes: Axes, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """Draw a table; long texts and percentages in brackets wrap over several lines."""
     axes.set_axis_off()
     axes.set_title(title, fontsize=11)
-    texts = [[textwrap.fill(_plain(cell).replace(" (", "\n("), 24, replace_whitespace=False) for cell in row] for row in rows]
+    texts = [[textwrap.fill(plain(cell).replace(" (", "\n("), 24, replace_whitespace=False) for cell in row] for row in rows]
     grid = axes.table(texts, colLabels=[name.replace(" ", "\n", 1) for name in columns], loc="center", cellLoc="center")
     grid.auto_set_font_size(False)
     grid.set_fontsize(9.5)
     grid.scale(1, 2.4)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Escape a text so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
@@ -156,36 +154,12 @@ def distance_chart(comparison: Comparison) -> Image:
             size = TIMESTEPS / len(model.distances)
             middles = [size * (place + 0.5) for place in range(len(model.distances))]
             values = [max(value, LEAST_DISTANCE) for value in model.distances]
-            axes.plot(middles, values, marker="o", color=f"C{number}", label=_plain(model.name))
+            axes.plot(middles, values, marker="o", color=f"C{number}", label=plain(model.name))
     axes.set(xlabel="timestep (0: clean image, 1000: pure noise)", ylabel="squared distance", yscale="log", xlim=(0, 1000))
-    axes.set_title(f"Distance of the predictions from those of {_plain(first.name)}", fontsize=11)
+    axes.set_title(f"Distance of the predictions from those of {plain(first.name)}", fontsize=11)
     axes.grid(alpha=0.25)
     if axes.get_lines():
         axes.legend(loc="best", framealpha=0.9)
-    return to_image(drawing)
-
-
-def bench_chart(bench: Bench) -> Image:
-    """Bars of each network: time of a sampling step, peak memory of sampling and of training."""
-    drawing = figure(CHART_WIDTH_IN, 1.6 + 0.4 * len(bench.rows))
-    times, memory = drawing.subplots(1, 2, sharey=True)
-    names = [_plain(row.name) for row in bench.rows]
-    places = range(len(names))
-    bars = times.barh(places, [row.ms_per_step for row in bench.rows], color=KEPT_COLOR)
-    times.bar_label(bars, [f"{row.ms_per_step:,.0f} ({row.time_of_full:.0%})" for row in bench.rows], padding=3, fontsize=9)
-    times.set(yticks=list(places), yticklabels=names, xlabel="ms per sampling step")
-    times.margins(x=0.4)
-    times.invert_yaxis()
-    sampled = [row.sampling_bytes / GIB for row in bench.rows]
-    trained = [(row.training.peak_bytes or row.training.forecast_bytes) / GIB if row.training else 0.0 for row in bench.rows]
-    memory.barh([place - 0.2 for place in places], sampled, 0.38, color=KEPT_COLOR, label="sampling")
-    if any(trained):
-        memory.barh([place + 0.2 for place in places], trained, 0.38, color=REMOVED_COLOR, label="training")
-        memory.legend(loc="best", framealpha=0.9)
-    memory.set(xlabel="peak memory (GiB)")
-    drawing.suptitle(
-        _plain(f"{bench.settings['family']} on {bench.settings['device']}, {bench.settings['precision']}"), fontsize=11
-    )
     return to_image(drawing)
 
 
