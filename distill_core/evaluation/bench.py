@@ -276,7 +276,7 @@ def save_chart(path: Path, measured: Bench, *, overwrite: bool = False) -> None:
 
 
 def quick(settings: Settings) -> Settings:
-    """Settings that take less than a minute: one preset, two rounds, and small images on a CPU."""
+    """Settings that take about a minute: one preset, two rounds, and small images on a CPU."""
     size_px = 128 if settings.size_px is None and device_of_choice().type == "cpu" else settings.size_px
     return replace(settings, presets=settings.chosen[:1], num_rounds=min(2, settings.num_rounds), size_px=size_px)
 
@@ -416,8 +416,8 @@ def _trained(
         with loop.open():
             for step in range(_WARM_UPS):
                 loop.step(step)
-            state = sum(tensor.nbytes for tensor in loop.optimizer.state()[0].values())
-            with watched_memory(networks.device, weights) as peak:
+            state = list(loop.optimizer.state()[0].values())
+            with watched_memory(networks.device, [*weights, *state]) as peak:
                 loop.step(_WARM_UPS)
             on_steps(1)
             seconds = []
@@ -425,6 +425,6 @@ def _trained(
                 seconds.append(seconds_of(partial(loop.step, step), networks.device))
                 on_steps(1)
     synchronize(networks.device)
-    # What stays between steps is not new memory of a step: weights, and the optimiser's state.
-    peak_bytes = peak.num_bytes + resident + state
+    # What stays between steps is not new memory of a step: weights, and the optimizer's state.
+    peak_bytes = peak.num_bytes + resident + sum(tensor.nbytes for tensor in state)
     return TrainingRow(forecast_bytes=needed, peak_bytes=peak_bytes, steps_per_second=1 / statistics.median(seconds))
