@@ -1,6 +1,7 @@
 """Takes the pictures of the workflows and of single nodes in a real ComfyUI: ``python docs/take_screenshots.py o2mkd_digits``.
 
-Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg``; with ``--node TYPE`` also
+Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg`` (quickstart_digits:
+``assets/quickstart_graph.jpg``, as its card shows digits); with ``--node TYPE`` also
 ``web/docs/images/TYPE.png`` of that node. Needs a ComfyUI as the tests do (`tests/comfyui.py`), playwright, and Chromium.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import importlib
 import io
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 comfyui = importlib.import_module("tests.comfyui")
 
 WORKFLOWS, NODES = ROOT / "workflows", ROOT / "web" / "docs" / "images"
+PICTURES = {"quickstart_digits": ROOT / "assets" / "quickstart_graph.jpg"}
 VIEW = {"width": 2600, "height": 1900}
 MARGIN_PX = 8  # around the picture
 BEFORE_PX, AFTER_PX = 120, 420  # what ComfyUI itself shows at the left and the top, at the right and the bottom
@@ -61,6 +64,8 @@ def main() -> None:
     place = comfyui.find() or sys.exit(comfyui.HOW_TO_GET_IT)
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("there is no Chromium")
     with tempfile.TemporaryDirectory() as base, comfyui.Server(place, comfyui.python(place), Path(base)) as server:
+        shutil.copytree(place / "input", Path(base) / "input", dirs_exist_ok=True)  # ComfyUI's example image
+        stand_ins(Path(base), arguments.names)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport=VIEW)
@@ -72,6 +77,16 @@ def main() -> None:
             for kind in arguments.alone:
                 take_alone(page, kind)
             browser.close()
+
+
+def stand_ins(base: Path, names: list[str]) -> None:
+    """Empty files under the names that workflows choose, so that ComfyUI does not mark them as missing."""
+    texts = [(WORKFLOWS / f"{name}.json").read_text(encoding="utf-8") for name in names]
+    for file in {file for text in texts for file in re.findall(r'"([\w./ -]+\.safetensors)"', text)}:
+        for folder in ("checkpoints", "loras", "controlnet", "diffusion_models"):
+            path = base / "models" / folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
 
 
 def take(page: Page, server, name: str, run: bool, node_types: list[str]) -> None:
@@ -90,7 +105,7 @@ def take(page: Page, server, name: str, run: bool, node_types: list[str]) -> Non
         bounds = page.evaluate(BOUNDS)
     image = framed(page, bounds)
     image.thumbnail((MOST_WIDE_PX, MOST_WIDE_PX))
-    image.save(WORKFLOWS / f"{name}.jpg", quality=85)
+    image.save(PICTURES.get(name, WORKFLOWS / f"{name}.jpg"), quality=85)
     for kind in node_types:
         if any(node["type"] == kind for node in workflow["nodes"]):
             framed(page, page.evaluate(NODE_BOX, kind), scale=1.0).save(NODES / f"{kind}.png")
