@@ -60,12 +60,19 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run each workflow before its picture is taken")
     parser.add_argument("--node", action="append", default=[], metavar="TYPE", help="take a picture of this node, too")
     parser.add_argument("--alone", action="append", default=[], metavar="TYPE", help="take a picture of this node by itself")
+    parser.add_argument("--base", type=Path, help="new folder for ComfyUI's files: Save Distilled Model shows its path")
     arguments = parser.parse_args()
     place = comfyui.find() or sys.exit(comfyui.HOW_TO_GET_IT)
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("there is no Chromium")
-    with tempfile.TemporaryDirectory() as base, comfyui.Server(place, comfyui.python(place), Path(base)) as server:
-        shutil.copytree(place / "input", Path(base) / "input", dirs_exist_ok=True)  # ComfyUI's example image
-        stand_ins(Path(base), arguments.names)
+    with tempfile.TemporaryDirectory() as temporary:
+        base = arguments.base or Path(temporary)
+        take_all(arguments, place, chromium, base)
+
+
+def take_all(arguments: argparse.Namespace, place: Path, chromium: str, base: Path) -> None:
+    with comfyui.Server(place, comfyui.python(place), base) as server:
+        shutil.copytree(place / "input", base / "input", dirs_exist_ok=True)  # ComfyUI's example image
+        stand_ins(base, arguments.names)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport=VIEW)
