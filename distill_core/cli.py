@@ -183,7 +183,6 @@ def compare(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from .base.disk import check_writable
     from .evaluation.compare import Settings, save_chart, work
     from .evaluation.compare import compare as measure
     from .evaluation.comparison import COLUMNS, table_text
@@ -192,9 +191,7 @@ def compare(arguments: argparse.Namespace) -> None:
     names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
     if not len({*names} - {""}) == len(names) == len(arguments.files):
         raise ValueError(f"--names: give one unique name per model ({len(arguments.files)}), got {', '.join(names)}")
-    if arguments.out.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.out} exists already; choose another --out, or add --overwrite")
-    check_writable(arguments.out, overwrite=arguments.overwrite)
+    _check_image(arguments)
     settings = Settings(
         size_px=(arguments.size, arguments.size),
         batch_size=arguments.batch,
@@ -225,13 +222,10 @@ def compare(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .base.disk import check_writable
     from .evaluation import bench as benches
     from .evaluation.comparison import table_text
 
-    if arguments.out.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.out} exists already; choose another --out, or add --overwrite")
-    check_writable(arguments.out, overwrite=arguments.overwrite)
+    _check_image(arguments)
     asked = benches.Settings(
         family=arguments.family,
         presets=tuple(arguments.preset or ()),
@@ -256,6 +250,15 @@ def bench(arguments: argparse.Namespace) -> None:
     print(table_text(measured.COLUMNS, measured.cells()))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in {**benches.MEANINGS, **measured.settings}.items()))
     print(f"image: {arguments.out}")
+
+
+def _check_image(arguments: argparse.Namespace) -> None:
+    """Raise errors of `_add_image`'s arguments before the long work."""
+    from .base.disk import check_writable
+
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.out} exists already; choose another --out, or add --overwrite")
+    check_writable(arguments.out, overwrite=arguments.overwrite)
 
 
 def _check_suffix(out: Path) -> None:
@@ -464,6 +467,11 @@ def _add_convert_lora(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
+def _add_image(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--out", type=Path, default=Path(name), help="image to write (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     from .base.storage import CODES
 
@@ -478,8 +486,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "files", type=Path, nargs="+", metavar="MODEL", help=".safetensors file or diffusers folder, the teacher first"
     )
     command.add_argument("--names", metavar="A,B", help="names of the models (default: from their files)")
-    command.add_argument("--out", type=Path, default=Path("comparison.png"), help="image to write (default: %(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    _add_image(command, "comparison.png")
     command.add_argument("--size", type=_size_px, default=512, help="side of the images in pixels (default: %(default)s)")
     command.add_argument("--batch", type=_at_least(1), default=1, help="images per step (default: %(default)s)")
     command.add_argument("--rounds", type=_at_least(1), default=10, help="timed steps of each model (default: %(default)s)")
@@ -510,8 +517,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--dtype", choices=CODES, help="precision (default: fp16 on a GPU, else fp32)")
     command.add_argument("--no-training", action="store_true", help="measure sampling only")
     command.add_argument("--quick", action="store_true", help="one preset, few rounds, small images on a CPU: about a minute")
-    command.add_argument("--out", type=Path, default=Path("bench.png"), help="image to write (default: %(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    _add_image(command, "bench.png")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

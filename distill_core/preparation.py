@@ -103,7 +103,7 @@ class Models:
         shape = teacher.architecture
         return max(self.plans, key=lambda plan: pruned(shape, name_map(shape, plan)).num_parameters)
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
         """Architecture of the student."""
         if self.student_file is not None:
@@ -121,20 +121,26 @@ class Models:
     def run_folder(self) -> Path:
         return self.recipe.path(self.recipe.run)
 
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """What identifies the weights of each teacher."""
+        return [fingerprint(file.tensors) for file in self.teacher_files]
+
+    @cached_property
+    def student_fingerprint(self) -> str:
+        """What identifies the student's own weights; empty if it is made by pruning."""
+        return "" if self.student_file is None else fingerprint(self.student_file.tensors)
+
     def check_lesson(self) -> None:
         """``ValueError`` if the student could learn nothing from its teachers."""
-        theirs = {(fingerprint(file.tensors), file.sampling) for file in self.teacher_files}
-        ours = self.student_file and (fingerprint(self.student_file.tensors), self.student_file.sampling)
+        theirs = {(weights, file.sampling) for weights, file in zip(self.fingerprints, self.teacher_files, strict=True)}
+        ours = self.student_file and (self.student_fingerprint, self.student_file.sampling)
         same = not self.recipe.experts and theirs == {ours}
         check_lesson(self.recipe.training, self.teacher_files[0].architecture, self.architecture, same)
 
     def inputs(self, data: Dataset) -> Inputs:
         """What a run on these models starts with."""
-        return Inputs(
-            teachers=tuple(fingerprint(file.tensors) for file in self.teacher_files),
-            student="" if self.student_file is None else fingerprint(self.student_file.tensors),
-            data=data.fingerprint,
-        )
+        return Inputs(teachers=tuple(self.fingerprints), student=self.student_fingerprint, data=data.fingerprint)
 
     def student(self, plan: PruningPlan | None = None, name: str = "pruned") -> Denoiser:
         """The untrained student on the device. plan: an expert's own, in place of the recipe's. name: of the pruned file, without its suffix."""
@@ -250,12 +256,12 @@ class Data:
         file = self.models.teacher_files[0]
         return make_dataset(
             partial(self.models.teacher, self.models.teacher_settings[0], file),
-            fingerprint(file.tensors),
+            self.models.fingerprints[0],
             self.encoders,
             lines(read_text(self.recipe.path(prompts), MAX_LIST_BYTES)),
             making,
             cache,
-            schedule=of_sampling(file.sampling),
+            schedule=self.models.schedule,
             batch_size=data.encode_batch_size,
             on_item=partial(on_item, "drawing"),
         )

@@ -100,7 +100,6 @@ class TrainTimestepExperts(io.ComfyNode):
     def execute(
         cls, teacher, student, latents, captions, run_name, steps_per_queue, null_caption=None, recipe=({},), **settings
     ) -> io.NodeOutput:
-        shares_base = student[0] is teacher[0]
         teacher, student, node_id = bridge.Model(teacher[0]), bridge.Model(student[0]), cls.hidden.unique_id
         settings = {name: values[0] for name, values in settings.items()}
         of_experts = {name: settings.pop(name) for name in ("count", "split", "boundaries", "overlap", "joint_steps")}
@@ -113,7 +112,7 @@ class TrainTimestepExperts(io.ComfyNode):
         check_lesson(recipe, teacher.architecture, student.architecture, same=False)
         plan = student.plan_from(teacher)
         bridge.check_trainable(student, teacher)
-        shares_base = shares_base and recipe.lora_rank > 0 and of_experts["joint_steps"] == 0
+        shares_base = student.patcher is teacher.patcher and recipe.lora_rank > 0 and of_experts["joint_steps"] == 0
         with torch.inference_mode(False), torch.enable_grad():
             data = bridge.dataset(latents, captions, null_caption, teacher)
             training = OneToMany(

@@ -18,14 +18,11 @@ from torch import nn
 
 from ..base.image_grid import stacked
 from ..base.precision import DTYPES, PRECISIONS
-from ..base.seeding import generator
 from ..base.settings import SIDE_PX, check_settings, setting
 from ..base.sizes import GIB, gib
 from ..base.storage import atomic
-from ..data.dataset import Bucket, LatentDataset
-from ..diffusion.conditioning import Label
+from ..data.dataset import LatentDataset
 from ..diffusion.denoiser import DiffusersDenoiser
-from ..diffusion.macs import count_macs
 from ..networks.architecture import Architecture
 from ..networks.build import build_unet
 from ..pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
@@ -36,8 +33,9 @@ from ..training.run import Run
 from ..training.settings import TrainingSettings
 from ..training.teachers import Teachers
 from . import plots
-from .catalog import LATENT_SHAPES, NUM_TOKENS, TEACHER_CONFIGS, published_teacher
-from .measuring import seconds_of, synchronize, watched_memory
+from .catalog import LATENT_SHAPES, NUM_TOKENS, TEACHER_CONFIGS, macs_of, published_teacher
+from .compare import random_data
+from .measuring import device_words, in_rounds, peak_of, seconds_of, watched_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,13 +57,11 @@ class Settings:
     batch_size: int = setting(1, "Images at once, in sampling and in training.", within=(1, 4096))
     num_rounds: int = setting(5, "Timed rounds; the full model and the pruned one take turns.", within=(1, 10_000))
     sampler_steps: int = setting(25, "Sampling steps of an image, each with guidance.", within=(1, 1000))
-    dtype: str | None = setting(None, "Precision.", unset="fp16 on a GPU, fp32 on a CPU")
+    dtype: str | None = setting(None, "Precision.", unset="fp16 on a GPU, fp32 on a CPU", choices=PRECISIONS)
     train: bool = setting(True, "Measure training, too.")
 
     def __post_init__(self):
         check_settings(self)
-        if self.dtype not in (None, *PRECISIONS):
-            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {self.dtype}")
         if self.size_px is not None and self.size_px % 64:
             raise ValueError(f"size_px must be a multiple of 64, got {self.size_px}")
         for name in self.presets:
@@ -184,13 +180,6 @@ def device_of_choice() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def device_words(device: torch.device) -> str:
-    """Name of a device, so that results can be told apart."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
-
-
 class _Networks:
     """Random networks of a family, one device, one precision."""
 
@@ -214,25 +203,11 @@ class _Networks:
             weight.data.uniform_(-0.02, 0.02, generator=random)
         return DiffusersDenoiser(network=network.eval().requires_grad_(False), architecture=architecture)
 
-    def gmacs(self, plan: PruningPlan | None) -> float:
-        """Billions of multiply-accumulates of one prediction for one image, counted on a network without weights."""
-        architecture = self.architecture(plan)
-        with torch.device("meta"):
-            empty = DiffusersDenoiser(network=build_unet(architecture), architecture=architecture)
-        return count_macs(empty, self.settings.latent_shape, NUM_TOKENS) / 1e9
-
     @cached_property
     def data(self) -> LatentDataset:
         """Random examples of the size asked for."""
-        random, count = generator(0, 0, "bench"), self.settings.batch_size
-        channels, height, width = self.settings.latent_shape
-        assert self.teacher.context_width is not None  # of the published families, all have attention
-        latents = torch.randn(count, channels, height, width, generator=random)
-        contexts = torch.randn(count, NUM_TOKENS, self.teacher.context_width, generator=random)
-        if not self.teacher.label_width:
-            return LatentDataset([Bucket(latents=latents, contexts=contexts)])
-        label = Label.neutral(self.teacher.label_width, count, (8 * height, 8 * width), latents)
-        return LatentDataset([Bucket(latents=latents, contexts=contexts, pooled=label.pooled, sizes=label.sizes)])
+        _, height, width = self.settings.latent_shape
+        return random_data(self.teacher, self.settings.batch_size, (8 * height, 8 * width), NUM_TOKENS, seed=0)
 
     def step(self, network: DiffusersDenoiser) -> Callable[[], Any]:
         """A sampling step with guidance: conditional and unconditional predictions in one batch."""
@@ -313,7 +288,7 @@ def bench(settings: Settings, on_step: OnStep = lambda what, count: None) -> Ben
 def _of_all(rows: Sequence[Row]) -> Row:
     """The full model, which was measured beside every preset."""
     ms = statistics.median(row.ms_per_step for row in rows)
-    return Row(**{**vars(rows[0]), "ms_per_step": ms, "seconds_per_image": ms * rows[0].seconds_per_image / rows[0].ms_per_step})
+    return replace(rows[0], ms_per_step=ms, seconds_per_image=ms * rows[0].seconds_per_image / rows[0].ms_per_step)
 
 
 def _words(networks: _Networks) -> dict[str, str]:
@@ -336,31 +311,29 @@ def _sampling(networks: _Networks, name: str, on_steps: Callable[[int], None]) -
     plans = {TEACHER: None, name: preset(name)}
     built = {called: networks.build(plan, networks.dtype) for called, plan in plans.items()}
     steps = {called: networks.step(network) for called, network in built.items()}
-    peaks = {}
-    for called, step in steps.items():
-        for _ in range(_WARM_UPS):
-            step()
-        weights = list(built[called].network.parameters())
-        with watched_memory(networks.device, weights) as peak:
-            step()
-        peaks[called] = peak.num_bytes + sum(weight.nbytes for weight in weights)
+    peaks = {
+        called: peak_of(step, list(built[called].network.parameters()), networks.device, _WARM_UPS)
+        for called, step in steps.items()
+    }
     on_steps(1)
-    settings, rounds = networks.settings, []
-    for _ in range(settings.num_rounds):
-        rounds.append([seconds_of(step, networks.device) for step in steps.values()])
-        on_steps(1)
-    ratio = statistics.median(student / teacher for teacher, student in rounds)
+    settings = networks.settings
+
+    def timed(called: str) -> float:
+        seconds = seconds_of(steps[called], networks.device)
+        on_steps(called != TEACHER)  # a round ends with the pruned network
+        return seconds
+
+    seconds = in_rounds([partial(timed, called) for called in plans], settings.num_rounds)
     rows = []
-    for place, (called, plan) in enumerate(plans.items()):
-        seconds = statistics.median(of_round[place] for of_round in rounds)
+    for called, of_a_step in zip(plans, seconds, strict=True):
         rows.append(
             Row(
                 name=called,
                 parameters=built[called].architecture.num_parameters,
-                gmacs=networks.gmacs(plan),
-                ms_per_step=1000 * seconds,
-                time_of_full=ratio if place else 1.0,
-                seconds_per_image=seconds * settings.sampler_steps / settings.batch_size,
+                gmacs=macs_of(built[called].architecture, settings.latent_shape) / 1e9,
+                ms_per_step=1000 * of_a_step,
+                time_of_full=of_a_step / seconds[0],
+                seconds_per_image=of_a_step * settings.sampler_steps / settings.batch_size,
                 sampling_bytes=peaks[called],
             )
         )
@@ -401,7 +374,7 @@ def _with_training(networks: _Networks, name: str, row: Row, on_steps: Callable[
         on_steps(1 + networks.settings.num_rounds)
     else:
         measured = _trained(networks, plan, training, needed, on_steps)
-    return Row(**{**vars(row), "training": measured})
+    return replace(row, training=measured)
 
 
 def _trained(
@@ -424,7 +397,6 @@ def _trained(
             for step in range(_WARM_UPS + 1, training.total_steps):
                 seconds.append(seconds_of(partial(loop.step, step), networks.device))
                 on_steps(1)
-    synchronize(networks.device)
     # What stays between steps is not new memory of a step: weights, and the optimizer's state.
     peak_bytes = peak.num_bytes + resident + sum(tensor.nbytes for tensor in state)
     return TrainingRow(forecast_bytes=needed, peak_bytes=peak_bytes, steps_per_second=1 / statistics.median(seconds))

@@ -46,13 +46,16 @@ def published_teacher(family: str) -> Architecture:
         return Architecture.from_state_dict(UNet2DConditionModel(**TEACHER_CONFIGS[family]).state_dict())
 
 
-def measure(architecture: Architecture, family: str) -> tuple[int, float]:
-    """Parameters and GMACs of an architecture, from its network on the meta device."""
+def macs_of(architecture: Architecture, latent_shape: tuple[int, int, int], num_tokens: int = NUM_TOKENS) -> int:
+    """Multiply-accumulates of one evaluation for one image, counted on a network without weights."""
     with torch.device("meta"):
         network = build_unet(architecture)
-    denoiser = DiffusersDenoiser(network=network, architecture=architecture)
-    macs = count_macs(denoiser, LATENT_SHAPES[family], NUM_TOKENS)
-    return sum(parameter.numel() for parameter in network.parameters()), macs / 1e9
+    return count_macs(DiffusersDenoiser(network=network, architecture=architecture), latent_shape, num_tokens)
+
+
+def measure(architecture: Architecture, family: str) -> tuple[int, float]:
+    """Parameters and GMACs of an architecture, from its built network."""
+    return architecture.num_parameters, macs_of(architecture, LATENT_SHAPES[family]) / 1e9
 
 
 def measure_presets(on_preset: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:

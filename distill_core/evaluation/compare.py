@@ -23,12 +23,13 @@ from ..base.storage import atomic, write_text
 from ..data.dataset import Bucket, LatentDataset
 from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser
-from ..diffusion.macs import count_macs
-from ..networks.build import build_unet, load_unet
+from ..networks.architecture import Architecture
+from ..networks.build import load_unet
 from ..networks.files import UNetFile
 from . import plots, report
+from .catalog import macs_of
 from .comparison import COLUMNS, MEANINGS, Comparison, Measured
-from .measuring import in_rounds, seconds_of, watched_memory
+from .measuring import device_words, in_rounds, peak_of, seconds_of
 from .metrics import clip_score, feature_distances, output_error
 
 if TYPE_CHECKING:
@@ -51,15 +52,15 @@ class Settings:
     num_tokens: int = setting(77, "Tokens of a caption.", within=(1, 4620))
     num_rounds: int = setting(10, "Timed steps of each model.", within=(1, 10_000))
     num_examples: int = setting(4, "Examples per bin for the distance, rounded up to full batches.", within=(1, 4096))
-    dtype: str | None = setting(None, "Precision of weights and computation.", unset="fp16 on a GPU, fp32 on a CPU")
+    dtype: str | None = setting(
+        None, "Precision of weights and computation.", unset="fp16 on a GPU, fp32 on a CPU", choices=PRECISIONS
+    )
     seed: int = setting(0, "Seed of latents, captions and noise.", within=SEEDS)
 
     def __post_init__(self):
         check_settings(self)
         if any(side % 64 for side in self.size_px):
             raise ValueError(f"size_px must be multiples of 64 pixels, got {self.size_px[0]} x {self.size_px[1]}")
-        if self.dtype not in (None, *PRECISIONS):
-            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {self.dtype}")
 
     @property
     def num_batches(self) -> int:
@@ -81,11 +82,14 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
     _check(files)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = settings.dtype or ("fp16" if device.type == "cuda" else "fp32")
-    dataset = random_data(next(iter(files.values())), settings)
+    count = max(settings.num_examples, settings.batch_size)
+    architecture = next(iter(files.values())).architecture
+    dataset = random_data(architecture, count, settings.size_px, settings.num_tokens, settings.seed)
     models = {name: _load(file, device, DTYPES[dtype]) for name, file in files.items()}
     asked = {name: _evaluation(model, dataset, settings.batch_size, on_evaluation) for name, model in models.items()}
-    peaks = {name: _peak(model, asked[name]) for name, model in models.items()}
+    peaks = {name: peak_of(asked[name], list(model.network.parameters()), device, NUM_WARM_UPS) for name, model in models.items()}
     seconds = in_rounds([partial(seconds_of, ask, device) for ask in asked.values()], settings.num_rounds)
+    height, width = settings.size_px
     first, measured = next(iter(models.values())), []
     for (name, model), of_a_step in zip(models.items(), seconds, strict=True):
         measured.append(
@@ -93,15 +97,17 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
                 name=name,
                 parameters=files[name].architecture.num_parameters,
                 weight_bytes=sum(tensor.num_bytes for tensor in files[name].tensors.values()),
-                gmacs=macs(files[name], dataset) / 1e9,
+                gmacs=macs_of(
+                    files[name].architecture, (models[name].latent_channels, height // 8, width // 8), settings.num_tokens
+                )
+                / 1e9,
                 ms_per_step=1000 * of_a_step,
                 peak_bytes=peaks[name],
                 distances=(0.0,) * NUM_BINS if model is first else _distances(model, first, dataset, settings, on_evaluation),
             )
         )
-    height, width = settings.size_px
     said = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
+        "device": device_words(device),
         "precision": dtype,
         "images": f"{width} x {height} px, {settings.batch_size} per step, captions of {settings.num_tokens} tokens",
         "time": f"median of {settings.num_rounds} rounds",
@@ -137,17 +143,16 @@ def _check(files: Mapping[str, UNetFile]) -> None:
             )
 
 
-def random_data(file: UNetFile, settings: Settings) -> LatentDataset:
-    """Random latents and random captions of the widths a UNet takes."""
-    random, count = generator(settings.seed, 0, "comparison"), max(settings.num_examples, settings.batch_size)
-    architecture, (height, width) = file.architecture, settings.size_px
+def random_data(architecture: Architecture, count: int, size_px: tuple[int, int], num_tokens: int, seed: int) -> LatentDataset:
+    """Random latents of images of a size (height, width), and random captions of the widths a UNet takes."""
+    random, (height, width) = generator(seed, 0, "comparison"), size_px
     if architecture.context_width is None:
         raise ValueError("diffusers builds no UNet of this kind without any attention, so it cannot be compared")
     latents = torch.randn(count, architecture.channels("conv_in")[0], height // 8, width // 8, generator=random)
-    contexts = torch.randn(count, settings.num_tokens, architecture.context_width, generator=random)
+    contexts = torch.randn(count, num_tokens, architecture.context_width, generator=random)
     conditioning = {}
     if architecture.label_width:
-        label = Label.neutral(architecture.label_width, count, settings.size_px, latents)
+        label = Label.neutral(architecture.label_width, count, size_px, latents)
         conditioning = {"pooled": torch.randn(label.pooled.shape, generator=random), "sizes": label.sizes}
     return LatentDataset([Bucket(latents=latents, contexts=contexts, **conditioning)])
 
@@ -155,16 +160,6 @@ def random_data(file: UNetFile, settings: Settings) -> LatentDataset:
 def _load(file: UNetFile, device: torch.device, dtype: torch.dtype) -> Denoiser:
     network = load_unet(file, dtype).requires_grad_(False).to(device)
     return DiffusersDenoiser.of_file(file, network)
-
-
-def macs(file: UNetFile, dataset: LatentDataset) -> int:
-    """Multiply-accumulates of one evaluation for one image, counted on a network without weights."""
-    with torch.device("meta"):
-        network = build_unet(file.architecture)
-    (bucket,) = dataset.buckets
-    denoiser = DiffusersDenoiser(network=network, architecture=file.architecture)
-    _, channels, height, width = bucket.latents.shape
-    return count_macs(denoiser, (channels, height, width), bucket.contexts.shape[1])
 
 
 def _evaluation(model: Denoiser, dataset: LatentDataset, batch_size: int, on_evaluation: Callable[[], Any]) -> Callable[[], None]:
@@ -180,16 +175,6 @@ def _evaluation(model: Denoiser, dataset: LatentDataset, batch_size: int, on_eva
         on_evaluation()
 
     return evaluate
-
-
-def _peak(model: Denoiser, evaluate: Callable[[], None]) -> int:
-    """Peak memory of an evaluation after warm-up."""
-    for _ in range(NUM_WARM_UPS):
-        evaluate()
-    weights = list(model.network.parameters())
-    with watched_memory(model.device, weights) as peak:
-        evaluate()
-    return peak.num_bytes + sum(weight.nbytes for weight in weights)
 
 
 def _distances(model: Denoiser, first: Denoiser, dataset, settings: Settings, on_batch: Callable[[], Any]) -> tuple[float, ...]:

@@ -59,3 +59,19 @@ def watched_memory(device: torch.device, weights: Sequence[Tensor] = ()) -> Iter
         with Ledger(weights) as ledger:
             yield peak
         peak.num_bytes = ledger.most.total()
+
+
+def peak_of(work: Callable[[], Any], weights: Sequence[Tensor], device: torch.device, num_warm_ups: int) -> int:
+    """Peak memory of some work after warm-up, including the weights it uses."""
+    for _ in range(num_warm_ups):
+        work()
+    with watched_memory(device, weights) as peak:
+        work()
+    return peak.num_bytes + sum(weight.nbytes for weight in weights)
+
+
+def device_words(device: torch.device) -> str:
+    """Name of a device, so that results can be told apart."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else f"CPU, threads: {torch.get_num_threads()}"

@@ -281,10 +281,10 @@ class Artist:
         sigmas = [float(firsts.percent_to_sigma(1 - (i + 0.5) / NUM_BINS)) for i in range(NUM_BINS)]
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.drawing.seed))
         size = len(self.drawing.latent["samples"])
-        parts = [self._answers(*part, sigmas) for part in zip(latents.split(size), noise.split(size), strict=True)]
+        parts = [self._predictions_at(*part, sigmas) for part in zip(latents.split(size), noise.split(size), strict=True)]
         return [torch.cat(predictions) for predictions in zip(*parts, strict=True)]
 
-    def _answers(self, latents: Tensor, noise: Tensor, sigmas: list[float]) -> list[Tensor]:
+    def _predictions_at(self, latents: Tensor, noise: Tensor, sigmas: list[float]) -> list[Tensor]:
         """The predictions at each noise level."""
         sampling, clean = self.model.get_model_object("model_sampling"), self.model.model.process_latent_in(latents)
         found = []

@@ -68,7 +68,7 @@ def test_training_can_be_left_out(small):
         ({"presets": ("ssd-1b",)}, "ssd-1b is a preset for sdxl, not for sd1"),
         ({"size_px": 100}, "size_px must be a multiple of 64"),
         ({"num_rounds": 0}, "num_rounds must be between 1 and 10,000"),
-        ({"dtype": "fp8"}, "dtype must be one of"),
+        ({"dtype": "fp8"}, "dtype: unknown 'fp8'; choose from .'fp32', 'bf16', 'fp16'."),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

@@ -67,7 +67,7 @@ def test_figures_depend_on_the_seed_and_nothing_else(files, comparison):
         ({"num_tokens": True}, "num_tokens must be a whole number, got True"),
         ({"size_px": (64, 64 * 10**6)}, "size_px must be between 64 and 16,384, got 64,000,000"),
         ({"size_px": (64, 72)}, "multiples of 64 pixels, got 64 x 72"),
-        ({"dtype": "fp8"}, "dtype must be one of fp32, bf16, fp16, got fp8"),
+        ({"dtype": "fp8"}, "dtype: unknown 'fp8'; choose from .'fp32', 'bf16', 'fp16'."),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(changes, message):
@@ -109,7 +109,7 @@ def test_memory_is_the_most_there_was_at_once():
 def test_xl_models_are_told_sizes(small_xl_teacher, tmp_path):
     save_unet(tmp_path / "xl.safetensors", small_xl_teacher.named_parameters(), small_xl_teacher.architecture)
     file = open_unet(tmp_path / "xl.safetensors")
-    examples = random_data(file, TINY).read(0, torch.arange(2))
+    examples = random_data(file.architecture, 2, TINY.size_px, TINY.num_tokens, TINY.seed).read(0, torch.arange(2))
     assert examples.label.pooled.shape == (2, 8) and examples.label.sizes[0].tolist() == [64, 64, 0, 0, 64, 64]
     assert compare({"a": file, "b": file}, TINY).models[1].mean_distance == 0
 
