@@ -41,17 +41,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of each (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="samplings of each kind, in turn (default: %(default)s)")
     arguments = parser.parse_args()
-    publish("guidance_cost", ["# Guidance in one pass", "", *_memory(arguments.rank), "", *_time(arguments)])
+    publish("guidance_cost", ["# Guidance in one pass", "", *_memory(arguments.rank), "", *sampling(arguments)])
+
+
+def settings_of(rank: int) -> dict[str, MemorySettings]:
+    """How each row of the table is trained."""
+    lora = {"lora_rank": rank, "precision": "fp16"}
+    return {
+        FULL: _settings(False, **TUNED, precision="fp16"),
+        DISTILLED: _settings(False, **GUIDED, precision="fp16"),
+        LORA: _settings(True, **TUNED, **lora),
+        BOTH: _settings(True, **GUIDED, **lora),
+    }
 
 
 def _memory(rank: int) -> list[str]:
-    lora = {"lora_rank": rank, "precision": "fp16"}
-    told = {
-        FULL: _forecast(False, **TUNED, precision="fp16"),
-        DISTILLED: _forecast(False, **GUIDED, precision="fp16"),
-        LORA: _forecast(True, **TUNED, **lora),
-        BOTH: _forecast(True, **GUIDED, **lora),
-    }
+    told = {name: forecast_of(settings) for name, settings in settings_of(rank).items()}
     whole = {name: sum(_kept(of).values()) for name, of in told.items()}
     rows = [
         [name, *(gib(_kept(of)[part]) for part in PARTS), gib(whole[name]), f"{whole[name] / whole[DISTILLED]:.3f}",
@@ -66,7 +71,11 @@ def _memory(rank: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _forecast(shares_base: bool, **recipe) -> Forecast:
+def _settings(shares_base: bool, **training) -> MemorySettings:
+    return MemorySettings(training=TrainingSettings(batch_size=1, **training), teacher_dtype="fp16", shares_base=shares_base)
+
+
+def forecast_of(settings: MemorySettings) -> Forecast:
     architecture = published_teacher(FAMILY)
     return forecast(
         teacher=architecture,
@@ -74,7 +83,7 @@ def _forecast(shares_base: bool, **recipe) -> Forecast:
         plan=None,
         latent_shape=LATENT_SHAPES[FAMILY],
         num_tokens=NUM_TOKENS,
-        settings=MemorySettings(training=TrainingSettings(batch_size=1, **recipe), teacher_dtype="fp16", shares_base=shares_base),
+        settings=settings,
     )
 
 
@@ -96,7 +105,7 @@ def _kept(told: Forecast) -> dict[str, int]:
     }
 
 
-def _time(arguments: argparse.Namespace) -> list[str]:
+def sampling(arguments: argparse.Namespace) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     network = build_unet(published_teacher(FAMILY)).eval().to(device).requires_grad_(False)

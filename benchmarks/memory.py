@@ -8,32 +8,25 @@ beside the forecast; without one nothing is measured. Writes ``results/memory.md
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from distill_core.base.precision import DTYPES
 from distill_core.base.sizes import gib
-from distill_core.data.dataset import Bucket, LatentDataset
-from distill_core.diffusion.conditioning import Label
-from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.evaluation.catalog import LATENT_SHAPES, NUM_TOKENS, published_teacher
+from distill_core.evaluation.trial import random_data, random_denoiser, training_cost
 from distill_core.lora.layers import WithoutLora
 from distill_core.networks.architecture import Architecture
-from distill_core.networks.build import build_unet
 from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
-from distill_core.training.loop import Training
 from distill_core.training.memory import Forecast, MemorySettings, forecast
-from distill_core.training.processes import ALONE
-from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
 
 RESULTS = Path(__file__).parent / "results"
-NUM_STEPS = 3  # the first makes the optimiser's state
+NUM_STEPS = 3
 
 
 class Case(NamedTuple):
@@ -86,7 +79,7 @@ def main() -> None:
     sections = []
     for case in CASES:
         architectures, started = case.architectures, time.process_time()
-        told = _forecast(case, *architectures)
+        told = forecast_of(case, *architectures)
         took = f"The forecast took {time.process_time() - started:.1f} s of one processor core."
         sections.append("\n".join([f"## {case.heading}", "", "```", told.describe(), "```", "", took, _measured(case, told)]))
         print(sections[-1], end="\n\n")
@@ -94,7 +87,7 @@ def main() -> None:
     (RESULTS / "memory.md").write_text("\n\n".join([settings, *sections]) + "\n", encoding="utf-8")
 
 
-def _forecast(case: Case, teacher: Architecture, student: Architecture) -> Forecast:
+def forecast_of(case: Case, teacher: Architecture, student: Architecture) -> Forecast:
     return forecast(
         teacher=teacher,
         student=student,
@@ -108,45 +101,20 @@ def _forecast(case: Case, teacher: Architecture, student: Architecture) -> Forec
 def _measured(case: Case, told: Forecast) -> str:
     if not torch.cuda.is_available():
         return "The real peak was not measured: there is no CUDA device."
-    peak = _peak_bytes(case, torch.device("cuda"))
-    device = torch.cuda.get_device_name()
-    return f"Measured on {device}: {gib(peak)}. Forecast over measured: {told.total_bytes / peak:.3f}."
+    peak = peak_bytes(case, torch.device("cuda"))
+    return f"Measured on {torch.cuda.get_device_name()}: {gib(peak)}. Forecast over measured: {told.total_bytes / peak:.3f}."
 
 
-def _peak_bytes(case: Case, device: torch.device) -> int:
-    """The most torch allocates at once in a few steps."""
-    (theirs, ours), recipe = case.architectures, case.settings.training
-    teacher = _random(theirs, device, DTYPES[case.settings.teacher_dtype])
-    student = _random(ours, device, DTYPES[recipe.weight_dtype]) if case.plan else teacher
-    teachers = Teachers.single(teacher if case.plan else WithoutLora(student), recipe)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", recipe)
-        data = _data(theirs, LATENT_SHAPES[case.family])
-        training = Training(run, student, teachers, case.plan, data, ALONE)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        with training.open():
-            for step in range(NUM_STEPS):
-                training.step(step)
-        return torch.cuda.max_memory_allocated(device)
-
-
-def _random(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> DiffusersDenoiser:
-    with device:
-        network = build_unet(architecture).eval().requires_grad_(False)
-    torch.nn.Module.to(network, dtype)  # that of diffusers warns
-    return DiffusersDenoiser(network=network, architecture=architecture)
-
-
-def _data(teacher: Architecture, latent_shape: tuple[int, int, int], num_examples: int = 8) -> LatentDataset:
-    contexts, label = torch.randn(num_examples, NUM_TOKENS, teacher.context_width), None
-    if teacher.label_width:
-        size_px = 8 * latent_shape[1], 8 * latent_shape[2]
-        label = Label.neutral(teacher.label_width, num_examples, size_px, contexts)
-    pooled, sizes = label or (None, None)
-    return LatentDataset(
-        [Bucket(latents=torch.randn(num_examples, *latent_shape), contexts=contexts, pooled=pooled, sizes=sizes)]
-    )
+def peak_bytes(case: Case, device: torch.device) -> int:
+    """The most memory that a few steps take at once."""
+    (theirs, ours), training = case.architectures, case.settings.training
+    teacher = random_denoiser(theirs, device, case.settings.teacher_dtype)
+    student = random_denoiser(ours, device, training.weight_dtype) if case.plan else teacher
+    teachers = Teachers.single(teacher if case.plan else WithoutLora(student), training)
+    _, height, width = LATENT_SHAPES[case.family]
+    data = random_data(theirs, 8, (8 * height, 8 * width), NUM_TOKENS, seed=0)
+    short = replace(training, total_steps=NUM_STEPS)
+    return training_cost(short, student=student, teachers=teachers, plan=case.plan, data=data).peak_bytes
 
 
 if __name__ == "__main__":

@@ -80,18 +80,13 @@ def main() -> None:
     # Of a narrow network on large pictures activations are what fills memory, as they do at large batches.
     costs = {}
     for case in (Case(64, 512, 4), Case(320, arguments.size, arguments.batch, encodes=True)):
-        with tempfile.TemporaryDirectory() as folder:
-            costs[case] = _measure(case, Path(folder), arguments.rounds)
+        costs[case] = measure(case, arguments.rounds)
         gc.collect()
     publish("training_step", _report(costs, arguments.rounds))
 
 
-def _report(costs: Mapping[Case, Cost], rounds: int) -> list[str]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    last, cost = list(costs.items())[-1]
-    loop = [encoding + bare for encoding, bare in zip(cost.encoding, cost.bare, strict=True)]
-    cached, encoded = (last.batch_size / statistics.median(seconds) for seconds in (cost.steps, loop))
-    share = _median_ratio(cost.encoding, loop)
+def cost_tables(costs: Mapping[Case, Cost]) -> list[str]:
+    """Time and memory of a distillation step over its bare sum."""
     return [
         *table(["a step", "distillation step, s", "bare sum, s", "ratio", "lowest over lowest"], [
             [case.title, f"{statistics.median(c.steps):.2f}", f"{statistics.median(c.bare):.2f}", f"{_median_ratio(c.steps, c.bare):.3f}",
@@ -102,7 +97,18 @@ def _report(costs: Mapping[Case, Cost], rounds: int) -> list[str]:
             [case.title, *(f"{size / MIB:,.1f}" for size in (c.step_bytes, c.bare_bytes, c.step_bytes - c.bare_bytes, c.feature_bytes)),
              f"{(c.step_bytes - c.bare_bytes) / c.feature_bytes:.2f}"]
             for case, c in costs.items()
-        ]), "",
+        ]),
+    ]  # fmt: skip
+
+
+def _report(costs: Mapping[Case, Cost], rounds: int) -> list[str]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    last, cost = list(costs.items())[-1]
+    loop = [encoding + bare for encoding, bare in zip(cost.encoding, cost.bare, strict=True)]
+    cached, encoded = (last.batch_size / statistics.median(seconds) for seconds in (cost.steps, loop))
+    share = _median_ratio(cost.encoding, loop)
+    return [
+        *cost_tables(costs), "",
         *table([f"training, {last.title}", "samples a second", "ratio"], [
             ["distillation from cached latents and embeddings", f"{cached:.3f}", f"{_median_ratio(loop, cost.steps):.2f}"],
             ["bare sum, pictures and captions encoded each step", f"{encoded:.3f}", "1"],
@@ -130,6 +136,11 @@ class Cost(NamedTuple):
     step_bytes: int
     bare_bytes: int
     feature_bytes: int
+
+
+def measure(case: Case, rounds: int) -> Cost:
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(case, Path(folder), rounds)
 
 
 def _measure(case: Case, folder: Path, rounds: int) -> Cost:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
-
 from .base.documents import MAX_LIST_BYTES, lines, read_text
 from .base.packages import check_installed
 from .base.precision import DTYPES
@@ -26,7 +24,7 @@ from .lora.layers import without_lora
 from .networks.architecture import Architecture
 from .networks.build import load_unet
 from .networks.files import UNetFile, open_unet
-from .networks.quantised import QUANTISED, computes, kept_bytes, quantise
+from .networks.quantised import QUANTISED, computes, hold, kept_bytes
 from .pruning.plan import PruningPlan, name_map, plan_between, plan_in, preset, preset_names, pruned
 from .pruning.plan_text import read_plan
 from .pruning.prune import pruned_file
@@ -176,24 +174,7 @@ class Models:
         """Load a teacher in the dtype of its settings, offloaded if they say so."""
         compute = DTYPES[computes(settings.dtype)]
         network = load_unet(file, compute)
-        if settings.dtype in QUANTISED:
-            quantise(network, settings.dtype)
-        if settings.dtype == "fp8":
-            from diffusers.hooks import apply_layerwise_casting
-
-            apply_layerwise_casting(network, storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
-        if settings.offload:
-            from diffusers.hooks import apply_group_offloading
-
-            apply_group_offloading(
-                network,
-                onload_device=self.device,
-                offload_device=torch.device("cpu"),
-                offload_type="leaf_level",
-                use_stream=self.device.type == "cuda",
-            )
-        else:
-            network.to(self.device)
+        hold(network, settings.dtype, self.device, offloaded=settings.offload)
         return replace(DiffusersDenoiser.of_file(file, network), computes=(self.device, compute))
 
 

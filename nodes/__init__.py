@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, compare, demo, experts, lora, prune, recipe, router, save, shared_base, teacher_data, train
+from . import bench, bridge, compare, demo, experts, lora, prune, recipe, router, save, shared_base, teacher_data, train
 
 
 class DistillExtension(ComfyExtension):
@@ -10,5 +10,5 @@ class DistillExtension(ComfyExtension):
         bridge.serve_runs()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        topics = (demo, prune, teacher_data, recipe, train, save, lora, shared_base, router, experts, compare)
+        topics = (demo, prune, teacher_data, recipe, train, save, lora, shared_base, router, experts, compare, bench)
         return [node for topic in topics for node in topic.NODES]

@@ -6,7 +6,6 @@ Nothing is loaded or downloaded: the cost of a network does not depend on its we
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..base.image_grid import stacked
 from ..base.precision import DTYPES, PRECISIONS
@@ -24,25 +22,20 @@ from ..base.storage import atomic
 from ..data.dataset import LatentDataset
 from ..diffusion.denoiser import DiffusersDenoiser
 from ..networks.architecture import Architecture
-from ..networks.build import build_unet
 from ..pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
-from ..training.loop import Training
 from ..training.memory import RESERVE, Forecast, MemorySettings, forecast, free_bytes
-from ..training.processes import ALONE
-from ..training.run import Run
 from ..training.settings import TrainingSettings
 from ..training.teachers import Teachers
 from . import plots
 from .catalog import LATENT_SHAPES, NUM_TOKENS, TEACHER_CONFIGS, macs_of, published_teacher
-from .compare import random_data
-from .measuring import device_words, in_rounds, peak_of, seconds_of, watched_memory
+from .measuring import device_words, in_rounds, peak_of, seconds_of
+from .trial import WARM_UPS, random_data, random_denoiser, training_cost
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEACHER = "full model"
 LONG_RUN = 10_000  # steps of the run whose duration is told
-_WARM_UPS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,16 +185,7 @@ class _Networks:
         return self.teacher if plan is None else pruned(self.teacher, name_map(self.teacher, plan))
 
     def build(self, plan: PruningPlan | None, dtype: str) -> DiffusersDenoiser:
-        """A network of small random weights: values like 0 or denormals would be computed faster or slower than real ones."""
-        architecture = self.architecture(plan)
-        with torch.device("meta"):
-            network = build_unet(architecture)
-        nn.Module.to(network, DTYPES[dtype])  # diffusers' own `to` warns
-        network.to_empty(device=self.device)
-        random = torch.Generator(self.device).manual_seed(0)
-        for weight in network.parameters():
-            weight.data.uniform_(-0.02, 0.02, generator=random)
-        return DiffusersDenoiser(network=network.eval().requires_grad_(False), architecture=architecture)
+        return random_denoiser(self.architecture(plan), self.device, dtype)
 
     @cached_property
     def data(self) -> LatentDataset:
@@ -243,11 +227,15 @@ def chart(measured: Bench) -> Image:
     return plots.to_image(drawing)
 
 
-def save_chart(path: Path, measured: Bench, *, overwrite: bool = False) -> None:
-    """Write the table and the chart as one PNG."""
-    image = stacked([plots.table_image(Bench.COLUMNS, measured.cells()), chart(measured)])
+def picture(measured: Bench) -> Image:
+    """The table, and the chart below it."""
+    return stacked([plots.table_image(Bench.COLUMNS, measured.cells()), chart(measured)])
+
+
+def save_picture(path: Path, measured: Bench, *, overwrite: bool = False) -> None:
+    """Write `picture` as PNG."""
     with atomic(path, overwrite=overwrite) as made:
-        image.save(made, format="png")
+        picture(measured).save(made, format="png")
 
 
 def quick(settings: Settings) -> Settings:
@@ -264,16 +252,15 @@ def work(settings: Settings) -> int:
 OnStep = Callable[[str, int], None]
 
 
-def bench(settings: Settings, on_step: OnStep = lambda what, count: None) -> Bench:
+def bench(settings: Settings, on_step: OnStep = lambda what, count: None, device: torch.device | None = None) -> Bench:
     """Measure the full model of a family and its presets.
 
-    on_step: called with what is measured and the number of steps just done, `work` in all.
+    on_step: called with what is measured and the number of steps just done, `work` in all. device: `device_of_choice` if None.
 
     The full model and one preset are on the device at a time. A training step is measured only if its forecast fits into
     the free memory.
     """
-    device = device_of_choice()
-    networks = _Networks(settings, device)
+    networks = _Networks(settings, device or device_of_choice())
     rows: list[Row] = []
     full: list[Row] = []
     for name in settings.chosen:
@@ -312,7 +299,7 @@ def _sampling(networks: _Networks, name: str, on_steps: Callable[[int], None]) -
     built = {called: networks.build(plan, networks.dtype) for called, plan in plans.items()}
     steps = {called: networks.step(network) for called, network in built.items()}
     peaks = {
-        called: peak_of(step, list(built[called].network.parameters()), networks.device, _WARM_UPS)
+        called: peak_of(step, list(built[called].network.parameters()), networks.device, WARM_UPS)
         for called, step in steps.items()
     }
     on_steps(1)
@@ -344,7 +331,7 @@ def training_settings(settings: Settings, device: torch.device) -> TrainingSetti
     """What is trained: the published losses, as the workflows for one's own checkpoint train them."""
     on_gpu = device.type != "cpu"
     return TrainingSettings(
-        total_steps=1 + _WARM_UPS + settings.num_rounds,
+        total_steps=1 + WARM_UPS + settings.num_rounds,
         objective="ssd-1b" if settings.family == "sdxl" else "bk-sdm",
         batch_size=settings.batch_size,
         caption_dropout=0.0,
@@ -380,23 +367,12 @@ def _with_training(networks: _Networks, name: str, row: Row, on_steps: Callable[
 def _trained(
     networks: _Networks, plan: PruningPlan, training: TrainingSettings, needed: int, on_steps: Callable[[int], None]
 ) -> TrainingRow:
-    teacher, student = networks.build(None, networks.dtype), networks.build(plan, training.weight_dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", training)
-        loop = Training(run, student, Teachers.single(teacher, training), plan, networks.data, ALONE)
-        weights = [*teacher.network.parameters(), *student.network.parameters()]
-        resident = sum(weight.nbytes for weight in weights)
-        with loop.open():
-            for step in range(_WARM_UPS):
-                loop.step(step)
-            state = list(loop.optimizer.state()[0].values())
-            with watched_memory(networks.device, [*weights, *state]) as peak:
-                loop.step(_WARM_UPS)
-            on_steps(1)
-            seconds = []
-            for step in range(_WARM_UPS + 1, training.total_steps):
-                seconds.append(seconds_of(partial(loop.step, step), networks.device))
-                on_steps(1)
-    # What stays between steps is not new memory of a step: weights, and the optimizer's state.
-    peak_bytes = peak.num_bytes + resident + sum(tensor.nbytes for tensor in state)
-    return TrainingRow(forecast_bytes=needed, peak_bytes=peak_bytes, steps_per_second=1 / statistics.median(seconds))
+    cost = training_cost(
+        training,
+        student=networks.build(plan, training.weight_dtype),
+        teachers=Teachers.single(networks.build(None, networks.dtype), training),
+        plan=plan,
+        data=networks.data,
+        on_step=partial(on_steps, 1),
+    )
+    return TrainingRow(forecast_bytes=needed, peak_bytes=cost.peak_bytes, steps_per_second=1 / statistics.median(cost.seconds))

@@ -17,13 +17,10 @@ from torch import Tensor
 
 from ..base.image_grid import image_rows, stacked
 from ..base.precision import DTYPES, PRECISIONS
-from ..base.seeding import generator
 from ..base.settings import SEEDS, SIDE_PX, check_settings, setting
 from ..base.storage import atomic, write_text
-from ..data.dataset import Bucket, LatentDataset
-from ..diffusion.conditioning import Label
+from ..data.dataset import LatentDataset
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser
-from ..networks.architecture import Architecture
 from ..networks.build import load_unet
 from ..networks.files import UNetFile
 from . import plots, report
@@ -31,6 +28,7 @@ from .catalog import macs_of
 from .comparison import COLUMNS, MEANINGS, Comparison, Measured
 from .measuring import device_words, in_rounds, peak_of, seconds_of
 from .metrics import clip_score, feature_distances, output_error
+from .trial import random_data
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,20 +139,6 @@ def _check(files: Mapping[str, UNetFile]) -> None:
                 f"{name} cannot be compared with {first}: latent channels, caption width and label width are "
                 f"{reads[name]}, but those of {first} are {reads[first]}; compare models of one family"
             )
-
-
-def random_data(architecture: Architecture, count: int, size_px: tuple[int, int], num_tokens: int, seed: int) -> LatentDataset:
-    """Random latents of images of a size (height, width), and random captions of the widths a UNet takes."""
-    random, (height, width) = generator(seed, 0, "comparison"), size_px
-    if architecture.context_width is None:
-        raise ValueError("diffusers builds no UNet of this kind without any attention, so it cannot be compared")
-    latents = torch.randn(count, architecture.channels("conv_in")[0], height // 8, width // 8, generator=random)
-    contexts = torch.randn(count, num_tokens, architecture.context_width, generator=random)
-    conditioning = {}
-    if architecture.label_width:
-        label = Label.neutral(architecture.label_width, count, size_px, latents)
-        conditioning = {"pooled": torch.randn(label.pooled.shape, generator=random), "sizes": label.sizes}
-    return LatentDataset([Bucket(latents=latents, contexts=contexts, **conditioning)])
 
 
 def _load(file: UNetFile, device: torch.device, dtype: torch.dtype) -> Denoiser:

@@ -1,5 +1,6 @@
-"""Networks that bitsandbytes stores with linear layers in eight or four bits; other layers, convolutions too, stay the same.
+"""Networks whose weights are stored in fewer bits than they compute in.
 
+bitsandbytes stores linear layers in eight or four bits; other layers, convolutions too, stay the same.
 int8: whole numbers and a scale per output (Dettmers et al. 2022, arXiv 2208.07339). nf4: sixteen levels spaced like a normal
 distribution, with a scale per 64 weights that is itself stored in eight bits (Dettmers et al. 2023, arXiv 2305.14314, Sec. 3).
 Such weights are not trained; gradients pass through them to a LoRA.
@@ -39,6 +40,32 @@ def quantise(network: nn.Module, dtype: str) -> None:
     for path, layer in list(network.named_modules()):
         if type(layer) is nn.Linear:
             network.set_submodule(path, _quantised(bitsandbytes.nn, layer, dtype))
+
+
+def hold(network: nn.Module, dtype: str, device: torch.device, *, offloaded: bool = False) -> None:
+    """Store a network's weights in ``dtype`` on a device, ready to predict.
+
+    network: in the precision it `computes` in, on the CPU. dtype: a key of `precision.DTYPES`, or one of `QUANTISED`.
+    offloaded: keep the weights on the CPU, with each layer on the device only while it computes.
+    """
+    if dtype in QUANTISED:
+        quantise(network, dtype)
+    if dtype == "fp8":
+        from diffusers.hooks import apply_layerwise_casting
+
+        apply_layerwise_casting(network, storage_dtype=torch.float8_e4m3fn, compute_dtype=DTYPES[computes(dtype)])
+    if offloaded:
+        from diffusers.hooks import apply_group_offloading
+
+        apply_group_offloading(
+            network,
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
+    else:
+        nn.Module.to(network, device)
 
 
 def _quantised(kinds, layer: nn.Linear, dtype: str) -> nn.Linear:

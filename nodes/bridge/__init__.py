@@ -1,5 +1,6 @@
 """The one package that knows both ComfyUI (MODEL, CLIP, VAE, LATENT, CONDITIONING) and distill_core."""
 
+from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, prune_model
 from .compare import Drawing, compare_models, image_features, text_features
 from .data import calibration, dataset, encoded_captions, make_data, previews
@@ -76,6 +77,7 @@ __all__ = [
     "release_memory",
     "route_models",
     "route_experts",
+    "run_bench",
     "run_folder",
     "sample_routed",
     "serve_runs",

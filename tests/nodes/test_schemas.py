@@ -21,6 +21,7 @@ NAMES = {
     "DistillTimestepRouterSampler": "Timestep Router Sampler",
     "DistillCompareModels": "Compare Models",
     "DistillReport": "Distillation Report",
+    "DistillBenchmarkPresets": "Benchmark Presets",
     "DistillRecipe": "Distillation Recipe",
     "DistillSaveDistilledModel": "Save Distilled Model",
 }

@@ -7,10 +7,11 @@ from distill_core.base.image_grid import image_rows
 from distill_core.cli import main
 from distill_core.diffusion.macs import count_macs
 from distill_core.evaluation import compare as comparing
-from distill_core.evaluation.compare import NUM_BINS, Judged, Settings, compare, random_data, work, write_report
+from distill_core.evaluation.compare import NUM_BINS, Judged, Settings, compare, work, write_report
 from distill_core.evaluation.comparison import COLUMNS, Comparison, Measured, table_text
 from distill_core.evaluation.measuring import in_rounds, watched_memory
 from distill_core.evaluation.metrics import clip_score, feature_distances, frechet_distance
+from distill_core.evaluation.trial import random_data
 from distill_core.networks.files import open_unet, save_unet
 from distill_core.pruning.plan import name_map, preset
 
