@@ -50,7 +50,7 @@ def train(
     student: DiffusersDenoiser, teacher: DiffusersDenoiser, plan: PruningPlan, dataset: Dataset, steps: int, seed: int, **changes
 ) -> None:
     """Train a student in place by the quickstart's settings; ``changes`` are other settings of the recipe."""
-    recipe = TrainingSettings(**settings_of(steps, seed), **changes)
+    recipe = TrainingSettings(**settings_of(steps, seed) | changes)
     with tempfile.TemporaryDirectory() as folder:
         distill(Run(Path(folder) / "run", recipe), student=student, teacher=teacher, plan=plan, dataset=dataset)
 

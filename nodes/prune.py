@@ -93,6 +93,7 @@ class AnalyseUNetBlocks(io.ComfyNode):
                 setting_input("num_timesteps", Settings, advanced=True),
                 setting_input("num_examples", Settings, advanced=True),
                 seed_input(limits_of(Settings)["seed"].words, advanced=True),
+                setting_input("prompt_weight", Settings, optional=True, advanced=True),
             ],
             outputs=[
                 io.String.Output(display_name="plan", tooltip="The plan as one line of text, for Prune UNet Blocks."),
@@ -111,7 +112,7 @@ class AnalyseUNetBlocks(io.ComfyNode):
         images, contexts, label = bridge.calibration(latents, captions, model, asked.num_examples, random)
         denoiser = bridge.denoiser(model)
         batches = examples(denoiser, images, contexts, label=label, num_timesteps=asked.num_timesteps, generator=random)
-        analysis = score(denoiser, batches, bridge.Progress(cls.hidden.unique_id, "parts scored").at)
+        analysis = score(denoiser, batches, bridge.Progress(cls.hidden.unique_id, "parts scored").at, asked.prompt_weight)
         budget = round(asked.saving * analysis.total(asked.measure))
         planners = {name: Planner(analysis, name, asked.measure) for name in CRITERIA}
         plan = planners[asked.criterion].plan(budget)

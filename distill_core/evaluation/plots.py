@@ -78,22 +78,25 @@ def loss_curve(metrics: Sequence[Mapping[str, float]], title: str = "") -> Image
 
 
 def score_chart(analysis: Analysis, plan: PruningPlan, criterion: str) -> Image:
-    """Bars of the output error and the change of every unit, in network order; units that a plan removes are coloured."""
+    """Bars of every unit by each criterion, in network order; units that a plan removes are coloured."""
     from matplotlib.patches import Patch
 
     removed = name_map(analysis.teacher, plan).removed
     scores = sorted(analysis.scores, key=lambda score: _place(score.unit.spans[0][0]))
-    drawing = figure(10, 1.4 + 0.17 * len(scores))
-    panels = drawing.subplots(1, 2, sharey=True)
+    titles = {
+        "recoverability": "error that cannot be recovered",
+        "output error": "output error when skipped",
+        "similarity": "change from input to output",
+    }
+    drawing = figure(CHART_WIDTH_IN, 1.4 + 0.17 * len(scores))
+    panels = drawing.subplots(1, len(titles), sharey=True)
     colors = [REMOVED_COLOR if score.unit.blocks <= removed else KEPT_COLOR for score in scores]
-    for axes, title, values in (
-        (panels[0], "output error when skipped", [score.output_error for score in scores]),
-        (panels[1], "change from input to output (1 - cosine)", [score.change for score in scores]),
-    ):
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        values = [score.by(name) for score in scores]
         lowest = min((value for value in values if value > 0), default=1e-6)
         axes.barh(range(len(scores)), [max(value, lowest / 2) for value in values], color=colors, height=0.75)
         axes.set(xscale="log", xlim=(lowest / 2, None))
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, fontweight="bold" if name == criterion else "normal")
         axes.grid(axis="x", alpha=0.3)
         axes.margins(y=0.01)
     panels[0].set_yticks(range(len(scores)), [score.unit.name for score in scores], fontsize=7.5)

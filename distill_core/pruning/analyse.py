@@ -1,9 +1,10 @@
 """Plans made for a user's own model: they score every removable unit, without training, and meet a budget.
 
-The score of a unit is the error of the network's output when that unit alone is skipped. LAPTOP-Diff found that these
-errors nearly add up, so the choice of a plan becomes a knapsack problem (Zhang et al. 2024, arXiv 2404.11098, Sec. 3.2).
-For comparison, we also measure how much a unit changes its input; pruning by that is known to be weak (Fang et al. 2024,
-TinyFusion, arXiv 2412.01199, Table 1).
+The published score of a unit is the error of the network's output when that unit alone is skipped. LAPTOP-Diff found that
+these errors nearly add up, so the choice of a plan becomes a knapsack problem (Zhang et al. 2024, arXiv 2404.11098, Sec. 3.2).
+But what a unit moves says little about what training can bring back (Fang et al. 2024, TinyFusion, arXiv 2412.01199). So the
+score here takes that error, adds the error of what the prompt does to the output, which is small beside the whole but is what
+guidance amplifies, and measures both with the best affine map in the unit's place (`recover`). For comparison, we also measure how much a unit changes its input; pruning by that is known to be weak (Table 1).
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ from ..networks.layouts import split
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
 from .plan import NameMap, PruningPlan, name_map
 from .plan_text import write_plan
+from .recover import AffineMap, affine_maps
 from .skip import detour, skipping
 
 CRITERIA = {
+    "recoverability": "error of the output, and of what the prompt does to it, with the best linear layer in the unit's place",
     "output error": "error of the output when the unit is skipped",
     "similarity": "how much the unit changes its input",
 }
 MEASURES = ("macs", "parameters")
+MOST_BYTES, _BYTES_OF_FIT = 1 << 30, 32  # two halves, two matrices of each in float64
+"""Memory that maps are fitted in at once; more units take more passes through the network."""
 _RESOLUTION = 2000
 """Steps in which a saving is counted; each rounds down, so a plan never saves less than requested."""
 
@@ -132,9 +137,12 @@ class Settings:
     saving: float = setting(0.4, "Share of the model to save, at least: 0.4 is 40 % less.", within=(0.01, 0.95))
     measure: str = setting("macs", "What to save. macs: arithmetic, so time. parameters: file size and memory.", choices=MEASURES)
     criterion: str = setting(
-        "output error",
-        " ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report shows both.",
+        "recoverability",
+        " ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report shows all.",
         choices=CRITERIA,
+    )
+    prompt_weight: float = setting(
+        0.1, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
     )
     num_timesteps: int = setting(4, "Number of evenly spaced timesteps to average the error over.", within=(1, 1000))
     num_examples: int = setting(
@@ -156,6 +164,17 @@ class Example(NamedTuple):
     t: Tensor
     context: Tensor
     label: Label | None = None
+
+    @property
+    def of_others(self) -> Example:
+        """The same noisy latents, each with the caption of the next example."""
+        label = self.label and self.label._replace(pooled=self.label.pooled.roll(1, 0))
+        return self._replace(context=self.context.roll(1, 0), label=label)
+
+    def part(self, picked: Tensor) -> Example:
+        """Some of the examples."""
+        label = self.label and Label(*(part[picked] for part in self.label))
+        return Example(self.x_t[picked], self.t[picked], self.context[picked], label)
 
 
 def examples(
@@ -190,16 +209,26 @@ class Score:
     unit: Unit
     output_error: float
     """Mean squared error of the output, divided by the mean square of the output itself."""
+    recovered_error: float
+    """The same with the best affine map in the unit's place."""
+    prompt_error: float
+    """With that map: mean squared error of the prompt's effect, how the output differs from that for another example's caption,
+    divided by the mean square of the effect itself."""
     change: float
     """1 - cosine similarity of the unit's input and output."""
     macs: int
     """Multiply-accumulates that removing it saves."""
     parameters: int
+    prompt_weight: float = Settings.prompt_weight
 
     def by(self, criterion: str) -> float:
         if criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {criterion!r}; choose from {sorted(CRITERIA)}")
-        return self.output_error if criterion == "output error" else self.change
+        return {
+            "recoverability": self.recovered_error + self.prompt_weight * self.prompt_error,
+            "output error": self.output_error,
+            "similarity": self.change,
+        }[criterion]
 
 
 @dataclass(frozen=True)
@@ -223,10 +252,16 @@ class Analysis:
 
 
 @torch.no_grad()
-def score(denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, int], None] = lambda done, total: None) -> Analysis:
+def score(
+    denoiser: Denoiser,
+    batches: list[Example],
+    on_unit: Callable[[int, int], None] = lambda done, total: None,
+    prompt_weight: float = Settings.prompt_weight,
+) -> Analysis:
     """Scores of every removable unit, averaged over the batches; the network is only read.
 
-    ``on_unit(done, total)`` is called before the first unit and after each; an error it raises ends the scoring.
+    ``on_unit(done, total)`` is called before the first unit and after each; an error it raises ends the scoring. Where all
+    captions of a batch are the same, the prompt's effect is not seen, and its error is 0.
     """
     teacher = denoiser.architecture
     units = removable_units(teacher)
@@ -240,12 +275,58 @@ def score(denoiser: Denoiser, batches: list[Example], on_unit: Callable[[int, in
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
+    effects = [own - denoiser(*batch.of_others) for batch, own in zip(batches, predictions, strict=True)]
     scores = []
-    for done, unit in enumerate(units, start=1):
-        error = _error(denoiser, batches, predictions, unit_map(unit, teacher))
-        scores.append(Score(unit, error, changes[unit], *_savings(unit.blocks, teacher, macs)))
-        on_unit(done, len(units))
+    for group in _groups(units, teacher):
+        maps = affine_maps(denoiser, batches, (span for unit in group for span in unit.spans))
+        for unit in group:
+            error, recovered, of_prompt = _errors(denoiser, batches, predictions, effects, unit, maps)
+            savings = _savings(unit.blocks, teacher, macs)
+            scores.append(Score(unit, error, recovered, of_prompt, changes[unit], *savings, prompt_weight))
+            on_unit(len(scores), len(units))
     return Analysis(teacher, tuple(scores), sum(count for block, count in macs.items() if ".block." not in block))
+
+
+def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
+    """Units in order, together as far as what their maps are fitted from fits into `MOST_BYTES`."""
+    group: list[Unit] = []
+    used = 0
+    for unit in units:
+        needed = sum(_BYTES_OF_FIT * teacher.channels(split(last)[0])[1] ** 2 for _, last in unit.spans)
+        if group and used + needed > MOST_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(unit)
+        used += needed
+    yield group
+
+
+def _errors(
+    denoiser: Denoiser,
+    batches: list[Example],
+    predictions: list[Tensor],
+    effects: list[Tensor],
+    unit: Unit,
+    maps: Mapping[tuple[str, str], list[AffineMap]],
+) -> tuple[float, float, float]:
+    """Errors without a unit: of the output, of the output with affine maps in its place, and of the prompt's effect with them."""
+    mapping, recovered, of_others = unit_map(unit, denoiser.architecture), [], []
+    with skipping(denoiser, mapping):
+        plain = [denoiser(*batch) for batch in batches]
+    number = 0
+    for batch in batches:
+        # Each half of the examples goes through the map that was fitted to the other half.
+        own, other = torch.empty_like(batch.x_t), torch.empty_like(batch.x_t)
+        for half in range(2):
+            picked = torch.arange((half + number) % 2, len(own), 2)
+            stand_ins = {span[1]: maps[span][half] for span in unit.spans if span in maps}
+            if len(picked):
+                with skipping(denoiser, mapping, stand_ins):
+                    own[picked], other[picked] = denoiser(*batch.part(picked)), denoiser(*batch.of_others.part(picked))
+        recovered.append(own)
+        of_others.append(own - other)
+        number += len(own)
+    return _error(plain, predictions), _error(recovered, predictions), _error(of_others, effects)
 
 
 @torch.no_grad()
@@ -259,15 +340,16 @@ def output_error(denoiser: Denoiser, batches: list[Example], plan: PruningPlan) 
         detour(denoiser.architecture, mapping)
     except ValueError:
         return None
-    return _error(denoiser, batches, [denoiser(*batch) for batch in batches], mapping)
-
-
-def _error(denoiser: Denoiser, batches: list[Example], predictions: list[Tensor], mapping: NameMap) -> float:
     with skipping(denoiser, mapping):
-        errors = [
-            squared_error(denoiser(*batch), prediction).mean() for batch, prediction in zip(batches, predictions, strict=True)
-        ]
-    return float(sum(errors) / sum(prediction.float().square().mean() for prediction in predictions))
+        without = [denoiser(*batch) for batch in batches]
+    return _error(without, [denoiser(*batch) for batch in batches])
+
+
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Mean squared error over the mean square of what was expected; 0 if that is nothing."""
+    whole = float(sum(one.float().square().mean() for one in expected))
+    errors = (squared_error(one, other).mean() for one, other in zip(found, expected, strict=True))
+    return float(sum(errors)) / whole if whole else 0.0
 
 
 def _change(entering: Tensor, leaving: Tensor) -> float:
@@ -318,7 +400,7 @@ class Planner:
     """Chooses units by their scores."""
 
     analysis: Analysis
-    criterion: str = "output error"
+    criterion: str = "recoverability"
     """Key of `CRITERIA`."""
     measure: str = "macs"
     """What a budget counts: ``macs`` or ``parameters``."""
@@ -458,9 +540,9 @@ def report(planners: Mapping[str, Planner], criterion: str, saving: int, measure
                 else ""
             ),
         ]
-    if len(plans) == 2:
-        one, other = plans.values()
-        lines.append(f"Both plans remove {agreement(one, other, planner.teacher):.0%} of the parameters that either removes.")
+    for name in (name for name in plans if name != criterion):
+        both = agreement(plans[criterion], plans[name], planners[name].teacher)
+        lines.append(f"The chosen plan and that by {name} have {both:.0%} of what either removes in common.")
     easiest = sorted(planners[criterion].scores, key=lambda score: score.by(criterion))[:5]
     lines.append("Least needed: " + ", ".join(f"{score.unit.name} ({score.by(criterion):.2g})" for score in easiest))
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,26 +77,28 @@ def _in_order(architecture: Architecture, stage: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def skipping(denoiser: Denoiser, mapping: NameMap) -> Iterator[None]:
+def skipping(denoiser: Denoiser, mapping: NameMap, stand_ins: Mapping[str, Callable[[Tensor], Tensor]] = {}) -> Iterator[None]:
     """While open, the denoiser predicts as the student of ``mapping`` would.
 
-    ``ValueError`` as in `detour`. Afterwards the network is unchanged, whatever happens in between.
+    stand_ins: by skipped module, what turns its input into its output; by default it passes its input on. ``ValueError`` as
+    in `detour`. Afterwards the network is unchanged, whatever happens in between.
     """
     way = detour(denoiser.architecture, mapping)
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(tap(denoiser, {source for _, source in way.rewired.values()}))
         for name, channels in way.passed_over.items():
             in_tuple = denoiser.layout == "diffusers" and kind(name) == "attn" and ".block." not in name
-            stack.enter_context(instead(denoiser.module(name), _pass_on(channels, in_tuple)))
+            stack.enter_context(instead(denoiser.module(name), _pass_on(channels, in_tuple, stand_ins.get(name))))
         for name, (channels, source) in way.rewired.items():
             module = denoiser.module(name)
             stack.enter_context(instead(module, _with_skip(module.forward, channels, sources, source)))
         yield
 
 
-def _pass_on(channels: int, in_tuple: bool) -> Callable:
+def _pass_on(channels: int, in_tuple: bool, stand_in: Callable[[Tensor], Tensor] | None) -> Callable:
     def forward(x: Tensor, *_, **__):
         x = x[:, :channels] if x.ndim == 4 else x
+        x = x if stand_in is None else stand_in(x)
         return (x,) if in_tuple else x
 
     return forward

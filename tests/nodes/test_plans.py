@@ -12,7 +12,7 @@ from distill_core.pruning.plan_text import read_plan
 from .graphs import PROMPT, newest, remapped, sampled, save, train
 
 ANALYSE = {"model": ["teacher", 0], "latents": ["teacher", 3], "captions": ["teacher", 4], "saving": 0.3, "measure": "macs",
-           "criterion": "output error", "num_timesteps": 2, "num_examples": 4, "seed": 0}  # fmt: skip
+           "criterion": "recoverability", "num_timesteps": 2, "num_examples": 4, "seed": 0}  # fmt: skip
 
 
 def prune(plan, **changes):
@@ -47,7 +47,7 @@ def test_an_automatic_plan_goes_straight_into_prune(server):
     result = server.run({**PROMPT, "analyse": analyse(), "prune": prune(["analyse", 0]), "save": save(["prune", 0], "automatic")})
     assert result.succeeded, result.error
     text = result.outputs["analyse"]["text"][0]
-    assert text.startswith("Chosen by output error: saves 3") and "For comparison by similarity" in text
+    assert text.startswith("Chosen by recoverability: saves 3") and "For comparison by similarity" in text
     assert len(result.outputs["analyse"]["images"]) == 1
     student, teacher = open_unet(newest(server, "automatic_*.safetensors")), teacher_file()
     macs = [count_macs(load_denoiser(file), LATENT_SHAPE, digits.NUM_TOKENS) for file in (student, teacher)]

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from distill_core.diffusion.conditioning import Label
-from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.diffusion.denoiser import DiffusersDenoiser, instead
 from distill_core.diffusion.macs import count_macs
 from distill_core.evaluation import plots
 from distill_core.networks.build import build_unet
 from distill_core.networks.stock import opens_in_comfyui
+from distill_core.pruning import analyse
 from distill_core.pruning.analyse import (
     CRITERIA,
     Analysis,
@@ -24,6 +25,7 @@ from distill_core.pruning.analyse import (
 from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
 from distill_core.pruning.plan_text import read_plan, write_plan
 from distill_core.pruning.prune import prune
+from distill_core.pruning.recover import affine_maps
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +113,7 @@ def test_the_plan_is_the_cheapest_of_all(analysis):
         sets = [c for n in range(7) for c in combinations(few, n) if sum(s.macs for s in c) >= budget]
         kept = Planner(small)._is_last_of_encoder
         sets = [c for c in sets if not any(kept(s.unit.name) for s in c)]
-        best = min(sum(s.output_error for s in c) for c in sets)
+        best = min(sum(s.by("recoverability") for s in c) for c in sets)
         assert Planner(small).choose(budget).cost == pytest.approx(best)
 
 
@@ -133,21 +135,100 @@ def test_automatic_plans_open_in_comfyui(share, family, published):
         )
         for u in removable_units(teacher)
     }
-    scores = tuple(Score(u, torch.rand(1, generator=random).item(), 0.1, size, size) for u, size in sizes.items())
+    scores = tuple(Score(u, *torch.rand(4, generator=random).tolist(), size, size) for u, size in sizes.items())
     budget = round(share * teacher.num_parameters)
     plan = Planner(Analysis(teacher, scores, teacher.num_parameters), measure="parameters").plan(budget)
     student = pruned(teacher, name_map(teacher, plan))
     assert opens_in_comfyui(student) and teacher.num_parameters - student.num_parameters >= budget
 
 
-def test_the_report_and_chart_tell_both_criteria(small_teacher, batches, analysis):
+def test_the_report_and_chart_tell_all_criteria(small_teacher, batches, analysis):
     budget = round(0.3 * analysis.macs)
     planners = {name: Planner(analysis, name) for name in CRITERIA}
     plan = planners["output error"].plan(budget)
     text = report(planners, "output error", budget, output_error(small_teacher, batches, plan))
-    assert text.startswith("Chosen by output error: saves 3") and "For comparison by similarity" in text
+    assert text.startswith("Chosen by output error: saves 3") and all(
+        f"For comparison by {name}" in text and f"The chosen plan and that by {name}" in text
+        for name in ("similarity", "recoverability")
+    )
     assert write_plan(plan, analysis.teacher) in text and "all are skipped at once" in text
     assert plots.score_chart(analysis, plan, "output error").width > 800
+
+
+# --- what a linear layer could do in a unit's place
+
+
+NAME = "up.2.attn.1"
+
+
+@pytest.fixture
+def few_units(monkeypatch):
+    """Only a few units are scored."""
+    every, few = removable_units, ("mid", "down.1.attn.1", NAME, "layer down.0.1 + up.3.1")
+    monkeypatch.setattr(analyse, "removable_units", lambda teacher: [unit for unit in every(teacher) if unit.name in few])
+
+
+def doubled(x, *_, **__):
+    """An attention that is an affine map, as diffusers calls it."""
+    return (x.flip(1) * 0.5 + x + 0.3,)
+
+
+def test_an_affine_part_is_replaced_exactly_and_costs_nothing(small_teacher, batches, few_units):
+    with instead(small_teacher.module(NAME), doubled):
+        (maps,) = affine_maps(small_teacher, batches, [(NAME, NAME)]).values()
+        scores = {one.unit.name: one for one in score(small_teacher, batches).scores}
+    x = torch.randn(2, 32, 3, 5)
+    for one in maps:
+        torch.testing.assert_close(one(x.flatten(2).transpose(1, 2)), one(x).flatten(2).transpose(1, 2))
+    assert scores[NAME].recovered_error < 0.05 * scores[NAME].output_error
+    assert scores[NAME].by("recoverability") < 0.1 * scores[NAME].by("output error")
+
+
+def test_a_map_is_judged_on_examples_it_was_not_fitted_to(small_teacher):
+    """Of noise that a part adds, nothing is recovered, however few the examples."""
+    random = torch.Generator().manual_seed(3)
+    noisy = examples(small_teacher, torch.randn(2, *LATENT), torch.randn(2, TOKENS, 16), num_timesteps=2, generator=random)
+
+    def noise(x, *_, **__):
+        return (x + torch.randn(x.shape, generator=random),)
+
+    with instead(small_teacher.module(NAME), noise):
+        (maps,) = affine_maps(small_teacher, noisy, [(NAME, NAME)]).values()
+    x = torch.randn(50, 32, 8, 8, generator=random)
+    for one in maps:
+        missed = (one(x) - noise(x)[0]).square().mean()
+        assert missed > 0.95  # the variance of the noise is 1
+
+
+def test_one_example_has_no_map_and_counts_in_full(small_teacher, few_units):
+    random = torch.Generator().manual_seed(0)
+    one = examples(small_teacher, torch.randn(1, *LATENT), torch.randn(1, TOKENS, 16), num_timesteps=1, generator=random)
+    assert affine_maps(small_teacher, one, [(NAME, NAME)]) == {}
+    for found in score(small_teacher, one).scores:
+        assert found.recovered_error == pytest.approx(found.output_error, rel=1e-4, abs=1e-9) and found.prompt_error == 0
+
+
+def test_the_prompts_effect_is_that_of_the_next_caption(small_teacher, batches, few_units):
+    label = Label(torch.arange(4.0).reshape(2, 2), torch.ones(2, 6))
+    other = batches[0]._replace(label=label).of_others
+    assert torch.equal(other.context, batches[0].context.flip(0)) and torch.equal(other.x_t, batches[0].x_t)
+    assert other.label.pooled.tolist() == [[2, 3], [0, 1]] and torch.equal(other.label.sizes, label.sizes)
+    alike = [batch._replace(context=batch.context[:1].expand_as(batch.context)) for batch in batches]
+    assert {one.prompt_error for one in score(small_teacher, alike).scores} == {0.0}
+    assert all(one.prompt_error > 0 for one in score(small_teacher, batches).scores)
+
+
+def test_the_weight_of_the_prompt_decides(small_teacher, batches, few_units):
+    for weight in (0.0, 0.02, 5.0):
+        for one in score(small_teacher, batches, prompt_weight=weight).scores:
+            assert one.by("recoverability") == one.recovered_error + weight * one.prompt_error
+
+
+def test_units_are_fitted_in_groups_that_fit_into_memory(small_teacher, batches, analysis, few_units, monkeypatch):
+    monkeypatch.setattr(analyse, "MOST_BYTES", 1)
+    before = {one.unit: one.recovered_error for one in analysis.scores}
+    for one in score(small_teacher, batches).scores:
+        assert one.recovered_error == pytest.approx(before[one.unit], rel=1e-5)
 
 
 def test_agreement(sd15):
