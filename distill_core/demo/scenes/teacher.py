@@ -1,0 +1,69 @@
+"""The teacher of scenes, the data it learnt from, and samples of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.dataset import LatentDataset
+from ...diffusion.conditioning import Caption
+from ...diffusion.denoiser import Denoiser
+from ...diffusion.sampling import sample
+from ...networks.files import UNetFile, open_unet
+from . import files
+from .autoencoder import ScenesAutoencoder
+from .drawing import as_images, draw
+from .grammar import Scene, random_scenes
+from .text import ScenesTextEncoder
+
+LATENT_SHAPE = (4, 8, 8)
+DATA_SEED = 200  # of the scenes that are trained on
+ENCODED_AT_ONCE = 250
+
+
+def teacher_file() -> UNetFile:
+    return open_unet(files.DATA / "teacher.safetensors")
+
+
+def latents_of(scenes: Sequence[Scene], seed: int, autoencoder: ScenesAutoencoder) -> Tensor:
+    """One picture of each scene as latents (N, 4, 8, 8)."""
+    rng, parts = random.Random(seed), []
+    for start in range(0, len(scenes), ENCODED_AT_ONCE):
+        pixels = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes[start : start + ENCODED_AT_ONCE]]))
+        with torch.no_grad():
+            parts.append(autoencoder.encode(as_images(pixels.permute(0, 3, 1, 2))))
+    return torch.cat(parts).contiguous()
+
+
+@cache
+def load_dataset(num_scenes: int = 8192) -> LatentDataset:
+    """Scenes that the teacher was trained on, with their captions; none is held out."""
+    scenes, text = random_scenes(num_scenes, DATA_SEED), ScenesTextEncoder.bundled()
+    latents = latents_of(scenes, DATA_SEED, ScenesAutoencoder.bundled())
+    return LatentDataset.of(latents, text.captions([scene.caption for scene in scenes]), text.captions([""])[0])
+
+
+def sampled(
+    denoiser: Denoiser,
+    scenes: Sequence[Scene],
+    *,
+    seed: int,
+    guidance: float,
+    num_steps: int = 20,
+    batch_size: int = 100,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Pictures (N, 3, 64, 64) in [-1, 1] of scenes by a model. The noise of each is decided by its place and the seed."""
+    text, autoencoder = ScenesTextEncoder.bundled(), ScenesAutoencoder.bundled()
+    noise = torch.randn(len(scenes), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
+    contexts, null, images = text.captions([scene.caption for scene in scenes]), Caption(text.captions([""])[0]), []
+    for contexts_part, noise_part in zip(contexts.split(batch_size), noise.split(batch_size), strict=True):
+        latents = sample(denoiser, contexts_part, null, noise=noise_part, guidance=guidance, num_steps=num_steps, on_step=on_step)
+        with torch.no_grad():
+            images.append(autoencoder.decode(latents.cpu()).clamp(-1, 1))
+    return torch.cat(images)

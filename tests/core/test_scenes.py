@@ -1,0 +1,165 @@
+"""The demo of scenes: what captions say, what pictures show, and what the judge reads."""
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from distill_core.demo.scenes import files, grammar
+from distill_core.demo.scenes.autoencoder import ScenesAutoencoder
+from distill_core.demo.scenes.drawing import RGB, as_images, draw, draw_all
+from distill_core.demo.scenes.grammar import CATEGORIES, COLORS, OBJECTS, Group, Scene, prompts, random_scenes, tokenize
+from distill_core.demo.scenes.judge import ScenesJudge, asked_of
+from distill_core.demo.scenes.score import all_prompts, score, spread
+
+
+@pytest.mark.parametrize(
+    "scene,caption",
+    [
+        (Scene(Group("apple", 2, "red"), "left of", Group("cat"), "flat"), "two red apples left of a cat, flat"),
+        (Scene(Group("octopus")), "an octopus"),
+        (Scene(Group("owl", 1, "orange"), style="shaded"), "an orange owl, shaded"),
+        (Scene(Group("strawberry", 3)), "three strawberries"),
+        (Scene(Group("bus", 2), "above", Group("fish", 1, "blue")), "two buses above a blue fish"),
+    ],
+)
+def test_captions_are_english(scene, caption):
+    assert scene.caption == caption
+
+
+def test_every_word_is_known_and_every_caption_fits():
+    scenes = random_scenes(2000, 7, held_out=None)
+    ids = [grammar.token_ids(scene.caption) for scene in scenes]
+    assert max(map(len, ids)) <= grammar.NUM_TOKENS and not any(1 in row for row in ids)
+    assert tokenize("Two RED apples!") == tokenize("two red apple") != tokenize("red apple")
+    assert 1 in tokenize("a photo of a cat") and tokenize("") == [0] * grammar.NUM_TOKENS
+
+
+def test_there_are_sixty_objects_or_more_and_no_two_words_are_one():
+    assert len(set(OBJECTS)) == len(OBJECTS) >= 60
+    assert len(set(grammar.WORDS)) == len(grammar.WORDS)
+
+
+def test_what_is_held_out_is_never_trained_on():
+    trained = random_scenes(3000, 1)
+    assert not any(scene.held_out for scene in trained)
+    pairs = {(group.object, group.color) for scene in trained for group in scene.groups if group.color}
+    counts = {(group.object, group.count) for scene in trained for group in scene.groups}
+    together = {frozenset((scene.first.object, scene.second.object)) for scene in trained if scene.second}
+    for category in CATEGORIES:
+        for scene in [] if category == "object" else prompts(category, 100, 0, held_out=True):
+            unseen = [
+                *((group.object, group.color) not in pairs for group in scene.groups if group.color),
+                *((group.object, group.count) not in counts for group in scene.groups if group.count > 1),
+                scene.second is not None and frozenset((scene.first.object, scene.second.object)) not in together,
+            ]
+            assert any(unseen), scene.caption
+
+
+def test_a_part_of_every_kind_of_combination_is_held_out_and_every_word_is_trained_on():
+    all_scenes = random_scenes(4000, 2, held_out=None)
+    assert 0.1 < sum(scene.held_out for scene in all_scenes) / 4000 < 0.4
+    words = {word for scene in random_scenes(4000, 3) for word in grammar.token_ids(scene.caption)}
+    assert words == set(range(2, len(grammar.WORDS)))
+    with pytest.raises(ValueError, match="no single object"):
+        prompts("object", 1, 0, held_out=True)
+
+
+def test_the_other_side_of_a_relation_is_the_same_picture():
+    cat, dog = Group("cat"), Group("dog", 2)
+    for one, other in (("left of", "right of"), ("above", "below")):
+        here, there = Scene(cat, one, dog, "flat"), Scene(dog, other, cat, "flat")
+        assert here.placed == there.placed and (draw(here, random.Random(5)) == draw(there, random.Random(5))).all()
+        assert here.placed != Scene(dog, one, cat, "flat").placed
+
+
+def test_pictures_are_decided_by_the_seed_and_vary_with_it():
+    scenes = [Scene(Group("castle"), style="flat")] * 20
+    assert torch.equal(draw_all(scenes, 3), draw_all(scenes, 3))
+    assert len({picture.numpy().tobytes() for picture in draw_all(scenes, 3)}) > 10
+
+
+def test_a_color_is_the_color_of_the_picture():
+    for color in COLORS:
+        picture = draw_all([Scene(Group("book", 1, color), style="flat")], 0)[0].float()
+        off = (picture - picture[:, :1, :1]).abs().sum(0) > 60
+        mean = picture[:, off].mean(1)
+        assert min(COLORS, key=lambda name: (mean - torch.tensor(RGB[name])).norm()) == color
+
+
+def test_the_emoji_are_all_there_and_their_licences_too():
+    with Image.open(files.DATA / "emoji.png") as atlas:
+        assert atlas.mode == "RGBA" and atlas.size == (48 * 16, 48 * 8)
+        for number in range(len(OBJECTS) * 2):
+            left, top = 48 * (number % 16), 48 * (number // 16)
+            assert atlas.crop((left, top, left + 48, top + 48)).getextrema()[3][1] == 255
+    notice = (files.DATA / "NOTICE.md").read_text("utf-8")
+    assert all(word in notice for word in ("Noto Emoji", "Apache License", "Fluent Emoji", "MIT", "Microsoft"))
+
+
+# --- judge, autoencoder, score
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    """Scenes of no training set, held out or not, and their pictures."""
+    scenes = random_scenes(1500, 999, held_out=None)
+    return scenes, as_images(draw_all(scenes, 999))
+
+
+@pytest.mark.slow
+def test_the_judge_reads_nearly_every_picture_whole(unseen):
+    scenes, images = unseen
+    assert ScenesJudge.bundled().agrees(images, scenes).float().mean() >= 0.98
+
+
+@pytest.mark.slow
+def test_the_judge_tells_a_wrong_picture(unseen):
+    scenes, images = unseen
+    judge = ScenesJudge.bundled()
+    assert judge.agrees(images, scenes[1:] + scenes[:1]).float().mean() < 0.02
+    two = [Scene(Group("cat"), "left of", Group("dog"), "flat"), Scene(Group("cat", 1, "red"), style="flat")]
+    wrong = [Scene(Group("cat"), "right of", Group("dog"), "flat"), Scene(Group("cat", 1, "blue"), style="flat")]
+    assert judge.agrees(as_images(draw_all(two, 0)), two).all() and not judge.agrees(as_images(draw_all(two, 0)), wrong).any()
+
+
+@pytest.mark.slow
+def test_the_autoencoder_keeps_what_the_judge_reads(unseen):
+    scenes, images = unseen
+    autoencoder, judge = ScenesAutoencoder.bundled(), ScenesJudge.bundled()
+    with torch.no_grad():
+        latents = autoencoder.encode(images)
+        assert latents.shape == (1500, 4, 8, 8) and abs(latents.mean()) < 0.05 and latents.std() == pytest.approx(1, abs=0.05)
+        assert judge.agrees(autoencoder.decode(latents), scenes).float().mean() >= 0.95
+
+
+def test_what_a_scene_leaves_open_is_not_asked():
+    asked = asked_of([Scene(Group("cat"))])
+    assert {question for question, answer in asked.items() if answer.item() >= 0} == {
+        "arrangement",
+        "first object",
+        "first count",
+    }
+
+
+def test_a_score_is_the_mean_of_the_categories_with_an_interval_around_it():
+    right = {"object": torch.tensor([True] * 60 + [False] * 40), "color": torch.ones(10, 4, dtype=torch.bool)}
+    found = score(right)
+    assert found.by_category == {"object": pytest.approx(0.6), "color": 1.0} and found.overall == pytest.approx(0.8)
+    low, high = found.interval
+    assert 0.75 - 0.03 < low < 0.8 < high < 0.85 + 0.03
+    assert score({"color": right["color"]}).interval == (1.0, 1.0)
+
+
+def test_spread_is_the_mean_distance_within_a_prompt():
+    features = torch.tensor([[[0.0], [2.0]], [[5.0], [9.0]]])
+    assert spread(features) == pytest.approx(3.0) and spread(torch.zeros(2, 3, 4)) == 0
+
+
+def test_prompts_are_of_their_category():
+    found = all_prompts(30, 4, held_out=False)
+    assert set(found) == set(CATEGORIES) and set(all_prompts(1, 4, held_out=True)) == set(CATEGORIES) - {"object"}
+    assert all(scene.first.count > 1 and not scene.first.color and not scene.second for scene in found["count"])
+    assert all(scene.second and scene.first.color != scene.second.color is not None for scene in found["binding"])
+    assert found == all_prompts(30, 4, held_out=False) != all_prompts(30, 5, held_out=False)
