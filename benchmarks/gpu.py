@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each measurement (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="start no part after so long (default: %(default)s)")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", "MatMul8bitLt")  # one for each layer
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     if arguments.rehearse:
