@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 
 import torch
+from demo_students import pruned_student, train
 from tqdm import tqdm
 
 from distill_core.data.dataset import num_examples
 from distill_core.demo import digits
 from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
-from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.diffusion.macs import count_macs
-from distill_core.networks.build import build_unet
 from distill_core.pruning.analyse import CRITERIA, Planner, examples, score
 from distill_core.pruning.plan import preset
 from distill_core.pruning.plan_text import write_plan
-from distill_core.pruning.prune import prune
 from distill_core.quickstart import Settings, judge
-from distill_core.training.loop import distill
-from distill_core.training.run import Run
-from distill_core.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = ("bk-sdm-base", "bk-sdm-tiny")  # bk-sdm-small saves about as much as bk-sdm-base
@@ -45,11 +39,11 @@ def main() -> None:
     rows, plans = [], []
     with tqdm(total=len(PRESETS) * (1 + len(CRITERIA)) * arguments.seeds) as progress:
         for name in PRESETS:
-            budget = _macs(teacher) - _macs(_student(teacher, preset(name)))
+            budget = _macs(teacher) - _macs(pruned_student(teacher, preset(name)))
             by = {POSITIONAL: preset(name)}
             by |= {c: Planner(analysis, c).plan(budget, f"{name}, by {c}") for c in CRITERIA}
             for who, plan in by.items():
-                student = _student(teacher, plan)
+                student = pruned_student(teacher, plan)
                 share = _macs(student) / _macs(teacher)
                 plans.append(f"| {name} | {who} | `{write_plan(plan, teacher.architecture)}` |")
                 found = []
@@ -70,26 +64,15 @@ def _analysis(teacher, dataset):
     return score(teacher, examples(teacher, *dataset.read(0, picked)[:2], num_timesteps=8, generator=random))
 
 
-def _student(teacher: DiffusersDenoiser, plan) -> DiffusersDenoiser:
-    pruning = prune(teacher.architecture, plan)
-    student = DiffusersDenoiser(network=build_unet(pruning.student).to(teacher.device).eval(), architecture=pruning.student)
-    student.load_state_dict(pruning.weights({name: weight.detach() for name, weight in teacher.named_parameters().items()}))
-    return student
-
-
 def _macs(denoiser) -> int:
     return count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS)
 
 
 def _judged(teacher, dataset, plan, seed: int, steps: int) -> tuple[float, float, float, float]:
     """Accuracy and Fréchet distance, straight after pruning and after distillation."""
-    student, settings = _student(teacher, plan), Settings(num_samples=300, seed=seed)
+    student, settings = pruned_student(teacher, plan), Settings(num_samples=300, seed=seed)
     before, _ = judge("pruned", student, settings)
-    recipe = TrainingSettings(total_steps=steps, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
-                    weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", recipe)
-        distill(run, student=student, teacher=teacher, plan=plan, dataset=dataset)
+    train(student, teacher, plan, dataset, steps, seed)
     after, _ = judge("distilled", student, settings)
     return before.accuracy, before.frechet_distance, after.accuracy, after.frechet_distance
 

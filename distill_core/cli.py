@@ -243,7 +243,7 @@ def bench(arguments: argparse.Namespace) -> None:
             progress.update(count)
 
         measured = benches.bench(settings, on_step)
-    benches.save_picture(arguments.out, measured, overwrite=arguments.overwrite)
+    benches.save_picture(arguments.out, benches.picture(measured), overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps(measured.facts() | {"image": str(arguments.out)}, indent=2))
         return

@@ -79,10 +79,11 @@ class BenchmarkPresets(io.ComfyNode):
         check_writable(path)
         measured = bridge.run_bench(settings, cls.hidden.unique_id)
         figures = json.dumps(measured.facts(), indent=2)
-        bench.save_picture(path, measured)
+        drawn = bench.picture(measured)
+        bench.save_picture(path, drawn)
         write_text(path.with_suffix(".json"), figures)
         bridge.show_text(f"Saved {path}", cls.hidden.unique_id)
-        image = bridge.to_image(bench.picture(measured))
+        image = bridge.to_image(drawn)
         return io.NodeOutput(image, figures, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -232,10 +232,10 @@ def picture(measured: Bench) -> Image:
     return stacked([plots.table_image(Bench.COLUMNS, measured.cells()), chart(measured)])
 
 
-def save_picture(path: Path, measured: Bench, *, overwrite: bool = False) -> None:
+def save_picture(path: Path, image: Image, *, overwrite: bool = False) -> None:
     """Write `picture` as PNG."""
     with atomic(path, overwrite=overwrite) as made:
-        picture(measured).save(made, format="png")
+        image.save(made, format="png")
 
 
 def quick(settings: Settings) -> Settings:

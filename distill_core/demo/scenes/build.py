@@ -11,7 +11,7 @@ import argparse
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from ...networks.files import save_unet
 from ...training.ema import EMA
 from ...training.optim import Optimizer
 from ...training.weighting import example_weights
+from .. import build
 from . import files
 from .autoencoder import ScenesAutoencoder
 from .drawing import EMOJI_PX, PER_ROW, as_images, draw_all
@@ -42,18 +43,12 @@ PACKAGES = {"flat": "iconify-json-fluent-emoji-flat-*.tgz", "shaded": "iconify-j
 ICONS = {"apple": "red-apple", "cake": "birthday-cake", "bee": "honeybee", "tree": "deciduous-tree", "car": "automobile",
          "train": "locomotive", "boat": "sailboat", "lamp": "light-bulb", "book": "closed-book", "gift": "wrapped-gift"}  # fmt: skip
 """Their names of objects that are named otherwise here."""
-UNET_CONFIG = dict(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    layers_per_block=2,
+UNET_CONFIG = build.UNET_CONFIG | dict(
     block_out_channels=(64, 64, 64),
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     cross_attention_dim=CONTEXT_WIDTH,
     attention_head_dim=(2, 2, 2),  # the number of heads, despite its name: 32 channels each
 )
-"""A small SD1.x: three levels, the innermost without attention, two layers per level, one mid block."""
+"""The levels and layers of the teacher of digits, with wider outer levels."""
 BATCH_SIZE = 64
 CAPTION_DROPOUT = 0.1
 DECAY_SHARE = 0.25
@@ -269,10 +264,6 @@ def export(teaching: _Teaching, out: Path) -> None:
     save_unet(out / "teacher.safetensors", weights, architecture, dtype="fp16", metadata=metadata)
 
 
-def _missing(out: Path, *names: str) -> Iterator[Path]:
-    yield from (out / name for name in names if not (out / name).exists())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -281,13 +272,13 @@ def main() -> None:
     arguments = parser.parse_args()
     out = files.DATA = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    for path in _missing(out, "emoji.png"):
+    if not (path := out / "emoji.png").exists():
         build_emoji(path, arguments.packages)
-    for path in _missing(out, "autoencoder.safetensors"):
+    if not (path := out / "autoencoder.safetensors").exists():
         build_autoencoder(path, num_steps=7500)
-    for path in _missing(out, "judge.safetensors"):
+    if not (path := out / "judge.safetensors").exists():
         build_judge(path, num_steps=4000)
-    for _ in _missing(out, "teacher.safetensors"):
+    if not (out / "teacher.safetensors").exists():
         build_teacher(out, num_steps=arguments.steps)
 
 

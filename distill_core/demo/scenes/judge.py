@@ -46,7 +46,7 @@ class ScenesJudge(nn.Module):
         return self.body(images)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.body(images)
+        features = self.features(images)
         return {question: head(features) for question, head in self.heads.items()}
 
     @torch.no_grad()
