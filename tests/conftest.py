@@ -14,6 +14,7 @@ from distill_core.diffusion.conditioning import Label
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.networks.architecture import Architecture
 
+from . import comfyui
 from .offline.sitecustomize import refuse
 
 torch.set_num_threads(1)
@@ -36,6 +37,15 @@ def tried():
     _tried.clear()
     yield _tried
     assert not _tried, _tried
+
+
+@pytest.fixture(scope="session")
+def comfyui_path():
+    if (path := comfyui.find()) is None:
+        pytest.skip(comfyui.HOW_TO_GET_IT)
+    if comfyui.python(path) is None:
+        pytest.skip(comfyui.HOW_TO_GET_ITS_PYTHON.format(path=path))
+    return path
 
 
 SMALL = dict(

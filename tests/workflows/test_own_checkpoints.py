@@ -14,7 +14,6 @@ from distill_core.pruning.plan import preset
 from distill_core.pruning.prune import prune
 
 from .. import comfyui, standins
-from ..nodes.conftest import comfyui_path  # noqa: F401
 from .test_workflows import WORKFLOWS, run
 
 FREE_GIB = 16
@@ -31,14 +30,14 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def server(comfyui_path, tmp_path_factory):  # noqa: F811
+def server(comfyui_path, tmp_path_factory):
     """One that keeps models in half precision, so that other tests have room beside it."""
     where = tmp_path_factory.mktemp("comfyui")
     with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), where, "--bf16-unet", "--bf16-text-enc") as running:
         yield running
 
 
-def checkpoint(server, name, *parts):  # noqa: F811
+def checkpoint(server, name, *parts):
     """A checkpoint of these weights where the server finds it."""
     if shutil.disk_usage(server.base).free < FREE_GIB << 30:
         pytest.skip(f"needs {FREE_GIB} GiB of disk")
@@ -50,7 +49,7 @@ def checkpoint(server, name, *parts):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def files(server, sd15):  # noqa: F811
+def files(server, sd15):
     """What the workflows name: an SD1.5 checkpoint, a student of it, a LoRA and a ControlNet for it."""
     models = server.base / "models"
     for folder in ("diffusion_models", "loras", "controlnet"):
@@ -74,7 +73,7 @@ def files(server, sd15):  # noqa: F811
 
 
 @pytest.fixture
-def run_short(server, tmp_path):  # noqa: F811
+def run_short(server, tmp_path):
     known = server.get("object_info")
 
     def values_of(node):
@@ -98,7 +97,7 @@ def run_short(server, tmp_path):  # noqa: F811
     return run_it
 
 
-def test_half_an_sd15(run_short, server, sd15, files):  # noqa: F811
+def test_half_an_sd15(run_short, server, sd15, files):
     assert {"sd15_teacher", "sd15_pruned", "sd15_distilled"} <= run_short("prune_distil_sd15")
     (saved,) = (server.output / "checkpoints").glob("sd15_small_*.safetensors")
     student = open_unet(saved)
@@ -111,12 +110,12 @@ def test_a_lora_and_a_controlnet_on_a_student(run_short, files):
     assert {"sd15_remap_teacher", "sd15_remap_student"} <= run_short("remap_lora_controlnet_sd15")
 
 
-def test_guidance_baked_into_a_lora(run_short, server, files):  # noqa: F811
+def test_guidance_baked_into_a_lora(run_short, server, files):
     assert {"sd15_guided", "sd15_baked", "sd15_plain"} <= run_short("bake_guidance_sd15")
     assert list((server.output / "loras").glob("sd15_guided_*.safetensors"))
 
 
-def test_half_an_sdxl(run_short, server):  # noqa: F811
+def test_half_an_sdxl(run_short, server):
     """Narrow, for memory; its text encoders are of the real size."""
     teacher = standins.narrow_sdxl()
     path = checkpoint(server, "sd_xl_base_1.0.safetensors", standins.unet(teacher), standins.sdxl_clips())

@@ -17,13 +17,18 @@ from distill_core.demo import digits
 from distill_core.routing.experts import Experts
 
 from .. import comfyui
-from ..nodes.conftest import comfyui_path, server  # noqa: F401
 
 WORKFLOWS = comfyui.ROOT / "workflows"
 
 
+@pytest.fixture(scope="module")
+def server(comfyui_path, tmp_path_factory):
+    with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
-def test_a_workflow_uses_known_nodes_and_has_its_picture(path, server):  # noqa: F811
+def test_a_workflow_uses_known_nodes_and_has_its_picture(path, server):
     assert path.with_suffix(".jpg").exists()
     known = server.get("object_info")
     graph = json.loads(path.read_text())
@@ -35,12 +40,12 @@ def test_a_workflow_uses_known_nodes_and_has_its_picture(path, server):  # noqa:
             assert {entry["name"].partition(".")[0] for entry in node["inputs"]} <= set(names)  # models.model_1 is one of models
 
 
-def test_the_workflows_are_in_the_template_browser(server):  # noqa: F811
+def test_the_workflows_are_in_the_template_browser(server):
     listed = server.get("workflow_templates")["distill-nodes"]
     assert sorted(listed) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
-def run(path, server):  # noqa: F811
+def run(path, server):
     comfy = shutil.which("comfy", path=str(Path(sys.executable).parent)) or shutil.which("comfy")
     if comfy is None:
         pytest.skip("comfy-cli is not installed: pip install comfy-cli")
@@ -50,20 +55,20 @@ def run(path, server):  # noqa: F811
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def pictures(server, name):  # noqa: F811
+def pictures(server, name):
     """The pictures a workflow saved under a name, (N, 1, 16, 16)."""
     files = sorted((server.output / "distill").glob(f"{name}_*.png"))
     pixels = np.stack([np.asarray(Image.open(f).convert("L")) for f in files])
     return torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[:, None] / 127.5 - 1, 4)
 
 
-def share_of_sevens(server, name):  # noqa: F811
+def share_of_sevens(server, name):
     """Of the pictures a workflow saved under a name, how many show what was asked for."""
     drawn = pictures(server, name)
     return digits.accuracy(digits.DigitsClassifier.bundled(), drawn, torch.full((len(drawn),), 7))
 
 
-def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
+def test_quickstart_runs_to_a_student_that_draws_digits(server):
     run(WORKFLOWS / "quickstart_digits.json", server)
 
     # The saved file is the student the graph produced.
@@ -77,26 +82,26 @@ def test_quickstart_runs_to_a_student_that_draws_digits(server):  # noqa: F811
     assert share_of_sevens(server, "pruned") <= 0.5
 
 
-def test_a_small_model_begins_and_a_big_one_finishes(server):  # noqa: F811
+def test_a_small_model_begins_and_a_big_one_finishes(server):
     run(WORKFLOWS / "route_big_and_small.json", server)
     assert all(share_of_sevens(server, name) >= 0.85 for name in ("big", "small_then_big"))
 
 
-def test_three_students_draw_digits_as_one_model(server):  # noqa: F811
+def test_three_students_draw_digits_as_one_model(server):
     run(WORKFLOWS / "o2mkd_digits.json", server)
     experts = Experts.read(server.output / "distill_runs" / "o2mkd-digits" / "experts")
     assert len(experts.files) == 3 and len({member.fingerprint for member in experts.members}) == 3
     assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_experts") >= 0.85
 
 
-def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):  # noqa: F811
+def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):
     run(WORKFLOWS / "bake_guidance_digits.json", server)
     guided, baked, plain = (pictures(server, f"digits_{name}") for name in ("guided", "baked", "plain"))
     assert (baked - guided).norm() < 0.5 * (plain - guided).norm()
     assert list((server.output / "loras").glob("digits_guided_400_steps_*.safetensors"))
 
 
-def test_three_models_are_compared_on_one_page(server):  # noqa: F811
+def test_three_models_are_compared_on_one_page(server):
     graph = json.loads((WORKFLOWS / "compare_digits.json").read_text("utf-8"))
     of_type = {node["type"]: node for node in graph["nodes"]}
     (named,) = (entry for entry in of_type["DistillReport"]["inputs"] if entry["name"] == "run_name")  # typed in one place alone
