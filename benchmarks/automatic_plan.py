@@ -1,89 +1,81 @@
 """Automatic plans against the published positional ones at equal MACs: ``python benchmarks/automatic_plan.py``.
 
-On the demo teacher, several seeds each: accuracy and Fréchet distance straight after pruning, and after the same short
-distillation. Writes ``results/automatic_plan.md``, every figure measured in that run.
+On the teacher of scenes, several seeds each: straight after pruning, and after the same short distillation. Writes
+``results/automatic_plan.md``, every figure measured in that run. Figures are kept in ``results/automatic_plan.jsonl`` as they
+come, so that an interrupted benchmark goes on; a finished one deletes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from pathlib import Path
+from typing import Any
 
+import demo_students as demo
 import torch
-from demo_students import pruned_student, train
-from tqdm import tqdm
+from report import publish, table, with_margin
 
 from distill_core.data.dataset import num_examples
-from distill_core.demo import digits
-from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
+from distill_core.demo.scenes.grammar import NUM_TOKENS
+from distill_core.demo.scenes.teacher import LATENT_SHAPE
+from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.diffusion.macs import count_macs
-from distill_core.pruning.analyse import CRITERIA, Planner, examples, score
-from distill_core.pruning.plan import preset
+from distill_core.pruning.analyse import CRITERIA, Analysis, Planner, examples, score
+from distill_core.pruning.plan import PruningPlan, preset
 from distill_core.pruning.plan_text import write_plan
-from distill_core.quickstart import Settings, judge
 
-RESULTS = Path(__file__).parent / "results"
 PRESETS = ("bk-sdm-base", "bk-sdm-tiny")  # bk-sdm-small saves about as much as bk-sdm-base
-POSITIONAL = "positional"
+BY = ", by "
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100, help="distillation steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
-    arguments = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    teacher, dataset = load_denoiser(teacher_file()), load_dataset()
-    analysis = _analysis(teacher, dataset)
-    rows, plans = [], []
-    with tqdm(total=len(PRESETS) * (1 + len(CRITERIA)) * arguments.seeds) as progress:
-        for name in PRESETS:
-            budget = _macs(teacher) - _macs(pruned_student(teacher, preset(name)))
-            by = {POSITIONAL: preset(name)}
-            by |= {c: Planner(analysis, c).plan(budget, f"{name}, by {c}") for c in CRITERIA}
-            for who, plan in by.items():
-                student = pruned_student(teacher, plan)
-                share = _macs(student) / _macs(teacher)
-                plans.append(f"| {name} | {who} | `{write_plan(plan, teacher.architecture)}` |")
-                found = []
-                for seed in range(arguments.seeds):
-                    found.append(_judged(teacher, dataset, plan, seed, arguments.steps))
-                    progress.update()
-                rows.append(_row(name, who, share, student.architecture.num_parameters, found))
-    lines = ["| MACs as | chosen by | MACs of teacher | parameters | pruned: accuracy | pruned: Fréchet | distilled: accuracy "
-             "| distilled: Fréchet |", "|" + "---|" * 8, *rows, "", "| MACs as | chosen by | plan |", "|" + "---|" * 3, *plans, "",
-             f"Mean and range over {arguments.seeds} seeds; {arguments.steps} steps of batch 64, 300 digits judged each."]  # fmt: skip
-    (RESULTS / "automatic_plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    parser.add_argument("--steps", type=int, default=200, help="distillation steps (default: %(default)s)")
+    arguments = demo.parsed(parser)
+    kept = demo.kept("automatic_plan", arguments)
+    original, data = demo.teacher(), demo.real_scenes()
+    plans = _plans(original)
+
+    def figures(row: str, seed: int) -> dict[str, Any]:
+        student = demo.pruned_student(original, plans[row])
+        before = demo.error(student, original, data)
+        demo.train(student, original, plans[row], data, arguments.steps, seed)
+        judged = demo.judged(student, seed, arguments.prompts)
+        return judged | {"pruned error": before, "error": demo.error(student, original, data)}
+
+    rows, written = [], []
+    for row, found in kept.measure(plans, arguments.seeds, figures).items():
+        (like, who), plan, student = row.split(BY), plans[row], demo.pruned_student(original, plans[row])
+        errors = (with_margin([figures[name] for figures in found], ".4f") for name in ("pruned error", "error"))
+        rows.append([like, who, f"{_macs(student) / _macs(original):.1%}", f"{student.architecture.num_parameters:,}", *errors,
+                     *demo.quality(found)])  # fmt: skip
+        written.append([like, who, f"`{write_plan(plan, original.architecture)}`"])
+    publish("automatic_plan", [
+        *table(["MACs as", "chosen by", "MACs of teacher", "parameters", "output error, pruned", "output error, distilled", *demo.QUALITY],
+               rows), "",
+        *table(["MACs as", "chosen by", "plan"], written), "",
+        f"{arguments.steps} steps of batch {demo.BATCH_SIZE} by bk-sdm on {num_examples(data):,} real scenes. {demo.words(arguments)}",
+    ])  # fmt: skip
+    kept.finish()
 
 
-def _analysis(teacher, dataset):
-    random = torch.Generator().manual_seed(0)
-    picked = torch.randperm(num_examples(dataset), generator=random)[:32]
-    return score(teacher, examples(teacher, *dataset.read(0, picked)[:2], num_timesteps=8, generator=random))
+def _plans(original: DiffusersDenoiser) -> dict[str, PruningPlan]:
+    """By the preset whose MACs they save at least, and what chose them."""
+    analysis, plans = _analysis(original), {}
+    for name in PRESETS:
+        plans[f"{name}{BY}positional"] = preset(name)
+        budget = _macs(original) - _macs(demo.pruned_student(original, preset(name)))
+        plans |= {f"{name}{BY}{c}": Planner(analysis, c).plan(budget, f"{name}, by {c}") for c in CRITERIA}
+    return plans
 
 
-def _macs(denoiser) -> int:
-    return count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS)
+def _analysis(original: DiffusersDenoiser) -> Analysis:
+    data, random = demo.real_scenes(), torch.Generator().manual_seed(0)
+    picked = torch.randperm(num_examples(data), generator=random)[:32]
+    return score(original, examples(original, *data.read(0, picked)[:2], num_timesteps=8, generator=random))
 
 
-def _judged(teacher, dataset, plan, seed: int, steps: int) -> tuple[float, float, float, float]:
-    """Accuracy and Fréchet distance, straight after pruning and after distillation."""
-    student, settings = pruned_student(teacher, plan), Settings(num_samples=300, seed=seed)
-    before, _ = judge("pruned", student, settings)
-    train(student, teacher, plan, dataset, steps, seed)
-    after, _ = judge("distilled", student, settings)
-    return before.accuracy, before.frechet_distance, after.accuracy, after.frechet_distance
-
-
-def _row(name: str, who: str, share: float, parameters: int, found: list[tuple[float, ...]]) -> str:
-    columns = list(zip(*found, strict=True))
-    cells = [
-        f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-        for values, form in zip(columns, (".1%", ".1f", ".1%", ".2f"), strict=True)
-    ]
-    return f"| {name} | {who} | {share:.1%} | {parameters:,} | {' | '.join(cells)} |"
+def _macs(denoiser: DiffusersDenoiser) -> int:
+    return count_macs(denoiser, LATENT_SHAPE, NUM_TOKENS)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,56 @@
-"""Experts of the demo teacher, made and trained the same way in every benchmark."""
+"""Students of the teacher of scenes, made, trained and judged the same way in every benchmark."""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import Kept, device_words, with_margin
+from torch import Tensor
 
 from distill_core.base.storage import fingerprint
 from distill_core.data.dataset import Dataset, LatentDataset, num_examples
 from distill_core.data.teacher_data import Making, make_dataset
-from distill_core.demo import digits
-from distill_core.demo.encoders import DigitsEncoders
-from distill_core.demo.teacher import load_denoiser, teacher_file
-from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.demo.scenes import score
+from distill_core.demo.scenes.drawing import as_images, draw_all
+from distill_core.demo.scenes.encoders import ScenesEncoders
+from distill_core.demo.scenes.grammar import Scene, random_scenes
+from distill_core.demo.scenes.judge import ScenesJudge
+from distill_core.demo.scenes.teacher import load_dataset, sampled, teacher_file
+from distill_core.demo.teacher import load_denoiser
+from distill_core.diffusion.denoiser import Denoiser, DiffusersDenoiser
 from distill_core.diffusion.schedule import scaled_linear
+from distill_core.evaluation.metrics import output_error
 from distill_core.networks.build import build_unet
 from distill_core.pruning.plan import PruningPlan
 from distill_core.pruning.prune import prune
-from distill_core.quickstart import Settings
 from distill_core.training.loop import distill
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 
 BATCH_SIZE = 64
+GUIDANCE, NUM_STEPS = 3.0, 20
+ERROR_SEED, ERROR_BATCHES = 999, 2  # of no training
+NUM_VARIED, NUM_EACH = 12, 4
+"""Prompts, and pictures of each, that diversity is measured on."""
+NUM_MADE = 2048
+"""Pictures the teacher draws for a student, as many as there are real ones."""
+
+
+# --- students
+
+
+def teacher() -> DiffusersDenoiser:
+    return load_denoiser(teacher_file())
+
+
+def real_scenes() -> LatentDataset:
+    return load_dataset(NUM_MADE)
 
 
 def pruned_student(teacher: DiffusersDenoiser, plan: PruningPlan) -> DiffusersDenoiser:
@@ -50,9 +74,9 @@ def train(
     student: DiffusersDenoiser, teacher: DiffusersDenoiser, plan: PruningPlan, dataset: Dataset, steps: int, seed: int, **changes
 ) -> None:
     """Train a student in place by the quickstart's settings; ``changes`` are other settings of the recipe."""
-    recipe = TrainingSettings(**settings_of(steps, seed) | changes)
+    training = TrainingSettings(**settings_of(steps, seed) | changes)
     with tempfile.TemporaryDirectory() as folder:
-        distill(Run(Path(folder) / "run", recipe), student=student, teacher=teacher, plan=plan, dataset=dataset)
+        distill(Run(Path(folder) / "run", training), student=student, teacher=teacher, plan=plan, dataset=dataset)
 
 
 def settings_of(steps: int, seed: int) -> dict[str, Any]:
@@ -61,24 +85,108 @@ def settings_of(steps: int, seed: int) -> dict[str, Any]:
                 weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip
 
 
-NUM_MADE = 1800
-"""Digits the teacher draws for a student, about as many as there are real ones."""
-
-
 @lru_cache(maxsize=1)
-def teacher_made(seed: int, guidance: float | None = None) -> Mapping[str, LatentDataset]:
-    """The teacher's digits, sampled as the judge samples: ``made`` to be noised anew, ``states`` with those on the way.
+def teacher_made(seed: int, guidance: float = GUIDANCE, guidance_min: float | None = None) -> Mapping[str, LatentDataset]:
+    """Scenes the teacher draws of prompts it was trained on: ``made`` to be noised anew, ``states`` with those on the way.
 
-    guidance: another scale than the judge's.
+    guidance_min: each scene has a scale of its own, from here to ``guidance``.
     """
-    how, file, prompts = Settings(), teacher_file(), [digits.caption(n) for n in range(10)]
-    making = Making(size=(64, 64), guidance=how.guidance if guidance is None else guidance, num_steps=how.sample_steps,
-                    num_per_prompt=NUM_MADE // len(prompts), num_states=how.sample_steps, seed=seed)  # fmt: skip
+    file, prompts = teacher_file(), [scene.caption for scene in random_scenes(NUM_MADE, 10_000 + seed)]
+    making = Making(
+        size=(64, 64), guidance=guidance, guidance_min=guidance_min, num_steps=NUM_STEPS, num_states=NUM_STEPS, seed=seed
+    )
     with tempfile.TemporaryDirectory() as folder:
-        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), DigitsEncoders(), prompts, making,
+        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), ScenesEncoders(), prompts, making,
                             Path(folder) / "cache", schedule=scaled_linear(), batch_size=100)  # fmt: skip
         examples = made.read(0, torch.arange(num_examples(made)))
     plain = LatentDataset.of(examples.latents, examples.contexts, made.null.context)
     (bucket,) = plain.buckets
-    states = LatentDataset([type(bucket)(**{**vars(bucket), "states": examples.states})], made.null, made.timesteps)
+    states = LatentDataset(
+        [type(bucket)(**{**vars(bucket), "states": examples.states, "scales": examples.scale})], made.null, made.timesteps
+    )
     return {"made": plain, "states": states}
+
+
+# --- judgement
+
+
+def judged(student: Denoiser, seed: int, num_prompts: int) -> dict[str, Any]:
+    """Which pictures are right, how far all are from real scenes, and how much those of one prompt differ, real ones being 1."""
+    found = score.judged(student, num_prompts=num_prompts, seed=seed, guidance=GUIDANCE, num_steps=NUM_STEPS)
+    return {"right": found.right, "frechet": found.frechet_distance, "diversity": _spread(student, seed) / _spread_of_real(seed)}
+
+
+def _varied(seed: int) -> list[Scene]:
+    return [scene for scene in random_scenes(NUM_VARIED, 20_000 + seed) for _ in range(NUM_EACH)]
+
+
+def _spread(student: Denoiser, seed: int) -> float:
+    return _spread_in(sampled(student, _varied(seed), seed=seed, guidance=GUIDANCE, num_steps=NUM_STEPS))
+
+
+@cache
+def _spread_of_real(seed: int) -> float:
+    return _spread_in(as_images(draw_all(_varied(seed), seed)))
+
+
+def _spread_in(images: Tensor) -> float:
+    return score.spread(ScenesJudge.bundled().features(images).unflatten(0, (NUM_VARIED, NUM_EACH)))
+
+
+def error(student: Denoiser, teacher: Denoiser, dataset: Dataset) -> float:
+    """Mean squared distance to the teacher's predictions, with noise of no training step."""
+    return output_error(student, teacher, dataset, num_batches=ERROR_BATCHES, seed=ERROR_SEED).mean().item()
+
+
+# --- settings and tables
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments, with those of every benchmark of students."""
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=24, help="of each category, trained and held out (default: %(default)s)")
+    return parser.parse_args()
+
+
+def kept(name: str, arguments: argparse.Namespace) -> Kept:
+    """Figures found so far; those of a row and seed stay true with more seeds and other rows."""
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("seeds", "rows")}
+    return Kept(name, settings | {"batch_size": BATCH_SIZE, "device": device_words()})
+
+
+QUALITY = ("trained prompts", "held-out prompts", "Fréchet distance", "diversity")
+
+
+def quality(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns `QUALITY` of what `judged` found with several seeds."""
+    return [
+        *map(_share, (_score(found, kind) for kind in score.KINDS)),
+        with_margin([figures["frechet"] for figures in found], ".2f"),
+        with_margin([figures["diversity"] for figures in found], ".2f"),
+    ]
+
+
+def by_category(found: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+    return _score(found, kind).by_category
+
+
+def _score(found: Sequence[Mapping[str, Any]], kind: str) -> score.Score:
+    """Over prompts and seeds together: each seed has prompts of its own."""
+    rights = [figures["right"][kind] for figures in found]
+    return score.score(
+        {category: torch.tensor([value for right in rights for value in right[category]]) for category in rights[0]}
+    )
+
+
+def _share(found: score.Score) -> str:
+    low, high = found.interval
+    return f"{found.overall:.1%} ({low:.1%} to {high:.1%})"
+
+
+def words(arguments: argparse.Namespace) -> str:
+    """What a table of `quality` needs to be read."""
+    return (
+        f"Pictures that show all their prompt says, means of the categories, in brackets the 95 % interval by the bootstrap over "
+        f"{arguments.prompts} prompts of each category and seed; other figures: means over {arguments.seeds} seeds ± half the 95 % "
+        f"interval by Student's t. Guidance {GUIDANCE:g}, {NUM_STEPS} steps of sampling. {device_words()}."
+    )

@@ -1,129 +1,124 @@
-"""Guidance learnt by a LoRA on the demo's own teacher: ``python benchmarks/guidance.py``.
+"""Guidance learnt by a LoRA on the teacher of scenes: ``python benchmarks/guidance.py``.
 
 The student is the teacher with the LoRA on, evaluated once a step. How near are its pictures to those the teacher draws with
-guidance, from the same noise, against how near the teacher's own are without? By LoRAs trained on real digits that are noised
-anew, and on the states of the teacher's guided sampling. Writes ``results/guidance.md``, every figure measured
-in that run; figures are kept in ``results/guidance.jsonl`` as they come, so that an interrupted benchmark goes on.
+guidance, from the same noise, against how near the teacher's own are without? By LoRAs trained on real scenes that are noised
+anew, on the states of the teacher's guided sampling, and on such states with a scale each; asked for prompts whose
+combinations were trained on, and for held-out ones. Writes ``results/guidance.md``, every figure measured in that run;
+figures are kept in ``results/guidance.jsonl`` as they come, so that an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from demo_students import BATCH_SIZE, teacher_made
-from report import Kept, device_words, mean_and_margin, publish, table
+import demo_students as demo
+from report import device_words, publish, table, with_margin
 from torch import Tensor
-from tqdm import tqdm
 
-from distill_core.demo import digits
-from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
-from distill_core.diffusion.conditioning import Caption
+from distill_core.demo.scenes.autoencoder import ScenesAutoencoder
+from distill_core.demo.scenes.grammar import Scene
+from distill_core.demo.scenes.judge import ScenesJudge
+from distill_core.demo.scenes.score import KINDS, all_prompts
+from distill_core.demo.scenes.teacher import sampled_latents
 from distill_core.diffusion.denoiser import Denoiser
-from distill_core.diffusion.sampling import sample
 from distill_core.lora.layers import WithoutLora
 from distill_core.training.loop import distill
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 
-DATA = {"real digits, noised": "real", "the teacher's guided sampling": "states"}
-UNGUIDED, GUIDED = "teacher, one pass", "teacher, guided"
+GUIDED, UNGUIDED = "teacher, guided", "teacher, one pass"
+
+
+class Lora(NamedTuple):
+    """What a LoRA is trained on."""
+
+    states: bool
+    """Those of the teacher's guided sampling in place of noised scenes."""
+    each_scale: bool = False
+    """Every scale from 1 up, each example its own."""
+
+
+LORAS = {
+    "LoRA, real scenes, noised": Lora(states=False),
+    "LoRA, guided sampling": Lora(states=True),
+    "LoRA, guided sampling, a scale each": Lora(states=True, each_scale=True),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale that is learnt (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="scale that is learnt (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=500, help="digits of each student (default: %(default)s)")
-    arguments = parser.parse_args()
-    settings = {name: value for name, value in vars(arguments).items() if name != "seeds"}  # figures of each seed stay true
-    kept = Kept("guidance", settings | {"batch_size": BATCH_SIZE, "device": device_words()})
-    for seed in tqdm(range(arguments.seeds)):
-        for name in (GUIDED, UNGUIDED, *DATA):
-            if (name, seed) not in kept.found:
-                kept.add(name, seed, _figures(name, seed, arguments))
-    publish("guidance", _report(kept, arguments))
+    arguments = demo.parsed(parser)
+    kept = demo.kept("guidance", arguments)
+    found = kept.measure((GUIDED, UNGUIDED, *LORAS), arguments.seeds, partial(_figures, arguments))
+    publish("guidance", _report(found, arguments))
     kept.finish()
 
 
-def _figures(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Distance of a student's latents to the guided teacher's and its square, means over digits, and how many digits are right."""
-    guided = _guided(seed, arguments.guidance, arguments.samples)
-    if name == GUIDED:
-        latents = guided
-    elif name == UNGUIDED:
-        latents = _draw(load_denoiser(teacher_file()), seed, 1.0, arguments.samples)
-    else:
-        latents = _draw(_student(DATA[name], seed, arguments), seed, 1.0, arguments.samples)
-    labels = torch.arange(arguments.samples) % 10
-    right = digits.accuracy(digits.DigitsClassifier.bundled(), digits.decode(latents).clamp(-1, 1), labels)
-    distances = (latents - guided).flatten(1).norm(dim=1)
-    return {"distance": distances.mean().item(), "squared": distances.square().mean().item(), "accuracy": right}
+def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """By kind of prompt: mean distance of latents to the guided teacher's, and how many pictures are right."""
+    student = demo.teacher() if name in (GUIDED, UNGUIDED) else _student(LORAS[name], seed, arguments)
+    figures = {}
+    for kind in KINDS:
+        scenes, guided = _guided(kind, seed, arguments.guidance, arguments.prompts)
+        latents = guided if name == GUIDED else _draw(student, scenes, seed, 1.0)
+        right = ScenesJudge.bundled().agrees(ScenesAutoencoder.bundled().decode(latents).clamp(-1, 1), scenes)
+        distance = (latents - guided).flatten(1).norm(dim=1).mean()
+        figures[kind] = {"distance": distance.item(), "right": right.float().mean().item()}
+    return figures
 
 
 @cache
-def _guided(seed: int, guidance: float, count: int) -> Tensor:
-    return _draw(load_denoiser(teacher_file()), seed, guidance, count)
+def _guided(kind: str, seed: int, guidance: float, num_prompts: int) -> tuple[list[Scene], Tensor]:
+    scenes = [*chain(*all_prompts(num_prompts, seed, held_out=KINDS[kind]).values())]
+    return scenes, _draw(demo.teacher(), scenes, seed, guidance)
 
 
-def _draw(denoiser: Denoiser, seed: int, guidance: float, count: int) -> Tensor:
-    """Digits 0 to 9 in turn, from noise that is the same for all, (count, C, H, W)."""
-    text = digits.DigitsTextEncoder.bundled()
-    context, null = text.captions([digits.caption(n) for n in range(10)]), Caption(text.captions([""])[0])
-    noise = torch.randn(count, *LATENT_SHAPE, generator=torch.Generator().manual_seed(10_000 + seed))
-    parts = torch.arange(count).split(100)
-    return torch.cat([sample(denoiser, context[p % 10], null, noise=noise[p], guidance=guidance).cpu() for p in parts])
+def _draw(denoiser: Denoiser, scenes: list[Scene], seed: int, guidance: float) -> Tensor:
+    return sampled_latents(denoiser, scenes, seed=10_000 + seed, guidance=guidance, num_steps=demo.NUM_STEPS)
 
 
-def _student(data: str, seed: int, arguments: argparse.Namespace) -> Denoiser:
+def _student(how: Lora, seed: int, arguments: argparse.Namespace) -> Denoiser:
     """The teacher's network with a LoRA on it that was trained against the same network without."""
-    student = load_denoiser(teacher_file())
-    dataset = load_dataset() if data == "real" else teacher_made(seed, arguments.guidance)[data]
-    recipe = TrainingSettings(objective="guidance", guidance=arguments.guidance, caption_dropout=0.0, lora_rank=arguments.rank, lora_targets=("*",),
-                    total_steps=arguments.steps, batch_size=BATCH_SIZE, learning_rate=arguments.rate, lr_schedule="cosine", warmup_steps=20,
-                    weight_decay=0.0, seed=seed, save_every_steps=arguments.steps)  # fmt: skip
+    student, least = demo.teacher(), 1.0 if how.each_scale else None
+    dataset = demo.teacher_made(seed, arguments.guidance, least)["states"] if how.states else demo.real_scenes()
+    training = TrainingSettings(objective="guidance", guidance=arguments.guidance, guidance_min=least, caption_dropout=0.0,
+                                lora_rank=arguments.rank, lora_targets=("*",), total_steps=arguments.steps, batch_size=demo.BATCH_SIZE,
+                                learning_rate=arguments.rate, lr_schedule="cosine", warmup_steps=20, weight_decay=0.0, seed=seed,
+                                save_every_steps=arguments.steps)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", recipe)
+        run = Run(Path(folder) / "run", training)
         distill(run, student=student, teacher=WithoutLora(student), plan=None, dataset=dataset)
     return student
 
 
-def _report(kept: Kept, arguments: argparse.Namespace) -> list[str]:
+def _report(found: Mapping[str, Sequence[Mapping[str, Any]]], arguments: argparse.Namespace) -> list[str]:
     rows = []
-    for name in (GUIDED, UNGUIDED, *DATA):
-        figures = [kept.found[name, seed] for seed in range(arguments.seeds)]
-        unguided = [kept.found[UNGUIDED, seed] for seed in range(arguments.seeds)]
-        shares = {
-            what: [100 * figure[what] / whole[what] for figure, whole in zip(figures, unguided, strict=True)]
-            for what in ("distance", "squared")
-        }
-        cells = (
-            _with_margin([figure["distance"] for figure in figures], "{:.4f}"),
-            _with_margin(shares["distance"], "{:.1f}", " %"),
-            _with_margin(shares["squared"], "{:.1f}", " %"),
-            _with_margin([100 * figure["accuracy"] for figure in figures], "{:.1f}", " %"),
-        )
-        rows.append([name if name in (GUIDED, UNGUIDED) else f"LoRA, {name}", "2" if name == GUIDED else "1", *cells])
-    columns = ["drawn by", "evaluations a step", "distance to guided", "of the teacher's in one pass", "squared", "accuracy"]
+    for name, of_name in found.items():
+        cells = []
+        for kind in KINDS:
+            figures, unguided = ([each[kind] for each in of_seeds] for of_seeds in (of_name, found[UNGUIDED]))
+            shares = [figure["distance"] / whole["distance"] for figure, whole in zip(figures, unguided, strict=True)]
+            cells += [with_margin(shares, ".1%"), with_margin([figure["right"] for figure in figures], ".1%")]
+        rows.append([name, "2" if name == GUIDED else "1", *cells])
+    columns = ["drawn by", "evaluations a step", *(f"{kind}: {what}" for kind in KINDS for what in ("distance", "right"))]
     return [
         *table(columns, rows),
         "",
-        f"LoRAs of rank {arguments.rank} on every layer, {arguments.steps} steps of batch {BATCH_SIZE}, guidance {arguments.guidance:g}. "
-        f"Distances between latents from the same noise; {arguments.samples} digits a seed, means over "
-        f"{arguments.seeds} seeds ± half the 95 % interval by Student's t. {device_words()}.",
+        f"LoRAs of rank {arguments.rank} on every layer, {arguments.steps} steps of batch {demo.BATCH_SIZE}, guidance {arguments.guidance:g}; "
+        "that for every scale is asked at strength 1. Distance of latents to the guided ones from the same noise, in parts of that of "
+        f"the teacher in one pass; right: pictures that show all their prompt says. {arguments.prompts} prompts of each category and "
+        f"seed, means over {arguments.seeds} seeds ± half the 95 % interval by Student's t. {device_words()}.",
     ]
-
-
-def _with_margin(values: list[float], form: str, unit: str = "") -> str:
-    mean, margin = mean_and_margin(values)
-    return f"{form.format(mean)}{unit} ± {form.format(margin)}{unit}"
 
 
 if __name__ == "__main__":

@@ -1,122 +1,130 @@
-"""What distillation is worth on the demo: ``python benchmarks/learning.py``.
+"""What distillation is worth on the demo of scenes: ``python benchmarks/learning.py``.
 
-Students of one size, trained for as many steps on as many examples, several seeds each: distilled, without the teacher's
-predictions, from random weights, and distilled on images the teacher made. Writes ``results/learning.md``, every figure
-measured in that run. Each student's figures are written to ``results/learning.jsonl``, so that an interrupted
-run continues; a finished one deletes it.
+Students of one size, trained for as many steps on as many examples, several seeds each: by every published objective, without
+the teacher's predictions, from random weights, and on pictures the teacher made. Writes ``results/learning.md``, every
+figure measured in that run. Each student's figures are written to ``results/learning.jsonl``, so that an interrupted run
+continues; a finished one deletes it.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from demo_students import BATCH_SIZE, NUM_MADE, pruned_student, random_student, teacher_made, train
-from report import Kept, device_words, mean_and_margin, publish, share_interval, table
-from tqdm import tqdm
+import demo_students as demo
+from report import publish, table, with_margin
 
-from distill_core.data.dataset import LatentDataset, num_examples
-from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
+from distill_core.data.dataset import num_examples
+from distill_core.demo.scenes.grammar import CATEGORIES
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.pruning.plan import PruningPlan, preset, preset_names
-from distill_core.quickstart import Settings, judge
 
-WORDS = {"pruned": "the teacher's weights", "random": "random weights", "bk-sdm": "data and teacher", "task": "data alone",
-         "real": "real digits", "made": "teacher-made, noised", "states": "teacher-made, its trajectory"}  # fmt: skip
+TEACHER, DISTILLED = "teacher", "distilled"
+REAL, RANDOM = "real", "random weights"
+EXAMPLES = {REAL: "real scenes", "made": "teacher-made, noised", "states": "teacher-made, its trajectory"}
 
 
 class Student(NamedTuple):
-    """How a student comes about."""
+    """How a student comes about, and the words for it."""
 
-    begins: str
-    objective: str | None = None
-    """None for one that is not trained."""
-    data: str | None = None
+    begins: str = "the teacher's weights"
+    learns: str = ""
+    changes: dict[str, Any] | None = None
+    """Of the recipe; None for one that is not trained."""
+    examples: str = REAL
 
 
 STUDENTS = {
-    "pruned only": Student("pruned"),
-    "distilled": Student("pruned", "bk-sdm", "real"),
-    "task only": Student("pruned", "task", "real"),
-    "from scratch": Student("random", "task", "real"),
-    "distilled on made data": Student("pruned", "bk-sdm", "made"),
-    "distilled on trajectories": Student("pruned", "bk-sdm", "states"),
+    TEACHER: Student(begins=""),
+    "pruned only": Student(),
+    "from scratch": Student(RANDOM, "data alone", {"objective": "task"}),
+    "task only": Student(learns="data alone", changes={"objective": "task"}),
+    "output only": Student(learns="the teacher's outputs", changes={"task_weight": 0.0, "feature_weight": 0.0}),
+    DISTILLED: Student(learns="bk-sdm: data, outputs, features of stages", changes={}),
+    "segmind": Student(learns="the same, teacher at half weight", changes={"objective": "segmind"}),
+    "ssd-1b": Student(learns="features of layers", changes={"objective": "ssd-1b"}),
+    "koala": Student(learns="features of self-attention", changes={"objective": "koala"}),
+    "laptop-diff": Student(learns="features normalised", changes={"objective": "laptop-diff"}),
+    "on made data": Student(learns="as distilled", changes={}, examples="made"),
+    "on trajectories": Student(learns="as distilled", changes={}, examples="states"),
 }
-AGAINST = "distilled"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
+    parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="plan (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=500, help="digits judged of each student (default: %(default)s)")
-    arguments = parser.parse_args()
-    settings = vars(arguments) | {"batch_size": BATCH_SIZE, "device": device_words()}
-    kept = Kept("learning", settings)
-    teacher, plan, real = load_denoiser(teacher_file()), preset(arguments.preset), load_dataset()
-    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ("teacher", *STUDENTS) if (name, seed) not in kept.found]
-    for name, seed in tqdm(to_do):
-        student = teacher if name == "teacher" else _student(STUDENTS[name], teacher, plan, real, arguments.steps, seed)
-        row, _ = judge(name, student, Settings(num_samples=arguments.samples, seed=seed))
-        kept.add(name, seed, {"accuracy": row.accuracy, "frechet": row.frechet_distance})
-    found = {key: (figures["accuracy"], figures["frechet"]) for key, figures in kept.found.items()}
-    architecture = pruned_student(teacher, plan).architecture
+    arguments = demo.parsed(parser)
+    kept = demo.kept("learning", arguments)
+    original, plan, real = demo.teacher(), preset(arguments.preset), demo.real_scenes()
+
+    def figures(name: str, seed: int) -> dict[str, Any]:
+        student = _student(name, original, plan, arguments.steps, seed)
+        return demo.judged(student, seed, arguments.prompts) | {"error": demo.error(student, original, real)}
+
+    found = kept.measure(STUDENTS, arguments.seeds, figures)
+    architecture = demo.pruned_student(original, plan).architecture
     publish("learning", [
-        *_figures(found, arguments), "", *_differences(found, arguments), "",
-        f"Experts of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
-        f"{teacher.architecture.num_parameters:,}; {arguments.steps} steps of batch {BATCH_SIZE} on {num_examples(real):,} real "
-        f"or {NUM_MADE:,} teacher-made digits, all by the same settings. Means over {arguments.seeds} seeds, "
-        f"± half the 95 % interval by Student's t; {arguments.samples} digits judged for each seed, and for all of them together "
-        f"the 95 % interval of the accuracy by Wilson. {settings['device']}.",
+        *_figures(found), "", *_differences(found), "", *_categories(found), "",
+        f"Students of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
+        f"{original.architecture.num_parameters:,}; {arguments.steps} steps of batch {demo.BATCH_SIZE} on {num_examples(real):,} real "
+        f"or {demo.NUM_MADE:,} teacher-made scenes, all by the same settings. {demo.words(arguments)}",
     ])  # fmt: skip
     kept.finish()
 
 
-# --- students
-
-
-def _student(how: Student, teacher, plan: PruningPlan, real: LatentDataset, steps: int, seed: int) -> DiffusersDenoiser:
-    student = random_student(teacher, plan, seed) if how.begins == "random" else pruned_student(teacher, plan)
-    if how.objective is not None:
-        data = real if how.data == "real" else teacher_made(seed)[how.data]
-        train(student, teacher, plan, data, steps, seed, objective=how.objective)
+def _student(name: str, original: DiffusersDenoiser, plan: PruningPlan, steps: int, seed: int) -> DiffusersDenoiser:
+    if name == TEACHER:
+        return original
+    how = STUDENTS[name]
+    student = demo.random_student(original, plan, seed) if how.begins == RANDOM else demo.pruned_student(original, plan)
+    if how.changes is not None:
+        data = demo.real_scenes() if how.examples == REAL else demo.teacher_made(seed)[how.examples]
+        demo.train(student, original, plan, data, steps, seed, **how.changes)
     return student
 
 
 # --- figures
 
-
-def _figures(found, arguments) -> list[str]:
-    rows = []
-    for name, how in {"teacher": Student("", None, None), **STUDENTS}.items():
-        accuracies, distances = zip(*(found[name, seed] for seed in range(arguments.seeds)), strict=True)
-        num_seen = arguments.samples * arguments.seeds
-        low, high = share_interval(round(sum(accuracies) * arguments.samples), num_seen)
-        rows.append([name, *(WORDS.get(part, "") for part in how), _share(*mean_and_margin(accuracies)), f"{low:.1%} to {high:.1%}",
-                     _number(*mean_and_margin(distances))])  # fmt: skip
-    return table(
-        ["student", "begins with", "learns from", "examples", "accuracy", "of all samples, 95 %", "Fréchet distance"], rows
-    )
+Found = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def _differences(found, arguments) -> list[str]:
+def _figures(found: Found) -> list[str]:
+    rows = [
+        [name, how.begins, how.learns, EXAMPLES[how.examples] if how.learns else "", *demo.quality(found[name]),
+         with_margin([figures["error"] for figures in found[name]], ".4f")]
+        for name, how in STUDENTS.items()
+    ]  # fmt: skip
+    return table(["student", "begins with", "learns from", "examples", *demo.QUALITY, "output error"], rows)
+
+
+def _differences(found: Found) -> list[str]:
     """How much others differ from the distilled student of the same seed."""
     rows = []
-    for name in (name for name in STUDENTS if name != AGAINST):
-        pairs = [zip(found[name, seed], found[AGAINST, seed], strict=True) for seed in range(arguments.seeds)]
-        accuracies, distances = zip(*([other - own for other, own in pair] for pair in pairs), strict=True)
-        mean, margin = mean_and_margin(accuracies)
-        rows.append([name, f"{100 * mean:+.1f} ± {100 * margin:.1f}", _number(*mean_and_margin(distances), sign="+")])
-    return table([f"against {AGAINST}, seed by seed", "accuracy, points", "Fréchet distance"], rows)
+    for name in (name for name in STUDENTS if name not in (TEACHER, DISTILLED)):
+        pairs = list(zip(found[name], found[DISTILLED], strict=True))
+        rows.append([
+            name,
+            *(with_margin([100 * (_share(a, kind) - _share(b, kind)) for a, b in pairs], "+.1f") for kind in ("trained", "held out")),
+            with_margin([a["frechet"] - b["frechet"] for a, b in pairs], "+.2f"),
+        ])  # fmt: skip
+    columns = [f"against {DISTILLED}, seed by seed", "trained prompts, points", "held-out prompts, points", "Fréchet distance"]
+    return table(columns, rows)
 
 
-def _share(mean: float, margin: float) -> str:
-    return f"{mean:.1%} ± {margin:.1%}"
+def _share(figures: Mapping[str, Any], kind: str) -> float:
+    shares = demo.by_category([figures], kind).values()
+    return sum(shares) / len(shares)
 
 
-def _number(mean: float, margin: float, sign: str = "") -> str:
-    return f"{mean:{sign}.2f} ± {margin:.2f}"
+def _categories(found: Found) -> list[str]:
+    rows = [
+        [name, *(f"{demo.by_category(figures, kind)[category]:.0%}" if category in demo.by_category(figures, kind) else ""
+                 for category in CATEGORIES for kind in ("trained", "held out"))]
+        for name, figures in found.items()
+    ]  # fmt: skip
+    return table(["student", *(f"{category}, {kind}" for category in CATEGORIES for kind in ("trained", "held out"))], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What experts of their own range are worth on the demo: ``python benchmarks/one_to_many.py``.
+"""What experts of their own range are worth on the demo of scenes: ``python benchmarks/one_to_many.py``.
 
 One, two and four experts of one size, so that a sampling step costs the same; as many training steps for each student,
 and one student trained for as long as four together. Then, at equal total steps: what experts begin as, where the
@@ -15,24 +15,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from demo_students import BATCH_SIZE, pruned_student, settings_of
-from report import RESULTS, Kept, device_words, mean_and_margin, publish, table
-from tqdm import tqdm
+import demo_students as demo
+from report import RESULTS, mean_and_margin, publish, table, with_margin
 
 from distill_core.base.storage import atomic
-from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
 from distill_core.evaluation.metrics import output_error
 from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import preset, preset_names
-from distill_core.quickstart import Settings, judge
 from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from distill_core.routing.router import ExpertDenoiser
 from distill_core.training.run import Inputs
 from distill_core.training.settings import TrainingSettings
 
 RUNS = RESULTS / "one_to_many.runs"
-ERROR_SEED = 999  # of no training
-ERROR_BATCHES = 4
 NUM_BINS = 10
 
 
@@ -80,8 +75,7 @@ class Figures(NamedTuple):
     errors: Sequence[float]
     num_bytes: int
     boundaries: Sequence[float]
-    accuracy: float
-    frechet: float
+    judged: dict[str, Any]
 
     @property
     def error(self) -> float:
@@ -92,16 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="training steps of a student (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=500, help="digits judged of each row and seed (default: %(default)s)")
-    arguments = parser.parse_args()
-    settings = vars(arguments) | {"batch_size": BATCH_SIZE, "device": device_words()}
-    kept, demo = Kept("one_to_many", settings), Demo(arguments)
-    to_do = [(name, seed) for seed in range(arguments.seeds) for name in ROWS if (name, seed) not in kept.found]
-    for name, seed in tqdm(to_do):
-        kept.add(name, seed, demo.figures(name, seed)._asdict())
-    found = {key: Figures(**figures) for key, figures in kept.found.items()}
-    publish("one_to_many", _report(found, arguments, settings["device"]))
+    arguments = demo.parsed(parser)
+    kept, students = demo.kept("one_to_many", arguments), Students(arguments)
+    measured = kept.measure(ROWS, arguments.seeds, lambda name, seed: students.figures(name, seed)._asdict())
+    found = {name: [Figures(**figures) for figures in of_seeds] for name, of_seeds in measured.items()}
+    publish("one_to_many", _report(found, arguments))
     kept.finish()
     shutil.rmtree(RUNS, ignore_errors=True)
 
@@ -109,12 +98,12 @@ def main() -> None:
 # --- experts
 
 
-class Demo:
+class Students:
     """The demo's teacher and data, and experts of them."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.unit = arguments, arguments.steps
-        self.teacher, self.plan, self.dataset = load_denoiser(teacher_file()), preset(arguments.preset), load_dataset()
+        self.teacher, self.plan, self.dataset = demo.teacher(), preset(arguments.preset), demo.real_scenes()
 
     def figures(self, name: str, seed: int) -> Figures:
         """Train and measure; runs that others begin with stay."""
@@ -122,7 +111,7 @@ class Demo:
         training = self.training(name, row, seed)
         if row.count == 1:
             training.train(num_steps=training.stages["joint"])
-            file, student = training.run("joint").result_file, pruned_student(self.teacher, self.plan)
+            file, student = training.run("joint").result_file, demo.pruned_student(self.teacher, self.plan)
             student.load_state_dict(open_unet(file).state_dict)
             num_bytes, boundaries = file.stat().st_size, ()
         else:
@@ -131,21 +120,23 @@ class Demo:
             training.train()
             student = ExpertDenoiser.open(training.experts, self.teacher.device)
             num_bytes, boundaries = training.experts.num_bytes, training.experts.ranges.boundaries
-        errors = output_error(student, self.teacher, self.dataset, num_bins=NUM_BINS, num_batches=ERROR_BATCHES, seed=ERROR_SEED)
-        judged, _ = judge(name, student, Settings(num_samples=self.arguments.samples, seed=seed))
+        errors = output_error(
+            student, self.teacher, self.dataset, num_bins=NUM_BINS, num_batches=demo.ERROR_BATCHES, seed=demo.ERROR_SEED
+        )
+        pictures = demo.judged(student, seed, self.arguments.prompts)
         if name != HALF:
             shutil.rmtree(training.folder)
-        return Figures(errors.tolist(), num_bytes, boundaries, judged.accuracy, judged.frechet_distance)
+        return Figures(errors.tolist(), num_bytes, boundaries, pictures)
 
     def training(self, name: str, row: Row, seed: int) -> OneToMany:
         joint, each = row.steps(self.unit)
         return OneToMany(
             RUNS / f"{name.replace(' ', '_')}_{seed}",
             ExpertsSettings(count=row.count, split=row.split, joint_steps=joint),
-            TrainingSettings(**settings_of(max(1, each), seed), **row.lora),
-            starts=[Start(self.plan, partial(pruned_student, self.teacher, self.plan))],
+            TrainingSettings(**demo.settings_of(max(1, each), seed), **row.lora),
+            starts=[Start(self.plan, partial(demo.pruned_student, self.teacher, self.plan))],
             teachers=[lambda: self.teacher],
-            inputs=Inputs(teachers=("demo",)),
+            inputs=Inputs(teachers=("scenes",)),
             schedule=self.teacher.schedule,
             dataset=self.dataset,
         )
@@ -163,25 +154,19 @@ class Demo:
 # --- figures
 
 
-def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace, device: str) -> list[str]:
-    unit, seeds = arguments.steps, range(arguments.seeds)
+def _report(found: dict[str, list[Figures]], arguments: argparse.Namespace) -> list[str]:
+    unit = arguments.steps
 
     def of(name: str) -> list[Figures]:
-        return [found[name, seed] for seed in seeds]
+        return found[name]
 
     def error(name: str) -> str:
-        mean, margin = mean_and_margin([figures.error for figures in of(name)])
-        return f"{mean:.5f} ± {margin:.5f}"
+        return with_margin([figures.error for figures in of(name)], ".5f")
 
     def against(name: str, other: str) -> str:
         if name == other:
             return ""
-        mean, margin = mean_and_margin([a.error / b.error - 1 for a, b in zip(of(name), of(other), strict=True)])
-        return f"{mean:+.1%} ± {margin:.1%}"
-
-    def judged(name: str) -> list[str]:
-        accuracy, frechet = zip(*((figures.accuracy, figures.frechet) for figures in of(name)), strict=True)
-        return [_share(*mean_and_margin(accuracy)), "{:.2f} ± {:.2f}".format(*mean_and_margin(frechet))]
+        return with_margin([a.error / b.error - 1 for a, b in zip(of(name), of(other), strict=True)], "+.1%")
 
     def trained(name: str) -> str:
         (joint, each), count = ROWS[name].steps(unit), ROWS[name].count
@@ -200,11 +185,18 @@ def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace
         return "; ".join(dict.fromkeys(", ".join(f"{b:.0f}" for b in figures.boundaries) for figures in of(name)))
 
     def row(label: str, name: str, other: str) -> list[str]:
-        return [label, *steps(name), error(name), against(name, other), *judged(name), kib(name)]
+        return [
+            label,
+            *steps(name),
+            error(name),
+            against(name, other),
+            *demo.quality([figures.judged for figures in of(name)]),
+            kib(name),
+        ]
 
     def rows(labels: dict[str, str], other: str) -> list[str]:
-        columns = ["", "training steps", "in total", "mean output error", f"against {labels[other]}", "accuracy",
-                   "Fréchet distance", "KiB on disk"]  # fmt: skip
+        columns = ["", "training steps", "in total", "mean output error", f"against {labels[other]}", *demo.QUALITY,
+                   "KiB on disk"]  # fmt: skip
         return table(columns, (row(label, name, other) for name, label in labels.items()))
 
     main_rows, each_bin = [ONE, TWO, FOUR, LONG], 1000 // NUM_BINS
@@ -222,21 +214,16 @@ def _report(found: dict[tuple[str, int], Figures], arguments: argparse.Namespace
                [["timesteps", boundaries(HALF)], ["log-SNR", boundaries(LOG_SNR)], ["error of the one student", boundaries(ERROR)]]), "",
         "One base and an adapter for each range in place of whole experts:", "",
         *rows({HALF: "four whole experts", LORA: _adapter_words()}, HALF), "",
-        f"Experts of {arguments.preset}, batch {BATCH_SIZE}, real digits, all by the same settings; steps are those of one student "
+        f"Experts of {arguments.preset}, batch {demo.BATCH_SIZE}, real scenes, all by the same settings; steps are those of one student "
         "over all timesteps, then of each in its range, and in each part the learning rate falls to 0. Output error: mean squared "
         "distance to the teacher's answer, the noise being of no training step, "
-        f"{ERROR_BATCHES * BATCH_SIZE} examples in each of {NUM_BINS} bins of timesteps (`metrics.output_error`). Means over "
-        f"{arguments.seeds} seeds, ± half the 95 % interval by Student's t; differences seed by seed; {arguments.samples} digits "
-        f"judged for each row and seed. {device}.",
+        f"{demo.ERROR_BATCHES * demo.BATCH_SIZE} examples in each of {NUM_BINS} bins of timesteps (`metrics.output_error`), and differences "
+        f"seed by seed. {demo.words(arguments)}",
     ]  # fmt: skip
 
 
 def _adapter_words() -> str:
     return f"base and LoRAs of rank {ROWS[LORA].lora['lora_rank']} on every layer"
-
-
-def _share(mean: float, margin: float) -> str:
-    return f"{mean:.1%} ± {margin:.1%}"
 
 
 if __name__ == "__main__":

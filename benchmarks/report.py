@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -46,6 +47,15 @@ class Kept:
             file.write(json.dumps({"settings": self._settings, "row": row, "seed": seed, **figures}) + "\n")
         self.found[row, seed] = dict(figures)
 
+    def measure(
+        self, rows: Iterable[str], num_seeds: int, figures: Callable[[str, int], Mapping[str, Any]]
+    ) -> dict[str, list[Mapping[str, Any]]]:
+        """Figures of each row, seed by seed; those that are not kept yet come from ``figures(row, seed)``."""
+        rows = list(rows)
+        for row, seed in tqdm([(row, seed) for seed in range(num_seeds) for row in rows if (row, seed) not in self.found]):
+            self.add(row, seed, figures(row, seed))
+        return {row: [self.found[row, seed] for seed in range(num_seeds)] for row in rows}
+
     def finish(self) -> None:
         """The figures are published."""
         self._path.unlink(missing_ok=True)
@@ -67,6 +77,12 @@ def mean_and_margin(values: Sequence[float]) -> tuple[float, float]:
     if n - 2 >= len(STUDENT_T):
         raise ValueError(f"intervals are known for up to {len(STUDENT_T) + 1} values, got {n}")
     return statistics.mean(values), STUDENT_T[n - 2] * statistics.stdev(values) / math.sqrt(n)
+
+
+def with_margin(values: Sequence[float], form: str) -> str:
+    """Mean ± half of its interval, both in a format."""
+    mean, margin = mean_and_margin(values)
+    return f"{mean:{form}} ± {margin:{form.lstrip('+')}}"
 
 
 def share_interval(num_right: int, num_seen: int) -> tuple[float, float]:

@@ -103,10 +103,8 @@ def build_autoencoder(path: Path, *, num_steps: int, seed: int = 0) -> None:
     for _ in progress:
         images = _random_batch(pixels, 32, generator)
         latents = autoencoder.encoder(images)
-        error = autoencoder.decoder(latents + 0.05 * torch.randn(latents.shape, generator=generator)) - images
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         away = latents.mean((0, 2, 3)).square().sum() + (latents.std((0, 2, 3)) - 1).square().sum()
-        loss = error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-2 * away
+        loss = _loss_of_decoder(autoencoder, latents, images, generator) + 1e-2 * away
         _descend(loss, optimizer, autoencoder)
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}")
@@ -115,6 +113,33 @@ def build_autoencoder(path: Path, *, num_steps: int, seed: int = 0) -> None:
     autoencoder.mean.copy_(latents.mean((0, 2, 3)).reshape(4, 1, 1))
     autoencoder.std.copy_(latents.std((0, 2, 3)).reshape(4, 1, 1))
     _save(path, autoencoder)
+
+
+def finish_decoder(path: Path, *, num_steps: int, seed: int = 0) -> None:
+    """Train the decoder of ``path`` further while latents stay what they are: half of each batch are single objects, which are
+    drawn largest and came out softest."""
+    scenes = random_scenes(40_000, 100, held_out=None)
+    pixels, generator = draw_all(scenes, 100), torch.Generator().manual_seed(seed)
+    single = pixels[torch.tensor([scene.second is None and scene.first.count == 1 for scene in scenes])]
+    autoencoder = ScenesAutoencoder()
+    autoencoder.load_state_dict(load_file(path))
+    autoencoder.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(autoencoder.decoder.parameters(), weight_decay=1e-4, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, num_steps, pct_start=0.05)
+    progress = trange(num_steps, desc="decoder")
+    for _ in progress:
+        images = torch.cat([_random_batch(pixels, 16, generator), _random_batch(single, 16, generator)])
+        loss = _loss_of_decoder(autoencoder, autoencoder.encoder(images), images, generator)
+        _descend(loss, optimizer, autoencoder.decoder)
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    _save(path, autoencoder)
+
+
+def _loss_of_decoder(autoencoder: ScenesAutoencoder, latents: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
+    error = autoencoder.decoder(latents + 0.05 * torch.randn(latents.shape, generator=generator)) - images
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * edges
 
 
 def build_judge(path: Path, *, num_steps: int, num_held_out: int = 2000, seed: int = 0) -> None:
@@ -154,7 +179,7 @@ def _save(path: Path, network: nn.Module) -> None:
     halves = {
         name: value.half().contiguous() if value.is_floating_point() else value for name, value in network.state_dict().items()
     }
-    with atomic(path) as made:
+    with atomic(path, overwrite=True) as made:
         save_file(halves, made)
 
 
@@ -268,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder of the two packages (default: the current one)")
-    parser.add_argument("--steps", type=int, default=30_000, help="training steps of the teacher (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12_000, help="training steps of the teacher (default: %(default)s)")
     arguments = parser.parse_args()
     out = files.DATA = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -276,6 +301,7 @@ def main() -> None:
         build_emoji(path, arguments.packages)
     if not (path := out / "autoencoder.safetensors").exists():
         build_autoencoder(path, num_steps=7500)
+        finish_decoder(path, num_steps=4000)
     if not (path := out / "judge.safetensors").exists():
         build_judge(path, num_steps=4000)
     if not (out / "teacher.safetensors").exists():

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...diffusion.denoiser import Denoiser
+from ...evaluation.metrics import frechet_distance
+from .drawing import as_images, draw_all
 from .grammar import CATEGORIES, Scene, prompts
+from .judge import ScenesJudge
+from .teacher import sampled
 
+KINDS = {"trained": False, "held out": True}
+"""Prompts whose combinations the teacher was trained on, and others: whether they are held out."""
 NUM_RESAMPLES = 2000
 
 
@@ -43,6 +51,49 @@ def score(right: Mapping[str, Sequence[Tensor] | Tensor], seed: int = 0) -> Scor
     ]
     low, high = torch.stack(drawn).mean(0).quantile(torch.tensor([0.025, 0.975])).tolist()
     return Score({name: values.mean().item() for name, values in by_prompt.items()}, (low, high))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Pictures of a model, and what the judge finds in them."""
+
+    scenes: list[Scene]
+    images: Tensor
+    """(N, 3, 64, 64) in [-1, 1]."""
+    right: dict[str, dict[str, list[bool]]]
+    """Whether a picture shows all its prompt says, by kind of prompt and category."""
+    frechet_distance: float
+    """From real scenes of the same prompts, in the judge's features."""
+
+
+def judged(denoiser: Denoiser, *, num_prompts: int, seed: int, **how: Any) -> Judged:
+    """Ask a model for scenes of every kind and category; ``how`` as for `teacher.sampled_latents`.
+
+    Noise and prompts depend on the seed alone, so that all models are asked for the same. num_prompts: of each category and
+    kind.
+    """
+    judge, asked = ScenesJudge.bundled(), _asked(num_prompts, seed)
+    scenes = [scene for _, _, of_one in asked for scene in of_one]
+    images = sampled(denoiser, scenes, seed=seed, **how)
+    right: dict[str, dict[str, list[bool]]] = {kind: {} for kind in KINDS}
+    found = judge.agrees(images, scenes).split([len(of_one) for _, _, of_one in asked])
+    for (kind, category, _), agrees in zip(asked, found, strict=True):
+        right[kind][category] = agrees.tolist()
+    distance = frechet_distance(judge.features(images), judge.features(as_images(draw_all(scenes, seed))))
+    return Judged(scenes, images, right, distance)
+
+
+def _asked(num_prompts: int, seed: int) -> list[tuple[str, str, list[Scene]]]:
+    return [
+        (kind, category, scenes)
+        for kind, held_out in KINDS.items()
+        for category, scenes in all_prompts(num_prompts, seed, held_out=held_out).items()
+    ]
+
+
+def num_asked(num_prompts: int) -> int:
+    """Pictures that `judged` draws."""
+    return sum(len(scenes) for _, _, scenes in _asked(num_prompts, 0))
 
 
 def spread(features: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def load_dataset(num_scenes: int = 8192) -> LatentDataset:
     return LatentDataset.of(latents, text.captions([scene.caption for scene in scenes]), text.captions([""])[0])
 
 
-def sampled(
+def sampled_latents(
     denoiser: Denoiser,
     scenes: Sequence[Scene],
     *,
@@ -58,12 +59,19 @@ def sampled(
     batch_size: int = 100,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Pictures (N, 3, 64, 64) in [-1, 1] of scenes by a model. The noise of each is decided by its place and the seed."""
-    text, autoencoder = ScenesTextEncoder.bundled(), ScenesAutoencoder.bundled()
+    """Latents (N, 4, 8, 8) of scenes by a model. The noise of each is decided by its place and the seed."""
+    text = ScenesTextEncoder.bundled()
     noise = torch.randn(len(scenes), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
-    contexts, null, images = text.captions([scene.caption for scene in scenes]), Caption(text.captions([""])[0]), []
-    for contexts_part, noise_part in zip(contexts.split(batch_size), noise.split(batch_size), strict=True):
-        latents = sample(denoiser, contexts_part, null, noise=noise_part, guidance=guidance, num_steps=num_steps, on_step=on_step)
-        with torch.no_grad():
-            images.append(autoencoder.decode(latents.cpu()).clamp(-1, 1))
-    return torch.cat(images)
+    contexts, null = text.captions([scene.caption for scene in scenes]), Caption(text.captions([""])[0])
+    parts = zip(contexts.split(batch_size), noise.split(batch_size), strict=True)
+    return torch.cat([
+        sample(denoiser, context, null, noise=x, guidance=guidance, num_steps=num_steps, on_step=on_step).cpu()
+        for context, x in parts
+    ])  # fmt: skip
+
+
+def sampled(denoiser: Denoiser, scenes: Sequence[Scene], **how: Any) -> Tensor:
+    """Pictures (N, 3, 64, 64) in [-1, 1] of scenes by a model; ``how`` as for `sampled_latents`."""
+    latents = sampled_latents(denoiser, scenes, **how)
+    with torch.no_grad():
+        return torch.cat([ScenesAutoencoder.bundled().decode(part).clamp(-1, 1) for part in latents.split(ENCODED_AT_ONCE)])
