@@ -81,7 +81,7 @@ def train(
 
 def settings_of(steps: int, seed: int) -> dict[str, Any]:
     """The quickstart's settings of a recipe."""
-    return dict(total_steps=steps, batch_size=BATCH_SIZE, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=20,
+    return dict(total_steps=steps, batch_size=BATCH_SIZE, learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20,
                 weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip
 
 
@@ -113,7 +113,8 @@ def teacher_made(seed: int, guidance: float = GUIDANCE, guidance_min: float | No
 def judged(student: Denoiser, seed: int, num_prompts: int) -> dict[str, Any]:
     """Which pictures are right, how far all are from real scenes, and how much those of one prompt differ, real ones being 1."""
     found = score.judged(student, num_prompts=num_prompts, seed=seed, guidance=GUIDANCE, num_steps=NUM_STEPS)
-    return {"right": found.right, "frechet": found.frechet_distance, "diversity": _spread(student, seed) / _spread_of_real(seed)}
+    right = {kind: found.by_category(kind) for kind in score.KINDS}
+    return {"right": right, "frechet": found.frechet_distance, "diversity": _spread(student, seed) / _spread_of_real(seed)}
 
 
 def _varied(seed: int) -> list[Scene]:

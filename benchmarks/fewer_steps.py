@@ -17,9 +17,11 @@ from report import mean_and_margin, publish, table, with_margin
 
 from distill_core.pruning.plan import preset, preset_names
 
+PLAIN_RATE = 1e-3
+
 
 class Recipe(NamedTuple):
-    """Settings over those of the plain recipe, bk-sdm as the quickstart trains it."""
+    """Settings over those of the plain recipe, bk-sdm with the learning rate `PLAIN_RATE`."""
 
     changes: dict[str, Any] = {}
     share: float = 0.5
@@ -29,8 +31,8 @@ class Recipe(NamedTuple):
 RECIPES = {
     "plain": Recipe(share=1),
     "plain, half": Recipe(),
-    "rate x 2": Recipe({"learning_rate": 2e-3}),
-    "rate x 3": Recipe({"learning_rate": 3e-3}),
+    "rate x 2": Recipe({"learning_rate": 2 * PLAIN_RATE}),
+    "rate x 3": Recipe({"learning_rate": 3 * PLAIN_RATE}),
     "min-snr": Recipe({"weighting": "min-snr"}),
     "normalised features": Recipe({"objective": "laptop-diff"}),
     "layer-level features": Recipe({"objective": "ssd-1b"}),
@@ -62,7 +64,15 @@ def main() -> None:
 def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     recipe, original, plan, data = RECIPES[name], demo.teacher(), preset(arguments.preset), demo.real_scenes()
     student, started = demo.pruned_student(original, plan), time.perf_counter()
-    demo.train(student, original, plan, data, round(recipe.share * arguments.steps), seed, **recipe.changes)
+    demo.train(
+        student,
+        original,
+        plan,
+        data,
+        round(recipe.share * arguments.steps),
+        seed,
+        **{"learning_rate": PLAIN_RATE} | recipe.changes,
+    )
     seconds = time.perf_counter() - started
     return demo.judged(student, seed, arguments.prompts) | {"error": demo.error(student, original, data), "seconds": seconds}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from distill_core.demo.scenes.score import every_prompt
 from distill_core.pruning.plan import preset_names
 from distill_core.quickstart import COLUMNS, Settings, cells, quickstart, work
 
@@ -34,9 +35,9 @@ def main() -> None:
     teacher, _, student = rows
     lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    lines += ["", f"Student over teacher: accuracy {student.accuracy / teacher.accuracy:.3f}, Fréchet distance "
-              f"{student.frechet_distance / teacher.frechet_distance:.2f}. {settings.train_steps} steps of batch "
-              f"{settings.batch_size}, {minutes:.1f} minutes in all."]  # fmt: skip
+    lines += ["", f"Student over teacher: trained prompts {student.trained / teacher.trained:.3f}, held-out prompts "
+              f"{student.held_out / teacher.held_out:.3f}. {settings.train_steps} steps of batch {settings.batch_size}, "
+              f"{len(every_prompt(settings.num_prompts, settings.seed))} pictures judged of each model, {minutes:.1f} minutes in all."]  # fmt: skip
     (RESULTS / f"{stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -322,12 +322,12 @@ def quickstart(arguments: argparse.Namespace) -> None:
     from .quickstart import Settings, summary, work
     from .quickstart import quickstart as run_quickstart
 
-    settings = Settings(preset=arguments.preset, train_steps=arguments.steps, num_samples=arguments.samples, seed=arguments.seed)
+    settings = Settings(preset=arguments.preset, train_steps=arguments.steps, num_prompts=arguments.prompts, seed=arguments.seed)
     bar = "{desc:<22} {percentage:3.0f}% |{bar:30}| {elapsed} elapsed, {remaining} left"
     with tqdm(total=work(settings), bar_format=bar, file=sys.stderr, delay=1) as progress:
         rows = run_quickstart(arguments.out, settings, progress)
     print(summary(rows))
-    print(f"Open {arguments.out / 'report.html'} (or report.png): digits, loss curves and figures of all three models.")
+    print(f"Open {arguments.out / 'report.html'} (or report.png): pictures, loss curves and figures of all three models.")
     print(
         f"Next: distill inspect {arguments.out / 'student.safetensors'}, or prune a model of your own: "
         "distill prune YOUR_SD15.safetensors small.safetensors --preset bk-sdm-small"
@@ -364,15 +364,17 @@ def _size_px(text: str) -> int:
 def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     from .pruning.plan import preset_names
 
-    command = commands.add_parser("quickstart", help="prune and distil a bundled digits model in minutes on a CPU, with a report")
+    command = commands.add_parser(
+        "quickstart", help="prune and distil a bundled model of small scenes in minutes on a CPU, with a report"
+    )
     command.set_defaults(function=quickstart)
     command.add_argument("--out", type=Path, default=Path("distill-quickstart"), help="folder to write (default: %(default)s)")
     command.add_argument(
         "--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="plan to prune with (default: %(default)s)"
     )
-    command.add_argument("--steps", type=_at_least(1), default=800, help="distillation steps (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), default=300, help="distillation steps (default: %(default)s)")
     command.add_argument(
-        "--samples", type=_at_least(50), default=500, help="digits to sample from each model (default: %(default)s)"
+        "--prompts", type=_at_least(1), default=12, help="prompts of each category to judge models by (default: %(default)s)"
     )
     command.add_argument("--seed", type=int, default=0, help="seed for training and sampling (default: %(default)s)")
 

@@ -1,28 +1,24 @@
-"""Demonstration on the bundled digits: sample the teacher, prune it, distil the student, compare, and write a report."""
+"""Demonstration on the bundled scenes: sample the teacher, prune it, distil the student, compare, and write a report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from .base.disk import check_writable
 from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, check_settings, setting
 from .base.storage import atomic, write_text
-from .demo import digits
-from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
-from .diffusion.conditioning import Caption
+from .demo.scenes.grammar import NUM_TOKENS, random_scenes
+from .demo.scenes.score import KINDS, Judged, every_prompt, judged
+from .demo.scenes.teacher import LATENT_SHAPE, load_dataset, sampled_latents, teacher_file
+from .demo.teacher import load_denoiser
 from .diffusion.denoiser import Denoiser
 from .diffusion.macs import count_macs
-from .diffusion.sampling import sample
 from .evaluation import plots, report
 from .evaluation.measuring import in_rounds, seconds_of
-from .evaluation.metrics import frechet_distance
 from .networks.files import save_unet
 from .pruning.plan import preset
 from .pruning.prune import pruned_file
@@ -30,9 +26,9 @@ from .training.loop import distill
 from .training.run import Inputs, Run
 from .training.settings import TrainingSettings
 
-NUM_SHOWN = 80  # digits per model in the image, eight of each
-SAMPLE_BATCH = 100
-TIMED_STEPS, TIMED_ROUNDS = 2, 5
+NUM_SCENES = 4096  # to learn from
+SHOWN_OF_EACH = 2  # pictures of each category in the report
+TIMED_STEPS, TIMED_ROUNDS, TIMED_BATCH = 2, 5, 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +36,11 @@ class Settings:
     """Settings of a quickstart; the defaults take a few minutes on two CPU cores."""
 
     preset: str = setting("bk-sdm-base", "Plan to prune with.")
-    train_steps: int = setting(800, "Distillation steps.", within=STEPS)
-    batch_size: int = setting(64, "Digits per distillation step.", within=BATCH)
-    num_samples: int = setting(500, "Digits sampled from each model to measure it; a distance needs two.", within=(2, 1_000_000))
-    sample_steps: int = setting(20, "Sampler steps per digit.", within=SAMPLER_STEPS)
-    guidance: float = setting(2.0, "Classifier-free guidance scale.", within=GUIDANCE)
+    train_steps: int = setting(300, "Distillation steps.", within=STEPS)
+    batch_size: int = setting(64, "Scenes per distillation step.", within=BATCH)
+    num_prompts: int = setting(12, "Prompts of each category, trained and held out, to judge a model by.", within=(1, 10_000))
+    sample_steps: int = setting(20, "Sampler steps per picture.", within=SAMPLER_STEPS)
+    guidance: float = setting(3.0, "Classifier-free guidance scale.", within=GUIDANCE)
     seed: int = setting(0, "Seed of training and sampling noise.", within=SEEDS)
 
     def __post_init__(self):
@@ -59,10 +55,13 @@ class Row:
     parameters: int
     gmacs: float
     """Multiply-accumulates of one network evaluation, in units of 1e9."""
-    accuracy: float
-    """Share of samples that the classifier recognises as the requested digit."""
-    frechet_distance: float
-    """Distance between the classifier's features of samples and of all real digits; lower is closer."""
+    trained: float
+    """Share of pictures that show all their prompt says, of prompts whose combinations the teacher was trained on."""
+    held_out: float
+    """The same of prompts with combinations that no model was trained on."""
+    trained_interval: tuple[float, float]
+    held_out_interval: tuple[float, float]
+    """95 % of each share, by the bootstrap over prompts."""
     ms_per_image: float | None = None
     """Time per image when sampling a batch; None if not measured."""
 
@@ -80,12 +79,12 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
         raise ValueError(f"{out} exists but is not an unfinished quickstart; choose another --out")
     check_writable(out / "report.html")
-    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
+    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset(NUM_SCENES)
     teacher = load_denoiser(file)
     training = TrainingSettings(
         total_steps=settings.train_steps,
         batch_size=settings.batch_size,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         lr_schedule="cosine",
         warmup_steps=20,
         weight_decay=1e-3,
@@ -95,7 +94,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     run = Run(out / "run", training, Inputs(plan=plan.name, data=dataset.fingerprint))
     student = load_denoiser(pruned_file(file, out / "pruned.safetensors", plan))
 
-    rows, images = [], {}
+    rows, found = [], {}
     for name, denoiser in (("teacher", teacher), ("pruned only", student), ("distilled", student)):
         if name == "distilled":
             progress.set_description("distilling")
@@ -109,7 +108,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
                 on_step=lambda _: progress.update(_train_cost(settings)),
             )
         progress.set_description(f"sampling: {name}")
-        row, images[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
+        row, found[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
         rows.append(row)
     progress.set_description("timing")
     of_teacher, of_student = _ms_per_image([teacher, student], settings)
@@ -119,16 +118,18 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         student.named_parameters(),
         student.architecture,
         dtype="fp16",
-        metadata={"modelspec.title": f"Handwritten digits, distilled by {plan.name}", **student.origin},
+        metadata={"modelspec.title": f"Scenes of emoji, distilled by {plan.name}", **student.origin},
         overwrite=True,
     )
-    write_report(out, rows, images, run.metrics(), settings)
+    write_report(out, rows, found, run.metrics(), settings)
     return rows
 
 
 def work(settings: Settings) -> int:
     """Length of a quickstart in network evaluations, for a progress bar."""
-    return 3 * settings.num_samples * settings.sample_steps * 2 + settings.train_steps * _train_cost(settings)
+    return 3 * len(
+        every_prompt(settings.num_prompts, settings.seed)
+    ) * settings.sample_steps * 2 + settings.train_steps * _train_cost(settings)
 
 
 def _train_cost(settings: Settings) -> int:
@@ -136,68 +137,34 @@ def _train_cost(settings: Settings) -> int:
     return 4 * settings.batch_size
 
 
-def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: None) -> tuple[Row, Tensor]:
-    """Sample a digits model and measure it; also returns the images (N, 1, 16, 16), with labels 0..9 in turn."""
-    classifier, asked = digits.DigitsClassifier.bundled(), _Asked.of(settings)
-    latents = [
-        part.drawn_by(denoiser, settings, settings.sample_steps, partial(on_step, 2 * len(part.noise))).cpu()
-        for part in asked.split(SAMPLE_BATCH)
-    ]
-    images = digits.decode(torch.cat(latents)).clamp(-1, 1)
-    real, _ = digits.load_digits()
-    with torch.no_grad():
-        distance = frechet_distance(classifier.features(images), classifier.features(real))
+def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: None) -> tuple[Row, Judged]:
+    """Ask a model for scenes, and measure it."""
+    found = judged(
+        denoiser,
+        num_prompts=settings.num_prompts,
+        seed=settings.seed,
+        guidance=settings.guidance,
+        num_steps=settings.sample_steps,
+        on_step=lambda count: on_step(2 * count),
+    )
+    trained, held_out = (found.score(kind) for kind in KINDS)
     return Row(
         model=name,
         parameters=denoiser.architecture.num_parameters,
-        gmacs=count_macs(denoiser, LATENT_SHAPE, digits.NUM_TOKENS) / 1e9,
-        accuracy=digits.accuracy(classifier, images, asked.labels),
-        frechet_distance=distance,
-    ), images
+        gmacs=count_macs(denoiser, LATENT_SHAPE, NUM_TOKENS) / 1e9,
+        trained=trained.overall,
+        held_out=held_out.overall,
+        trained_interval=trained.interval,
+        held_out_interval=held_out.interval,
+    ), found
 
 
 def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[float]:
-    """Time per image of each model: the median over rounds in which the models take turns to sample a batch."""
-    asked = next(iter(_Asked.of(settings).split(SAMPLE_BATCH)))
-    timed = [partial(seconds_of, partial(asked.drawn_by, one, settings, TIMED_STEPS), one.device) for one in denoisers]
-    return [1000 * each / len(asked.noise) * settings.sample_steps / TIMED_STEPS for each in in_rounds(timed, TIMED_ROUNDS)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """Digits that every model has to draw, and the noise to start from."""
-
-    labels: Tensor
-    contexts: Tensor
-    null: Caption
-    noise: Tensor
-
-    @classmethod
-    def of(cls, settings: Settings) -> _Asked:
-        text, count = digits.DigitsTextEncoder.bundled(), settings.num_samples
-        labels = torch.arange(count) % 10
-        return cls(
-            labels=labels,
-            contexts=text.captions([digits.caption(n) for n in range(10)])[labels],
-            null=Caption(text.captions([""])[0]),
-            noise=torch.randn(count, *LATENT_SHAPE, generator=torch.Generator().manual_seed(settings.seed)),
-        )
-
-    def split(self, size: int) -> Iterator[_Asked]:
-        for labels, contexts, noise in zip(*(each.split(size) for each in (self.labels, self.contexts, self.noise)), strict=True):
-            yield replace(self, labels=labels, contexts=contexts, noise=noise)
-
-    def drawn_by(self, denoiser: Denoiser, settings: Settings, num_steps: int, on_step=lambda: None) -> Tensor:
-        """Latents (N, C, H, W)."""
-        return sample(
-            denoiser,
-            self.contexts,
-            self.null,
-            noise=self.noise,
-            guidance=settings.guidance,
-            num_steps=num_steps,
-            on_step=on_step,
-        )
+    """Time per picture of each model: the median over rounds in which the models take turns to sample a batch."""
+    scenes = random_scenes(TIMED_BATCH, settings.seed)
+    draw = partial(sampled_latents, scenes=scenes, seed=settings.seed, guidance=settings.guidance, num_steps=TIMED_STEPS)
+    timed = [partial(seconds_of, partial(draw, one), one.device) for one in denoisers]
+    return [1000 * each / TIMED_BATCH * settings.sample_steps / TIMED_STEPS for each in in_rounds(timed, TIMED_ROUNDS)]
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -206,15 +173,17 @@ COLUMNS = {
     "model": "model",
     "parameters": "parameters",
     "gmacs": "GMACs",
-    "accuracy": "accuracy",
-    "frechet_distance": "Fréchet distance",
+    "trained": "trained prompts",
+    "held_out": "held-out prompts",
     "ms_per_image": "ms per image",
 }
 MEANINGS = {
-    "accuracy": "share of samples that a classifier recognises as the requested digit.",
-    "Fréchet distance": "distance of the samples from the 1,797 real digits in the classifier's features; lower is closer.",
+    "trained prompts": "share of pictures that show all their prompt says, by a judge that reads objects, numbers, colors and "
+    "places; prompts whose combinations the teacher was trained on.",
+    "held-out prompts": "the same of combinations that no model was trained on. In brackets the 95 % interval, by the bootstrap "
+    "over prompts.",
     "GMACs": "billions of multiply-accumulates in one evaluation of the network.",
-    "ms per image": "time per image in a batch; the models take turns, so that a slowdown of the machine affects all of them.",
+    "ms per image": "time per picture in a batch; the models take turns, so that a slowdown of the machine affects all of them.",
 }
 FILES = {
     "student.safetensors": "the distilled student, fp16. distill inspect student.safetensors shows its contents.",
@@ -229,30 +198,47 @@ def cells(row: Row) -> list[str]:
         row.model,
         f"{row.parameters:,}",
         f"{row.gmacs:.4f}",
-        f"{row.accuracy:.1%}",
-        f"{row.frechet_distance:.2f}",
+        _share(row.trained, row.trained_interval),
+        _share(row.held_out, row.held_out_interval),
         "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}",
     ]
 
 
-def draw_report(rows: Sequence[Row], images: Mapping[str, Tensor], metrics, settings: Settings):
-    drawing = plots.figure(11, 8)
-    drawing.suptitle(f"Distill quickstart: {settings.preset} on handwritten digits, guidance {settings.guidance:g}", fontsize=13)
-    (top,), (bottom,) = drawing.subfigures(2, 1, squeeze=False, height_ratios=(1, 0.95))
-    for axes, row in zip(top.subplots(1, len(rows)), rows, strict=True):
-        subtitle = f"{row.model}\n{row.parameters / 1e6:.2f} M parameters, {row.accuracy:.1%} correct"
-        # Ten columns, one for each digit.
-        plots.draw_grid(axes, images[row.model][:NUM_SHOWN], 10, subtitle)
-    curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.25))
+def _share(share: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{share:.1%} ({low:.0%} to {high:.0%})"
+
+
+def draw_report(rows: Sequence[Row], found: Mapping[str, Judged], metrics, settings: Settings):
+    drawing = plots.figure(11, 9)
+    (top,), (bottom,) = drawing.subfigures(2, 1, squeeze=False, height_ratios=(1.35, 1))
+    top.suptitle(
+        f"Distill quickstart: {settings.preset}, guidance {settings.guidance:g}. Held-out prompts, from the same noise",
+        fontsize=13,
+    )
+    shown = _shown(found[rows[0].model])
+    captions = [found[rows[0].model].prompts[place].scene.caption for place in shown]
+    pictures = {f"{row.model}\n{row.parameters / 1e6:.2f} M": found[row.model].images[shown] for row in rows}
+    plots.draw_prompts(top, captions, pictures)
+    curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.4))
     plots.draw_losses(curve, metrics)
     curve.set_title("distillation loss", fontsize=11)
     plots.draw_table(table, list(COLUMNS.values()), [cells(row) for row in rows], "same prompts, same seeds")
     return drawing
 
 
-def write_report(out: Path, rows: Sequence[Row], images: Mapping[str, Tensor], metrics, settings: Settings) -> None:
+def _shown(found: Judged) -> list[int]:
+    """Places of some held-out prompts of each category."""
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(found.prompts):
+        if prompt.kind == "held out":
+            places.setdefault(prompt.category, []).append(place)
+    return [place for of_category in places.values() for place in of_category[:SHOWN_OF_EACH]]
+
+
+def write_report(out: Path, rows: Sequence[Row], found: Mapping[str, Judged], metrics, settings: Settings) -> None:
     """Write ``report.png``, ``report.json`` and, last, ``report.html``."""
-    drawn = plots.to_image(draw_report(rows, images, metrics, settings))
+    drawn = plots.to_image(draw_report(rows, found, metrics, settings))
     with atomic(out / "report.png", overwrite=True) as made:
         drawn.save(made, format="png")
     facts = {"settings": asdict(settings), "models": [asdict(row) for row in rows]}
@@ -260,7 +246,7 @@ def write_report(out: Path, rows: Sequence[Row], images: Mapping[str, Tensor], m
     page = report.page(
         "Distill quickstart",
         report.paragraph(summary(rows)),
-        report.embedded(drawn, "Digits by the teacher, the pruned and the distilled model, loss curves and table"),
+        report.embedded(drawn, "Scenes by the teacher, the pruned and the distilled model, loss curves and table"),
         report.heading("Figures"),
         report.table(list(COLUMNS.values()), map(cells, rows)),
         report.listing(MEANINGS),
@@ -277,6 +263,6 @@ def summary(rows: Sequence[Row]) -> str:
     teacher, before, after = rows
     return (
         f"The student has {1 - after.parameters / teacher.parameters:.0%} fewer parameters and needs "
-        f"{1 - after.gmacs / teacher.gmacs:.0%} fewer multiply-accumulates; {after.accuracy:.1%} of its digits are correct "
-        f"(teacher {teacher.accuracy:.1%}, directly after pruning {before.accuracy:.1%})."
+        f"{1 - after.gmacs / teacher.gmacs:.0%} fewer multiply-accumulates; {after.held_out:.1%} of its pictures of held-out prompts "
+        f"are right (teacher {teacher.held_out:.1%}, directly after pruning {before.held_out:.1%})."
     )

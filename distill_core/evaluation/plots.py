@@ -14,7 +14,7 @@ from ..pruning.plan import name_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from PIL.Image import Image
 
     from ..pruning.analyse import Analysis
@@ -113,16 +113,16 @@ def _place(module: str) -> tuple[int, list[int]]:
     return ("down", "mid", "up").index(side), [int(part) for part in rest if part.isdigit()]
 
 
-def draw_grid(axes: Axes, images: Tensor, columns: int, title: str) -> None:
-    """Draw images (N, 1, H, W) in [-1, 1] as one grid with gaps, dark ink on white; an incomplete last row is omitted."""
-    import torch.nn.functional as F
-    from einops import rearrange
-
-    whole = len(images) // columns * columns
-    framed = F.pad(images[:whole].clamp(-1, 1), (1, 1, 1, 1), value=-1)
-    axes.imshow(rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=columns).cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
-    axes.set_title(title, fontsize=11)
-    axes.set_axis_off()
+def draw_prompts(figure: SubFigure, captions: Sequence[str], pictures: Mapping[str, Tensor]) -> None:
+    """Draw pictures (N, 3, H, W) in [-1, 1], a row for each name, under their N captions."""
+    for row, (name, images) in enumerate(pictures.items()):
+        for column, image in enumerate(images):
+            axes = figure.add_subplot(len(pictures), len(captions), row * len(captions) + column + 1, xticks=[], yticks=[])
+            axes.imshow((image.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).cpu().numpy())
+            if not row:
+                axes.set_title(textwrap.fill(captions[column], 16), fontsize=9)
+            if not column:
+                axes.set_ylabel(name, fontsize=10)
 
 
 def draw_table(axes: Axes, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

@@ -142,7 +142,7 @@ class Settings:
         choices=CRITERIA,
     )
     prompt_weight: float = setting(
-        0.1, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
+        0.3, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
     )
     num_timesteps: int = setting(4, "Number of evenly spaced timesteps to average the error over.", within=(1, 1000))
     num_examples: int = setting(

@@ -72,7 +72,7 @@ def test_bad_input_ends_in_one_sentence_and_2(arguments, message, teacher, tmp_p
 
 
 @pytest.mark.parametrize("arguments", [["prune", "a", "b"], ["prune", "a", "b", "--preset", "bk"], ["quickstart", "--steps", "0"],
-                                       ["quickstart", "--samples", "3"], ["frobnicate"], []])  # fmt: skip
+                                       ["quickstart", "--prompts", "0"], ["frobnicate"], []])  # fmt: skip
 def test_bad_options_exit_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

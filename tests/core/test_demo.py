@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from distill_core.demo import digits
-from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
+from distill_core.demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, teacher_file
+from distill_core.diffusion.conditioning import Caption
+from distill_core.diffusion.sampling import sample
 from distill_core.pruning.plan import name_map, preset
-from distill_core.quickstart import Settings, judge
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +58,11 @@ def test_the_teacher_is_shaped_like_stable_diffusion_and_small():
 
 
 def test_guided_samples_of_the_teacher_are_read_right():
-    row, _ = judge("teacher", load_denoiser(teacher_file()), Settings(num_samples=200))
-    assert row.accuracy >= 0.95
+    text, labels = digits.DigitsTextEncoder.bundled(), torch.arange(200) % 10
+    contexts, null = text.captions([digits.caption(n) for n in range(10)])[labels], Caption(text.captions([""])[0])
+    noise = torch.randn(200, *LATENT_SHAPE, generator=torch.Generator().manual_seed(0))
+    drawn = digits.decode(sample(load_denoiser(teacher_file()), contexts, null, noise=noise, guidance=2.0))
+    assert digits.accuracy(digits.DigitsClassifier.bundled(), drawn, labels) >= 0.95
 
 
 def test_the_dataset_pairs_digits_with_their_captions():

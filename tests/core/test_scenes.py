@@ -11,7 +11,13 @@ from distill_core.demo.scenes.autoencoder import ScenesAutoencoder
 from distill_core.demo.scenes.drawing import RGB, as_images, draw, draw_all
 from distill_core.demo.scenes.grammar import CATEGORIES, COLORS, OBJECTS, Group, Scene, prompts, random_scenes, tokenize
 from distill_core.demo.scenes.judge import ScenesJudge, asked_of
-from distill_core.demo.scenes.score import all_prompts, score, spread
+from distill_core.demo.scenes.score import all_prompts, judged, score, spread
+from distill_core.demo.scenes.teacher import DATA_SEED, load_dataset, teacher_file
+from distill_core.demo.scenes.text import ScenesTextEncoder
+from distill_core.demo.teacher import load_denoiser
+from distill_core.diffusion.denoiser import DiffusersDenoiser
+from distill_core.networks.build import build_unet
+from distill_core.pruning.plan import name_map, preset
 
 
 @pytest.mark.parametrize(
@@ -163,3 +169,44 @@ def test_prompts_are_of_their_category():
     assert all(scene.first.count > 1 and not scene.first.color and not scene.second for scene in found["count"])
     assert all(scene.second and scene.first.color != scene.second.color is not None for scene in found["binding"])
     assert found == all_prompts(30, 4, held_out=False) != all_prompts(30, 5, held_out=False)
+
+
+# --- teacher
+
+
+def test_the_teacher_is_shaped_like_stable_diffusion_and_small():
+    file = teacher_file()
+    assert file.path.stat().st_size <= 7_000_000 and 3e6 <= file.architecture.num_parameters <= 8e6
+    assert file.architecture.family == "sd1" and "mid.attn.0" in file.architecture.modules
+    sizes = [len(name_map(file.architecture, preset(name)).removed) for name in ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")]
+    assert sizes == sorted(set(sizes))  # base, small, tiny each remove more than the one before
+
+
+@pytest.mark.slow
+def test_the_teacher_draws_what_it_is_asked_for_held_out_or_not():
+    found = judged(load_denoiser(teacher_file()), num_prompts=8, seed=3, guidance=3.0)
+    assert found.images.shape == (72, 3, 64, 64) and found.images.abs().max() <= 1
+    assert [prompt.scene.held_out for prompt in found.prompts] == [prompt.kind == "held out" for prompt in found.prompts]
+    assert found.score("trained").overall >= 0.9 and found.score("held out").overall >= 0.9
+    by_category = found.by_category("held out")
+    assert list(by_category) == ["count", "color", "position", "binding"] and all(
+        len(right) == 8 for right in by_category.values()
+    )
+
+
+@pytest.mark.slow
+def test_an_untrained_network_does_not_draw_what_it_was_asked_for():
+    architecture = teacher_file().architecture
+    untrained = DiffusersDenoiser(network=build_unet(architecture).eval(), architecture=architecture)
+    assert judged(untrained, num_prompts=4, seed=3, guidance=1.0, num_steps=2).score("trained").overall < 0.1
+
+
+def test_scenes_are_learnt_with_their_captions_and_none_is_held_out():
+    data, scenes, text = load_dataset(50), random_scenes(50, DATA_SEED), ScenesTextEncoder.bundled()
+    examples = data.read(0, torch.tensor([7]))
+    assert torch.equal(examples.contexts[0], text.captions([scenes[7].caption])[0]) and not any(s.held_out for s in scenes)
+    assert torch.equal(data.null.context, text.captions([""])[0])
+    assert (
+        ScenesJudge.bundled().agrees(ScenesAutoencoder.bundled().decode(data.read(0, torch.arange(50)).latents), scenes).sum()
+        > 40
+    )

@@ -9,14 +9,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from . import files
 from .grammar import OBJECTS, STYLES, Scene
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIDE_PX, EMOJI_PX = 64, 48
 PER_ROW = 8  # objects in a row of the atlas, each in every style
@@ -38,13 +41,15 @@ MARGIN_PX = 1
 
 
 @cache
-def _atlas() -> Image.Image:
+def _atlas() -> Image:
+    from PIL import Image
+
     with Image.open(files.DATA / "emoji.png") as file:
         return file.convert("RGBA")
 
 
 @cache
-def emoji(noun: str, style: str, color: str | None) -> Image.Image:
+def emoji(noun: str, style: str, color: str | None) -> Image:
     """One object, 48 x 48 RGBA; in ``color``, its brightness alone is kept."""
     number, column = OBJECTS.index(noun), STYLES.index(style)
     left, top = EMOJI_PX * (number % PER_ROW * len(STYLES) + column), EMOJI_PX * (number // PER_ROW)
@@ -52,8 +57,10 @@ def emoji(noun: str, style: str, color: str | None) -> Image.Image:
     return picture if color is None else recolored(picture, RGB[color])
 
 
-def recolored(picture: Image.Image, rgb: tuple[int, int, int]) -> Image.Image:
+def recolored(picture: Image, rgb: tuple[int, int, int]) -> Image:
     """The picture's brightness as shades of ``rgb``: its median is the color itself, what is brighter tends to white."""
+    from PIL import Image
+
     pixels = np.asarray(picture).astype(np.float32)
     brightness, opaque = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32), pixels[..., 3] > 128
     away = brightness - np.median(brightness[opaque])
@@ -85,6 +92,8 @@ def _corners(arrangement: str, counts: list[int], rng: random.Random) -> Iterato
 
 def draw(scene: Scene, rng: random.Random) -> np.ndarray:
     """One picture (64, 64, 3) uint8; background and places vary with ``rng``, and the style if it is open."""
+    from PIL import Image
+
     style = scene.style or rng.choice(STYLES)
     canvas = Image.new("RGB", (SIDE_PX, SIDE_PX), rng.choice(BACKGROUNDS))
     arrangement, groups = scene.placed
@@ -96,7 +105,9 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 @cache
-def _scaled(noun: str, style: str, color: str | None, side_px: int) -> Image.Image:
+def _scaled(noun: str, style: str, color: str | None, side_px: int) -> Image:
+    from PIL import Image
+
     return emoji(noun, style, color).resize((side_px, side_px), Image.Resampling.LANCZOS)
 
 

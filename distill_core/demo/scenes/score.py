@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,17 +53,37 @@ def score(right: Mapping[str, Sequence[Tensor] | Tensor], seed: int = 0) -> Scor
     return Score({name: values.mean().item() for name, values in by_prompt.items()}, (low, high))
 
 
+class Prompt(NamedTuple):
+    """A scene that a model is asked for."""
+
+    kind: str
+    """Of `KINDS`."""
+    category: str
+    scene: Scene
+
+
 @dataclass(frozen=True)
 class Judged:
     """Pictures of a model, and what the judge finds in them."""
 
-    scenes: list[Scene]
+    prompts: list[Prompt]
     images: Tensor
     """(N, 3, 64, 64) in [-1, 1]."""
-    right: dict[str, dict[str, list[bool]]]
-    """Whether a picture shows all its prompt says, by kind of prompt and category."""
+    right: list[bool]
+    """Whether a picture shows all its prompt says."""
     frechet_distance: float
     """From real scenes of the same prompts, in the judge's features."""
+
+    def by_category(self, kind: str) -> dict[str, list[bool]]:
+        """Which pictures of a kind are right."""
+        found: dict[str, list[bool]] = {}
+        for prompt, right in zip(self.prompts, self.right, strict=True):
+            if prompt.kind == kind:
+                found.setdefault(prompt.category, []).append(right)
+        return found
+
+    def score(self, kind: str) -> Score:
+        return score({category: torch.tensor(right) for category, right in self.by_category(kind).items()})
 
 
 def judged(denoiser: Denoiser, *, num_prompts: int, seed: int, **how: Any) -> Judged:
@@ -72,28 +92,21 @@ def judged(denoiser: Denoiser, *, num_prompts: int, seed: int, **how: Any) -> Ju
     Noise and prompts depend on the seed alone, so that all models are asked for the same. num_prompts: of each category and
     kind.
     """
-    judge, asked = ScenesJudge.bundled(), _asked(num_prompts, seed)
-    scenes = [scene for _, _, of_one in asked for scene in of_one]
+    judge, asked = ScenesJudge.bundled(), every_prompt(num_prompts, seed)
+    scenes = [prompt.scene for prompt in asked]
     images = sampled(denoiser, scenes, seed=seed, **how)
-    right: dict[str, dict[str, list[bool]]] = {kind: {} for kind in KINDS}
-    found = judge.agrees(images, scenes).split([len(of_one) for _, _, of_one in asked])
-    for (kind, category, _), agrees in zip(asked, found, strict=True):
-        right[kind][category] = agrees.tolist()
     distance = frechet_distance(judge.features(images), judge.features(as_images(draw_all(scenes, seed))))
-    return Judged(scenes, images, right, distance)
+    return Judged(asked, images, judge.agrees(images, scenes).tolist(), distance)
 
 
-def _asked(num_prompts: int, seed: int) -> list[tuple[str, str, list[Scene]]]:
+def every_prompt(num_prompts: int, seed: int) -> list[Prompt]:
+    """Prompts of every kind and category."""
     return [
-        (kind, category, scenes)
+        Prompt(kind, category, scene)
         for kind, held_out in KINDS.items()
         for category, scenes in all_prompts(num_prompts, seed, held_out=held_out).items()
+        for scene in scenes
     ]
-
-
-def num_asked(num_prompts: int) -> int:
-    """Pictures that `judged` draws."""
-    return sum(len(scenes) for _, _, scenes in _asked(num_prompts, 0))
 
 
 def spread(features: Tensor) -> float:

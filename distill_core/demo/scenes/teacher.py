@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -57,15 +57,20 @@ def sampled_latents(
     guidance: float,
     num_steps: int = 20,
     batch_size: int = 100,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """Latents (N, 4, 8, 8) of scenes by a model. The noise of each is decided by its place and the seed."""
+    """Latents (N, 4, 8, 8) of scenes by a model. The noise of each is decided by its place and the seed.
+
+    ``on_step(count)`` is called after each step with the number of pictures it was for.
+    """
     text = ScenesTextEncoder.bundled()
     noise = torch.randn(len(scenes), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
     contexts, null = text.captions([scene.caption for scene in scenes]), Caption(text.captions([""])[0])
     parts = zip(contexts.split(batch_size), noise.split(batch_size), strict=True)
     return torch.cat([
-        sample(denoiser, context, null, noise=x, guidance=guidance, num_steps=num_steps, on_step=on_step).cpu()
+        sample(
+            denoiser, context, null, noise=x, guidance=guidance, num_steps=num_steps, on_step=partial(on_step, len(x))
+        ).cpu()
         for context, x in parts
     ])  # fmt: skip
 

@@ -71,7 +71,7 @@ def test_the_bounds_of_a_range_are_in_it():
      (DataSettings, {"sampler_steps": 10**6}, "sampler_steps must be"), (DataSettings, {"trajectory_states": -1}, "trajectory_states must be"),
      (SampleSettings, {"steps": 0}, "steps must be between 1 and 1,000"), (SampleSettings, {"guidance": math.inf}, "guidance must be"),
      (SampleSettings, {"resolution": "64x6400000"}, "resolution must be"), (SampleSettings, {"prompts": "one"}, "prompts must be a list, each entry text"),
-     (quickstart.Settings, {"num_samples": 1}, "num_samples must be"), (quickstart.Settings, {"train_steps": 10**12}, "train_steps must be"),
+     (quickstart.Settings, {"num_prompts": 0}, "num_prompts must be"), (quickstart.Settings, {"train_steps": 10**12}, "train_steps must be"),
      (quickstart.Settings, {"seed": 2**70}, "seed must be"), (quickstart.Settings, {"sample_steps": 0}, "sample_steps must be"),
      (analyse.Settings, {"saving": 1.0}, "saving must be between 0.01 and 0.95, got 1"), (analyse.Settings, {"saving": math.nan}, "saving must be"),
      (analyse.Settings, {"num_examples": 10**9}, "num_examples must be"), (analyse.Settings, {"num_timesteps": 0}, "num_timesteps must be"),
