@@ -19,12 +19,13 @@ from distill_core.demo.scenes.grammar import NUM_TOKENS
 from distill_core.demo.scenes.teacher import LATENT_SHAPE
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.diffusion.macs import count_macs
-from distill_core.pruning.analyse import CRITERIA, Analysis, Planner, examples, score
+from distill_core.pruning.analyse import CRITERIA, Planner, decide, examples, score
 from distill_core.pruning.plan import PruningPlan, preset
 from distill_core.pruning.plan_text import write_plan
 
 PRESETS = ("bk-sdm-base", "bk-sdm-tiny")  # bk-sdm-small saves about as much as bk-sdm-base
 BY = ", by "
+NUM_SCORED = 32  # scenes that units are scored by
 
 
 def main() -> None:
@@ -60,18 +61,17 @@ def main() -> None:
 
 def _plans(original: DiffusersDenoiser) -> dict[str, PruningPlan]:
     """By the preset whose MACs they save at least, and what chose them."""
-    analysis, plans = _analysis(original), {}
+    data, random, plans = demo.real_scenes(), torch.Generator().manual_seed(0), {}
+    picked = torch.randperm(num_examples(data), generator=random)[:NUM_SCORED]
+    batches = examples(original, *data.read(0, picked)[:2], num_timesteps=8, generator=random)
+    analysis = score(original, batches)
     for name in PRESETS:
         plans[f"{name}{BY}positional"] = preset(name)
         budget = _macs(original) - _macs(demo.pruned_student(original, preset(name)))
-        plans |= {f"{name}{BY}{c}": Planner(analysis, c).plan(budget, f"{name}, by {c}") for c in CRITERIA}
+        for criterion in CRITERIA:
+            decision = decide(original, batches, Planner(analysis, criterion), budget, f"{name}{BY}{criterion}")
+            plans[f"{name}{BY}{criterion}"] = decision.plan
     return plans
-
-
-def _analysis(original: DiffusersDenoiser) -> Analysis:
-    data, random = demo.real_scenes(), torch.Generator().manual_seed(0)
-    picked = torch.randperm(num_examples(data), generator=random)[:32]
-    return score(original, examples(original, *data.read(0, picked)[:2], num_timesteps=8, generator=random))
 
 
 def _macs(denoiser: DiffusersDenoiser) -> int:

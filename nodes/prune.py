@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..distill_core.base.settings import limits_of
 from ..distill_core.evaluation import plots
-from ..distill_core.pruning.analyse import CRITERIA, Planner, Settings, examples, output_error, report, score
+from ..distill_core.pruning.analyse import CRITERIA, Planner, Settings, decide, examples, report, score
 from ..distill_core.pruning.plan import preset, preset_names
 from ..distill_core.pruning.plan_text import EXAMPLE, read_plan, write_plan
 from . import bridge
@@ -115,8 +115,9 @@ class AnalyseUNetBlocks(io.ComfyNode):
         analysis = score(denoiser, batches, bridge.Progress(cls.hidden.unique_id, "parts scored").at, asked.prompt_weight)
         budget = round(asked.saving * analysis.total(asked.measure))
         planners = {name: Planner(analysis, name, asked.measure) for name in CRITERIA}
-        plan = planners[asked.criterion].plan(budget)
-        text = report(planners, asked.criterion, budget, output_error(denoiser, batches, plan))
+        on_plan = bridge.Progress(cls.hidden.unique_id, "plans measured").at
+        decision = decide(denoiser, batches, planners[asked.criterion], budget, on_candidate=on_plan)
+        plan, text = decision.plan, report(planners, asked.criterion, budget, decision)
         bridge.show_text(text.splitlines()[0], cls.hidden.unique_id)
         chart = bridge.to_image(plots.score_chart(analysis, plan, asked.criterion))
         return io.NodeOutput(

@@ -4,14 +4,17 @@ The published score of a unit is the error of the network's output when that uni
 these errors nearly add up, so the choice of a plan becomes a knapsack problem (Zhang et al. 2024, arXiv 2404.11098, Sec. 3.2).
 But what a unit moves says little about what training can bring back (Fang et al. 2024, TinyFusion, arXiv 2412.01199). So the
 score here takes that error, adds the error of what the prompt does to the output, which is small beside the whole but is what
-guidance amplifies, and measures both with the best affine map in the unit's place (`recover`). For comparison, we also measure how much a unit changes its input; pruning by that is known to be weak (Table 1).
+guidance amplifies, and measures both with the best affine map in the unit's place (`recover`). Units that stand in for each
+other, as attentions to the prompt do, cost little each and much together, which no sum of scores shows; so several plans are
+made, and that which does best as a whole is chosen (`decide`). For comparison, we also measure how much a unit changes its
+input; pruning by that is known to be weak (Table 1).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -40,6 +43,8 @@ CRITERIA = {
 MEASURES = ("macs", "parameters")
 MOST_BYTES, _BYTES_OF_FIT = 1 << 30, 32  # two halves, two matrices of each in float64
 """Memory that maps are fitted in at once; more units take more passes through the network."""
+PROMPT_FACTORS = (1, 3, 10)
+"""By which the prompt counts for more in some of the plans to choose from."""
 _RESOLUTION = 2000
 """Steps in which a saving is counted; each rounds down, so a plan never saves less than requested."""
 
@@ -202,18 +207,27 @@ def examples(
     return batches
 
 
+class Errors(NamedTuple):
+    """What goes wrong without some units."""
+
+    output: float
+    """Mean squared error of the output, divided by the mean square of the output itself."""
+    recovered: float
+    """The same with the best affine map in the place of each unit."""
+    prompt: float
+    """With those maps: mean squared error of the prompt's effect, how the output differs from that for another example's
+    caption, divided by the mean square of the effect itself."""
+
+    def recoverability(self, prompt_weight: float) -> float:
+        return self.recovered + prompt_weight * self.prompt
+
+
 @dataclass(frozen=True)
 class Score:
     """Effect of skipping one unit."""
 
     unit: Unit
-    output_error: float
-    """Mean squared error of the output, divided by the mean square of the output itself."""
-    recovered_error: float
-    """The same with the best affine map in the unit's place."""
-    prompt_error: float
-    """With that map: mean squared error of the prompt's effect, how the output differs from that for another example's caption,
-    divided by the mean square of the effect itself."""
+    errors: Errors
     change: float
     """1 - cosine similarity of the unit's input and output."""
     macs: int
@@ -225,8 +239,8 @@ class Score:
         if criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {criterion!r}; choose from {sorted(CRITERIA)}")
         return {
-            "recoverability": self.recovered_error + self.prompt_weight * self.prompt_error,
-            "output error": self.output_error,
+            "recoverability": self.errors.recoverability(self.prompt_weight),
+            "output error": self.errors.output,
             "similarity": self.change,
         }[criterion]
 
@@ -267,24 +281,30 @@ def score(
     units = removable_units(teacher)
     macs = _macs(teacher, batches[0])
     on_unit(0, len(units))
-    predictions, changes = [], dict.fromkeys(units, 0.0)
+    changes, answers = dict.fromkeys(units, 0.0), []
     ends = {end for unit in units for span in unit.spans for end in span}
     with tap(denoiser, ends) as outputs, tap(denoiser, ends, of_input=True) as inputs:
         for batch in batches:
-            predictions.append(denoiser(*batch))
+            own = denoiser(*batch)
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
-    effects = [own - denoiser(*batch.of_others) for batch, own in zip(batches, predictions, strict=True)]
+            answers.append(Answer(own, own - denoiser(*batch.of_others)))
     scores = []
     for group in _groups(units, teacher):
         maps = affine_maps(denoiser, batches, (span for unit in group for span in unit.spans))
         for unit in group:
-            error, recovered, of_prompt = _errors(denoiser, batches, predictions, effects, unit, maps)
-            savings = _savings(unit.blocks, teacher, macs)
-            scores.append(Score(unit, error, recovered, of_prompt, changes[unit], *savings, prompt_weight))
+            errors = _errors(denoiser, batches, answers, unit, maps)
+            scores.append(Score(unit, errors, changes[unit], *_savings(unit.blocks, teacher, macs), prompt_weight))
             on_unit(len(scores), len(units))
     return Analysis(teacher, tuple(scores), sum(count for block, count in macs.items() if ".block." not in block))
+
+
+class Answer(NamedTuple):
+    """What the whole network predicts for an example, and how that differs from the prediction for another caption."""
+
+    prediction: Tensor
+    effect: Tensor
 
 
 def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
@@ -304,12 +324,10 @@ def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
 def _errors(
     denoiser: Denoiser,
     batches: list[Example],
-    predictions: list[Tensor],
-    effects: list[Tensor],
+    answers: list[Answer],
     unit: Unit,
     maps: Mapping[tuple[str, str], list[AffineMap]],
-) -> tuple[float, float, float]:
-    """Errors without a unit: of the output, of the output with affine maps in its place, and of the prompt's effect with them."""
+) -> Errors:
     mapping, recovered, of_others = unit_map(unit, denoiser.architecture), [], []
     with skipping(denoiser, mapping):
         plain = [denoiser(*batch) for batch in batches]
@@ -326,23 +344,27 @@ def _errors(
         recovered.append(own)
         of_others.append(own - other)
         number += len(own)
-    return _error(plain, predictions), _error(recovered, predictions), _error(of_others, effects)
+    predictions, effects = [answer.prediction for answer in answers], [answer.effect for answer in answers]
+    return Errors(_error(plain, predictions), _error(recovered, predictions), _error(of_others, effects))
 
 
 @torch.no_grad()
-def output_error(denoiser: Denoiser, batches: list[Example], plan: PruningPlan) -> float | None:
-    """Error of the output when everything that a plan removes is skipped at once, as `Score.output_error`.
-
-    None if the plan changes the number of channels, so that the blocks cannot be skipped.
-    """
-    mapping = name_map(denoiser.architecture, plan)
-    try:
-        detour(denoiser.architecture, mapping)
-    except ValueError:
-        return None
-    with skipping(denoiser, mapping):
-        without = [denoiser(*batch) for batch in batches]
-    return _error(without, [denoiser(*batch) for batch in batches])
+def errors_together(denoiser: Denoiser, batches: list[Example], units: Sequence[Unit]) -> Errors:
+    """Errors without all of some units that do not overlap; the network is only read."""
+    answers = []
+    for batch in batches:
+        own = denoiser(*batch)
+        answers.append(Answer(own, own - denoiser(*batch.of_others)))
+    maps: dict[tuple[str, str], list[AffineMap]] = {}
+    for group in _groups(list(units), denoiser.architecture):
+        maps |= affine_maps(denoiser, batches, (span for unit in group for span in unit.spans))
+    whole = Unit(
+        " + ".join(unit.name for unit in units),
+        frozenset().union(*(unit.blocks for unit in units)),
+        tuple(span for unit in units for span in unit.spans),
+        units[0].stage,
+    )
+    return _errors(denoiser, batches, answers, whole, maps)
 
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -421,8 +443,33 @@ class Planner:
 
         Raises ``ValueError`` if no plan that ComfyUI opens saves that much.
         """
-        removed = frozenset().union(*(unit.blocks for unit in self.choose(saving).units))
+        return self.plan_of(self.choose(saving), name)
+
+    def plan_of(self, choice: Choice, name: str = "") -> PruningPlan:
+        removed = frozenset().union(*(unit.blocks for unit in choice.units))
         return PruningPlan.removing(removed, self.teacher, name or f"least {self.criterion}")
+
+    def candidates(self, saving: int) -> list[Choice]:
+        """What `choose` finds, and by recoverability also what it finds if the prompt or single attentions count for more."""
+        if self.criterion != "recoverability":
+            return [self.choose(saving)]
+        found: dict[frozenset[Unit], Choice] = {}
+        for factor in PROMPT_FACTORS:
+            for whole_layers in (False, True):
+                scores = (
+                    replace(score, prompt_weight=factor * score.prompt_weight)
+                    for score in self.scores
+                    if score.unit.is_structural or not whole_layers
+                )
+                planner = replace(self, analysis=replace(self.analysis, scores=tuple(scores)))
+                try:
+                    choice = planner.choose(saving)
+                except ValueError:  # whole layers alone do not save as much
+                    if whole_layers:
+                        continue
+                    raise
+                found.setdefault(frozenset(choice.units), choice)
+        return list(found.values())
 
     def choose(self, saving: int) -> Choice:
         """The units that `plan` removes."""
@@ -522,24 +569,58 @@ class Planner:
         return kept
 
 
-def report(planners: Mapping[str, Planner], criterion: str, saving: int, measured_error: float | None = None) -> str:
+class Decision(NamedTuple):
+    """A plan, and what it does as a whole."""
+
+    plan: PruningPlan
+    choice: Choice
+    errors: Errors
+
+
+def decide(
+    denoiser: Denoiser,
+    batches: list[Example],
+    planner: Planner,
+    saving: int,
+    name: str = "",
+    on_candidate: Callable[[int, int], None] = lambda done, total: None,
+) -> Decision:
+    """The plan that saves at least ``saving`` and, of the planner's candidates, does best with everything gone at once.
+
+    ``on_candidate(done, total)`` is called before the first candidate and after each; an error it raises ends the measuring.
+    """
+    candidates = planner.candidates(saving)
+    on_candidate(0, len(candidates))
+    weight, measured = planner.scores[0].prompt_weight, []
+    for choice in candidates:
+        errors = errors_together(denoiser, batches, choice.units)
+        measured.append(Decision(planner.plan_of(choice, name), choice, errors))
+        on_candidate(len(measured), len(candidates))
+    return min(measured, key=lambda decision: decision.errors.recoverability(weight))
+
+
+def report(planners: Mapping[str, Planner], criterion: str, saving: int, decision: Decision) -> str:
     """Text on what each criterion would remove for a saving, the deciding one first, and how far they agree."""
     lines, plans = [], {}
     for name in sorted(planners, key=lambda name: name != criterion):
         planner = planners[name]
-        choice, plans[name] = planner.choose(saving), planner.plan(saving)
-        error = sum(score.output_error for score in planner.scores if score.unit in choice.units)
+        choice = decision.choice if name == criterion else planner.choose(saving)
+        plans[name] = planner.plan_of(choice)
         share = choice.saving / planner.analysis.total(planner.measure)
         lines += [
             f"{'Chosen' if name == criterion else 'For comparison'} by {name}: saves {share:.1%} of the {planner.measure}",
             f"  {write_plan(plans[name], planner.teacher)}",
-            f"  output errors of its {len(choice.units)} units add up to {error:.4g} of the output's power"
-            + (
-                f"; if all are skipped at once, the error is {measured_error:.4g}"
-                if name == criterion and measured_error is not None
-                else ""
-            ),
         ]
+        alone = sum(score.errors.output for score in planner.scores if score.unit in choice.units)
+        added = f"output errors of its {len(choice.units)} units add up to {alone:.4g} of the output's power"
+        if name == criterion:
+            errors = decision.errors
+            lines += [
+                f"  {added}; if all are skipped at once, the error is {errors.output:.4g}",
+                f"  with the best linear layers in their place {errors.recovered:.4g}, and {errors.prompt:.4g} of what the prompt does",
+            ]
+        else:
+            lines.append(f"  {added}")
     for name in (name for name in plans if name != criterion):
         both = agreement(plans[criterion], plans[name], planners[name].teacher)
         lines.append(f"The chosen plan and that by {name} have {both:.0%} of what either removes in common.")

@@ -13,11 +13,13 @@ from distill_core.pruning import analyse
 from distill_core.pruning.analyse import (
     CRITERIA,
     Analysis,
+    Errors,
     Planner,
     Score,
     agreement,
+    decide,
+    errors_together,
     examples,
-    output_error,
     removable_units,
     report,
     score,
@@ -60,7 +62,7 @@ def test_the_score_is_the_error_of_the_network_without_the_unit(small_teacher, b
             answers = [small_teacher(*batch) for batch in batches]
             errors = [(student(*batch) - answer).square().mean() for batch, answer in zip(batches, answers, strict=True)]
         expected = sum(errors) / sum(answer.square().mean() for answer in answers)
-        assert one.output_error == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
+        assert one.errors.output == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
         assert one.parameters == small_teacher.architecture.num_parameters - pruning.student.num_parameters
         assert one.macs == analysis.macs - _macs(pruning.student)
     assert analysis.macs == _macs(small_teacher.architecture)
@@ -82,7 +84,7 @@ def test_units_of_sdxl_are_scored_with_its_label(small_xl_teacher):
         small_xl_teacher, torch.randn(1, *LATENT), torch.randn(1, TOKENS, 16), label=label, num_timesteps=1, generator=random
     )
     found = score(small_xl_teacher, one)
-    assert all(s.output_error > 0 for s in found.scores) and any(".block.3" in s.unit.name for s in found.scores)
+    assert all(s.errors.output > 0 for s in found.scores) and any(".block.3" in s.unit.name for s in found.scores)
 
 
 @pytest.mark.parametrize("measure", ["macs", "parameters"])
@@ -135,7 +137,10 @@ def test_automatic_plans_open_in_comfyui(share, family, published):
         )
         for u in removable_units(teacher)
     }
-    scores = tuple(Score(u, *torch.rand(4, generator=random).tolist(), size, size) for u, size in sizes.items())
+    scores = tuple(
+        Score(u, Errors(*torch.rand(3, generator=random).tolist()), torch.rand((), generator=random).item(), size, size)
+        for u, size in sizes.items()
+    )
     budget = round(share * teacher.num_parameters)
     plan = Planner(Analysis(teacher, scores, teacher.num_parameters), measure="parameters").plan(budget)
     student = pruned(teacher, name_map(teacher, plan))
@@ -145,14 +150,53 @@ def test_automatic_plans_open_in_comfyui(share, family, published):
 def test_the_report_and_chart_tell_all_criteria(small_teacher, batches, analysis):
     budget = round(0.3 * analysis.macs)
     planners = {name: Planner(analysis, name) for name in CRITERIA}
-    plan = planners["output error"].plan(budget)
-    text = report(planners, "output error", budget, output_error(small_teacher, batches, plan))
+    decision = decide(small_teacher, batches, planners["output error"], budget)
+    plan, text = decision.plan, report(planners, "output error", budget, decision)
     assert text.startswith("Chosen by output error: saves 3") and all(
         f"For comparison by {name}" in text and f"The chosen plan and that by {name}" in text
         for name in ("similarity", "recoverability")
     )
     assert write_plan(plan, analysis.teacher) in text and "all are skipped at once" in text
     assert plots.score_chart(analysis, plan, "output error").width > 800
+
+
+# --- what a plan does as a whole
+
+
+def test_errors_together_are_those_of_the_units_if_there_is_one(small_teacher, batches, analysis):
+    for one in analysis.scores[:2]:
+        assert errors_together(small_teacher, batches, [one.unit]) == pytest.approx(one.errors, rel=1e-3, abs=1e-9)
+
+
+def test_attentions_that_stand_in_for_each_other_cost_more_together(small_teacher, batches, analysis):
+    """Without them, only the mid block reads the prompt."""
+    attentions = [one for one in analysis.scores if ".attn." in one.unit.name and "block" not in one.unit.name]
+    errors = errors_together(small_teacher, batches, [one.unit for one in attentions])
+    assert errors.prompt > max(one.errors.prompt for one in attentions)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_candidates_save_enough_and_begin_with_the_cheapest(share, analysis):
+    planner, budget = Planner(analysis), round(share * analysis.macs)
+    candidates = planner.candidates(budget)
+    assert candidates[0] == planner.choose(budget) and all(choice.saving >= budget for choice in candidates)
+    assert len({frozenset(choice.units) for choice in candidates}) == len(candidates) > 1
+    assert any(all(unit.is_structural for unit in choice.units) for choice in candidates)
+    assert Planner(analysis, "similarity").candidates(budget) == [Planner(analysis, "similarity").choose(budget)]
+
+
+def test_the_candidate_that_does_best_as_a_whole_is_taken(small_teacher, batches, analysis, monkeypatch):
+    planner, budget, seen = Planner(analysis), round(0.3 * analysis.macs), []
+    candidates = planner.candidates(budget)
+    best = candidates[-1]
+
+    def errors(denoiser, batches, units):
+        return Errors(0.0, 0.5, 0.1) if units == best.units else Errors(0.0, 0.1, 0.1 + 0.5 / 0.3)
+
+    monkeypatch.setattr(analyse, "errors_together", errors)
+    decision = decide(small_teacher, batches, planner, budget, "name", lambda done, total: seen.append((done, total)))
+    assert decision.choice == best and decision.plan == planner.plan_of(best, "name")
+    assert seen == [(n, len(candidates)) for n in range(len(candidates) + 1)]
 
 
 # --- what a linear layer could do in a unit's place
@@ -180,7 +224,7 @@ def test_an_affine_part_is_replaced_exactly_and_costs_nothing(small_teacher, bat
     x = torch.randn(2, 32, 3, 5)
     for one in maps:
         torch.testing.assert_close(one(x.flatten(2).transpose(1, 2)), one(x).flatten(2).transpose(1, 2))
-    assert scores[NAME].recovered_error < 0.05 * scores[NAME].output_error
+    assert scores[NAME].errors.recovered < 0.05 * scores[NAME].errors.output
     assert scores[NAME].by("recoverability") < 0.1 * scores[NAME].by("output error")
 
 
@@ -205,7 +249,7 @@ def test_one_example_has_no_map_and_counts_in_full(small_teacher, few_units):
     one = examples(small_teacher, torch.randn(1, *LATENT), torch.randn(1, TOKENS, 16), num_timesteps=1, generator=random)
     assert affine_maps(small_teacher, one, [(NAME, NAME)]) == {}
     for found in score(small_teacher, one).scores:
-        assert found.recovered_error == pytest.approx(found.output_error, rel=1e-4, abs=1e-9) and found.prompt_error == 0
+        assert found.errors.recovered == pytest.approx(found.errors.output, rel=1e-4, abs=1e-9) and found.errors.prompt == 0
 
 
 def test_the_prompts_effect_is_that_of_the_next_caption(small_teacher, batches, few_units):
@@ -214,21 +258,21 @@ def test_the_prompts_effect_is_that_of_the_next_caption(small_teacher, batches, 
     assert torch.equal(other.context, batches[0].context.flip(0)) and torch.equal(other.x_t, batches[0].x_t)
     assert other.label.pooled.tolist() == [[2, 3], [0, 1]] and torch.equal(other.label.sizes, label.sizes)
     alike = [batch._replace(context=batch.context[:1].expand_as(batch.context)) for batch in batches]
-    assert {one.prompt_error for one in score(small_teacher, alike).scores} == {0.0}
-    assert all(one.prompt_error > 0 for one in score(small_teacher, batches).scores)
+    assert {one.errors.prompt for one in score(small_teacher, alike).scores} == {0.0}
+    assert all(one.errors.prompt > 0 for one in score(small_teacher, batches).scores)
 
 
 def test_the_weight_of_the_prompt_decides(small_teacher, batches, few_units):
     for weight in (0.0, 0.02, 5.0):
         for one in score(small_teacher, batches, prompt_weight=weight).scores:
-            assert one.by("recoverability") == one.recovered_error + weight * one.prompt_error
+            assert one.by("recoverability") == one.errors.recovered + weight * one.errors.prompt
 
 
 def test_units_are_fitted_in_groups_that_fit_into_memory(small_teacher, batches, analysis, few_units, monkeypatch):
     monkeypatch.setattr(analyse, "MOST_BYTES", 1)
-    before = {one.unit: one.recovered_error for one in analysis.scores}
+    before = {one.unit: one.errors.recovered for one in analysis.scores}
     for one in score(small_teacher, batches).scores:
-        assert one.recovered_error == pytest.approx(before[one.unit], rel=1e-5)
+        assert one.errors.recovered == pytest.approx(before[one.unit], rel=1e-5)
 
 
 def test_agreement(sd15):
