@@ -147,7 +147,7 @@ class Settings:
         choices=CRITERIA,
     )
     prompt_weight: float = setting(
-        0.3, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
+        1.0, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
     )
     num_timesteps: int = setting(4, "Number of evenly spaced timesteps to average the error over.", within=(1, 1000))
     num_examples: int = setting(
@@ -211,7 +211,7 @@ class Errors(NamedTuple):
     """What goes wrong without some units."""
 
     output: float
-    """Mean squared error of the output, divided by the mean square of the output itself."""
+    """Mean squared error of the output, divided by the mean square of the output itself, averaged over timesteps."""
     recovered: float
     """The same with the best affine map in the place of each unit."""
     prompt: float
@@ -368,10 +368,15 @@ def errors_together(denoiser: Denoiser, batches: list[Example], units: Sequence[
 
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Mean squared error over the mean square of what was expected; 0 if that is nothing."""
-    whole = float(sum(one.float().square().mean() for one in expected))
-    errors = (squared_error(one, other).mean() for one, other in zip(found, expected, strict=True))
-    return float(sum(errors)) / whole if whole else 0.0
+    """Mean squared error over the mean square of what was expected, averaged over batches; 0 where that is nothing.
+
+    Each batch counts the same: at high noise the prompt's effect is small, and decides what the picture shows.
+    """
+    ratios = []
+    for one, other in zip(found, expected, strict=True):
+        whole = other.float().square().mean().item()
+        ratios.append(squared_error(one, other).mean().item() / whole if whole else 0.0)
+    return sum(ratios) / len(ratios)
 
 
 def _change(entering: Tensor, leaving: Tensor) -> float:
