@@ -206,7 +206,7 @@ def cells(row: Row) -> list[str]:
 
 def _share(share: float, interval: tuple[float, float]) -> str:
     low, high = interval
-    return f"{share:.1%} ({low:.0%} to {high:.0%})"
+    return f"{share:.1%} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def draw_report(rows: Sequence[Row], found: Mapping[str, Judged], metrics, settings: Settings):
