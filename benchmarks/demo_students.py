@@ -29,6 +29,7 @@ from distill_core.evaluation.metrics import output_error
 from distill_core.networks.build import build_unet
 from distill_core.pruning.plan import PruningPlan
 from distill_core.pruning.prune import prune
+from distill_core.quickstart import OPTIMIZATION
 from distill_core.training.loop import distill
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
@@ -81,8 +82,7 @@ def train(
 
 def settings_of(steps: int, seed: int) -> dict[str, Any]:
     """The quickstart's settings of a recipe."""
-    return dict(total_steps=steps, batch_size=BATCH_SIZE, learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20,
-                weight_decay=1e-3, seed=seed, save_every_steps=steps)  # fmt: skip
+    return OPTIMIZATION | dict(total_steps=steps, batch_size=BATCH_SIZE, seed=seed, save_every_steps=steps)
 
 
 @lru_cache(maxsize=1)
@@ -161,17 +161,13 @@ QUALITY = ("trained prompts", "held-out prompts", "Fréchet distance", "diversit
 def quality(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns `QUALITY` of what `judged` found with several seeds."""
     return [
-        *map(_share, (_score(found, kind) for kind in score.KINDS)),
+        *map(_share, (scored(found, kind) for kind in score.KINDS)),
         with_margin([figures["frechet"] for figures in found], ".2f"),
         with_margin([figures["diversity"] for figures in found], ".2f"),
     ]
 
 
-def by_category(found: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
-    return _score(found, kind).by_category
-
-
-def _score(found: Sequence[Mapping[str, Any]], kind: str) -> score.Score:
+def scored(found: Sequence[Mapping[str, Any]], kind: str) -> score.Score:
     """Over prompts and seeds together: each seed has prompts of its own."""
     rights = [figures["right"][kind] for figures in found]
     return score.score(

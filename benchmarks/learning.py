@@ -17,6 +17,7 @@ from report import publish, table, with_margin
 
 from distill_core.data.dataset import num_examples
 from distill_core.demo.scenes.grammar import CATEGORIES
+from distill_core.demo.scenes.score import KINDS
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.pruning.plan import PruningPlan, preset, preset_names
 
@@ -106,7 +107,7 @@ def _differences(found: Found) -> list[str]:
         pairs = list(zip(found[name], found[DISTILLED], strict=True))
         rows.append([
             name,
-            *(with_margin([100 * (_share(a, kind) - _share(b, kind)) for a, b in pairs], "+.1f") for kind in ("trained", "held out")),
+            *(with_margin([100 * (_share(a, kind) - _share(b, kind)) for a, b in pairs], "+.1f") for kind in KINDS),
             with_margin([a["frechet"] - b["frechet"] for a, b in pairs], "+.2f"),
         ])  # fmt: skip
     columns = [f"against {DISTILLED}, seed by seed", "trained prompts, points", "held-out prompts, points", "Fréchet distance"]
@@ -114,17 +115,15 @@ def _differences(found: Found) -> list[str]:
 
 
 def _share(figures: Mapping[str, Any], kind: str) -> float:
-    shares = demo.by_category([figures], kind).values()
-    return sum(shares) / len(shares)
+    return demo.scored([figures], kind).overall
 
 
 def _categories(found: Found) -> list[str]:
-    rows = [
-        [name, *(f"{demo.by_category(figures, kind)[category]:.0%}" if category in demo.by_category(figures, kind) else ""
-                 for category in CATEGORIES for kind in ("trained", "held out"))]
-        for name, figures in found.items()
-    ]  # fmt: skip
-    return table(["student", *(f"{category}, {kind}" for category in CATEGORIES for kind in ("trained", "held out"))], rows)
+    columns, rows = [(category, kind) for category in CATEGORIES for kind in KINDS], []
+    for name, figures in found.items():
+        shares = {kind: demo.scored(figures, kind).by_category for kind in KINDS}
+        rows.append([name, *(f"{shares[kind][category]:.0%}" if category in shares[kind] else "" for category, kind in columns)])
+    return table(["student", *map(", ".join, columns)], rows)
 
 
 if __name__ == "__main__":

@@ -349,12 +349,17 @@ def _errors(
 
 
 @torch.no_grad()
-def errors_together(denoiser: Denoiser, batches: list[Example], units: Sequence[Unit]) -> Errors:
-    """Errors without all of some units that do not overlap; the network is only read."""
+def answers_of(denoiser: Denoiser, batches: list[Example]) -> list[Answer]:
     answers = []
     for batch in batches:
         own = denoiser(*batch)
         answers.append(Answer(own, own - denoiser(*batch.of_others)))
+    return answers
+
+
+@torch.no_grad()
+def errors_together(denoiser: Denoiser, batches: list[Example], answers: list[Answer], units: Sequence[Unit]) -> Errors:
+    """Errors without all of some units that do not overlap; the network is only read."""
     maps: dict[tuple[str, str], list[AffineMap]] = {}
     for group in _groups(list(units), denoiser.architecture):
         maps |= affine_maps(denoiser, batches, (span for unit in group for span in unit.spans))
@@ -597,8 +602,9 @@ def decide(
     candidates = planner.candidates(saving)
     on_candidate(0, len(candidates))
     weight, measured = planner.scores[0].prompt_weight, []
+    answers = answers_of(denoiser, batches)
     for choice in candidates:
-        errors = errors_together(denoiser, batches, choice.units)
+        errors = errors_together(denoiser, batches, answers, choice.units)
         measured.append(Decision(planner.plan_of(choice, name), choice, errors))
         on_candidate(len(measured), len(candidates))
     return min(measured, key=lambda decision: decision.errors.recoverability(weight))

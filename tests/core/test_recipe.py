@@ -328,9 +328,13 @@ def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folde
 
 
 def _wait_for_a_step(process, metrics):
-    """Until it has logged something that was not there."""
-    deadline, seen = time.monotonic() + 60, metrics.stat().st_size if metrics.exists() else 0
-    while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size > seen):
+    """Until it has logged a step, after the header, that was not there."""
+
+    def num_lines():
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    deadline, seen = time.monotonic() + 60, max(1, num_lines())
+    while process.poll() is None and time.monotonic() < deadline and num_lines() <= seen:
         time.sleep(0.01)
 
 

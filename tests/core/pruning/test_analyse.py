@@ -17,6 +17,7 @@ from distill_core.pruning.analyse import (
     Planner,
     Score,
     agreement,
+    answers_of,
     decide,
     errors_together,
     examples,
@@ -170,14 +171,15 @@ def test_every_timestep_counts_the_same():
 
 
 def test_errors_together_are_those_of_the_units_if_there_is_one(small_teacher, batches, analysis):
+    answers = answers_of(small_teacher, batches)
     for one in analysis.scores[:2]:
-        assert errors_together(small_teacher, batches, [one.unit]) == pytest.approx(one.errors, rel=1e-3, abs=1e-9)
+        assert errors_together(small_teacher, batches, answers, [one.unit]) == pytest.approx(one.errors, rel=1e-3, abs=1e-9)
 
 
 def test_attentions_that_stand_in_for_each_other_cost_more_together(small_teacher, batches, analysis):
     """Without them, only the mid block reads the prompt."""
     attentions = [one for one in analysis.scores if ".attn." in one.unit.name and "block" not in one.unit.name]
-    errors = errors_together(small_teacher, batches, [one.unit for one in attentions])
+    errors = errors_together(small_teacher, batches, answers_of(small_teacher, batches), [one.unit for one in attentions])
     assert errors.prompt > max(one.errors.prompt for one in attentions)
 
 
@@ -196,7 +198,7 @@ def test_the_candidate_that_does_best_as_a_whole_is_taken(small_teacher, batches
     candidates = planner.candidates(budget)
     best = candidates[-1]
 
-    def errors(denoiser, batches, units):
+    def errors(denoiser, batches, answers, units):
         return Errors(0.0, 0.5, 0.1) if units == best.units else Errors(0.0, 0.1, 0.1 + 0.5 / 0.3)
 
     monkeypatch.setattr(analyse, "errors_together", errors)
@@ -231,6 +233,7 @@ def test_an_affine_part_is_replaced_exactly_and_costs_nothing(small_teacher, bat
     for one in maps:
         torch.testing.assert_close(one(x.flatten(2).transpose(1, 2)), one(x).flatten(2).transpose(1, 2))
     assert scores[NAME].errors.recovered < 0.05 * scores[NAME].errors.output
+    assert scores[NAME].errors.recoverability(prompt_weight=0.1) < 0.1 * scores[NAME].errors.output
     assert scores[NAME].errors.prompt < 0.01
 
 
