@@ -15,8 +15,8 @@ import torch
 from report import publish, table, with_margin
 
 from distill_core.data.dataset import num_examples
-from distill_core.demo.scenes.grammar import NUM_TOKENS
-from distill_core.demo.scenes.teacher import LATENT_SHAPE
+from distill_core.demo.grammar import NUM_TOKENS
+from distill_core.demo.teacher import LATENT_SHAPE
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.diffusion.macs import count_macs
 from distill_core.pruning.analyse import CRITERIA, Planner, decide, examples, score

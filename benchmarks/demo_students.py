@@ -16,13 +16,12 @@ from torch import Tensor
 from distill_core.base.storage import fingerprint
 from distill_core.data.dataset import Dataset, LatentDataset, num_examples
 from distill_core.data.teacher_data import Making, make_dataset
-from distill_core.demo.scenes import score
-from distill_core.demo.scenes.drawing import as_images, draw_all
-from distill_core.demo.scenes.encoders import ScenesEncoders
-from distill_core.demo.scenes.grammar import Scene, random_scenes
-from distill_core.demo.scenes.judge import ScenesJudge
-from distill_core.demo.scenes.teacher import load_dataset, sampled, teacher_file
-from distill_core.demo.teacher import load_denoiser
+from distill_core.demo import score
+from distill_core.demo.drawing import as_images, draw_all
+from distill_core.demo.encoders import ScenesEncoders
+from distill_core.demo.grammar import Scene, random_scenes
+from distill_core.demo.judge import ScenesJudge
+from distill_core.demo.teacher import load_dataset, load_denoiser, sampled, teacher_file
 from distill_core.diffusion.denoiser import Denoiser, DiffusersDenoiser
 from distill_core.diffusion.schedule import scaled_linear
 from distill_core.evaluation.metrics import output_error

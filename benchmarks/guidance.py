@@ -21,11 +21,11 @@ import demo_students as demo
 from report import device_words, publish, table, with_margin
 from torch import Tensor
 
-from distill_core.demo.scenes.autoencoder import ScenesAutoencoder
-from distill_core.demo.scenes.grammar import Scene
-from distill_core.demo.scenes.judge import ScenesJudge
-from distill_core.demo.scenes.score import KINDS, all_prompts
-from distill_core.demo.scenes.teacher import sampled_latents
+from distill_core.demo.autoencoder import ScenesAutoencoder
+from distill_core.demo.grammar import Scene
+from distill_core.demo.judge import ScenesJudge
+from distill_core.demo.score import KINDS, all_prompts
+from distill_core.demo.teacher import sampled_latents
 from distill_core.diffusion.denoiser import Denoiser
 from distill_core.lora.layers import WithoutLora
 from distill_core.training.loop import distill

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from distill_core.base.settings import to_toml
 from distill_core.base.storage import read_header
 from distill_core.cli import main as main_of_distill
-from distill_core.demo import digits
+from distill_core.demo.grammar import random_scenes
 from distill_core.networks.files import open_unet
 from distill_core.training.checkpoints import TRAINING, checkpoints_in
 
@@ -218,14 +218,14 @@ def _train(job: Path, log: Path) -> None:
 
 
 def _by_command(folder: Path) -> Way:
-    (folder / "prompts.txt").write_text("\n".join(digits.caption(n) for n in range(10)))
+    (folder / "prompts.txt").write_text("\n".join(scene.caption for scene in random_scenes(10, 0)))
 
     def launch(name: str) -> Command:
         job = folder / f"{name}.toml"
         job.write_text(to_toml({"run": name, **JOB}))
         return Command(job)
 
-    _wait(launch("drawn"))  # imports the libraries, and the teacher draws the digits, once for all runs
+    _wait(launch("drawn"))  # imports the libraries, and the teacher draws the scenes, once for all runs
     return Way(launch, lambda name: folder / name, "`distill train`")
 
 

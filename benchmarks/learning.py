@@ -16,8 +16,8 @@ import demo_students as demo
 from report import publish, table, with_margin
 
 from distill_core.data.dataset import num_examples
-from distill_core.demo.scenes.grammar import CATEGORIES
-from distill_core.demo.scenes.score import KINDS
+from distill_core.demo.grammar import CATEGORIES
+from distill_core.demo.score import KINDS
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.pruning.plan import PruningPlan, preset, preset_names
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distill_core.demo.scenes.score import every_prompt
+from distill_core.demo.score import every_prompt
 from distill_core.pruning.plan import preset_names
 from distill_core.quickstart import COLUMNS, Settings, cells, quickstart, work
 

@@ -16,7 +16,7 @@ from .data.dataset import Dataset, largest_example, num_examples
 from .data.encoders import DiffusersEncoders, Encoders, warn_of_cut
 from .data.images import folder, hugging_face, sizes
 from .data.teacher_data import Making, make_dataset
-from .demo.encoders import DigitsEncoders
+from .demo.encoders import ScenesEncoders
 from .demo.teacher import teacher_file
 from .diffusion.denoiser import Denoiser, DiffusersDenoiser, Load, check_trainable
 from .diffusion.schedule import NoiseSchedule, of_sampling
@@ -196,7 +196,7 @@ class Data:
             raise ValueError(
                 "[data]: encoders is missing; give a diffusers folder with the teacher's autoencoder and text encoders"
             )
-        return DigitsEncoders() if name == DEMO else DiffusersEncoders.from_folder(self.recipe.path(name), self.models.device)
+        return ScenesEncoders() if name == DEMO else DiffusersEncoders.from_folder(self.recipe.path(name), self.models.device)
 
     def dataset(self, on_item: OnItem) -> Dataset:
         """The training data: images are encoded, or drawn by the teacher, unless the cache holds them already."""

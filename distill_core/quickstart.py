@@ -12,10 +12,9 @@ from typing import Any
 from .base.disk import check_writable
 from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, check_settings, setting
 from .base.storage import atomic, write_text
-from .demo.scenes.grammar import NUM_TOKENS, random_scenes
-from .demo.scenes.score import KINDS, Judged, every_prompt, judged
-from .demo.scenes.teacher import LATENT_SHAPE, load_dataset, sampled_latents, teacher_file
-from .demo.teacher import load_denoiser
+from .demo.grammar import NUM_TOKENS, random_scenes
+from .demo.score import KINDS, Judged, every_prompt, judged
+from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, sampled_latents, teacher_file
 from .diffusion.denoiser import Denoiser
 from .diffusion.macs import count_macs
 from .evaluation import plots, report
@@ -27,7 +26,6 @@ from .training.loop import distill
 from .training.run import Inputs, Run
 from .training.settings import TrainingSettings
 
-NUM_SCENES = 4096  # to learn from
 SHOWN_OF_EACH = 2  # pictures of each category in the report
 OPTIMIZATION: dict[str, Any] = dict(learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20, weight_decay=1e-3)
 """Settings by which students of the demo are trained, here and in benchmarks."""
@@ -82,7 +80,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
         raise ValueError(f"{out} exists but is not an unfinished quickstart; choose another --out")
     check_writable(out / "report.html")
-    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset(NUM_SCENES)
+    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
     teacher = load_denoiser(file)
     training = TrainingSettings(
         total_steps=settings.train_steps,

@@ -39,7 +39,7 @@ from .routing.one_to_many import ExpertsSettings
 from .training.settings import TrainingSettings
 
 DEMO = "demo"
-"""Name of the bundled digits, in place of a file."""
+"""Name of the bundled teacher, in place of a file."""
 EXAMPLES = Path(__file__).parent / "recipes"
 
 

@@ -1,7 +1,7 @@
-"""Takes the pictures of the workflows and of single nodes in a real ComfyUI: ``python docs/take_screenshots.py o2mkd_digits``.
+"""Takes the pictures of the workflows and of single nodes in a real ComfyUI: ``python docs/take_screenshots.py o2mkd_scenes``.
 
-Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg`` (quickstart_digits:
-``assets/quickstart_graph.jpg``, as its card shows digits); with ``--node TYPE`` also
+Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg`` (quickstart_scenes:
+``assets/quickstart_graph.jpg``, as its card shows scenes); with ``--node TYPE`` also
 ``web/docs/images/TYPE.png`` of that node. Needs a ComfyUI as the tests do (`tests/comfyui.py`), playwright, and Chromium.
 """
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 comfyui = importlib.import_module("tests.comfyui")
 
 WORKFLOWS, NODES = ROOT / "workflows", ROOT / "web" / "docs" / "images"
-PICTURES = {"quickstart_digits": ROOT / "assets" / "quickstart_graph.jpg"}
+PICTURES = {"quickstart_scenes": ROOT / "assets" / "quickstart_graph.jpg"}
 VIEW = {"width": 2600, "height": 1900}
 MARGIN_PX = 8  # around the picture
 BEFORE_PX, AFTER_PX = 120, 420  # what ComfyUI itself shows at the left and the top, at the right and the bottom

@@ -1,1 +1,1 @@
-"""The bundled demo: a small Stable-Diffusion-shaped teacher of handwritten digits, its data and a classifier."""
+"""The bundled demo: small color scenes of emoji, a Stable-Diffusion-shaped teacher that draws them, and their judge."""

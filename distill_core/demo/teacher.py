@@ -1,19 +1,34 @@
-"""The bundled teacher as a denoiser, and its data as a dataset."""
+"""The teacher of scenes, the data it learnt from, and samples of it."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.dataset import LatentDataset
-from ..diffusion.denoiser import DiffusersDenoiser
+from ..diffusion.conditioning import Caption
+from ..diffusion.denoiser import Denoiser, DiffusersDenoiser
+from ..diffusion.sampling import sample
 from ..networks.files import UNetFile, open_unet
-from . import digits
+from . import files
+from .autoencoder import ScenesAutoencoder
+from .drawing import as_images, draw
+from .grammar import Scene, random_scenes
+from .text import ScenesTextEncoder
 
 LATENT_SHAPE = (4, 8, 8)
+DATA_SEED = 200  # of the scenes that are trained on
+ENCODED_AT_ONCE = 250
 
 
 def teacher_file() -> UNetFile:
-    return open_unet(digits.DATA / "teacher.safetensors")
+    return open_unet(files.DATA / "teacher.safetensors")
 
 
 def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
@@ -24,9 +39,52 @@ def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
     return DiffusersDenoiser.of_file(file, network)
 
 
-def load_dataset() -> LatentDataset:
-    """All digits with their captions ("the digit seven")."""
-    images, labels = digits.load_digits()
-    text = digits.DigitsTextEncoder.bundled()
-    by_label = text.captions([digits.caption(n) for n in range(10)])
-    return LatentDataset.of(digits.encode(images), by_label[labels], text.captions([""])[0])
+def latents_of(scenes: Sequence[Scene], seed: int, autoencoder: ScenesAutoencoder) -> Tensor:
+    """One picture of each scene as latents (N, 4, 8, 8)."""
+    rng, parts = random.Random(seed), []
+    for start in range(0, len(scenes), ENCODED_AT_ONCE):
+        pixels = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes[start : start + ENCODED_AT_ONCE]]))
+        with torch.no_grad():
+            parts.append(autoencoder.encode(as_images(pixels.permute(0, 3, 1, 2))))
+    return torch.cat(parts).contiguous()
+
+
+@cache
+def load_dataset(num_scenes: int = 4096) -> LatentDataset:
+    """Scenes that the teacher was trained on, with their captions; none is held out."""
+    scenes, text = random_scenes(num_scenes, DATA_SEED), ScenesTextEncoder.bundled()
+    latents = latents_of(scenes, DATA_SEED, ScenesAutoencoder.bundled())
+    return LatentDataset.of(latents, text.captions([scene.caption for scene in scenes]), text.captions([""])[0])
+
+
+def sampled_latents(
+    denoiser: Denoiser,
+    scenes: Sequence[Scene],
+    *,
+    seed: int,
+    guidance: float,
+    num_steps: int = 20,
+    batch_size: int = 100,
+    on_step: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """Latents (N, 4, 8, 8) of scenes by a model. The noise of each is decided by its place and the seed.
+
+    ``on_step(count)`` is called after each step with the number of pictures it was for.
+    """
+    text = ScenesTextEncoder.bundled()
+    noise = torch.randn(len(scenes), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
+    contexts, null = text.captions([scene.caption for scene in scenes]), Caption(text.captions([""])[0])
+    parts = zip(contexts.split(batch_size), noise.split(batch_size), strict=True)
+    return torch.cat([
+        sample(
+            denoiser, context, null, noise=x, guidance=guidance, num_steps=num_steps, on_step=partial(on_step, len(x))
+        ).cpu()
+        for context, x in parts
+    ])  # fmt: skip
+
+
+def sampled(denoiser: Denoiser, scenes: Sequence[Scene], **how: Any) -> Tensor:
+    """Pictures (N, 3, 64, 64) in [-1, 1] of scenes by a model; ``how`` as for `sampled_latents`."""
+    latents = sampled_latents(denoiser, scenes, **how)
+    with torch.no_grad():
+        return torch.cat([ScenesAutoencoder.bundled().decode(part).clamp(-1, 1) for part in latents.split(ENCODED_AT_ONCE)])

@@ -4,7 +4,7 @@ from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, prune_model
 from .compare import Drawing, compare_models, image_features, text_features
 from .data import calibration, dataset, encoded_captions, make_data, previews
-from .demo import DigitsVAE, demo_clip, demo_data
+from .demo import DemoVAE, demo_clip, demo_data
 from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
     data_folder,
@@ -39,7 +39,7 @@ from .training import (
 )
 
 __all__ = [
-    "DigitsVAE",
+    "DemoVAE",
     "Drawing",
     "Model",
     "Progress",

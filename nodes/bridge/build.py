@@ -16,7 +16,7 @@ from ...distill_core.networks.files import open_unet
 from ...distill_core.pruning.plan import PruningPlan
 from ...distill_core.pruning.prune import describe, prune, pruning_metadata
 from .control import with_control
-from .demo import DigitsModelConfig, build_digits, is_demo
+from .demo import DemoModelConfig, build_demo, is_demo
 from .model import LDM, ORIGIN, Model, Origin
 from .sampling import name_type, put_sampling
 
@@ -37,8 +37,8 @@ def build_model(
     """
     names = LDM.from_canonical(architecture.shapes)
     weights = dict(markers or {}) | {names[name]: weight for name, weight in state_dict.items()}
-    if config_class is DigitsModelConfig:
-        model = build_digits(weights, disable_dynamic)
+    if config_class is DemoModelConfig:
+        model = build_demo(weights, disable_dynamic)
     else:
         options = {} if dtype is None else {"dtype": dtype}
         model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, disable_dynamic=disable_dynamic)
@@ -100,7 +100,7 @@ def prune_model(teacher: Model, plan: PruningPlan, pad: bool = False) -> ModelPa
 def load_student(path: Path) -> tuple[ModelPatcher, dict]:
     """A student's file as a MODEL, with everything that ComfyUI's own loaders leave out, and a description of the file."""
     file = open_unet(path)
-    config_class = DigitsModelConfig if is_demo(file.architecture) else None
+    config_class = DemoModelConfig if is_demo(file.architecture) else None
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
         weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept in memory besides the MODEL's own
@@ -112,10 +112,10 @@ def load_student(path: Path) -> tuple[ModelPatcher, dict]:
 
 
 def demo_teacher() -> ModelPatcher:
-    """The bundled teacher of handwritten digits as a MODEL."""
+    """The bundled teacher as a MODEL."""
     file = teacher_file()
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
-        return build_model(file.state_dict, file.architecture, DigitsModelConfig, disable_dynamic=disable_dynamic)
+        return build_model(file.state_dict, file.architecture, DemoModelConfig, disable_dynamic=disable_dynamic)
 
     return _reloadable(load)

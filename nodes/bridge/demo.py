@@ -13,33 +13,35 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...distill_core.demo import digits
+from ...distill_core.demo import grammar
+from ...distill_core.demo.autoencoder import ScenesAutoencoder
 from ...distill_core.demo.teacher import load_dataset
+from ...distill_core.demo.text import CONTEXT_WIDTH, ScenesTextEncoder
 from ...distill_core.networks.architecture import Architecture
 
 
-class DigitsLatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents of the demo have unit variance already; every channel is a quarter of the grey image."""
+class DemoLatentFormat(comfy.latent_formats.LatentFormat):
+    """Latents of the demo have unit variance already; previews are the linear map nearest to the decoder (least squares)."""
 
-    latent_rgb_factors = [[0.16, 0.16, 0.16]] * 4
-    latent_rgb_factors_bias = [-0.39, -0.39, -0.39]
+    latent_rgb_factors = [[-0.08, 0.07, 0.26], [-0.01, 0.01, 0.0], [-0.23, -0.18, -0.08], [-0.03, 0.04, 0.11]]
+    latent_rgb_factors_bias = [0.74, 0.68, 0.62]
 
 
-class DigitsModelConfig(comfy.supported_models.SD15):
+class DemoModelConfig(comfy.supported_models.SD15):
     """A small SD1.x: heads of 32 channels instead of eight heads."""
 
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
-    latent_format = DigitsLatentFormat
+    latent_format = DemoLatentFormat
     supported_inference_dtypes = [torch.float32]
 
 
 def is_demo(architecture: Architecture) -> bool:
     """Whether a UNet is the demo's or a student of it, by its width, which no real model has."""
-    return architecture.context_width == digits.CONTEXT_WIDTH and architecture.channels("conv_in")[1] < 320
+    return architecture.context_width == CONTEXT_WIDTH and architecture.channels("conv_in")[1] < 320
 
 
-def build_digits(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatcher:
-    config = DigitsModelConfig(comfy.model_detection.detect_unet_config(weights, ""))
+def build_demo(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatcher:
+    config = DemoModelConfig(comfy.model_detection.detect_unet_config(weights, ""))
     device = comfy.model_management.get_torch_device()
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(weights, "")
@@ -49,24 +51,24 @@ def build_digits(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatc
     return model_patcher
 
 
-class DigitsTokenizer:
-    """A tokenizer of words, not CLIP tokens; it ignores weights such as ``(seven:1.2)``."""
+class DemoTokenizer:
+    """A tokenizer of words, not CLIP tokens; it ignores weights such as ``(red:1.2)``."""
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict:
-        return {"digits": [[(token, 1.0) for token in digits.tokenize(text)]]}
+        return {"scenes": [[(token, 1.0) for token in grammar.tokenize(text)]]}
 
 
-class DigitsClipModel(nn.Module):
+class DemoClipModel(nn.Module):
     """The demo's text encoder behind the interface of ComfyUI's text encoders."""
 
     dtypes = (torch.float32,)
 
     def __init__(self, device="cpu", dtype=torch.float32, model_options=None):
         super().__init__()
-        self.encoder = digits.DigitsTextEncoder.bundled().to(device)
+        self.encoder = ScenesTextEncoder.bundled().to(device)
 
     def set_clip_options(self, options: dict) -> None:
         pass
@@ -75,7 +77,7 @@ class DigitsClipModel(nn.Module):
         pass
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([[token for token, _ in row] for row in tokens["digits"]], device=self.encoder.positions.device)
+        ids = torch.tensor([[token for token, _ in row] for row in tokens["scenes"]], device=self.encoder.positions.device)
         context = self.encoder(ids).to(comfy.model_management.intermediate_device())
         return context, context.mean(1)
 
@@ -83,14 +85,16 @@ class DigitsClipModel(nn.Module):
         return self.load_state_dict(state_dict, strict=False)
 
 
-class DigitsVAE(comfy.sd.VAE):
-    """The demo's reshaping between images and latents as a VAE."""
+class DemoVAE(comfy.sd.VAE):
+    """The demo's autoencoder as a VAE."""
 
     def __init__(self):
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
-        self.first_stage_model = digits.DigitsAutoencoder().eval().to(self.vae_dtype)
+        self.first_stage_model = ScenesAutoencoder.bundled().to(self.vae_dtype)
         self.downscale_ratio = self.upscale_ratio = 8
         self.latent_channels = 4
+        self.memory_used_encode = lambda shape, dtype: 100 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+        self.memory_used_decode = lambda shape, dtype: 4000 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
         offload = comfy.model_management.vae_offload_device()
         self.patcher = comfy.model_patcher.CoreModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=offload
@@ -98,11 +102,11 @@ class DigitsVAE(comfy.sd.VAE):
 
 
 def demo_clip() -> comfy.sd.CLIP:
-    return comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(DigitsTokenizer, DigitsClipModel))
+    return comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClipModel))
 
 
 def demo_data() -> tuple[list[dict], list]:
-    """LATENT and CONDITIONING lists as from "Make Training Dataset": one entry for each of the 1,797 digits."""
+    """LATENT and CONDITIONING lists as from "Make Training Dataset": one entry for each scene."""
     (bucket,) = load_dataset().buckets
     latents = [{"samples": latent[None]} for latent in bucket.latents]
     conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in bucket.contexts]

@@ -20,7 +20,7 @@ from ...distill_core.networks.files import UNetFile
 from ...distill_core.networks.layouts import layout_named
 from ...distill_core.networks.model_sampling import ModelSampling
 from ...distill_core.pruning.plan import KeptSkips, NameMap, PruningPlan, name_map, plan_between, plan_in
-from .demo import DigitsModelConfig
+from .demo import DemoModelConfig
 from .router import ROUTE
 from .sampling import sampling_identity, sampling_of, schedule_of
 from .weights import patched_weights, weights_of
@@ -159,7 +159,7 @@ class Origin:
 def vae_and_text_encoders(model: Model, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
     """The weights of a full checkpoint besides the UNet, by LDM names, on the CPU."""
     config = model.patcher.model.model_config
-    if isinstance(config, DigitsModelConfig):
+    if isinstance(config, DemoModelConfig):
         raise ValueError("other programs cannot read the demo's CLIP and VAE; choose the ldm layout")
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([clip.load_model()])

@@ -120,7 +120,7 @@ def test_the_library_imports_lightly():
     """Nothing heavy beyond torch comes in with the package; counted in modules, since seconds depend on the machine."""
     code = "import torch, sys; import distill_core.cli, distill_core.training.run, distill_core.quickstart; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"diffusers", "transformers", "peft", "matplotlib", "torchvision", "sklearn", "PIL"}
+    heavy = {"diffusers", "transformers", "peft", "matplotlib", "torchvision", "PIL"}
     assert not heavy & {name.split(".")[0] for name in loaded}
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from safetensors import safe_open
 
-from distill_core.demo.scenes.score import every_prompt
+from distill_core.demo.score import every_prompt
 from distill_core.networks.files import open_unet
 from distill_core.quickstart import Settings, quickstart, work
 

@@ -51,7 +51,7 @@ save_every_steps = 2
 def made(tmp_path_factory):
     """A folder with prompts and their pictures, so that the teacher draws once for all tests."""
     folder = tmp_path_factory.mktemp("job")
-    (folder / "prompts.txt").write_text("the digit one\nthe digit two\nthe digit three\n\nthe digit four\n")
+    (folder / "prompts.txt").write_text("a cat, flat\ntwo dogs, shaded\na red bus above a key, flat\n\nthree drums, flat\n")
     (folder / "job.toml").write_text(JOB)
     prepare(Recipe.read(folder / "job.toml"))
     return folder
@@ -221,7 +221,7 @@ def test_a_run_that_cannot_be_is_refused_before_data_are_made(run, message, fold
 def test_a_range_of_guidance_is_drawn_and_learnt(tmp_path):
     pytest.importorskip("peft")
     training = 'objective = "guidance"\nguidance = 2.0\nguidance_min = 1.0\ncaption_dropout = 0.0\nlora_rank = 2'
-    (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
+    (tmp_path / "prompts.txt").write_text("a cat, flat\ntwo dogs, shaded\n")
     states = ("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2")
     path = write(tmp_path, states, ('[student]\npreset = "bk-sdm-base"\n', ""), ("[training]", f"[training]\n{training}"))
     prepared = prepare(Recipe.read(path))
@@ -258,7 +258,7 @@ def test_images_are_encoded_and_trained_on(folder, tmp_path):
     (tmp_path / "pictures").mkdir()
     for number in range(3):
         Image.new("L", (80, 64), 60 * number).save(tmp_path / "pictures" / f"{number}.png")
-        (tmp_path / "pictures" / f"{number}.txt").write_text(f"the digit {number}")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"a {('cat', 'dog', 'fox')[number]}, flat")
     job = write(folder, ('prompts = "prompts.txt"', 'images = "pictures"\ncache = "encoded"\nflip = true'))
     assert main(["train", str(job)]) == 0
     assert prepare(Recipe.read(job)).dataset.bucket_sizes == [6]

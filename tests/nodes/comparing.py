@@ -19,11 +19,11 @@ def start():
 
 
 def drawing_of(bridge, cfgs, **changes):
-    """What the models are to draw: a seven, twice for each seed."""
+    """What the models are to draw: a cat, twice for each seed."""
     clip = bridge.demo_clip()
-    positive, negative = ([[*clip.encode_from_tokens_scheduled(clip.tokenize(text))][0]] for text in ("the digit seven", ""))
+    positive, negative = ([[*clip.encode_from_tokens_scheduled(clip.tokenize(text))][0]] for text in ("a cat, flat", ""))
     settings = SETTINGS | {"latent": {"samples": torch.zeros(2, 4, 8, 8)}} | changes
-    return bridge.Drawing(positive=positive, negative=negative, vae=bridge.DigitsVAE(), cfg=cfgs, **settings)
+    return bridge.Drawing(positive=positive, negative=negative, vae=bridge.DemoVAE(), cfg=cfgs, **settings)
 
 
 def shifted(model, shift):
@@ -144,7 +144,7 @@ def judging(out):
         except ValueError as error:
             told[name] = str(error)
     try:
-        bridge.text_features(bridge.demo_clip(), "the digit seven", 24)
+        bridge.text_features(bridge.demo_clip(), "a cat, flat", 24)
     except ValueError as error:
         told["demo"] = str(error)
     Path(out).write_text(json.dumps(told))

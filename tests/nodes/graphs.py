@@ -12,7 +12,7 @@ from distill_core.networks.layouts import LAYOUTS
 PROMPT = {
     "teacher": {"class_type": "DistillLoadDemoTeacher", "inputs": {}},
     "prune": {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["teacher", 0], "preset": "bk-sdm-base"}},
-    "seven": {"class_type": "CLIPTextEncode", "inputs": {"text": "the digit seven", "clip": ["teacher", 1]}},
+    "prompt": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat, flat", "clip": ["teacher", 1]}},
     "empty": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["teacher", 1]}},
     "noise": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
 }
@@ -35,7 +35,7 @@ def save(model, prefix, **changes):
 
 def sampled(model, prefix, **changes):
     """KSampler and Save Latent for a model."""
-    inputs = {"model": model, "positive": ["seven", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 0,
+    inputs = {"model": model, "positive": ["prompt", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 0,
               "steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
     return {
         f"sample {prefix}": {"class_type": "KSampler", "inputs": inputs | changes},
@@ -58,7 +58,7 @@ def recipe(**changes):
 
 
 def teacher_data(folder, **changes):
-    inputs = {"teacher": ["teacher", 0], "clip": ["teacher", 1], "prompts": "the digit three\nthe digit four", "name": folder,
+    inputs = {"teacher": ["teacher", 0], "clip": ["teacher", 1], "prompts": "a red bus, flat\ntwo dogs, shaded", "name": folder,
               "width": 64, "height": 64, "images_per_prompt": 1, "steps": 4, "guidance": 2.0, "seed": 0, "trajectory_states": 0,
               "batch_size": 4}  # fmt: skip
     return {"class_type": "DistillTeacherDataset", "inputs": inputs | changes}

@@ -14,7 +14,7 @@ from distill_core.pruning.plan import name_map, preset, pruned
 from .graphs import PROMPT, train
 
 COMPARE = {
-    "models.model_1": ["teacher", 0], "models.model_2": ["prune", 0], "positive": ["seven", 0], "negative": ["empty", 0],
+    "models.model_1": ["teacher", 0], "models.model_2": ["prune", 0], "positive": ["prompt", 0], "negative": ["empty", 0],
     "latent_image": ["one", 0], "vae": ["teacher", 2], "names": "teacher, <b>pruned</b>", "num_seeds": 2, "seed": 5, "steps": 4,
     "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "cfg_of_each": "",
 }  # fmt: skip
@@ -58,8 +58,8 @@ def test_figures_are_those_of_the_networks(told):
     assert model(told, "student")["parameters"] == student.num_parameters
     assert model(told, "routed")["parameters"] == architecture.num_parameters + student.num_parameters
     assert model(told, "teacher")["weight_bytes"] == 4 * architecture.num_parameters
-    # What README says of the quickstart, which counts on a network of diffusers.
-    assert (round(model(told, "teacher")["gmacs"], 4), round(model(told, "student")["gmacs"], 4)) == (0.0380, 0.0249)
+    # What docs/results.md says of the quickstart, which counts on a network of diffusers.
+    assert (round(model(told, "teacher")["gmacs"], 4), round(model(told, "student")["gmacs"], 4)) == (0.0846, 0.0535)
     assert model(told, "student")["gmacs"] < model(told, "routed")["gmacs"] < model(told, "teacher")["gmacs"]
     assert all(row["peak_bytes"] > row["weight_bytes"] and row["ms_per_step"] > 0 for row in told["models"])
 
@@ -78,7 +78,7 @@ def test_images_are_those_of_ksampler_and_models_stay(told):
 
 def test_models_that_share_no_latents_are_refused(found):
     other, video = found("comparing.refusals")
-    assert other.startswith("other does not go with teacher: their latents differ (Wan21 and DigitsLatentFormat)")
+    assert other.startswith("other does not go with teacher: their latents differ (Wan21 and DemoLatentFormat)")
     assert video.startswith("video (BaseModel) is not an image model")
 
 
@@ -103,10 +103,10 @@ def test_a_graph_shows_rows_of_models_and_writes_a_report(server):
     assert result.succeeded, result.error
     with Image.open(server.output / result.outputs["show"]["images"][0]["filename"]) as opened:
         grid = np.asarray(opened.convert("L"))
-    assert grid.shape[1] >= 2 * 192 and (grid[:200] < 60).any() and (grid[-150:] < 60).any()
+    assert grid.shape[1] >= 2 * 192 and all((part < 250).mean() > 0.2 for part in (grid[:200], grid[-150:]))  # not bare paper
     (path,) = written(server)
     page = path.read_text("utf-8")
-    assert path.parent == server.output / "reports" and "2,199,268" in page and "1,489,028 (68%)" in page
+    assert path.parent == server.output / "reports" and "3,187,716" in page and "2,142,788 (67%)" in page
     assert "<script" not in page and "<b>pruned</b>" not in page and html.escape("<b>pruned</b>") in page
     assert not re.search(r'(src|href)=(?!"data:)', page)
     assert server.run(graph()).succeeded and written(server) == [path]  # from the cache

@@ -101,8 +101,8 @@ def test_trained_folders_are_loaded_by_their_run(in_one, server):
 
 
 def test_a_folder_that_was_moved_among_the_models_is_loaded(in_one, server):
-    shutil.copytree(in_one[0] / "experts", server.base / "models" / "diffusion_models" / "digits" / "three")
-    nodes = {"load": {"class_type": "DistillLoadExperts", "inputs": {"name": "digits/three"}}}
+    shutil.copytree(in_one[0] / "experts", server.base / "models" / "diffusion_models" / "demo" / "three")
+    nodes = {"load": {"class_type": "DistillLoadExperts", "inputs": {"name": "demo/three"}}}
     assert torch.equal(drawn_by(server, nodes, ["load", 0], "moved"), drawn(server, "experts in one"))
 
 
@@ -234,7 +234,7 @@ def test_boundaries_and_overlap_reach_the_students(server):
     ],
 )
 def test_settings_that_do_not_go_together_are_one_clear_sentence(changes, message, server):
-    few = {"latents": ["noise", 0], "captions": ["seven", 0], "run_name": "refused experts"}
+    few = {"latents": ["noise", 0], "captions": ["prompt", 0], "run_name": "refused experts"}
     node = experts(**few | changes)
     result = server.run({**PROMPT, "recipe": recipe(accumulation_steps=3), "train": node, **sampled(["train", 0], "x")})
     assert message in result.error and "\n" not in result.error

@@ -229,8 +229,8 @@ def opened(page, server):
 
 
 def workflow(**settings):
-    """The graph of the shipped workflow quickstart_digits without what samples, as people load it."""
-    graph = json.loads((comfyui.ROOT / "workflows" / "quickstart_digits.json").read_text("utf-8"))
+    """The graph of the shipped workflow quickstart_scenes without what samples, as people load it."""
+    graph = json.loads((comfyui.ROOT / "workflows" / "quickstart_scenes.json").read_text("utf-8"))
     kept = {"DistillLoadDemoTeacher", "CLIPTextEncode", "DistillPruneUNetBlocks", "DistillTrainStep", "DistillSaveDistilledModel"}
     graph["nodes"] = [node for node in graph["nodes"] if node["type"] in kept]
     ids = {node["id"] for node in graph["nodes"]}

@@ -14,28 +14,30 @@ from distill_core.pruning.plan import name_map, plan_in, preset
 from .graphs import PROMPT, newest, sampled, save, train
 
 
-def test_stock_nodes_draw_digits_with_the_demo_teacher(server):
-    from distill_core.demo import digits
+def test_stock_nodes_draw_scenes_with_the_demo_teacher(server):
+    from distill_core.demo.autoencoder import ScenesAutoencoder
+    from distill_core.demo.grammar import Group, Scene
+    from distill_core.demo.judge import ScenesJudge
 
     prompt = {
         **PROMPT,
         "many": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 20}},
-        **sampled(["teacher", 0], "demo", latent_image=["many", 0], steps=12),
+        **sampled(["teacher", 0], "demo", latent_image=["many", 0], steps=12, cfg=3.0),
         "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample demo", 0], "vae": ["teacher", 2]}},
         "show": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "demo"}},
     }
     result = server.run(prompt)
     assert result.succeeded and len(result.outputs["show"]["images"]) == 20
     latents = load_file(newest(server, "demo_*.latent"))["latent_tensor"]
-    classifier = digits.DigitsClassifier.bundled()
-    assert digits.accuracy(classifier, digits.decode(latents), torch.full((20,), 7)) >= 0.9
-    # The picture is the latent, at 64 pixels.
+    decoded = ScenesAutoencoder.bundled().decode(latents).clamp(-1, 1)
+    assert ScenesJudge.bundled().agrees(decoded, 20 * [Scene(Group("cat"), style="flat")]).float().mean() >= 0.9
+    # The picture is the latent, decoded.
     import numpy as np
     from PIL import Image
 
-    pixels = np.asarray(Image.open(server.output / result.outputs["show"]["images"][0]["filename"]).convert("L"))
-    expected = digits.decode(latents)[0, 0].clamp(-1, 1).add(1).mul(127.5)
-    assert pixels.shape == (64, 64) and np.abs(pixels[2::4, 2::4] - expected.numpy()).max() <= 2
+    pixels = np.asarray(Image.open(server.output / result.outputs["show"]["images"][0]["filename"]).convert("RGB"))
+    expected = decoded[0].permute(1, 2, 0).add(1).mul(127.5)
+    assert pixels.shape == (64, 64, 3) and np.abs(pixels - expected.numpy()).max() <= 2
 
 
 def test_pruned_model_is_the_teachers_weights_and_the_teacher_stays(server):
@@ -133,7 +135,7 @@ def test_core_nodes_train_and_load_a_lora_on_a_student(server):
         "pick": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
         "train": train("lora base"),
         "lora": {"class_type": "TrainLoraNode", "inputs": {
-            "model": ["train", 0], "latents": ["pick", 0], "positive": ["seven", 0], "batch_size": 1, "grad_accumulation_steps": 1,
+            "model": ["train", 0], "latents": ["pick", 0], "positive": ["prompt", 0], "batch_size": 1, "grad_accumulation_steps": 1,
             "steps": 2, "learning_rate": 1e-3, "rank": 4, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0,
             "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA",
             "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]",
@@ -163,8 +165,8 @@ def test_datasets_of_stock_nodes_are_taken_in_every_layout(server):
     pictures = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 3, "color": 8421504}}
     encoded = {"class_type": "VAEEncode", "inputs": {"pixels": ["pictures", 0], "vae": ["teacher", 2]}}
     made = {"class_type": "MakeTrainingDataset",
-            "inputs": {"images": ["pictures", 0], "vae": ["teacher", 2], "clip": ["teacher", 1], "texts": "the digit one"}}  # fmt: skip
-    for name, data in {"batch": (["encoded", 0], ["seven", 0]), "made": (["made", 0], ["made", 1])}.items():
+            "inputs": {"images": ["pictures", 0], "vae": ["teacher", 2], "clip": ["teacher", 1], "texts": "a cat, flat"}}  # fmt: skip
+    for name, data in {"batch": (["encoded", 0], ["prompt", 0]), "made": (["made", 0], ["made", 1])}.items():
         step = train(f"layout {name}", latents=data[0], captions=data[1], total_steps=1)
         result = server.run(
             {**PROMPT, "pictures": pictures, "encoded": encoded, "made": made, "train": step, "s": save(["train", 0], name)}
@@ -202,7 +204,7 @@ SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64,
         ({"x": save(["t", 0], "x"), "t": train("a", teacher=["prune", 0], student=["teacher", 0])}, "do not match: they are swapped"),
         ({"x": save(["t", 0], "x"), "t": train("a", student=["teacher", 0])}, "student and teacher are the same model"),
         ({"x": save(["t", 0], "x"), "t": train("a", batch_size=["billion", 0]), "billion": BILLION}, "batch_size must be between 1 and 65,536"),
-        ({"x": save(["t", 0], "x"), "t": train("b", latents=["small", 0], captions=["teacher", 4]), "small": SMALL}, "3 latents but 1797 captions"),
+        ({"x": save(["t", 0], "x"), "t": train("b", latents=["small", 0], captions=["teacher", 4]), "small": SMALL}, "3 latents but 4096 captions"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_sentence(change, message, server):

@@ -40,7 +40,7 @@ def test_a_plan_of_ones_own(plan, server):
 
 
 def test_an_automatic_plan_goes_straight_into_prune(server):
-    from distill_core.demo import digits
+    from distill_core.demo.grammar import NUM_TOKENS
     from distill_core.demo.teacher import LATENT_SHAPE, load_denoiser
     from distill_core.diffusion.macs import count_macs
 
@@ -50,7 +50,7 @@ def test_an_automatic_plan_goes_straight_into_prune(server):
     assert text.startswith("Chosen by recoverability: saves 3") and "For comparison by similarity" in text
     assert len(result.outputs["analyse"]["images"]) == 1
     student, teacher = open_unet(newest(server, "automatic_*.safetensors")), teacher_file()
-    macs = [count_macs(load_denoiser(file), LATENT_SHAPE, digits.NUM_TOKENS) for file in (student, teacher)]
+    macs = [count_macs(load_denoiser(file), LATENT_SHAPE, NUM_TOKENS) for file in (student, teacher)]
     assert 0.5 < macs[0] / macs[1] <= 0.7
     again = server.run({**PROMPT, "analyse": analyse(), "prune": prune(["analyse", 0]), "save": save(["prune", 0], "automatic")})
     assert "analyse" in again.cached
@@ -74,7 +74,7 @@ def test_a_bad_plan_is_one_clear_sentence(node, message, server):
     "changes,message",
     [
         ({"saving": 0.95}, "ask for less"),
-        ({"latents": ["noise", 0], "captions": ["seven", 0]}, "the latents are empty"),
+        ({"latents": ["noise", 0], "captions": ["prompt", 0]}, "the latents are empty"),
     ],
 )
 def test_what_cannot_be_analysed_is_one_clear_sentence(changes, message, server):

@@ -80,7 +80,7 @@ def routed(**changes):
 
 
 def test_the_two_nodes_draw_the_same_and_tell_the_same(server):
-    sampler = {"positive": ["seven", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 5, "steps": 6, "cfg": 2.0,
+    sampler = {"positive": ["prompt", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 5, "steps": 6, "cfg": 2.0,
                "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}  # fmt: skip
     prompt = {
         **PROMPT,
@@ -122,7 +122,7 @@ def test_a_students_folder_samples_as_its_models_do(server, tmp_path):
     folder = server.output / "distill_runs" / "two of them" / "experts"
     folder.mkdir(parents=True)
     write_experts(folder, TimestepRanges((400.0,)), [student, tmp_path / "teacher.safetensors"], teacher="")
-    sampler = {"positive": ["seven", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 5, "steps": 6, "cfg": 2.0,
+    sampler = {"positive": ["prompt", 0], "negative": ["empty", 0], "latent_image": ["noise", 0], "seed": 5, "steps": 6, "cfg": 2.0,
                "sampler_name": "heun", "scheduler": "normal", "denoise": 1.0}  # fmt: skip
     boundary = {"split": "boundaries", "split.boundaries": "400"}
     chosen = {"split": "experts folder", "split.experts": "two of them"}

@@ -114,7 +114,7 @@ def test_stock_save_and_load_lora_give_the_same_images(dora, server):
 
 
 def test_without_latents_the_model_draws_its_own_data(server):
-    few = {"without": ["latents"], "captions": ["seven", 0], "images_per_caption": 6}
+    few = {"without": ["latents"], "captions": ["prompt", 0], "images_per_caption": 6}
     folder, _ = baked(server, "lora own data", **few)
     data = server.output / "distill_data" / "lora own data"
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors")}
@@ -164,7 +164,7 @@ def test_a_pruned_student_is_a_base_too_and_another_model_a_teacher(server):
 
 
 def test_a_range_of_guidance_is_learnt_on_trajectories_of_each(server):
-    few = {"captions": ["seven", 0], "images_per_caption": 6, "guidance_min": 1.0}
+    few = {"captions": ["prompt", 0], "images_per_caption": 6, "guidance_min": 1.0}
     folder, _ = baked(server, "lora ranged", without=("latents",), **few)
     shards = (server.output / "distill_data" / "lora ranged").glob("shard-*")
     scales = [
@@ -194,12 +194,12 @@ def test_trajectories_teach_the_guidance_they_were_drawn_with(changes, message, 
         ({"run_name": "../evil"}, "run_name '../evil' must be a plain name"),
         ({"recipe": ["recipe", 0]}, "set weight_dtype to fp32"),
         ({"recipe": ["compiled", 0]}, "compile works only with Distill Train Step"),
-        ({"null_caption": ["seven", 0], "run_name": "lora baked", "latents": ["teacher", 3], "captions": ["teacher", 4]}, "was started with null_caption"),
+        ({"null_caption": ["prompt", 0], "run_name": "lora baked", "latents": ["teacher", 3], "captions": ["teacher", 4]}, "was started with null_caption"),
         ({"latents": ["wide", 0]}, "the latents have 16 channels but the model takes 4"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_clear_sentence(changes, message, server):
-    few = {"latents": ["noise", 0], "captions": ["seven", 0], "run_name": "refused lora"}
+    few = {"latents": ["noise", 0], "captions": ["prompt", 0], "run_name": "refused lora"}
     wide = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
     others = {"recipe": recipe(weight_dtype="bf16", precision="bf16"), "compiled": recipe(compile=True), "wide": wide}
     others["edm"] = {

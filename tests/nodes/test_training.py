@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from distill_core.base.storage import read_header
 from distill_core.data.cache import CachedDataset
 from distill_core.data.dataset import Bucket, Drawing, LatentDataset, draw
-from distill_core.demo import digits
+from distill_core.demo.autoencoder import ScenesAutoencoder
+from distill_core.demo.grammar import random_scenes
+from distill_core.demo.judge import ScenesJudge
 from distill_core.demo.teacher import load_dataset
+from distill_core.demo.text import ScenesTextEncoder
 from distill_core.diffusion.conditioning import Caption
 from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import preset
@@ -67,7 +70,7 @@ def test_the_recipe_reaches_the_run(server):
     ],
 )
 def test_settings_that_do_not_go_together_are_one_clear_sentence(settings, message, server):
-    few = {"latents": ["noise", 0], "captions": ["seven", 0]}  # ComfyUI writes what it was given into its report of an error
+    few = {"latents": ["noise", 0], "captions": ["prompt", 0]}  # ComfyUI writes what it was given into its report of an error
     node = train("refused", recipe=["recipe", 0], **few)
     result = server.run({**PROMPT, "recipe": recipe(**settings), "train": node, "x": save(["train", 0], "x")})
     assert message in result.error and "\n" not in result.error
@@ -209,7 +212,7 @@ def test_latents_of_several_sizes_are_trained_in_buckets(server):
     conditioning = [[[captions[i : i + 1], {}]] for i in range(8)]
     nodes = stored(server, "two sizes", latents, conditioning)
     nodes["sorted"] = {"class_type": "ResolutionBucket", "inputs": {"latents": ["data", 0], "conditioning": ["data", 1]}}
-    (null,) = digits.DigitsTextEncoder.bundled().captions([""])
+    (null,) = ScenesTextEncoder.bundled().captions([""])
     expected = LatentDataset(
         [Bucket(latents=square, contexts=captions[[0, 1, 5, 6, 7]]), Bucket(latents=wide, contexts=captions[2:5])], Caption(null)
     )
@@ -265,21 +268,20 @@ def in_diffusers(path):
 
 # --- data made by the teacher
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
 
 def test_the_teacher_draws_what_is_asked_for_and_the_student_learns_from_it(server):
-    prompts = "\n\n".join(f"the digit {digit} " for digit in DIGITS)
+    scenes = random_scenes(10, 5)
+    prompts = "\n\n".join(f"{scene.caption} " for scene in scenes)
     nodes = {
-        "data": teacher_data("digits", prompts=prompts, images_per_prompt=2, steps=12, batch_size=10),
+        "data": teacher_data("scenes", prompts=prompts, images_per_prompt=2, steps=12, guidance=3.0, batch_size=10),
         "keep": {"class_type": "SaveLatent", "inputs": {"samples": ["data", 0], "filename_prefix": "made"}},
     }
     data = {"latents": ["data", 0], "captions": ["data", 1], "null_caption": ["data", 2]}
     folder, _ = trained(server, "made", nodes, **data, total_steps=2)
     made = [load_file(path)["latent_tensor"] for path in sorted(server.output.glob("made_*.latent"))]
-    shown = torch.arange(10).repeat_interleave(2)  # in the order of the prompts
-    assert digits.accuracy(digits.DigitsClassifier.bundled(), digits.decode(torch.cat(made)), shown) >= 0.9
-    assert CachedDataset.open(server.output / "distill_data" / "digits").bucket_sizes == [20]
+    pictures = ScenesAutoencoder.bundled().decode(torch.cat(made)).clamp(-1, 1)
+    assert ScenesJudge.bundled().agrees(pictures, [scene for scene in scenes for _ in range(2)]).float().mean() >= 0.9
+    assert CachedDataset.open(server.output / "distill_data" / "scenes").bucket_sizes == [20]
     assert len(rows(folder)) == 2
 
 

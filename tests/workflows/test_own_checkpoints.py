@@ -66,7 +66,7 @@ def files(server, sd15):
     save_file(standins.lora(sd15), paths["lora"])
     save_file(standins.controlnet(), paths["controlnet"])
     paths["picture"].parent.mkdir(exist_ok=True)
-    shutil.copy(WORKFLOWS / "quickstart_digits.jpg", paths["picture"])
+    shutil.copy(WORKFLOWS / "quickstart_scenes.jpg", paths["picture"])
     yield paths
     for path in paths.values():
         path.unlink()

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill_core.demo import digits
+from distill_core.demo.grammar import Group, Scene
+from distill_core.demo.judge import ScenesJudge
 from distill_core.routing.experts import Experts
 
 from .. import comfyui
 
 WORKFLOWS = comfyui.ROOT / "workflows"
+ASKED = Scene(Group("apple", 2, "red"), "left of", Group("cat"), "flat")
+"""What the workflows of the demo draw."""
 
 
 @pytest.fixture(scope="module")
@@ -56,58 +59,63 @@ def run(path, server):
 
 
 def pictures(server, name):
-    """The pictures a workflow saved under a name, (N, 1, 16, 16)."""
+    """The pictures a workflow saved under a name, (N, 3, 64, 64) in [-1, 1]."""
     files = sorted((server.output / "distill").glob(f"{name}_*.png"))
-    pixels = np.stack([np.asarray(Image.open(f).convert("L")) for f in files])
-    return torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[:, None] / 127.5 - 1, 4)
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def share_of_sevens(server, name):
-    """Of the pictures a workflow saved under a name, how many show what was asked for."""
-    drawn = pictures(server, name)
-    return digits.accuracy(digits.DigitsClassifier.bundled(), drawn, torch.full((len(drawn),), 7))
+def share_of_right(drawn):
+    """Of pictures, how many show what the workflows ask for."""
+    return ScenesJudge.bundled().agrees(drawn, [ASKED] * len(drawn)).float().mean()
 
 
-def test_quickstart_runs_to_a_student_that_draws_digits(server):
-    run(WORKFLOWS / "quickstart_digits.json", server)
+def test_quickstart_runs_to_a_student_that_draws_scenes(server):
+    run(WORKFLOWS / "quickstart_scenes.json", server)
 
     # The saved file is the student the graph produced.
-    (saved,) = (server.output / "diffusion_models").glob("digits_student_*.safetensors")
-    checkpoint = max((server.output / "distill_runs" / "quickstart-digits" / "checkpoints").iterdir())
+    (saved,) = (server.output / "diffusion_models").glob("scenes_student_*.safetensors")
+    checkpoint = max((server.output / "distill_runs" / "quickstart-scenes" / "checkpoints").iterdir())
     ours, theirs = load_file(saved), load_file(checkpoint / "student.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n].half()) for n in ours)
 
     # Its pictures are what the teacher's are, those of the pruned model are not.
-    assert share_of_sevens(server, "teacher") >= 0.85 and share_of_sevens(server, "distilled") >= 0.85
-    assert share_of_sevens(server, "pruned") <= 0.5
+    assert share_of_right(pictures(server, "teacher")) >= 0.85 and share_of_right(pictures(server, "distilled")) >= 0.85
+    assert share_of_right(pictures(server, "pruned")) <= 0.5
 
 
 def test_a_small_model_begins_and_a_big_one_finishes(server):
     run(WORKFLOWS / "route_big_and_small.json", server)
-    assert all(share_of_sevens(server, name) >= 0.85 for name in ("big", "small_then_big"))
+    assert all(share_of_right(pictures(server, name)) >= 0.85 for name in ("big", "small_then_big"))
 
 
-def test_three_students_draw_digits_as_one_model(server):
-    run(WORKFLOWS / "o2mkd_digits.json", server)
-    experts = Experts.read(server.output / "distill_runs" / "o2mkd-digits" / "experts")
+def test_three_students_draw_scenes_as_one_model(server):
+    run(WORKFLOWS / "o2mkd_scenes.json", server)
+    experts = Experts.read(server.output / "distill_runs" / "o2mkd-scenes" / "experts")
     assert len(experts.files) == 3 and len({member.fingerprint for member in experts.members}) == 3
-    assert share_of_sevens(server, "o2mkd_teacher") >= 0.85 and share_of_sevens(server, "o2mkd_experts") >= 0.85
+    assert share_of_right(pictures(server, "o2mkd_teacher")) >= 0.85 and share_of_right(pictures(server, "o2mkd_experts")) >= 0.85
 
 
 def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):
-    run(WORKFLOWS / "bake_guidance_digits.json", server)
-    guided, baked, plain = (pictures(server, f"digits_{name}") for name in ("guided", "baked", "plain"))
+    run(WORKFLOWS / "bake_guidance_scenes.json", server)
+    guided, baked, plain = (pictures(server, f"scenes_{name}") for name in ("guided", "baked", "plain"))
     assert (baked - guided).norm() < 0.5 * (plain - guided).norm()
-    assert list((server.output / "loras").glob("digits_guided_400_steps_*.safetensors"))
+    assert list((server.output / "loras").glob("scenes_guided_400_steps_*.safetensors"))
+
+
+def test_a_student_learns_a_style_of_ones_own(server):
+    run(WORKFLOWS / "fine_tune_scenes.json", server)
+    before, after = pictures(server, "scenes_student"), pictures(server, "scenes_fine_tuned")
+    assert share_of_right(before) >= 0.5 and share_of_right(after.flip(2)) >= 0.5
 
 
 def test_three_models_are_compared_on_one_page(server):
-    graph = json.loads((WORKFLOWS / "compare_digits.json").read_text("utf-8"))
+    graph = json.loads((WORKFLOWS / "compare_scenes.json").read_text("utf-8"))
     of_type = {node["type"]: node for node in graph["nodes"]}
     (named,) = (entry for entry in of_type["DistillReport"]["inputs"] if entry["name"] == "run_name")  # typed in one place alone
     assert of_type["DistillTrainStep"]["outputs"][4] == {"name": "run_name", "type": "STRING", "links": [named["link"]]}
-    run(WORKFLOWS / "compare_digits.json", server)
-    (page,) = (server.output / "distill").glob("compare_digits_*.html")
+    run(WORKFLOWS / "compare_scenes.json", server)
+    (page,) = (server.output / "distill").glob("compare_scenes_*.html")
     text = page.read_text("utf-8")
     teacher, pruned, distilled = re.findall(r"<tr><td>(\w+)</td>.*<td>([^<]*)</td></tr>", text)
     assert (teacher[1], pruned[0], distilled[0]) == ("reference", "pruned", "distilled")

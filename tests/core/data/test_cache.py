@@ -1,5 +1,6 @@
 import json
 import logging
+from zlib import crc32
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from distill_core.base.storage import read_header
 from distill_core.data import cache
 from distill_core.data.cache import CachedDataset, CacheWriter, Entry, encode, latent_key, text_key, tile, writing
 from distill_core.data.images import fit, folder
-from distill_core.demo.encoders import DigitsEncoders
 from distill_core.diffusion.conditioning import Caption
 
 pytestmark = pytest.mark.slow
@@ -20,11 +20,30 @@ pytestmark = pytest.mark.slow
 SIZES = [(64, 64), (64, 128), (128, 64)]
 
 
-class Counting(DigitsEncoders):
-    """The demo's encoders, which remember what they were asked."""
+class Plain:
+    """Encoders whose answers are the same in any company: means of pixels, and numbers drawn for each caption."""
+
+    max_tokens, fingerprint = 10, "plain"
+
+    def num_tokens(self, captions):
+        return (len(caption.split()) for caption in captions)
+
+    def latents(self, pixels):
+        means = F.avg_pool2d(pixels, 8)
+        return torch.cat([means, means.mean(1, keepdim=True)], 1)
+
+    def captions(self, captions):
+        drawn = (torch.randn(8, 64, generator=torch.Generator().manual_seed(crc32(text.encode()))) for text in captions)
+        return [Caption(context) for context in drawn]
+
+    def decode(self, latents):
+        return F.interpolate(latents[:, :3], scale_factor=8)
+
+
+class Counting(Plain):
+    """Encoders that remember what they were asked."""
 
     def __init__(self):
-        super().__init__()
         self.num_images, self.texts = 0, []
 
     def latents(self, pixels):
@@ -56,7 +75,7 @@ def pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(9):
         size = ((70, 80), (70, 150), (140, 64))[i % 3]
-        add_picture(tmp_path / "pictures" / f"{i}.png", i, size, f"the digit {i // 2}")
+        add_picture(tmp_path / "pictures" / f"{i}.png", i, size, f"picture {i // 2}")
     return tmp_path / "pictures"
 
 
@@ -88,7 +107,7 @@ def shards(to):
 
 @pytest.mark.parametrize("dtype,precision", [("fp16", torch.float16), ("fp32", torch.float32)])
 def test_what_is_read_is_what_the_encoders_gave(dtype, precision, pictures, tmp_path, small_shards):
-    encoders, to = DigitsEncoders(), tmp_path / "cache"
+    encoders, to = Plain(), tmp_path / "cache"
     dataset = encoded(pictures, encoders, to, dtype=dtype)
     assert dataset.bucket_sizes == [3, 3, 3] and dataset.timesteps is None
     entries = {entry.latent: entry for entry in dataset.entries}
@@ -107,7 +126,7 @@ def test_what_is_read_is_what_the_encoders_gave(dtype, precision, pictures, tmp_
 
 
 def test_examples_are_picked_by_number_in_any_order(pictures, tmp_path):
-    dataset = encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    dataset = encoded(pictures, Plain(), tmp_path / "cache")
     whole, picked = dataset.read(1, torch.arange(3)), torch.tensor([2, 0, 2, 1])
     assert torch.equal(dataset.read(1, picked).latents, whole.latents[picked])
     assert torch.equal(dataset.read(1, picked).contexts, whole.contexts[picked])
@@ -132,7 +151,7 @@ def test_encoding_twice_is_encoding_once(pictures, tmp_path, small_shards):
     dataset = encoded(pictures, first, tmp_path / "cache", on_item=lambda *item: done.append(item))
     before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "cache")}
     other = encoded(pictures, again, tmp_path / "cache", verify=True)
-    assert first.num_images == 9 and sorted(first.texts) == ["", *(f"the digit {i}" for i in range(5))]
+    assert first.num_images == 9 and sorted(first.texts) == ["", *(f"picture {i}" for i in range(5))]
     assert again.num_images == 0 and again.texts == []
     assert same(dataset, other) and same(dataset, CachedDataset.open(tmp_path / "cache"))
     assert dataset.fingerprint == other.fingerprint and done == [(i + 1, 9) for i in range(9)]
@@ -143,8 +162,8 @@ def test_one_process_at_a_time_writes_and_the_second_is_told_which(pictures, tmp
     """Otherwise the index of one names what the other has not written."""
     monkeypatch.setattr("distill_core.data.cache._WAIT_S", 0.1)
     with writing(tmp_path / "cache"), pytest.raises(ValueError, match=r"cache is in use by process \d+ on"):
-        encoded(pictures, DigitsEncoders(), tmp_path / "cache")
-    assert len(encoded(pictures, DigitsEncoders(), tmp_path / "cache").entries) == 9
+        encoded(pictures, Plain(), tmp_path / "cache")
+    assert len(encoded(pictures, Plain(), tmp_path / "cache").entries) == 9
 
 
 @pytest.mark.parametrize("after", [1, 4, 8])
@@ -160,20 +179,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(after, pictures, tmp_path,
         CachedDataset.open(tmp_path / "cache")
     dataset = encoded(pictures, encoders, tmp_path / "cache")
     assert encoders.num_images == 9 and len(encoders.texts) == 6
-    whole = encoded(pictures, DigitsEncoders(), tmp_path / "whole")
+    whole = encoded(pictures, Plain(), tmp_path / "whole")
     assert same(dataset, whole) and dataset.fingerprint == whole.fingerprint
 
 
 def test_only_what_is_new_is_encoded(pictures, tmp_path):
-    to, first = tmp_path / "cache", encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    to, first = tmp_path / "cache", encoded(pictures, Plain(), tmp_path / "cache")
     (pictures / "3.txt").write_text("a three")
     add_picture(pictures / "4.png", 44, (70, 150))
-    add_picture(pictures / "9.png", 9, (70, 70), "the digit 0")
+    add_picture(pictures / "9.png", 9, (70, 70), "picture 0")
     encoders = Counting()
     dataset = encoded(pictures, encoders, to)
     assert encoders.num_images == 2 and encoders.texts == ["a three"]
     assert sum(dataset.bucket_sizes) == 10 and dataset.fingerprint != first.fingerprint
-    assert same(dataset, encoded(pictures, DigitsEncoders(), tmp_path / "fresh"))
+    assert same(dataset, encoded(pictures, Plain(), tmp_path / "fresh"))
     encoded(pictures, encoders, to, flip=True)
     assert encoders.num_images == 12  # the mirrored ones
     encode(folder(pictures), encoders, [(64, 64)], to)
@@ -192,22 +211,22 @@ def test_each_precision_and_each_encoder_has_its_own_entries(pictures, tmp_path)
 
 
 def test_mirrored_images_are_mirrored(pictures, tmp_path):
-    dataset = encoded(pictures, DigitsEncoders(), tmp_path / "cache", flip=True, dtype="fp32")
+    dataset = encoded(pictures, Plain(), tmp_path / "cache", flip=True, dtype="fp32")
     assert dataset.bucket_sizes == [6, 6, 6]
-    decoded = DigitsEncoders().decode(dataset.read(0, torch.arange(6)).latents)
+    decoded = Plain().decode(dataset.read(0, torch.arange(6)).latents)
     partners = [[torch.allclose(one, other.flip(-1), atol=1e-6) for other in decoded] for one in decoded]
     assert all(sum(row) == 1 for row in partners) and not any(partners[i][i] for i in range(6))
 
 
 def test_names_and_order_of_files_do_not_matter(pictures, tmp_path):
-    dataset = encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    dataset = encoded(pictures, Plain(), tmp_path / "cache")
     for i in range(9):
         for suffix in (".png", ".txt"):
             (pictures / f"{i}{suffix}").rename(pictures / f"renamed {9 - i}{suffix}")
-    other = encoded(pictures, DigitsEncoders(), tmp_path / "other")
+    other = encoded(pictures, Plain(), tmp_path / "other")
     assert dataset.fingerprint == other.fingerprint and same(dataset, other)
     (pictures / "renamed 1.txt").write_text("another")
-    assert encoded(pictures, DigitsEncoders(), tmp_path / "other").fingerprint != dataset.fingerprint
+    assert encoded(pictures, Plain(), tmp_path / "other").fingerprint != dataset.fingerprint
 
 
 # --- damage
@@ -253,7 +272,7 @@ DAMAGE = [flip_bits, flip_a_name, cut, cut_to_nothing, delete, forget_checksums]
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_rebuilt_to_the_bit(damage, number, pictures, tmp_path, small_shards, caplog):
     to = tmp_path / "cache"
-    whole = everything(encoded(pictures, DigitsEncoders(), to))
+    whole = everything(encoded(pictures, Plain(), to))
     damaged, encoders = shards(to)[number], Counting()
     num_entries = len(read_header(damaged).tensors)
     damage(damaged)
@@ -284,7 +303,7 @@ def test_damage_is_found_while_reading(damage, pictures, tmp_path, small_shards)
 def test_few_files_are_open_at_once(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_ENTRIES", 1)
     monkeypatch.setattr(cache, "OPEN_SHARDS", 2)
-    dataset = encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    dataset = encoded(pictures, Plain(), tmp_path / "cache")
     assert len(shards(tmp_path / "cache")) == 15
     for _ in range(2):
         everything(dataset)
@@ -394,18 +413,18 @@ def test_numbers_that_are_not_finite_are_not_stored(number, tmp_path):
 def test_a_folder_with_other_things_is_refused_and_left_alone(pictures, tmp_path):
     before = sorted(pictures.iterdir())
     with pytest.raises(ValueError, match="holds other files, such as 0.png, and no cache"):
-        encoded(pictures, DigitsEncoders(), pictures)
+        encoded(pictures, Plain(), pictures)
     assert sorted(pictures.iterdir()) == before
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; choose a folder"):
-        encoded(pictures, DigitsEncoders(), tmp_path / "file")
+        encoded(pictures, Plain(), tmp_path / "file")
 
 
 def test_what_others_put_into_a_cache_stays(pictures, tmp_path):
-    encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    encoded(pictures, Plain(), tmp_path / "cache")
     (tmp_path / "cache" / "notes.txt").write_text("mine")
     (tmp_path / "cache" / "shard-mine.safetensors").write_text("mine")
-    encoded(pictures, DigitsEncoders(), tmp_path / "cache", verify=True)
+    encoded(pictures, Plain(), tmp_path / "cache", verify=True)
     assert (tmp_path / "cache" / "notes.txt").exists() and (tmp_path / "cache" / "shard-mine.safetensors").exists()
 
 
@@ -434,12 +453,12 @@ def test_an_index_of_something_else_is_refused(text, pictures, tmp_path):
 
 def test_one_warning_counts_the_captions_that_are_cut(pictures, tmp_path, caplog):
     for number in range(20):
-        add_picture(pictures / f"long{number}.png", 100 + number, caption=f"the digit {number} " * 5)
-    encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+        add_picture(pictures / f"long{number}.png", 100 + number, caption=f"picture number {number} " * 5)
+    encoded(pictures, Plain(), tmp_path / "cache")
     cut = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
     assert len(cut) == 1 and cut[0].startswith("20 of ")
     caplog.clear()
-    encoded(pictures, DigitsEncoders(), tmp_path / "cache")
+    encoded(pictures, Plain(), tmp_path / "cache")
     assert "truncated" not in caplog.text
 
 
@@ -459,6 +478,6 @@ def test_a_damaged_picture_stops_encoding_and_what_was_encoded_stays(pictures, t
 
 def test_enlarged_images_are_told(pictures, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "distill"):
-        encode(folder(pictures), DigitsEncoders(), [(72, 72)], tmp_path / "cache", flip=True)
+        encode(folder(pictures), Plain(), [(72, 72)], tmp_path / "cache", flip=True)
     assert "9 of 9 images are smaller" in caplog.text
     assert json.loads((tmp_path / "cache" / "index.json").read_text())["format"] == "distill cache 1"

@@ -8,31 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill_core.data.encoders import DiffusersEncoders, warn_of_cut
-from distill_core.demo import digits
-from distill_core.demo.encoders import DigitsEncoders
+from distill_core.demo.encoders import ScenesEncoders
 
 pytestmark = pytest.mark.slow
 
 CAPTIONS = ["a cat", "", "a photo of a cat, on a mat", "long " * 40]
 LENGTH = 16
-
-
-# --- the demo's
-
-
-def test_digits_there_and_back():
-    encoders, latents = DigitsEncoders(), digits.encode(digits.load_digits()[0][:8])
-    pixels = encoders.decode(latents)
-    assert pixels.shape == (8, 3, 64, 64) and pixels.abs().max() <= 1
-    torch.testing.assert_close(encoders.latents(pixels), latents)
-
-
-def test_captions_of_digits():
-    encoders = DigitsEncoders()
-    seven, null = encoders.captions(["the digit seven", ""])
-    assert seven.pooled is None and seven.context.shape == null.context.shape == (digits.NUM_TOKENS, digits.CONTEXT_WIDTH)
-    assert torch.equal(seven.context, digits.DigitsTextEncoder.bundled().captions(["the digit 7"])[0])
-    assert encoders.fingerprint == DigitsEncoders().fingerprint
 
 
 # --- pipelines of diffusers
@@ -136,8 +117,8 @@ def test_captions_that_are_cut_are_counted_in_one_warning(sd, sdxl, caplog):
 
 
 def test_the_demo_counts_words(caplog):
-    warn_of_cut(["the digit seven", "the digit seven " * 3], DigitsEncoders())
-    assert "1 of 2 captions exceed the text encoder's 8 tokens" in caplog.text
+    warn_of_cut(["a cat, flat", "a cat, flat " * 4], ScenesEncoders())
+    assert "1 of 2 captions exceed the text encoder's 10 tokens" in caplog.text
 
 
 def test_a_caption_has_the_same_embedding_in_any_company(sdxl):

@@ -179,7 +179,7 @@ learning_rate = 1e-3
 
 @BOTH
 def test_a_recipe_asks_for_it_by_the_teachers_dtype(dtype, tmp_path):
-    (tmp_path / "prompts.txt").write_text("the digit 1\nthe digit 7\n")
+    (tmp_path / "prompts.txt").write_text("a cat, flat\na red bus, shaded\n")
     (tmp_path / "job.toml").write_text(JOB.format(dtype=dtype))
     prepared = prepare(Recipe.read(tmp_path / "job.toml"))
     assert prepared.models.shares_base

@@ -328,7 +328,7 @@ def test_a_second_signal_does_not_lose_what_the_first_has_promised(ending, code,
         'run = "run"\n[teacher]\nfile = "demo"\n[student]\npreset = "bk-sdm-base"\n[data]\nprompts = "prompts.txt"\n'
         'resolution = "64"\nsampler_steps = 1\n[training]\ntotal_steps = 100000\nbatch_size = 1\nsave_every_steps = 100000\n'
     )
-    (tmp_path / "prompts.txt").write_text("the digit one\n")
+    (tmp_path / "prompts.txt").write_text("a cat, flat\n")
     command = [sys.executable, "-c", textwrap.dedent(SLOW), "train", str(tmp_path / "recipe.toml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     metrics = tmp_path / "run" / "metrics.csv"

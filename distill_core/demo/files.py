@@ -1,4 +1,4 @@
-"""Where the files of the demo of scenes are, and how its small networks are read."""
+"""Where the files of the demo are, and how its small networks are read."""
 
 from __future__ import annotations
 

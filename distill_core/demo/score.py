@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...diffusion.denoiser import Denoiser
-from ...evaluation.metrics import frechet_distance
+from ..diffusion.denoiser import Denoiser
+from ..evaluation.metrics import frechet_distance
 from .drawing import as_images, draw_all
 from .grammar import CATEGORIES, Scene, prompts
 from .judge import ScenesJudge
