@@ -518,7 +518,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--rounds", type=_at_least(1), default=5, help="timed rounds (default: %(default)s)")
     command.add_argument("--dtype", choices=CODES, help="precision (default: fp16 on a GPU, else fp32)")
     command.add_argument("--no-training", action="store_true", help="measure sampling only")
-    command.add_argument("--quick", action="store_true", help="one preset, few rounds, small images on a CPU: about a minute")
+    command.add_argument("--quick", action="store_true", help="the smallest preset, few rounds, small images on a CPU: about a minute")
     _add_image(command, "bench.png")
     command.add_argument("--json", action="store_true", help="print JSON")
 

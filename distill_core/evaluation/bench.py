@@ -6,7 +6,7 @@ Nothing is loaded or downloaded: the cost of a network does not depend on its we
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -239,9 +239,11 @@ def save_picture(path: Path, image: Image, *, overwrite: bool = False) -> None:
 
 
 def quick(settings: Settings) -> Settings:
-    """Settings that take about a minute: one preset, two rounds, and small images on a CPU."""
+    """Settings that take about a minute: the preset of fewest parameters, two rounds, and small images on a CPU."""
     size_px = 128 if settings.size_px is None and device_of_choice().type == "cpu" else settings.size_px
-    return replace(settings, presets=settings.chosen[:1], num_rounds=min(2, settings.num_rounds), size_px=size_px)
+    teacher = published_teacher(settings.family)
+    smallest = min(settings.chosen, key=lambda name: pruned(teacher, name_map(teacher, preset(name))).num_parameters)
+    return replace(settings, presets=(smallest,), num_rounds=min(2, settings.num_rounds), size_px=size_px)
 
 
 def work(settings: Settings) -> int:
@@ -261,12 +263,14 @@ def bench(settings: Settings, on_step: OnStep = lambda what, count: None, device
     the free memory.
     """
     networks = _Networks(settings, device or device_of_choice())
+    teacher = networks.build(None, networks.dtype)
     rows: list[Row] = []
     full: list[Row] = []
     for name in settings.chosen:
-        of_teacher, of_student = _sampling(networks, name, partial(on_step, f"{name}, sampling"))
+        pair = {TEACHER: teacher, name: networks.build(preset(name), networks.dtype)}
+        of_teacher, of_student = _sampling(networks, pair, partial(on_step, f"{name}, sampling"))
         if settings.train:
-            of_student = _with_training(networks, name, of_student, partial(on_step, f"{name}, training"))
+            of_student = _with_training(networks, pair, of_student, partial(on_step, f"{name}, training"))
         full.append(of_teacher)
         rows.append(of_student)
     return Bench(rows=(_of_all(full), *rows), settings=_words(networks))
@@ -293,13 +297,11 @@ def _words(networks: _Networks) -> dict[str, str]:
     }
 
 
-def _sampling(networks: _Networks, name: str, on_steps: Callable[[int], None]) -> tuple[Row, Row]:
+def _sampling(networks: _Networks, pair: Mapping[str, DiffusersDenoiser], on_steps: Callable[[int], None]) -> tuple[Row, Row]:
     """The full model and a preset, sampled in turn."""
-    plans = {TEACHER: None, name: preset(name)}
-    built = {called: networks.build(plan, networks.dtype) for called, plan in plans.items()}
-    steps = {called: networks.step(network) for called, network in built.items()}
+    steps = {called: networks.step(network) for called, network in pair.items()}
     peaks = {
-        called: peak_of(step, list(built[called].network.parameters()), networks.device, WARM_UPS)
+        called: peak_of(step, list(pair[called].network.parameters()), networks.device, WARM_UPS)
         for called, step in steps.items()
     }
     on_steps(1)
@@ -310,14 +312,14 @@ def _sampling(networks: _Networks, name: str, on_steps: Callable[[int], None]) -
         on_steps(called != TEACHER)  # a round ends with the pruned network
         return seconds
 
-    seconds = in_rounds([partial(timed, called) for called in plans], settings.num_rounds)
+    seconds = in_rounds([partial(timed, called) for called in pair], settings.num_rounds)
     rows = []
-    for called, of_a_step in zip(plans, seconds, strict=True):
+    for (called, denoiser), of_a_step in zip(pair.items(), seconds, strict=True):
         rows.append(
             Row(
                 name=called,
-                parameters=built[called].architecture.num_parameters,
-                gmacs=macs_of(built[called].architecture, settings.latent_shape) / 1e9,
+                parameters=denoiser.architecture.num_parameters,
+                gmacs=macs_of(denoiser.architecture, settings.latent_shape) / 1e9,
                 ms_per_step=1000 * of_a_step,
                 time_of_full=of_a_step / seconds[0],
                 seconds_per_image=of_a_step * settings.sampler_steps / settings.batch_size,
@@ -351,28 +353,28 @@ def _forecast(networks: _Networks, plan: PruningPlan, training: TrainingSettings
     )
 
 
-def _with_training(networks: _Networks, name: str, row: Row, on_steps: Callable[[int], None]) -> Row:
-    """A row with its training measured, if the device has room for it."""
-    plan, training = preset(name), training_settings(networks.settings, networks.device)
-    needed = _forecast(networks, plan, training).total_bytes
-    free = free_bytes(networks.device)
-    if free is not None and needed > (1 - RESERVE) * free:
-        measured = TrainingRow(forecast_bytes=needed, left_out=f"only {gib(free)} free")
-        on_steps(1 + networks.settings.num_rounds)
-    else:
-        measured = _trained(networks, plan, training, needed, on_steps)
-    return replace(row, training=measured)
-
-
-def _trained(
-    networks: _Networks, plan: PruningPlan, training: TrainingSettings, needed: int, on_steps: Callable[[int], None]
-) -> TrainingRow:
+def _with_training(networks: _Networks, pair: dict[str, DiffusersDenoiser], row: Row, on_steps: Callable[[int], None]) -> Row:
+    """A row with its training measured, if the device has room for it. The student is taken out of ``pair``."""
+    plan, training = preset(row.name), training_settings(networks.settings, networks.device)
+    needed, free = _forecast(networks, plan, training).total_bytes, free_bytes(networks.device)
+    if free is not None:
+        free += sum(weight.nbytes for denoiser in pair.values() for weight in denoiser.network.parameters())  # trained, too
+        if needed > (1 - RESERVE) * free:
+            on_steps(1 + networks.settings.num_rounds)
+            return replace(row, training=TrainingRow(forecast_bytes=needed, left_out=f"only {gib(free)} free"))
+    student = pair.pop(row.name)
+    if training.weight_dtype != networks.dtype:
+        del student
+        student = networks.build(plan, training.weight_dtype)
     cost = training_cost(
         training,
-        student=networks.build(plan, training.weight_dtype),
-        teachers=Teachers.single(networks.build(None, networks.dtype), training),
+        student=student,
+        teachers=Teachers.single(pair[TEACHER], training),
         plan=plan,
         data=networks.data,
         on_step=partial(on_steps, 1),
     )
-    return TrainingRow(forecast_bytes=needed, peak_bytes=cost.peak_bytes, steps_per_second=1 / statistics.median(cost.seconds))
+    measured = TrainingRow(
+        forecast_bytes=needed, peak_bytes=cost.peak_bytes, steps_per_second=1 / statistics.median(cost.seconds)
+    )
+    return replace(row, training=measured)

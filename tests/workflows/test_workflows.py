@@ -96,10 +96,10 @@ def test_three_students_draw_scenes_as_one_model(server):
     assert share_of_right(pictures(server, "o2mkd_teacher")) >= 0.85 and share_of_right(pictures(server, "o2mkd_experts")) >= 0.85
 
 
-def test_a_lora_draws_at_cfg_1_what_the_model_draws_guided(server):
+def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server):
     run(WORKFLOWS / "bake_guidance_scenes.json", server)
-    guided, baked, plain = (pictures(server, f"scenes_{name}") for name in ("guided", "baked", "plain"))
-    assert (baked - guided).norm() < 0.5 * (plain - guided).norm()
+    guided, baked, plain = (share_of_right(pictures(server, f"scenes_{name}")) for name in ("guided", "baked", "plain"))
+    assert min(guided, baked) >= 0.85 > plain
     assert list((server.output / "loras").glob("scenes_guided_400_steps_*.safetensors"))
 
 
