@@ -76,7 +76,7 @@ def run_outputs() -> list[io.Output]:
 def learning_inputs() -> list[io.Input]:
     """Inputs that set how a student learns."""
     return [
-        *pace_inputs("0.00005 for Stable Diffusion, 0.001 for the demo.", default=5e-5),
+        *pace_inputs("0.00005 for Stable Diffusion, 0.003 for the demo.", default=5e-5),
         setting_input("objective"),
         seed_input(SEED_OF_TRAINING),
         setting_input("caption_dropout", step=0.01, advanced=True, more="Needs null_caption."),

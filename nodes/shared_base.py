@@ -70,7 +70,7 @@ class SharedBaseLoRA(io.ComfyNode):
                                      "and loss weights are set by this node."),
                 *run_inputs("baked"),
                 io.Float.Input("guidance", default=7.5, min=1.0, max=100.0, step=0.1, round=0.01, tooltip="The cfg to learn: the "
-                               "value you sample with today. 7.5 for Stable Diffusion, 2 for the demo. 1 = no guidance."),
+                               "value you sample with today. 7.5 for Stable Diffusion, 3 for the demo. 1 = no guidance."),
                 io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. 16 to 64 is usual; higher learns "
                              "more and makes a larger file."),
                 *pace_inputs("0.0001 for Stable Diffusion, 0.002 for the demo.", default=1e-4),

@@ -54,7 +54,7 @@ class TeacherDataset(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="cfg the teacher samples with: 7.5 for Stable Diffusion, 2 for the demo. 1 = no guidance, twice as "
+                    tooltip="cfg the teacher samples with: 7.5 for Stable Diffusion, 3 for the demo. 1 = no guidance, twice as "
                     "fast.",
                 ),
                 seed_input("Decides the noise. The same seed gives the same images."),

@@ -100,13 +100,15 @@ def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server):
     run(WORKFLOWS / "bake_guidance_scenes.json", server)
     guided, baked, plain = (share_of_right(pictures(server, f"scenes_{name}")) for name in ("guided", "baked", "plain"))
     assert min(guided, baked) >= 0.85 > plain
-    assert list((server.output / "loras").glob("scenes_guided_400_steps_*.safetensors"))
+    assert list((server.output / "loras").glob("scenes_guided_200_steps_*.safetensors"))
 
 
 def test_a_student_learns_a_style_of_ones_own(server):
     run(WORKFLOWS / "fine_tune_scenes.json", server)
     before, after = pictures(server, "scenes_student"), pictures(server, "scenes_fine_tuned")
-    assert share_of_right(before) >= 0.5 and share_of_right(after.flip(2)) >= 0.5
+    assert share_of_right(before) >= 0.5
+    redness = [(drawn[:, 0] - drawn[:, 2])[:, :, :24].mean() for drawn in (before, after)]  # of the two apples
+    assert redness[0] > 0.2 and redness[1] < -0.2
 
 
 def test_three_models_are_compared_on_one_page(server):
@@ -119,4 +121,4 @@ def test_three_models_are_compared_on_one_page(server):
     text = page.read_text("utf-8")
     teacher, pruned, distilled = re.findall(r"<tr><td>(\w+)</td>.*<td>([^<]*)</td></tr>", text)
     assert (teacher[1], pruned[0], distilled[0]) == ("reference", "pruned", "distilled")
-    assert float(distilled[1]) < 0.25 * float(pruned[1]) and "Loss of every step" in text
+    assert float(distilled[1]) < 0.4 * float(pruned[1]) and "Loss of every step" in text
