@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .networks.architecture import Architecture
-    from .pruning.plan import PruningPlan
+    from .pruning.plan import Network, PruningPlan
 
 
 def presets(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .evaluation.catalog import measure_presets
-    from .pruning.plan import preset_names
+    from .pruning.plan import UNETS, all_preset_names, preset, preset_names
 
     with tqdm(total=len(preset_names()), desc="measuring", file=sys.stderr, delay=1, leave=False) as progress:
         rows = measure_presets(progress.update)
+    of_transformers = [plan for plan in map(preset, all_preset_names()) if plan.teacher not in UNETS]
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        told = ("name", "title", "teacher", "source", "choice")
+        print(json.dumps([*rows, *({key: getattr(plan, key) for key in told} for plan in of_transformers)], indent=2))
         return
     print(f"{'preset':<17}{'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what is removed")
     for row in rows:
@@ -35,20 +36,25 @@ def presets(arguments: argparse.Namespace) -> None:
             f"{row['name']:<17}{row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
             f"{row['gmacs']:>8.1f} {row['gmacs_of_teacher']:>10.1%}  {row['title']}"
         )
+    print("\nFor transformers, cut by distill prune:")
+    for plan in of_transformers:
+        print(f"{plan.name:<17}{plan.teacher:<12} {plan.title}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from .networks.files import open_unet
+    from .networks.opening import open_network
     from .pruning.prune import describe
 
-    facts = describe(open_unet(arguments.file))
+    facts = describe(open_network(arguments.file))
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
-        if name != "stages":
+        if name not in ("stages", "blocks"):
             print(f"{name.replace('_', ' '):<14} {_words(value)}")
-    for stage in facts["stages"]:
+    for word, numbers in facts.get("blocks", {}).items():
+        print(f"  {word:<8} {numbers}")
+    for stage in facts.get("stages", []):
         depths = " ".join(map(str, stage["transformer_depth"]))
         print(f"  {stage['name']:<8} {stage['channels']:>5} channels  {stage['resnets']} resnets  transformer depth {depths}")
 
@@ -63,34 +69,35 @@ def _words(value: object) -> str:
 def prune(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .networks.files import open_unet
-    from .pruning.prune import prune_file
+    from .networks.files import UNetFile
+    from .networks.opening import open_network
+    from .pruning.prune import prune_file, prune_transformer_file
 
     if arguments.layout != "diffusers":
         _check_suffix(arguments.out)
-    teacher = open_unet(arguments.teacher)
+    teacher = open_network(arguments.teacher)
     plan = _plan(arguments, teacher.architecture)
+    writing = dict(layout=arguments.layout, dtype=arguments.dtype, overwrite=arguments.overwrite)
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
 
         def on_bytes(done: int, total: int) -> None:
             progress.total = total
             progress.update(done - progress.n)
 
-        pruning = prune_file(
-            teacher,
-            arguments.out,
-            plan,
-            layout=arguments.layout,
-            dtype=arguments.dtype,
-            pad=arguments.pad,
-            overwrite=arguments.overwrite,
-            on_bytes=on_bytes,
-        )
-    before, after = teacher.architecture.num_parameters, pruning.student.num_parameters
+        if isinstance(teacher, UNetFile):
+            pruning = prune_file(teacher, arguments.out, plan, pad=arguments.pad, on_bytes=on_bytes, **writing)
+            student, padding = pruning.student, pruning.padding
+            note = "" if arguments.layout == "diffusers" else teacher.sampling.loading_note(pruning.student.family)
+        elif arguments.pad:
+            raise ValueError("--pad is for UNets; ComfyUI opens a transformer with any number of blocks")
+        else:
+            student = prune_transformer_file(teacher, arguments.out, plan, on_bytes=on_bytes, **writing)
+            padding, note = (), ""
+    before, after = teacher.architecture.num_parameters, student.num_parameters
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
-    if pruning.padding:
-        print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(pruning.padding)}")
-    if note := "" if arguments.layout == "diffusers" else teacher.sampling.loading_note(pruning.student.family):
+    if padding:
+        print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(padding)}")
+    if note:
         print(note)
     print("Distil the student next: directly after pruning its images are poor.")
 
@@ -278,7 +285,7 @@ def _distinct_names(files: Sequence[Path]) -> list[str]:
     raise ValueError("a file is given twice; give another file, or --names")
 
 
-def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
+def _plan(arguments: argparse.Namespace, teacher: Network) -> PruningPlan:
     """The plan of --preset with the blocks of --keep, or of --plan: a file, or the text itself."""
     from .base.documents import read_text
     from .pruning.plan import preset
@@ -293,11 +300,11 @@ def _plan(arguments: argparse.Namespace, teacher: Architecture) -> PruningPlan:
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    from .pruning.plan import preset_names
+    from .pruning.plan import all_preset_names
     from .pruning.plan_text import EXAMPLE
 
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--preset", choices=preset_names(), help="a published plan")
+    which.add_argument("--preset", choices=all_preset_names(), help="a published plan")
     which.add_argument("--plan", help=f"a plan of your own: a file, or the text itself, such as {EXAMPLE!r} or JSON")
     command.add_argument(
         "--keep",
@@ -518,7 +525,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--rounds", type=_at_least(1), default=5, help="timed rounds (default: %(default)s)")
     command.add_argument("--dtype", choices=CODES, help="precision (default: fp16 on a GPU, else fp32)")
     command.add_argument("--no-training", action="store_true", help="measure sampling only")
-    command.add_argument("--quick", action="store_true", help="the smallest preset, few rounds, small images on a CPU: about a minute")
+    command.add_argument(
+        "--quick", action="store_true", help="the smallest preset, few rounds, small images on a CPU: about a minute"
+    )
     _add_image(command, "bench.png")
     command.add_argument("--json", action="store_true", help="print JSON")
 

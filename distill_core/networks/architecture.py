@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -241,15 +241,88 @@ class Architecture:
     def _enter_if_present(self, module: str, channels: int) -> int:
         return self._enter(module, channels) if module in self.modules else channels
 
+    # --- pruning
 
-def nodes(block: str) -> Iterable[str]:
-    """A block and everything that contains it, outermost first: ``down.2``, ``down.2.attn.0``, ``down.2.attn.0.block.3``."""
-    parts = block.split(".")
-    if parts[0] == "mid":
-        yield "mid"
-    for n in range(2, len(parts) + 1):
-        head = ".".join(parts[:n])
-        if re.search(r"\d$|sample$", head):
-            yield head
-    if len(parts) == 1:
-        yield block
+    kind = "UNet"
+    stack_words = "an attention"
+
+    def spelled_out(self, pattern: str) -> str:
+        """A pattern of blocks without ``down.inner`` and ``up.inner``."""
+        return pattern.replace("down.inner", self.stages("down")[-1]).replace("up.inner", "up.0")
+
+    def nodes(self, block: str) -> Iterable[str]:
+        """A block and everything that contains it, outermost first: ``down.2``, ``down.2.attn.0``, ``down.2.attn.0.block.3``."""
+        parts = block.split(".")
+        if parts[0] == "mid":
+            yield "mid"
+        for n in range(2, len(parts) + 1):
+            head = ".".join(parts[:n])
+            if re.search(r"\d$|sample$", head):
+                yield head
+        if len(parts) == 1:
+            yield block
+
+    def stack_of(self, block: str) -> str | None:
+        """The stack of transformer blocks that an attention holds: its blocks are this name and a number."""
+        return f"{block}.block" if kind(block) == "attn" and ".block." not in block else None
+
+    def orphans(self, removed: Set[str]) -> set[str]:
+        """The downsampling into, and the upsampling out of, removed stages."""
+
+        def remaining(side: str) -> list[str]:
+            return [s for s in self.stages(side) if any(b.startswith(f"{s}.resnet.") for b in self.blocks - removed)]
+
+        down, up = remaining("down"), remaining("up")
+        if not down or not up:
+            raise ValueError("removes every resnet on one side of the UNet; keep some")
+        return {f"{down[-1]}.downsample", f"{up[-1]}.upsample"} & (self.blocks - removed)
+
+    def check_kept(self, kept: Architecture) -> None:
+        """``ValueError`` unless the blocks of this UNet that are kept form one; its words follow the name of a plan."""
+        for end in sorted(self.modules - kept.modules):
+            if end.split(".")[0] not in ("down", "mid", "up"):
+                raise ValueError(f"removes {end}, which every UNet needs; keep it")
+        mid = {module for module in kept.modules if module.startswith("mid.")}
+        if mid not in (set(), {"mid.resnet.0"}, {"mid.resnet.0", "mid.attn.0", "mid.resnet.1"}):
+            raise ValueError(
+                f"leaves a mid block of {', '.join(sorted(mid))}, which no UNet has; keep it whole, keep one resnet of it, or remove it"
+            )
+        for attention in sorted(block for block in kept.modules if ".attn." in block):
+            if attention.replace("attn", "resnet") not in kept.modules:
+                raise ValueError(f"keeps an attention but removes the resnet before it ({attention}); remove both")
+            if not kept.depth(attention):
+                raise ValueError(f"keeps an attention without any transformer block ({attention}); remove it whole")
+        try:
+            kept.check_wiring()
+        except ValueError as error:
+            raise ValueError(f"leaves no working UNet: {error}") from error
+
+    @staticmethod
+    def renumbered(blocks: Iterable[str]) -> dict[str, str]:
+        """Renumber the remaining stages, resnets and transformer blocks from 0; an attention follows its resnet."""
+        order = sorted(blocks, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
+        numbers: dict[str, dict[str, int]] = {}
+
+        def new(scope: str, number: str) -> str:
+            seen = numbers.setdefault(scope, {})
+            return str(seen.setdefault(number, len(seen)))
+
+        # Resnets first: they give their attentions the new number.
+        for block in order:
+            if match := re.match(r"((?:down|up))\.(\d+)\.resnet\.(\d+)", block):
+                new(match[1], match[2])
+                new(f"{match[1]}.{match[2]}", match[3])
+        table = {}
+        for block in order:
+            parts = block.split(".")
+            renamed = list(parts)
+            if parts[0] in ("down", "up"):
+                renamed[1] = new(parts[0], parts[1])
+                if len(parts) > 3:
+                    renamed[3] = new(f"{parts[0]}.{parts[1]}", parts[3])
+            elif parts[:2] == ["mid", "resnet"]:
+                renamed[2] = new("mid", parts[2])
+            if len(parts) > 4 or parts[:2] == ["mid", "attn"] and len(parts) > 3:
+                renamed[-1] = new(block.rsplit(".", 1)[0], parts[-1])
+            table[block] = ".".join(renamed)
+        return table

@@ -18,6 +18,7 @@ from .architecture import Architecture
 from .diffusers_config import diffusers_config
 from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
+from .transformers.architecture import Transformer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,6 +149,11 @@ def _diffusers_folder(path: Path) -> Path | None:
 
 
 def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UNetFile:
+    if found_transformer := Transformer.find({name: tensor.shape for name, tensor in header.tensors.items()}):
+        title = found_transformer[0].of.title
+        raise ValueError(
+            f"it is {title}, a transformer: distill prune cuts it, but only UNets can be trained, analysed and compared yet"
+        )
     layout, prefix = find_unet(header.tensors)
     markers = {name: tensor for name, tensor in header.tensors.items() if is_marker(name)}
     found = {

@@ -1,4 +1,4 @@
-"""Plans of which blocks of a UNet to remove, and the teacher -> student name map that follows from a plan.
+"""Plans of which blocks of a network to remove, and the teacher -> student name map that follows from a plan.
 
 The map serves weight inheritance, the pairing of feature layers, and everything else keyed by block names.
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..base.documents import expect, lines, one_line, parse_json, read_text
-from ..networks.architecture import Architecture, nodes
-from ..networks.layouts import heads, kind
+from ..networks.architecture import Architecture
+from ..networks.layouts import heads
+from ..networks.transformers.architecture import FAMILIES, Transformer
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
+Network = TypeVar("Network", Architecture, Transformer)
 EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
 MAX_PATTERNS, MAX_PATTERN_CHARS, MAX_NAME_CHARS = 500, 100, 2000
 """Limits of a plan: several times what it takes to name every block of SDXL."""
@@ -117,8 +119,12 @@ class PruningPlan:
         return replace(self, name=f"{self.name}, other blocks kept", keep={**self.keep, **keep})
 
 
-def example_plan(teacher: Architecture) -> PruningPlan:
+def example_plan(teacher: Network) -> PruningPlan:
     """A plan that fits a teacher, as a starting point for a person."""
+    if isinstance(teacher, Transformer):
+        longest = max(teacher.of.lists, key=lambda blocks: len(teacher.numbers(blocks.path)))
+        numbers = teacher.numbers(longest.path)
+        return PruningPlan(name="mine", keep={longest.word: tuple(numbers[: len(numbers) // 2 or 1])})
     first = next(a for a in sorted(teacher.modules) if ".attn." in a)
     deep = [a for a in sorted(teacher.modules) if ".attn." in a and not a.startswith("mid") and teacher.depth(a) > 1]
     return PruningPlan(
@@ -128,16 +134,20 @@ def example_plan(teacher: Architecture) -> PruningPlan:
     )
 
 
-def preset_names(family: str | None = None) -> list[str]:
-    """Names of the published plans, or of those for one family of teachers."""
-    names = sorted(path.stem for path in PRESETS.glob("*.json"))
-    return [name for name in names if family in (None, preset(name).teacher)]
+def preset_names(*families: str) -> list[str]:
+    """Names of the plans for some families of teachers, by default for all UNets."""
+    return [name for name in all_preset_names() if preset(name).teacher in (families or UNETS)]
+
+
+def all_preset_names() -> list[str]:
+    """Names of the plans for UNets and transformers."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def preset(name: str) -> PruningPlan:
     """Published plan by name; ``ValueError`` lists the choices."""
     if not re.fullmatch(r"[\w-]+", name) or not (path := PRESETS / f"{name}.json").exists():
-        raise ValueError(f"unknown preset {name!r}; choose from {preset_names()}")
+        raise ValueError(f"unknown preset {name!r}; choose from {all_preset_names()}")
     return PruningPlan.from_json(read_text(path))
 
 
@@ -225,22 +235,25 @@ class KeptSkips:
         return cls(number, tuple(kept), mid)
 
 
-def name_map(teacher: Architecture, plan: PruningPlan) -> NameMap:
-    """Name map of a plan on a teacher; ``ValueError`` says which block is at fault if no working UNet results."""
+def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
+    """Name map of a plan on a teacher; ``ValueError`` says which block is at fault if no working network results."""
     if plan.teacher is not None and teacher.family != plan.teacher:
         raise ValueError(
-            f"{plan.name} is a plan for {_FAMILIES[plan.teacher]} UNets, but this one is {_describe(teacher)}; "
+            f"{plan.name} is a plan for {_FAMILIES[plan.teacher]} {_KINDS[plan.teacher in FAMILIES]}, but this one is {_describe(teacher)}; "
             "choose a preset made for it"
         )
     removed = set().union(*(_matching(pattern, teacher, plan.name) for pattern in plan.remove))
     for pattern, kept in plan.keep.items():
         removed |= _thinned(pattern, kept, teacher, plan.name)
     if not removed:
-        raise ValueError(f"{plan.name} removes nothing from this UNet: it keeps all transformer blocks; remove some")
-    removed |= _orphaned_resampling(teacher, removed)
-    stays = NameMap({block: block for block in teacher.blocks - removed}, frozenset(removed))
-    _check(pruned(teacher, stays), teacher, plan.name)  # under the teacher's names, for the messages
-    return NameMap(_renumber(teacher.blocks - removed), frozenset(removed))
+        raise ValueError(f"{plan.name} removes nothing from this {teacher.kind}: it keeps all transformer blocks; remove some")
+    try:
+        removed |= teacher.orphans(removed)
+        stays = NameMap({block: block for block in teacher.blocks - removed}, frozenset(removed))
+        teacher.check_kept(pruned(teacher, stays))  # under the teacher's names, for the messages
+    except ValueError as error:
+        raise ValueError(f"{plan.name} {error}") from error
+    return NameMap(teacher.renumbered(teacher.blocks - removed), frozenset(removed))
 
 
 def plan_in(metadata: Mapping[str, str]) -> PruningPlan | None:
@@ -248,9 +261,9 @@ def plan_in(metadata: Mapping[str, str]) -> PruningPlan | None:
     return PruningPlan.from_json(text) if (text := metadata.get(_METADATA)) else None
 
 
-def pruned(teacher: Architecture, mapping: NameMap) -> Architecture:
+def pruned(teacher: Network, mapping: NameMap) -> Network:
     """Architecture of the student."""
-    return Architecture(mapping.apply(teacher.shapes), teacher.head_channels)
+    return replace(teacher, shapes=mapping.apply(teacher.shapes))
 
 
 def plan_between(teacher: Architecture, student: Architecture, plan: PruningPlan | None) -> PruningPlan | None:
@@ -271,102 +284,45 @@ def plan_between(teacher: Architecture, student: Architecture, plan: PruningPlan
     )
 
 
-def _check(kept: Architecture, teacher: Architecture, plan_name: str) -> None:
-    """``ValueError`` unless the kept blocks form a UNet."""
-    for end in sorted(teacher.modules - kept.modules):
-        if end.split(".")[0] not in ("down", "mid", "up"):
-            raise ValueError(f"{plan_name} removes {end}, which every UNet needs; keep it")
-    mid = {module for module in kept.modules if module.startswith("mid.")}
-    if mid not in (set(), {"mid.resnet.0"}, {"mid.resnet.0", "mid.attn.0", "mid.resnet.1"}):
-        raise ValueError(
-            f"{plan_name} leaves a mid block of {', '.join(sorted(mid))}, which no UNet has; keep it whole, "
-            "keep one resnet of it, or remove it"
-        )
-    for attention in sorted(block for block in kept.modules if ".attn." in block):
-        if attention.replace("attn", "resnet") not in kept.modules:
-            raise ValueError(f"{plan_name} keeps an attention but removes the resnet before it ({attention}); remove both")
-        if not kept.depth(attention):
-            raise ValueError(f"{plan_name} keeps an attention without any transformer block ({attention}); remove it whole")
-    try:
-        kept.check_wiring()
-    except ValueError as error:
-        raise ValueError(f"{plan_name} leaves no working UNet: {error}") from error
+UNETS = ("sd1", "sd2", "sdxl")
+"""Families of UNets that presets are for."""
+_FAMILIES = {
+    **{"sd1": "SD1.x-shaped", "sd2": "SD2-shaped", "sdxl": "SDXL-shaped", "unet": "of no known family"},
+    **{name: family.title for name, family in FAMILIES.items()},
+}
 
 
-_FAMILIES = {"sd1": "SD1.x-shaped", "sd2": "SD2-shaped", "sdxl": "SDXL-shaped", "unet": "of no known family"}
+_KINDS = ("UNets", "transformers")
 
 
-def _describe(architecture: Architecture) -> str:
-    return f"{_FAMILIES[architecture.family]} (context width {architecture.context_width})"
+def _describe(network: Network) -> str:
+    width = "" if isinstance(network, Transformer) else f" (context width {network.context_width})"
+    return _FAMILIES[network.family] + width
 
 
-def _matching(pattern: str, teacher: Architecture, plan_name: str) -> set[str]:
+def _matching(pattern: str, teacher: Network, plan_name: str) -> set[str]:
     """Blocks a pattern removes: those it matches, and all inside them."""
-    stages = teacher.numbers("down")
-    pattern = pattern.replace("down.inner", f"down.{stages[-1]}").replace("up.inner", "up.0")
     # Merge adjacent stars: several would match the same text in more ways than can be tried.
-    expression = re.compile(re.sub(r"(?:\\\*)+", "[^.]+", re.escape(pattern)))
-    found = {block for block in teacher.blocks if any(expression.fullmatch(node) for node in nodes(block))}
+    expression = re.compile(re.sub(r"(?:\\\*)+", "[^.]+", re.escape(teacher.spelled_out(pattern))))
+    found = {block for block in teacher.blocks if any(expression.fullmatch(node) for node in teacher.nodes(block))}
     if not found:
         raise ValueError(
-            f"{plan_name} names {pattern!r}, which this UNet does not have: it is already pruned, "
+            f"{plan_name} names {pattern!r}, which this {teacher.kind} does not have: it is already pruned, "
             "or has another shape; start from the full model"
         )
     return found
 
 
-def _thinned(pattern: str, kept: Iterable[int], teacher: Architecture, plan_name: str) -> set[str]:
-    """Transformer blocks that are removed when each matching attention keeps those numbered ``kept``."""
-    attentions = {block for block in _matching(pattern, teacher, plan_name) if kind(block) == "attn" and ".block." not in block}
-    if not attentions:
-        raise ValueError(f"{plan_name} keeps transformer blocks of {pattern!r}, which is not an attention")
-    for attention in sorted(attentions):
-        if missing := set(kept) - set(teacher.numbers(f"{attention}.block")):
+def _thinned(pattern: str, kept: Iterable[int], teacher: Network, plan_name: str) -> set[str]:
+    """Blocks that are removed when each matching stack keeps those numbered ``kept``."""
+    stacks = {teacher.stack_of(block) for block in _matching(pattern, teacher, plan_name)} - {None}
+    if not stacks:
+        raise ValueError(f"{plan_name} keeps transformer blocks of {pattern!r}, which is not {teacher.stack_words}")
+    for stack in sorted(filter(None, stacks)):
+        if missing := set(kept) - set(teacher.numbers(stack)):
             raise ValueError(
-                f"{plan_name} keeps transformer block {min(missing)} of {attention}, which has {teacher.depth(attention)}: "
-                "the UNet is already pruned, or has another shape; start from the full model"
+                f"{plan_name} keeps transformer block {min(missing)} of {stack.removesuffix('.block')}, which has {len(teacher.numbers(stack))}: "
+                f"the {teacher.kind} is already pruned, or has another shape; start from the full model"
             )
-    blocks = {f"{a}.block.{n}": n for a in attentions for n in teacher.numbers(f"{a}.block")}
+    blocks = {f"{stack}.{n}": n for stack in stacks if stack for n in teacher.numbers(stack)}
     return {block for block, number in blocks.items() if number not in kept}
-
-
-def _orphaned_resampling(teacher: Architecture, removed: set[str]) -> set[str]:
-    """The downsampling into, and the upsampling out of, removed stages."""
-
-    def remaining(side: str) -> list[str]:
-        return [s for s in teacher.stages(side) if any(b.startswith(f"{s}.resnet.") for b in teacher.blocks - removed)]
-
-    down, up = remaining("down"), remaining("up")
-    if not down or not up:
-        raise ValueError("the plan removes every resnet on one side of the UNet; keep some")
-    return {f"{down[-1]}.downsample", f"{up[-1]}.upsample"} & (teacher.blocks - removed)
-
-
-def _renumber(blocks: Iterable[str]) -> dict[str, str]:
-    """Renumber the remaining stages, resnets and transformer blocks from 0; an attention follows its resnet."""
-    order = sorted(blocks, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
-    numbers: dict[str, dict[str, int]] = {}
-
-    def new(scope: str, number: str) -> str:
-        seen = numbers.setdefault(scope, {})
-        return str(seen.setdefault(number, len(seen)))
-
-    # Resnets first: they give their attentions the new number.
-    for block in order:
-        if match := re.match(r"((?:down|up))\.(\d+)\.resnet\.(\d+)", block):
-            new(match[1], match[2])
-            new(f"{match[1]}.{match[2]}", match[3])
-    table = {}
-    for block in order:
-        parts = block.split(".")
-        renamed = list(parts)
-        if parts[0] in ("down", "up"):
-            renamed[1] = new(parts[0], parts[1])
-            if len(parts) > 3:
-                renamed[3] = new(f"{parts[0]}.{parts[1]}", parts[3])
-        elif parts[:2] == ["mid", "resnet"]:
-            renamed[2] = new("mid", parts[2])
-        if len(parts) > 4 or parts[:2] == ["mid", "attn"] and len(parts) > 3:
-            renamed[-1] = new(block.rsplit(".", 1)[0], parts[-1])
-        table[block] = ".".join(renamed)
-    return table

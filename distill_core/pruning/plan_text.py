@@ -11,6 +11,9 @@ entry. A stage is ``LAYERS`` or ``LAYERS:DEPTHS``:
 
 ``mid`` is ``full``, ``none``, ``resnet`` (one resnet), or a number of transformer blocks. A side that is not named stays
 whole.
+
+A plan for a transformer names the blocks of each of its lists that stay: ``keep double 0-4,16-18 single 0,3,7``, ``none`` for
+none of a list. A list that is not named stays whole.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import re
 
 from ..base.documents import one_line
 from ..networks.architecture import Architecture
-from .plan import MAX_NAME_CHARS, PruningPlan, example_plan, name_map, preset, preset_names
+from ..networks.transformers.architecture import Transformer, ranges
+from .plan import MAX_NAME_CHARS, Network, PruningPlan, all_preset_names, example_plan, name_map, preset
 
 _NUMBERS = r"(?:[0-9]{1,4}|\[[0-9]{1,4}(?:,[0-9]{1,4})*\])"
 _STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
@@ -27,27 +31,82 @@ _ENTRY = re.compile(r"(?:\[[^\[\]]*\]|[^,])*")  # up to a comma outside brackets
 EXAMPLE = "keep down 1,1,1,1 mid none up 2,2,2,2"
 
 
-def read_plan(text: str, teacher: Architecture) -> PruningPlan:
+def read_plan(text: str, teacher: Network) -> PruningPlan:
     """A plan from what a person wrote: the name of a preset, JSON, or the line of text above.
 
     ``ValueError`` says which part cannot be read or does not fit the teacher.
     """
     text = text.strip()
-    if text in preset_names():
+    if text in all_preset_names():
         return preset(text)
     if text.startswith("{"):
         return PruningPlan.from_json(text, example_plan(teacher).to_json())
-    return _Reader(text, teacher).plan()
+    if len(text) > MAX_NAME_CHARS:
+        raise ValueError(
+            f"a plan in one line may have at most {MAX_NAME_CHARS:,} characters, got {len(text):,}; write it as JSON"
+        )
+    return _read_lists(text, teacher) if isinstance(teacher, Transformer) else _Reader(text, teacher).plan()
 
 
-def write_plan(plan: PruningPlan, teacher: Architecture) -> str:
+def write_plan(plan: PruningPlan, teacher: Network) -> str:
     """The line of text for a plan, so that ``read_plan`` of it removes the same blocks."""
     removed = name_map(teacher, plan).removed
+    if isinstance(teacher, Transformer):
+        return "keep " + " ".join(f"{word} {ranges(kept)}" for word, kept in _kept_of_lists(teacher, removed).items())
     sides = (
         f"{side} {','.join(_write_stage(stage, removed, teacher) for stage in teacher.stages(side))}" for side in ("down", "up")
     )
     down, up = sides
     return f"keep {down} mid {_write_mid(removed, teacher)} {up}"
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+
+def _kept_of_lists(teacher: Transformer, removed: frozenset[str]) -> dict[str, list[int]]:
+    return {
+        blocks.word: [n for n in teacher.numbers(blocks.path) if f"{blocks.path}.{n}" not in removed]
+        for blocks in teacher.of.lists
+    }
+
+
+def _read_lists(text: str, teacher: Transformer) -> PruningPlan:
+    def error(reason: str) -> ValueError:
+        example = write_plan(example_plan(teacher), teacher)
+        return ValueError(
+            f"cannot read the plan {one_line(text)!r}: {one_line(reason)}; an example for this transformer is {example!r}"
+        )
+
+    words = re.sub(r" ?([,-]) ?", r"\1", " ".join(text.split())).split()
+    words = words[1:] if words[:1] == ["keep"] else words
+    paths = {blocks.word: blocks.path for blocks in teacher.of.lists}
+    if len(words) % 2 or not words or not set(words[::2]) <= paths.keys() or len(set(words[::2])) * 2 != len(words):
+        raise error(f"it is not a preset, not JSON, and does not name each of {', '.join(paths)} once at most, with its blocks")
+    remove: list[str] = []
+    keep: dict[str, tuple[int, ...]] = {}
+    for word, entry in zip(words[::2], words[1::2], strict=True):
+        there, kept = teacher.numbers(paths[word]), [] if entry == "none" else _numbers(entry)
+        if kept is None or kept != sorted(set(kept)) or not set(kept) <= set(there):
+            raise error(f"{entry!r} does not list blocks of {word} in ascending order; the transformer has {ranges(there)}")
+        if not kept:
+            remove.append(word)
+        elif kept != there:
+            keep[word] = tuple(kept)
+    if not remove and not keep:
+        raise error("it keeps everything")
+    return PruningPlan(name=" ".join(text.split()), remove=tuple(remove), keep=keep)
+
+
+def _numbers(entry: str) -> list[int] | None:
+    """``0-4,7`` as numbers; None if it is no such list."""
+    found: list[int] = []
+    for part in entry.split(","):
+        if not (match := _RANGE.fullmatch(part)):
+            return None
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -62,10 +121,6 @@ class _Reader:
         self.keep: dict[str, tuple[int, ...]] = {}
 
     def plan(self) -> PruningPlan:
-        if len(self.text) > MAX_NAME_CHARS:
-            raise ValueError(
-                f"a plan in one line may have at most {MAX_NAME_CHARS:,} characters, got {len(self.text):,}; write it as JSON"
-            )
         words = re.sub(r" ?([,+:]) ?", r"\1", " ".join(self.text.split())).split()
         words = words[1:] if words[:1] == ["keep"] else words
         if len(words) % 2 or not set(words[::2]) <= {"down", "mid", "up"} or len(set(words[::2])) * 2 != len(words):

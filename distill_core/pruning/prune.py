@@ -11,6 +11,8 @@ from ..base.storage import OnBytes, fingerprint, ignore, zeros_like
 from ..networks.architecture import Architecture
 from ..networks.files import UNetFile, open_unet, save_unet
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
+from ..networks.transformers.architecture import Transformer
+from ..networks.transformers.files import TransformerFile, rewritten, save_transformer
 from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
 
 if TYPE_CHECKING:
@@ -110,6 +112,46 @@ def prune_file(
     return pruning
 
 
+def prune_transformer_file(
+    teacher: TransformerFile,
+    out: Path | str,
+    plan: PruningPlan,
+    *,
+    layout: str = "ldm",
+    dtype: str | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes = ignore,
+) -> Transformer:
+    """Cut a transformer into another file, one tensor in memory at a time; returns what is left.
+
+    What is kept is copied as it is stored, scales of quantised weights with their block. layout: ``ldm``, the network alone, or
+    ``checkpoint``, with what else the file holds. Raises ``ValueError`` if the plan does not fit, or if ``out`` exists.
+    """
+    if layout not in ("ldm", "checkpoint"):
+        raise ValueError("transformers are not written in the diffusers layout yet; write the ldm layout, which ComfyUI opens")
+    if layout == "checkpoint" and not teacher.others:
+        raise ValueError(f"{teacher.path} holds no VAE and text encoder to copy; write the ldm layout")
+    mapping = name_map(teacher.architecture, plan)
+    student = pruned(teacher.architecture, mapping)
+    whole = layout == "checkpoint"
+    save_transformer(
+        out,
+        mapping.apply(teacher.tensors),
+        student,
+        dtype=dtype,
+        prefix=teacher.prefix if whole else "",
+        others=teacher.others if whole else None,
+        overwrite=overwrite,
+        on_bytes=on_bytes,
+        metadata={
+            **rewritten(teacher.metadata, student, mapping.rename),
+            **plan.metadata,
+            "distill.teacher": fingerprint(teacher.tensors),
+        },
+    )
+    return student
+
+
 def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
     """File of a student before training: the existing one, or a new one if that has another plan or teacher."""
     try:
@@ -123,7 +165,7 @@ def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
     return open_unet(path)
 
 
-def describe(file: UNetFile) -> dict[str, Any]:
+def describe(file: UNetFile | TransformerFile) -> dict[str, Any]:
     """What ``distill inspect`` shows of a file."""
     plan = plan_in(file.metadata)
     return {**file.describe(), "pruned_by": plan.name if plan else None}

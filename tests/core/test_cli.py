@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from distill_core.cli import main
 from distill_core.demo.teacher import teacher_file
 from distill_core.networks.files import open_unet, save_unet
-from distill_core.pruning.plan import plan_in, preset_names
+from distill_core.pruning.plan import all_preset_names, plan_in
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +39,14 @@ def test_inspect_and_presets_print_json(teacher, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["family"] == "sd1" and len(facts["stages"]) == 8
     assert main(["presets", "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == preset_names()
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == {*all_preset_names()} and rows["ssd-1b"]["parameters"] and rows["flux-mini"]["teacher"] == "flux1"
+    assert main(["presets"]) == 0 and "flux-mini" in capsys.readouterr().out
 
 
 def test_inspect_reads_the_demo(capsys):
     assert main(["inspect", str(teacher_file().path)]) == 0
-    assert "2,199,268" in capsys.readouterr().out
+    assert "3,187,716" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""What a diffusion transformer is made of, read from the names and shapes of its parameters alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from . import cosmos, flux, hunyuan, ltxv, lumina, others, qwen_image, wan
+from .family import BlockList, Family, Shape
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for module in (flux, hunyuan, lumina, qwen_image, wan, ltxv, cosmos, others) for family in module.FAMILIES
+}
+"""In the order they are tried."""
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
+_QUANTISING = re.compile(
+    r"(?:^|\.)(?:scale_weight|scale_input|weight_scale|weight_scale_2|input_scale|pre_quant_scale|comfy_quant|scaled_fp8)$|^__.+__$"
+)
+"""Tensors that say how a weight is stored, or mark the whole network; they are no parameters."""
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A diffusion transformer, given by its parameter names, as ComfyUI spells them, and shapes."""
+
+    of: Family
+    shapes: Mapping[str, Shape]
+
+    @classmethod
+    def find(cls, shapes: Mapping[str, Shape]) -> tuple[Transformer, str] | None:
+        """The transformer among a file's tensors, and its prefix; None if there is none that is known.
+
+        Blocks may be numbered with gaps, as some published students are; `numbered` closes them. ``ValueError`` if its family
+        cannot be cut.
+        """
+        for prefix in PREFIXES:
+            bare = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            family = next((family for family in FAMILIES.values() if family.fits(bare)), None)
+            if family is None:
+                continue
+            if family.refusal:
+                raise ValueError(f"it is {family.title}, which cannot be cut: {family.refusal}")
+            return cls(family, bare), prefix
+        return None
+
+    @property
+    def family(self) -> str:
+        return self.of.name
+
+    @property
+    def lists(self) -> dict[str, BlockList]:
+        """Lists of blocks by what files call them."""
+        return {blocks.path: blocks for blocks in self.of.lists}
+
+    @cached_property
+    def blocks(self) -> frozenset[str]:
+        """Blocks of the lists, ``double_blocks.3``, and the first part of every other name, ``img_in``."""
+        return frozenset(self._block(name) for name in self.shapes)
+
+    def _block(self, name: str) -> str:
+        first, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        return f"{first}.{number}" if first in self.lists and number.isdigit() else first
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(prod(shape) for name, shape in self.shapes.items() if not _QUANTISING.search(name))
+
+    @property
+    def quantised(self) -> bool:
+        """Whether some weights are stored with scales of their own."""
+        return any(_QUANTISING.search(name) and not name.startswith("__") for name in self.shapes)
+
+    def numbers(self, path: str) -> list[int]:
+        """Numbers of the blocks in a list."""
+        return sorted(int(block.rpartition(".")[2]) for block in self.blocks if block.startswith(f"{path}."))
+
+    def check_whole(self) -> None:
+        """``ValueError`` unless there are enough blocks, and all of a list hold the same parameters."""
+        for path, blocks in self.lists.items():
+            numbers = self.numbers(path)
+            if len(numbers) < blocks.least:
+                raise ValueError(f"{path} has no blocks")
+            held: dict[int, dict[str, Shape]] = {number: {} for number in numbers}
+            for name, shape in self.shapes.items():
+                first, _, rest = name.partition(".")
+                if first == path and not _QUANTISING.search(name):
+                    number, _, inner = rest.partition(".")
+                    held[int(number)][inner] = () if self.quantised else shape
+            for number in numbers[1:]:
+                if held[number] != held[numbers[0]]:
+                    odd = min({*held[number].items()} ^ {*held[numbers[0]].items()})[0]
+                    raise ValueError(f"{path}.{number}.{odd} is missing or has another shape than in {path}.{numbers[0]}")
+
+    # --- pruning
+
+    kind = "transformer"
+
+    @property
+    def stack_words(self) -> str:
+        return f"one of its lists of blocks ({', '.join(blocks.word for blocks in self.of.lists)})"
+
+    def spelled_out(self, pattern: str) -> str:
+        """A pattern of blocks with the list's name as files have it: ``double.3`` is ``double_blocks.3``."""
+        word, dot, rest = pattern.partition(".")
+        return next((blocks.path for blocks in self.of.lists if blocks.word == word), word) + dot + rest
+
+    def nodes(self, block: str) -> Iterable[str]:
+        """A block and the list it is in; nothing for what is in no list, which always stays."""
+        path = block.partition(".")[0]
+        return (path, block) if path in self.lists else ()
+
+    def stack_of(self, block: str) -> str | None:
+        """The list that a block is in."""
+        path = block.partition(".")[0]
+        return path if path in self.lists else None
+
+    def orphans(self, removed: Set[str]) -> set[str]:
+        """Nothing else loses its purpose."""
+        return set()
+
+    def check_kept(self, kept: Transformer) -> None:
+        """``ValueError`` if too few blocks are kept; its words follow the name of a plan."""
+        for path, blocks in self.lists.items():
+            if len(kept.numbers(path)) < blocks.least:
+                raise ValueError(f"removes every block of {path}; keep one at least")
+        if not any(kept.numbers(path) for path in self.lists):
+            raise ValueError("removes every block; keep one at least")
+
+    @staticmethod
+    def renumbered(blocks: Iterable[str]) -> dict[str, str]:
+        """Number the remaining blocks of each list from 0."""
+        order = sorted(blocks, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
+        seen: dict[str, int] = {}
+        table = {}
+        for block in order:
+            path, dot, number = block.partition(".")
+            table[block] = f"{path}.{seen.setdefault(path, 0)}" if dot else block
+            seen[path] = seen.get(path, 0) + 1
+        return table
+
+    def describe_lists(self) -> dict[str, str]:
+        """Numbers of the blocks in each list, as text: ``0-18``."""
+        return {blocks.word: ranges(self.numbers(blocks.path)) for blocks in self.of.lists}
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as text: ``0-4,16-18``; ``none`` if there are none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"

@@ -1,0 +1,147 @@
+"""Transformers on disk: reading single files of ComfyUI's, and writing ones that it opens."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...base.documents import parse_json
+from ...base.storage import CODES, Header, OnBytes, StoredTensor, ignore, read_header, write_tensors
+from .architecture import Transformer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rename = Callable[[str], "str | None"]
+_CONFIG, _QUANTISATION = "config", "_quantization_metadata"
+
+
+@dataclass(frozen=True)
+class TransformerFile:
+    """A transformer on disk, described by its header; weights are read on demand, and as they are stored."""
+
+    path: Path
+    prefix: str
+    tensors: Mapping[str, StoredTensor]
+    """Weights, scales and markers by name without the prefix."""
+    architecture: Transformer
+    dtype: str
+    """Precision most tensors are stored in: ``bf16``, ``f8_e4m3``, ..."""
+    others: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """VAE and text encoders beside it, by their names in the file."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Summary of the network from its header, for scripts and people."""
+        return {
+            "file": str(self.path),
+            "family": self.architecture.family,
+            "layout": "comfyui" + (f", under the prefix {self.prefix}" if self.prefix else ""),
+            "dtype": self.dtype,
+            "quantised": self.architecture.quantised,
+            "parameters": self.architecture.num_parameters,
+            "with_other_models": bool(self.others),
+            "blocks": self.architecture.describe_lists(),
+        }
+
+
+def find_transformer(path: Path, header: Header) -> TransformerFile | None:
+    """The transformer in a file of ComfyUI's, None if it holds none of a known family.
+
+    ``ValueError`` in one sentence if its family cannot be cut, or if blocks are incomplete.
+    """
+    found = Transformer.find({name: tensor.shape for name, tensor in header.tensors.items()})
+    if found is None:
+        return None
+    architecture, prefix = found
+    try:
+        architecture.check_whole()
+    except ValueError as error:
+        raise ValueError(f"the transformer is incomplete or damaged: {error}; download it again") from error
+    tensors = {name: header.tensors[prefix + name] for name in architecture.shapes}
+    return TransformerFile(
+        path,
+        prefix,
+        tensors=tensors,
+        architecture=architecture,
+        dtype=Counter(tensor.code for tensor in tensors.values()).most_common(1)[0][0].lower(),
+        others={name: tensor for name, tensor in header.tensors.items() if not name.startswith(prefix)} if prefix else {},
+        metadata=header.metadata,
+    )
+
+
+def open_transformer(path: Path | str) -> TransformerFile:
+    """A transformer on disk, read from its header.
+
+    Raises ``ValueError`` in one sentence if the file is damaged, or holds no transformer that can be cut.
+    """
+    path = Path(path)
+    header = read_header(path)
+    try:
+        file = find_transformer(path, header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if file is None:
+        raise ValueError(f"{path}: it contains no transformer of a known family")
+    return file
+
+
+def save_transformer(
+    path: Path | str,
+    tensors: Mapping[str, Tensor | StoredTensor],
+    architecture: Transformer,
+    *,
+    dtype: str | None = None,
+    prefix: str = "",
+    others: Mapping[str, StoredTensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes = ignore,
+) -> None:
+    """Write a transformer as ComfyUI opens it, one tensor in memory at a time.
+
+    tensors: weights, scales and markers by name. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what is there; a quantised
+    network keeps what is there. prefix, others: of a full checkpoint. metadata: entries of the header, see `rewritten`.
+    """
+    if dtype is not None and dtype not in CODES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {sorted(CODES)}")
+    if dtype is not None and architecture.quantised:
+        raise ValueError("the weights of a quantised transformer can only be copied; leave the precision as it is")
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    codes = dict.fromkeys(named, CODES[dtype]) if dtype else {}
+    write_tensors(path, {**(others or {}), **named}, metadata or {}, codes=codes, overwrite=overwrite, on_bytes=on_bytes)
+
+
+def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename) -> dict[str, str]:
+    """A teacher's metadata made true of its student: lengths of lists, and the layers that are named in it.
+
+    ComfyUI believes both before it looks at the tensors. rename: teacher's name -> student's, None for what is removed.
+    ``ValueError`` if it cannot be read.
+    """
+    changed = dict(metadata)
+    if _CONFIG in changed:
+        config = parse_json(changed[_CONFIG], "its metadata 'config'")
+        if isinstance(of_network := config.get("transformer"), dict):
+            lengths = {blocks.depth_key: len(student.numbers(blocks.path)) for blocks in student.of.lists}
+            config["transformer"] = of_network | {key: length for key, length in lengths.items() if key in of_network}
+            changed[_CONFIG] = json.dumps(config)
+    if _QUANTISATION in changed:
+        table = parse_json(changed[_QUANTISATION], f"its metadata {_QUANTISATION!r}")
+        if isinstance(layers := table.get("layers"), dict):
+            renamed = ((_renamed(layer, rename), how) for layer, how in layers.items())
+            table["layers"] = {layer: how for layer, how in renamed if layer is not None}
+            changed[_QUANTISATION] = json.dumps(table)
+    return changed
+
+
+def _renamed(layer: str, rename: Rename) -> str | None:
+    """A layer's new name, whatever prefix it has."""
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "model.", ""):
+        if layer.startswith(prefix):
+            new = rename(layer.removeprefix(prefix))
+            return None if new is None else prefix + new
+    return layer

@@ -1,0 +1,24 @@
+"""Z-Image (Alibaba Tongyi) and Lumina 2 (Shanghai AI Laboratory): one network in two widths. Refiners stay whole."""
+
+from collections.abc import Mapping
+
+from .family import BlockList, Family, Shape
+
+_MARKS = ("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight")
+_LAYERS = (BlockList("layer", "layers", "n_layers", least=1),)
+
+
+def _width(shapes: Mapping[str, Shape]) -> int:
+    return shapes["cap_embedder.1.weight"][0]
+
+
+FAMILIES = (
+    Family(
+        "z-image",
+        "Z-Image",
+        _MARKS,
+        _LAYERS,
+        belongs=lambda shapes: _width(shapes) == 3840 and "dec_net.cond_embed.weight" not in shapes,
+    ),
+    Family("lumina2", "Lumina 2", _MARKS, _LAYERS, belongs=lambda shapes: _width(shapes) == 2304),
+)

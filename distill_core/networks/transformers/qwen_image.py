@@ -1,0 +1,13 @@
+"""Qwen-Image, its Edit and Layered versions (Alibaba Qwen)."""
+
+from .family import BlockList, Family
+
+FAMILIES = (
+    Family(
+        "qwen-image",
+        "Qwen-Image",
+        ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+        (BlockList("block", "transformer_blocks", least=1),),
+        belongs=lambda shapes: shapes["txt_norm.weight"] == (3584,),
+    ),
+)

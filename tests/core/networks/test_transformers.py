@@ -1,0 +1,326 @@
+"""Transformers: recognised by their names, cut by plans, written so that ComfyUI counts the right number of blocks."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from distill_core.cli import main
+from distill_core.networks.files import open_unet
+from distill_core.networks.opening import open_network
+from distill_core.networks.transformers.architecture import FAMILIES, Transformer, ranges
+from distill_core.networks.transformers.files import open_transformer, rewritten
+from distill_core.pruning.plan import PruningPlan, all_preset_names, name_map, plan_in, preset, preset_names, pruned
+from distill_core.pruning.plan_text import read_plan, write_plan
+from distill_core.pruning.prune import prune_transformer_file
+
+INNER = {
+    "double_blocks": ("img_attn.qkv.weight", "img_attn.norm.key_norm.scale", "txt_mlp.0.bias"),
+    "single_blocks": ("linear1.weight", "linear2.bias"),
+    "transformer_blocks": ("attn.q.weight", "norm.bias"),
+    "blocks": ("attn.q.weight", "norm.bias"),
+    "layers": ("attention.qkv.weight", "ffn_norm1.weight"),
+    "double_layers": ("attn.w1q.weight", "mlpX.c_fc1.weight"),
+    "single_layers": ("attn.w1q.weight",),
+    "visual_transformer_blocks": ("cross_attention.key_norm.weight", "feed_forward.in_layer.weight"),
+}
+"""Some parameters of the blocks of each list."""
+WIDTHS = {"z-image": 3840, "lumina2": 2304, "qwen-image": 3584}
+DEPTHS = {"double": 19, "single": 38, "block": 60, "layer": 30}
+CAN_BE_CUT = [name for name, family in FAMILIES.items() if not family.refusal]
+
+
+def shapes_of(name, depths=None):
+    """A narrow network of a family, with the parameters it is recognised by."""
+    family = FAMILIES[name]
+    shapes = {mark.split("|")[0]: (WIDTHS.get(name, 4), 4) for mark in family.marks}
+    if name == "qwen-image":
+        shapes["txt_norm.weight"] = (3584,)
+    shapes |= {"final_layer.linear.weight": (4, 4), "txt_in.individual_token_refiner.blocks.1.norm1.weight": (4,)}
+    if name != "hunyuan":
+        del shapes["txt_in.individual_token_refiner.blocks.1.norm1.weight"]
+    lists = {blocks.path for blocks in family.lists}
+    inner = {path: [*INNER[path]] for path in lists}
+    for mark in family.marks:  # what block 0 is recognised by, all blocks have
+        path, _, rest = mark.split("|")[0].partition(".0.")
+        if path in lists and rest not in inner[path]:
+            inner[path].append(rest)
+    for blocks in family.lists:
+        for number in range((depths or DEPTHS)[blocks.word]):
+            shapes |= {
+                f"{blocks.path}.{number}.{rest}": (4, 4) if rest.endswith("weight") else (4,) for rest in inner[blocks.path]
+            }
+    return shapes
+
+
+def network(name, depths=None):
+    teacher, prefix = Transformer.find(shapes_of(name, depths))
+    assert prefix == "" and teacher.family == name
+    teacher.check_whole()
+    return teacher
+
+
+def weights_of(shapes, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+SMALL = {"double": 4, "single": 6, "block": 5, "layer": 5}
+
+
+# --- recognised
+
+
+@pytest.mark.parametrize("name", CAN_BE_CUT)
+def test_a_family_is_recognised_with_its_lists(name):
+    teacher = network(name, SMALL)
+    assert teacher.describe_lists() == {blocks.word: ranges(range(SMALL[blocks.word])) for blocks in FAMILIES[name].lists}
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "net."):
+        found, at = Transformer.find({prefix + key: shape for key, shape in teacher.shapes.items()})
+        assert found == teacher and at == prefix
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].refusal])
+def test_a_family_that_cannot_be_cut_is_refused_with_the_reason(name):
+    shapes = {mark.split("|")[0]: (4, 4) for mark in FAMILIES[name].marks} | {"img_in.weight": (4, 4)}
+    if name == "wan-injected":
+        shapes["vace_patch_embedding.weight"] = (4, 4)
+    with pytest.raises(ValueError, match="which cannot be cut: ") as caught:
+        Transformer.find(shapes)
+    assert FAMILIES[name].title in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_networks_are_none_of_them(small_teacher):
+    assert Transformer.find(small_teacher.architecture.shapes) is None
+    assert Transformer.find({"transformer_blocks.0.attn.to_q.weight": (4, 4)}) is None
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("name", CAN_BE_CUT)
+def test_what_stays_is_the_teachers_numbered_from_0(name):
+    teacher = network(name, SMALL)
+    mapping = name_map(teacher, PruningPlan(name="p", keep={blocks.word: (1, 3) for blocks in teacher.of.lists}))
+    student = pruned(teacher, mapping)
+    student.check_whole()
+    for path in teacher.lists:
+        assert student.numbers(path) == [0, 1]
+        assert mapping.rename(f"{path}.3.x.weight") == f"{path}.1.x.weight" and mapping.rename(f"{path}.0.x.weight") is None
+    rest = {key for key in teacher.shapes if key.split(".")[0] not in teacher.lists}
+    assert all(mapping.rename(key) == key for key in rest)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_plan_survives_as_text(data):
+    teacher = network(data.draw(st.sampled_from(CAN_BE_CUT)), SMALL)
+    keep, remove = {}, []
+    for blocks in teacher.of.lists:
+        numbers = teacher.numbers(blocks.path)
+        kept = data.draw(st.lists(st.sampled_from(numbers), unique=True, min_size=max(1, blocks.least)))
+        if len(kept) < len(numbers):
+            keep[blocks.word] = tuple(sorted(kept))
+    if not keep:
+        return
+    plan = PruningPlan(name="p", keep=keep, remove=tuple(remove))
+    mapping = name_map(teacher, plan)
+    again = read_plan(write_plan(plan, teacher), teacher)
+    assert name_map(teacher, again) == mapping == name_map(teacher, PruningPlan.from_json(plan.to_json()))
+    student = pruned(teacher, mapping)
+    student.check_whole()
+    assert student.num_parameters == sum(
+        torch.Size(shape).numel() for key, shape in teacher.shapes.items() if mapping.rename(key) is not None
+    )
+    # Every kept block holds what one block of the teacher held, and blocks keep their order.
+    for path in teacher.lists:
+        pairs = [(int(a.split(".")[1]), int(b.split(".")[1])) for a, b in mapping.table.items() if a.startswith(f"{path}.")]
+        assert [b for _, b in sorted(pairs)] == [*range(len(pairs))]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("keep double 0-18", "it keeps everything"),
+        ("keep double 0-40", "'0-40' does not list blocks of double in ascending order; the transformer has 0-18"),
+        ("keep double 3,1", "ascending order"),
+        ("keep triple 1", "does not name each of double, single once at most"),
+        ("keep double 1 double 2", "does not name each of"),
+        ("keep double", "does not name each of"),
+        ("keep down 1 mid none", "does not name each of"),
+        ("keep double none", "removes every block of double_blocks; keep one at least"),
+        ('{"remove": ["double.50"]}', "names 'double.50', which this transformer does not have"),
+        ('{"remove": ["img_in"]}', "names 'img_in', which this transformer does not have"),
+        ('{"keep": {"double": [50]}}', "keeps transformer block 50 of double_blocks, which has 19"),
+        ("ssd-1b", "ssd-1b is a plan for SDXL-shaped UNets, but this one is Flux.1"),
+        ("qwen-image-12b", "qwen-image-12b is a plan for Qwen-Image transformers, but this one is Flux.1"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_one_clear_sentence(text, message):
+    teacher = network("flux1")
+    with pytest.raises(ValueError) as caught:
+        name_map(teacher, read_plan(text, teacher))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_transformers_plan_on_a_unet_says_whose_it_is(small_teacher):
+    with pytest.raises(ValueError, match="flux-mini is a plan for Flux.1 transformers, but this one is SD1.x-shaped"):
+        name_map(small_teacher.architecture, preset("flux-mini"))
+
+
+def test_plans_are_removed_by_word_or_by_path_and_all_of_a_list_may_go():
+    teacher = network("flux1")
+    by_word, by_path = (PruningPlan(name="p", remove=(f"{head}.5", f"{head}.1*")) for head in ("double", "double_blocks"))
+    assert name_map(teacher, by_word) == name_map(teacher, by_path)
+    none = name_map(teacher, read_plan("keep single none", teacher))
+    assert (
+        pruned(teacher, none).numbers("single_blocks") == []
+        and write_plan(read_plan("keep single none", teacher), teacher) == "keep double 0-18 single none"
+    )
+
+
+@pytest.mark.parametrize(
+    "name,kept",
+    [("flux-1-lite", {"double": 8, "single": 38}), ("flux-mini", {"double": 5, "single": 10}), ("qwen-image-12b", {"block": 35})],
+)
+def test_published_plans_keep_what_was_published(name, kept):
+    plan = preset(name)
+    teacher = network(plan.teacher)
+    student = pruned(teacher, name_map(teacher, plan))
+    assert {blocks.word: len(student.numbers(blocks.path)) for blocks in teacher.of.lists} == kept
+    assert plan.source and name in all_preset_names() and name in preset_names(plan.teacher) and name not in preset_names()
+
+
+# --- files
+
+
+@pytest.fixture
+def flux(tmp_path):
+    path = tmp_path / "flux.safetensors"
+    save_file(weights_of(shapes_of("flux1", SMALL)), path, metadata={"modelspec.title": "a Flux"})
+    return path
+
+
+def test_a_file_is_cut_and_the_rest_is_bit_equal(flux, tmp_path):
+    out = tmp_path / "out.safetensors"
+    teacher, plan = open_transformer(flux), PruningPlan(name="mine", keep={"double": (0, 3), "single": (2,)})
+    student = prune_transformer_file(teacher, out, plan)
+    before, after = load_file(flux), load_file(out)
+    mapping = name_map(teacher.architecture, plan)
+    assert {mapping.rename(name) for name in before} - {None} == after.keys()
+    assert all(torch.equal(after[new], before[name]) for name in before if (new := mapping.rename(name)))
+    file = open_network(out)
+    assert file.architecture == student and plan_in(file.metadata).keep == plan.keep
+    assert file.metadata["modelspec.title"] == "a Flux" and file.metadata["distill.teacher"]
+    with pytest.raises(ValueError, match="exists already"):
+        prune_transformer_file(teacher, out, plan)
+    assert prune_transformer_file(teacher, out, plan, dtype="bf16", overwrite=True) == student
+    assert {tensor.code for tensor in open_transformer(out).tensors.values()} == {"BF16"}
+
+
+def test_a_full_checkpoint_keeps_what_is_beside_the_network_if_asked(tmp_path):
+    path, out = tmp_path / "all.safetensors", tmp_path / "out.safetensors"
+    beside = {"vae.decoder.weight": torch.ones(3), "text_encoders.t5xxl.shared.weight": torch.ones(2, 2)}
+    save_file({f"model.diffusion_model.{n}": w for n, w in weights_of(shapes_of("flux1", SMALL)).items()} | beside, path)
+    plan = PruningPlan(name="mine", keep={"double": (1,)})
+    teacher = open_transformer(path)
+    prune_transformer_file(teacher, out, plan, layout="checkpoint")
+    file = open_transformer(out)
+    assert file.prefix == "model.diffusion_model." and file.others.keys() == beside.keys()
+    prune_transformer_file(teacher, out, plan, overwrite=True)
+    assert open_transformer(out).prefix == "" and not open_transformer(out).others
+    with pytest.raises(ValueError, match="holds no VAE and text encoder"):
+        prune_transformer_file(
+            open_transformer(out), tmp_path / "no", PruningPlan(name="p", remove=("single",)), layout="checkpoint"
+        )
+
+
+def test_gaps_in_the_numbers_are_closed(tmp_path):
+    """As PPCL's Qwen-Image has them; ComfyUI stops counting at the first."""
+    weights = weights_of(shapes_of("qwen-image", SMALL))
+    path, out = tmp_path / "gaps.safetensors", tmp_path / "out.safetensors"
+    save_file({name: weight for name, weight in weights.items() if not name.startswith("transformer_blocks.2.")}, path)
+    teacher = open_transformer(path)
+    assert teacher.describe()["blocks"] == {"block": "0-1,3-4"}
+    prune_transformer_file(teacher, out, read_plan("keep block 0,1,4", teacher.architecture))
+    assert open_transformer(out).describe()["blocks"] == {"block": "0-2"}
+    name = "transformer_blocks.{}.attn.add_q_proj.weight"
+    assert torch.equal(load_file(out)[name.format(2)], weights[name.format(4)])
+
+
+def test_scales_go_with_their_block_and_metadata_name_the_new_numbers(tmp_path):
+    weights = weights_of(shapes_of("flux1", SMALL))
+    layers = [f"double_blocks.{n}.img_attn.qkv" for n in range(4)]
+    for n, layer in enumerate(layers):
+        weights |= {f"{layer}.weight": weights[f"{layer}.weight"].to(torch.float8_e4m3fn), f"{layer}.weight_scale": torch.tensor(1.0 + n),
+                    f"{layer}.comfy_quant": torch.tensor([*b'{"format": "float8_e4m3fn"}'], dtype=torch.uint8)}  # fmt: skip
+    table = {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
+    path, out = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
+    save_file(weights, path, metadata={"_quantization_metadata": json.dumps(table)})
+    teacher = open_transformer(path)
+    assert teacher.architecture.quantised and teacher.architecture.num_parameters == network("flux1", SMALL).num_parameters
+    prune_transformer_file(teacher, out, PruningPlan(name="p", keep={"double": (1, 3)}))
+    after = load_file(out)
+    assert [after[f"double_blocks.{n}.img_attn.qkv.weight_scale"].item() for n in range(2)] == [2.0, 4.0]
+    assert torch.equal(
+        after["double_blocks.1.img_attn.qkv.weight"].view(torch.uint8), weights[f"{layers[3]}.weight"].view(torch.uint8)
+    )
+    with safe_open(out, "pt") as opened:
+        told = json.loads(opened.metadata()["_quantization_metadata"])
+    assert [*told["layers"]] == layers[:2] and told["format_version"] == "1.0"
+    with pytest.raises(ValueError, match="can only be copied"):
+        prune_transformer_file(teacher, tmp_path / "no.safetensors", PruningPlan(name="p", keep={"double": (1,)}), dtype="bf16")
+
+
+def test_a_depth_in_the_metadata_is_the_students():
+    teacher = network("ltxv", SMALL)
+    mapping = name_map(teacher, PruningPlan(name="p", keep={"block": (0, 1)}))
+    student = pruned(teacher, mapping)
+    config = {"transformer": {"num_layers": 5, "attention_head_dim": 64}, "vae": {"num_layers": 7}}
+    told = json.loads(rewritten({"config": json.dumps(config), "other": "x"}, student, mapping.rename)["config"])
+    assert told == {"transformer": {"num_layers": 2, "attention_head_dim": 64}, "vae": {"num_layers": 7}}
+    assert (
+        "num_layers"
+        not in json.loads(rewritten({"config": '{"transformer": {}}'}, student, mapping.rename)["config"])["transformer"]
+    )
+    with pytest.raises(ValueError, match="its metadata 'config'"):
+        rewritten({"config": "{"}, student, mapping.rename)
+
+
+def test_an_incomplete_file_says_what_is_missing(tmp_path):
+    weights = weights_of(shapes_of("flux1", SMALL))
+    del weights["single_blocks.3.linear1.weight"]
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"incomplete or damaged: single_blocks.3.linear1.weight is missing .* download it again"
+    ):
+        open_network(tmp_path / "x.safetensors")
+
+
+# --- commands
+
+
+def test_the_command_cuts_and_shows(flux, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main(["prune", str(flux), str(out), "--plan", "keep double 0-1 single none"]) == 0
+    assert "fewer than the teacher's" in capsys.readouterr().out
+    assert main(["inspect", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["family"] == "flux1" and facts["blocks"] == {"double": "0-1", "single": "none"}
+    assert main(["inspect", str(out)]) == 0 and "double   0-1" in capsys.readouterr().out
+    for arguments, message in {
+        ("--plan", "keep double 1", "--pad"): "--pad is for UNets",
+        ("--plan", "keep double 1", "--layout", "diffusers"): "not written in the diffusers layout yet",
+        ("--preset", "ssd-1b"): "is a plan for SDXL-shaped UNets, but this one is Flux.1",
+    }.items():
+        assert main(["prune", str(flux), str(tmp_path / "no.safetensors"), *arguments]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no.safetensors").exists()
+
+
+def test_what_needs_a_unet_says_that_this_is_a_transformer(flux):
+    with pytest.raises(ValueError, match="it is Flux.1, a transformer: distill prune cuts it, but"):
+        open_unet(flux)
