@@ -1,6 +1,6 @@
 """What reaches the quality of plain distillation in half the steps: ``python benchmarks/fewer_steps.py``.
 
-Each recipe trains students of the demo of scenes, most for half the steps of the plain one; seconds are those of training
+Each recipe trains students of the demo, most for half the steps of the plain one; seconds are those of training
 alone. Writes ``results/fewer_steps.md``, every figure measured in that run; figures are kept in ``results/fewer_steps.jsonl``
 as they come, so that an interrupted benchmark goes on.
 """

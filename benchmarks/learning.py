@@ -1,4 +1,4 @@
-"""What distillation is worth on the demo of scenes: ``python benchmarks/learning.py``.
+"""What distillation is worth on the demo: ``python benchmarks/learning.py``.
 
 Students of one size, trained for as many steps on as many examples, several seeds each: by every published objective, without
 the teacher's predictions, from random weights, and on pictures the teacher made. Writes ``results/learning.md``, every

@@ -1,4 +1,4 @@
-"""What experts of their own range are worth on the demo of scenes: ``python benchmarks/one_to_many.py``.
+"""What experts of their own range are worth on the demo: ``python benchmarks/one_to_many.py``.
 
 One, two and four experts of one size, so that a sampling step costs the same; as many training steps for each student,
 and one student trained for as long as four together. Then, at equal total steps: what experts begin as, where the

@@ -86,14 +86,14 @@ def prune(arguments: argparse.Namespace) -> None:
 
         if isinstance(teacher, UNetFile):
             pruning = prune_file(teacher, arguments.out, plan, pad=arguments.pad, on_bytes=on_bytes, **writing)
-            student, padding = pruning.student, pruning.padding
+            after, padding = pruning.student.num_parameters, pruning.padding
             note = "" if arguments.layout == "diffusers" else teacher.sampling.loading_note(pruning.student.family)
         elif arguments.pad:
             raise ValueError("--pad is for UNets; ComfyUI opens a transformer with any number of blocks")
         else:
-            student = prune_transformer_file(teacher, arguments.out, plan, on_bytes=on_bytes, **writing)
+            after = prune_transformer_file(teacher, arguments.out, plan, on_bytes=on_bytes, **writing).num_parameters
             padding, note = (), ""
-    before, after = teacher.architecture.num_parameters, student.num_parameters
+    before = teacher.architecture.num_parameters
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
     if padding:
         print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(padding)}")

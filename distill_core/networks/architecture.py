@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -277,8 +277,9 @@ class Architecture:
             raise ValueError("removes every resnet on one side of the UNet; keep some")
         return {f"{down[-1]}.downsample", f"{up[-1]}.upsample"} & (self.blocks - removed)
 
-    def check_kept(self, kept: Architecture) -> None:
-        """``ValueError`` unless the blocks of this UNet that are kept form one; its words follow the name of a plan."""
+    def check_kept(self, shapes: Mapping[str, Shape]) -> None:
+        """``ValueError`` unless the parameters of this UNet that are kept form one; its words follow the name of a plan."""
+        kept = replace(self, shapes=shapes)
         for end in sorted(self.modules - kept.modules):
             if end.split(".")[0] not in ("down", "mid", "up"):
                 raise ValueError(f"removes {end}, which every UNet needs; keep it")

@@ -19,7 +19,8 @@ from ..networks.transformers.architecture import FAMILIES, Transformer
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
-Network = TypeVar("Network", Architecture, Transformer)
+Network = Architecture | Transformer
+Same = TypeVar("Same", Architecture, Transformer)
 EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
 MAX_PATTERNS, MAX_PATTERN_CHARS, MAX_NAME_CHARS = 500, 100, 2000
 """Limits of a plan: several times what it takes to name every block of SDXL."""
@@ -250,7 +251,7 @@ def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
     try:
         removed |= teacher.orphans(removed)
         stays = NameMap({block: block for block in teacher.blocks - removed}, frozenset(removed))
-        teacher.check_kept(pruned(teacher, stays))  # under the teacher's names, for the messages
+        teacher.check_kept(stays.apply(teacher.shapes))  # under the teacher's names, for the messages
     except ValueError as error:
         raise ValueError(f"{plan.name} {error}") from error
     return NameMap(teacher.renumbered(teacher.blocks - removed), frozenset(removed))
@@ -261,7 +262,7 @@ def plan_in(metadata: Mapping[str, str]) -> PruningPlan | None:
     return PruningPlan.from_json(text) if (text := metadata.get(_METADATA)) else None
 
 
-def pruned(teacher: Network, mapping: NameMap) -> Network:
+def pruned(teacher: Same, mapping: NameMap) -> Same:
     """Architecture of the student."""
     return replace(teacher, shapes=mapping.apply(teacher.shapes))
 

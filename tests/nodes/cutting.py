@@ -43,6 +43,9 @@ TRUE |= {
     "Wan 2.2 5B": ("WAN22_T2V", _WAN | dict(dim=3072, out_dim=48, num_heads=24, ffn_dim=14336, num_layers=30, in_dim=48)),
     "Cosmos-Predict2 2B": ("CosmosT2IPredict2", _COSMOS | dict(image_model="cosmos_predict2", model_channels=2048, num_heads=16, num_blocks=28)),
     "Anima": ("Anima", _COSMOS | dict(image_model="anima", model_channels=2048, num_heads=16, num_blocks=28)),
+    "Krea 2": ("Krea2", dict(image_model="krea2", features=6144, channels=16, patch=2, layers=28, heads=48, kvheads=12, txtlayers=12, txtdim=2560)),
+    "Kandinsky 5 Lite": ("Kandinsky5", dict(image_model="kandinsky5", model_dim=1792, axes_dims=(16, 24, 24), time_dim=512, ff_dim=7168,
+                         visual_embed_dim=132, num_text_blocks=2, num_visual_blocks=32)),
     "HunyuanVideo": ("HunyuanVideo", _HUNYUAN | dict(depth=20, depth_single_blocks=40)),
 }  # fmt: skip
 

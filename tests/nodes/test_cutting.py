@@ -19,6 +19,7 @@ PARAMETERS = {
     "LTX-Video 2B": 1_923_385_472,
     "Cosmos-Predict2 2B": 1_956_405_248,
     "Anima": 2_091_068_928,
+    "Krea 2": 12_820_073_036,
 }
 STUDENTS = {
     ("Flux.1 dev", "flux-1-lite"): 8_163_264_064,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -88,8 +88,8 @@ class Transformer:
             for name, shape in self.shapes.items():
                 first, _, rest = name.partition(".")
                 if first == path and not _QUANTISING.search(name):
-                    number, _, inner = rest.partition(".")
-                    held[int(number)][inner] = () if self.quantised else shape
+                    number_text, _, inner = rest.partition(".")
+                    held[int(number_text)][inner] = () if self.quantised else shape
             for number in numbers[1:]:
                 if held[number] != held[numbers[0]]:
                     odd = min({*held[number].items()} ^ {*held[numbers[0]].items()})[0]
@@ -122,8 +122,9 @@ class Transformer:
         """Nothing else loses its purpose."""
         return set()
 
-    def check_kept(self, kept: Transformer) -> None:
+    def check_kept(self, shapes: Mapping[str, Shape]) -> None:
         """``ValueError`` if too few blocks are kept; its words follow the name of a plan."""
+        kept = replace(self, shapes=shapes)
         for path, blocks in self.lists.items():
             if len(kept.numbers(path)) < blocks.least:
                 raise ValueError(f"removes every block of {path}; keep one at least")
