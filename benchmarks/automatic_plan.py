@@ -144,6 +144,8 @@ def _predictions(found: Mapping[str, Sequence[Mapping[str, Any]]], plans: Mappin
         "both, as recoverability": lambda row: plans[row].errors.recoverability(1.0),
     }
     rows = [row for row in found if row.startswith(CHANCE_LIKE + BY)]
+    if len(rows) < 3:  # too few to be ranked
+        return []
     after = _ranks([sum(figures["error"] for figures in found[row]) for row in rows])
     return [[words, f"{correlation(_ranks([measure(row) for row in rows]), after):+.2f}"] for words, measure in measures.items()]
 

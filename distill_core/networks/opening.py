@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..base.storage import read_header
 from .files import UNetFile, open_unet
 from .transformers.files import TransformerFile, find_transformer
 
@@ -15,10 +14,4 @@ def open_network(path: Path | str) -> UNetFile | TransformerFile:
     Raises ``ValueError`` in one sentence if it does not exist, is damaged, or holds neither.
     """
     path = Path(path)
-    if path.is_file():
-        try:
-            if (file := find_transformer(path, read_header(path))) is not None:
-                return file
-        except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    return open_unet(path)
+    return (find_transformer(path) if path.is_file() else None) or open_unet(path)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 TRUE = {
@@ -115,7 +114,3 @@ def texts(teacher, plan):
         found += [keep([n for n in numbers if n != gone]) for gone in (middle, numbers[0], numbers[-1])] + [keep([middle])]
         found += [keep([])] if not blocks.least and len(teacher.of.lists) > 1 else []
     return [*found, "keep " + " ".join(halves), *plan.preset_names(teacher.family)]
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))

@@ -49,11 +49,19 @@ class TransformerFile:
         }
 
 
-def find_transformer(path: Path, header: Header) -> TransformerFile | None:
-    """The transformer in a file of ComfyUI's, None if it holds none of a known family.
+def find_transformer(path: Path) -> TransformerFile | None:
+    """The transformer in a single file, read from its header; None if it holds none of a known family.
 
-    ``ValueError`` in one sentence if its family cannot be cut, or if blocks are incomplete.
+    ``ValueError`` in one sentence if the file is damaged, its family cannot be cut, or blocks are incomplete.
     """
+    header = read_header(path)
+    try:
+        return _find(path, header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _find(path: Path, header: Header) -> TransformerFile | None:
     found = Transformer.find({name: tensor.shape for name, tensor in header.tensors.items()})
     if found is None:
         return None
@@ -79,13 +87,7 @@ def open_transformer(path: Path | str) -> TransformerFile:
 
     Raises ``ValueError`` in one sentence if the file is damaged, or holds no transformer that can be cut.
     """
-    path = Path(path)
-    header = read_header(path)
-    try:
-        file = find_transformer(path, header)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if file is None:
+    if (file := find_transformer(Path(path))) is None:
         raise ValueError(f"{path}: it contains no transformer of a known family")
     return file
 
