@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from .networks.architecture import Architecture
     from .networks.build import load_unet
     from .networks.files import open_unet, save_unet
-    from .networks.opening import open_network
+    from .networks.network import open_network
     from .preparation import prepare
     from .pruning.plan import PruningPlan, preset, preset_names
     from .pruning.plan_text import read_plan
-    from .pruning.prune import prune, prune_file, prune_transformer_file
+    from .pruning.prune import prune, prune_file
     from .recipe import Recipe
     from .routing.expert_unet import ExpertUNet
     from .routing.experts import Experts
@@ -53,14 +53,13 @@ _HOME = {
     "TrainingSettings": "training.settings",
     "distill": "training.loop",
     "load_unet": "networks.build",
-    "open_network": "networks.opening",
+    "open_network": "networks.network",
     "open_unet": "networks.files",
     "prepare": "preparation",
     "preset": "pruning.plan",
     "preset_names": "pruning.plan",
     "prune": "pruning.prune",
     "prune_file": "pruning.prune",
-    "prune_transformer_file": "pruning.prune",
     "read_plan": "pruning.plan_text",
     "remap_lora_file": "lora.remap",
     "save_unet": "networks.files",
@@ -86,7 +85,6 @@ __all__ = [
     "preset_names",
     "prune",
     "prune_file",
-    "prune_transformer_file",
     "read_plan",
     "remap_lora_file",
     "save_unet",

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .pruning.plan import Network, PruningPlan
+    from .networks.network import Network
+    from .pruning.plan import PruningPlan
 
 
 def presets(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .evaluation.catalog import measure_presets
-    from .pruning.plan import UNETS, all_preset_names, preset, preset_names
+    from .networks.network import UNETS
+    from .pruning.plan import all_preset_names, preset, preset_names
 
     with tqdm(total=len(preset_names()), desc="measuring", file=sys.stderr, delay=1, leave=False) as progress:
         rows = measure_presets(progress.update)
@@ -42,7 +44,7 @@ def presets(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from .networks.opening import open_network
+    from .networks.network import open_network
     from .pruning.prune import describe
 
     facts = describe(open_network(arguments.file))
@@ -69,35 +71,34 @@ def _words(value: object) -> str:
 def prune(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .networks.files import UNetFile
-    from .networks.opening import open_network
-    from .pruning.prune import prune_file, prune_transformer_file
+    from .networks.network import open_network
+    from .pruning.prune import prune_file
 
     if arguments.layout != "diffusers":
         _check_suffix(arguments.out)
     teacher = open_network(arguments.teacher)
     plan = _plan(arguments, teacher.architecture)
-    writing = dict(layout=arguments.layout, dtype=arguments.dtype, overwrite=arguments.overwrite)
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
 
         def on_bytes(done: int, total: int) -> None:
             progress.total = total
             progress.update(done - progress.n)
 
-        if isinstance(teacher, UNetFile):
-            pruning = prune_file(teacher, arguments.out, plan, pad=arguments.pad, on_bytes=on_bytes, **writing)
-            after, padding = pruning.student.num_parameters, pruning.padding
-            note = "" if arguments.layout == "diffusers" else teacher.sampling.loading_note(pruning.student.family)
-        elif arguments.pad:
-            raise ValueError("--pad is for UNets; ComfyUI opens a transformer with any number of blocks")
-        else:
-            after = prune_transformer_file(teacher, arguments.out, plan, on_bytes=on_bytes, **writing).num_parameters
-            padding, note = (), ""
-    before = teacher.architecture.num_parameters
+        pruning = prune_file(
+            teacher,
+            arguments.out,
+            plan,
+            layout=arguments.layout,
+            dtype=arguments.dtype,
+            pad=arguments.pad,
+            overwrite=arguments.overwrite,
+            on_bytes=on_bytes,
+        )
+    before, after = teacher.architecture.num_parameters, pruning.student.num_parameters
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
-    if padding:
-        print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(padding)}")
-    if note:
+    if pruning.padding:
+        print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(pruning.padding)}")
+    if note := teacher.loading_note(pruning.student, arguments.layout):
         print(note)
     print("Distil the student next: directly after pruning its images are poor.")
 
@@ -157,11 +158,11 @@ def train(arguments: argparse.Namespace) -> None:
 
 def remap_lora(arguments: argparse.Namespace) -> None:
     from .lora.remap import remap_lora_file
-    from .networks.files import open_unet
+    from .networks.network import open_network
     from .pruning.plan import name_map
 
     _check_suffix(arguments.out)
-    teacher = open_unet(arguments.teacher).architecture
+    teacher = open_network(arguments.teacher).architecture
     mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
         arguments.lora, arguments.out, teacher, mapping, layout=arguments.layout, overwrite=arguments.overwrite

@@ -70,8 +70,8 @@ class RemapLoRAToStudent(io.ComfyNode):
         source = bridge.Model(teacher)
         mapping = bridge.Model(student).mapping_from(source)
         stored, metadata = read_header(bridge.file_in("loras", lora_name))
-        # names that ComfyUI always reads
-        remapped = remap_lora(stored, source.architecture, mapping, metadata=metadata, layout="ldm")
+        # a UNet's in names that ComfyUI always reads
+        remapped = remap_lora(stored, source.network, mapping, metadata=metadata, layout="ldm")
         lora = remapped.read()
         summary = remapped.describe()
         bridge.show_text(summary, cls.hidden.unique_id)

@@ -5,11 +5,45 @@ from comfy_api.latest import io, ui
 
 from ..distill_core.base.settings import limits_of
 from ..distill_core.evaluation import plots
+from ..distill_core.networks.network import TRANSFORMERS, UNETS, Network
+from ..distill_core.networks.transformers.architecture import FAMILIES
 from ..distill_core.pruning.analyse import CRITERIA, Planner, Settings, decide, examples, report, score
 from ..distill_core.pruning.plan import preset, preset_names
-from ..distill_core.pruning.plan_text import EXAMPLE, read_plan, write_plan
+from ..distill_core.pruning.plan_text import EXAMPLE, EXAMPLE_OF_TRANSFORMERS, read_plan, write_plan
 from . import bridge
 from .inputs import seed_input, setting_input
+
+
+def _prune_inputs(teacher: str, presets: str, names: list[str], ways: str) -> list[io.Input]:
+    """Inputs of the nodes that prune. teacher: what a MODEL may be. presets: what their titles say. ways: to write a plan."""
+    of_presets = (f"{name} (for {preset(name).teacher}): {preset(name).title}." for name in names)
+    return [
+        io.Model.Input("model", tooltip=f"The full model: the teacher. {teacher}"),
+        io.Combo.Input("preset", options=names, default=names[0], tooltip=" ".join([presets, *of_presets])),
+        io.String.Input(
+            "plan",
+            default="",
+            optional=True,
+            tooltip=f"A plan of your own instead of the preset: {ways}. Leave it empty to use the preset.",
+        ),
+    ]
+
+
+def _prune_outputs(node: str, after: str) -> list[io.Output]:
+    return [
+        io.Model.Output(display_name="student", tooltip=f"The pruned model. {after}"),
+        io.String.Output(display_name="summary", tooltip="What was removed, in one line."),
+        io.String.Output(display_name="plan", tooltip=f"The plan as one line of text, for another {node}."),
+    ]
+
+
+def _prune(node: type[io.ComfyNode], teacher: bridge.Model, network: Network, plan: str, pad: bool = False) -> io.NodeOutput:
+    student = bridge.Model(bridge.prune_model(teacher, read_plan(plan, network), pad))
+    before, after = network.num_parameters, student.network.num_parameters
+    summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
+    bridge.show_text(summary, node.hidden.unique_id)
+    assert student.plan is not None  # it was pruned just now
+    return io.NodeOutput(student.patcher, summary, write_plan(student.plan, network))
 
 
 class PruneUNetBlocks(io.ComfyNode):
@@ -23,22 +57,11 @@ class PruneUNetBlocks(io.ComfyNode):
             "and faster; its images are poor until you distil it. The input MODEL does not change.",
             search_aliases=["remove blocks", "prune", "block removal", "BK-SDM", "SSD-1B", "small model", "distill", "compress"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The full model: the teacher. SD1.x, SD2, SDXL and their fine-tunes, or the demo's."
-                ),
-                io.Combo.Input(
-                    "preset",
-                    options=preset_names(),
-                    default="bk-sdm-base",
-                    tooltip="Which blocks to remove. "
-                    + " ".join(f"{name} (for {preset(name).teacher}): {preset(name).title}." for name in preset_names()),
-                ),
-                io.String.Input(
-                    "plan",
-                    default="",
-                    optional=True,
-                    tooltip=f"A plan of your own instead of the preset: one line such as '{EXAMPLE}', JSON, or the output of "
-                    "Analyse UNet Blocks. Leave it empty to use the preset.",
+                *_prune_inputs(
+                    "SD1.x, SD2, SDXL and their fine-tunes, or the demo's.",
+                    "Which blocks to remove.",
+                    preset_names(*UNETS),
+                    f"one line such as '{EXAMPLE}', JSON, or the output of Analyse UNet Blocks",
                 ),
                 io.Boolean.Input(
                     "pad",
@@ -49,25 +72,42 @@ class PruneUNetBlocks(io.ComfyNode):
                     "stay the same, the file gets larger.",
                 ),
             ],
-            outputs=[
-                io.Model.Output(display_name="student", tooltip="The pruned model. Connect it to Distill Train Step."),
-                io.String.Output(display_name="summary", tooltip="What was removed, in one line."),
-                io.String.Output(display_name="plan", tooltip="The plan as one line of text, for another Prune UNet Blocks."),
-            ],
+            outputs=_prune_outputs("Prune UNet Blocks", "Connect it to Distill Train Step."),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, preset: str, plan: str = "", pad: bool = False) -> io.NodeOutput:
         teacher = bridge.Model(model)
-        student = bridge.Model(
-            bridge.prune_model(teacher, read_plan(plan if plan.strip() else preset, teacher.architecture), pad)
-        )
-        before, after = (read.architecture.num_parameters for read in (teacher, student))
-        summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
-        bridge.show_text(summary, cls.hidden.unique_id)
-        assert student.plan is not None  # it was pruned just now
-        return io.NodeOutput(student.patcher, summary, write_plan(student.plan, teacher.architecture))
+        return _prune(cls, teacher, teacher.architecture, plan.strip() or preset, pad)
+
+
+class PruneTransformerBlocks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillPruneTransformerBlocks",
+            display_name="Prune Transformer Blocks",
+            category="distill",
+            description="Removes blocks from a diffusion transformer (Flux, Z-Image, Qwen-Image, Wan and others) and keeps the "
+            "weights of the rest, quantised ones as they are. The result is an ordinary MODEL, smaller and faster, that stock "
+            "ComfyUI opens once it is saved. Its images suffer, the more the more you remove. The input MODEL does not change.",
+            search_aliases=["remove blocks", "prune", "flux", "flux lite", "flux mini", "z-image", "qwen", "wan", "small model",
+                            "block removal", "depth", "distill", "compress"],
+            inputs=_prune_inputs(
+                f"{', '.join(FAMILIES[name].title for name in TRANSFORMERS)}, and their fine-tunes.",
+                "Which blocks stay.",
+                preset_names(*TRANSFORMERS),
+                f"one line such as '{EXAMPLE_OF_TRANSFORMERS}', or JSON",
+            ),
+            outputs=_prune_outputs("Prune Transformer Blocks", "Connect it to a sampler, or to Save Distilled Model."),
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, preset: str, plan: str = "") -> io.NodeOutput:
+        teacher = bridge.Model(model)
+        return _prune(cls, teacher, teacher.transformer, plan.strip() or preset)
 
 
 class AnalyseUNetBlocks(io.ComfyNode):
@@ -125,4 +165,4 @@ class AnalyseUNetBlocks(io.ComfyNode):
         )
 
 
-NODES = [PruneUNetBlocks, AnalyseUNetBlocks]
+NODES = [PruneUNetBlocks, PruneTransformerBlocks, AnalyseUNetBlocks]

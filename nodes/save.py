@@ -4,9 +4,10 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.storage import CODES
-from ..distill_core.networks.files import FILE_LAYOUTS, save_unet
+from ..distill_core.networks.files import FILE_LAYOUTS
 from . import bridge
 
+AS_IT_IS = "as it is"
 STUDENT_FOLDER = "diffusion_models"  # where the stock Load Diffusion Model looks
 DEFAULT_FOLDERS = {"ldm": "diffusion_models", "checkpoint": "checkpoints", "diffusers": "diffusers"}
 
@@ -32,9 +33,10 @@ class SaveDistilledModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(CODES),
-                    default="fp16",
-                    tooltip="Precision of the weights. fp16 is half the size of fp32; most published checkpoints use it.",
+                    options=[AS_IT_IS, *CODES],
+                    default=AS_IT_IS,
+                    tooltip="Precision of the weights: as the MODEL holds them, or another. fp16 is what most published UNets use, "
+                    "bf16 what most transformers need; fp32 doubles the size. Quantised transformers are saved as they are.",
                 ),
                 io.Combo.Input(
                     "layout",
@@ -58,20 +60,9 @@ class SaveDistilledModel(io.ComfyNode):
         if slash and first in DEFAULT_FOLDERS.values():
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
         path = bridge.output_path(filename_prefix, "" if layout == "diffusers" else ".safetensors")
-        read = bridge.Model(model)
-        save_unet(
-            path,
-            read.state_dict(),
-            read.architecture,
-            layout=layout,
-            dtype=dtype,
-            sampling=read.sampling,
-            others=bridge.vae_and_text_encoders(read, clip, vae) if layout == "checkpoint" else None,
-            metadata=None if read.origin is None else read.origin.metadata,
-        )
-        note = "\n".join(
-            filter(None, [f"Saved {path}", "" if layout == "diffusers" else read.sampling.loading_note(read.architecture.family)])
-        )
+        precision = None if dtype == AS_IT_IS else dtype
+        loading_note = bridge.save_model(bridge.Model(model), path, layout=layout, dtype=precision, clip=clip, vae=vae)
+        note = "\n".join(filter(None, [f"Saved {path}", loading_note]))
         bridge.show_text(note, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(note))
 

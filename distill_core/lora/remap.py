@@ -14,7 +14,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,14 +22,17 @@ from ..base.storage import StoredTensor, read_header, write_tensors
 from ..networks.architecture import Architecture
 from ..networks.layouts import heads, layout_named
 from ..networks.lora_names import _DIALECTS, _TRANSLATED_PREFIX, _paths, comfyui_reads_diffusers_names
+from ..networks.network import Network
 from ..pruning.plan import NameMap, pruned
+from .blocks import UNET_BLOCKS, remap_on_blocks
 from .metadata import KEY, PeftConfig, read_configs, written
+from .remapped import STALE_METADATA, Remapped, by_layer
 from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Weight = Tensor | StoredTensor
+    from .remapped import Weight
 
 _PREFIXES = {
     "lora_unet_": "_",
@@ -46,11 +48,6 @@ _PREFIXES = {
 """Prefix of a layer -> separator between the parts of the layer's name."""
 _UNET_ALONE = ("lora_unet_", "model.diffusion_model.", "diffusion_model.", "base_model.model.unet.", "unet.")
 """Prefixes that only a UNet's keys have."""
-_UNET_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
-_PLACE_OF_ADAPTER = re.compile(r"[._](?:lora|hada|lokr|oft|boft|dora|alpha|diff|w_norm|b_norm|set_weight)(?:[._]|$)")
-"""Where the layer ends in a text encoder's key."""
-_STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-"""Hashes of the tensors, which no longer match."""
 
 
 # --- finding layers in a LoRA ---------------------------------------------------------------------------------------
@@ -109,14 +106,7 @@ def _find(key: str, tables: Mapping[str, Mapping[str, tuple[str, str]]]) -> _Pla
 def _is_of_a_unet(key: str) -> bool:
     """Whether a key is meant for a UNet, even for one without such a layer."""
     inner = (key.removeprefix(prefix) for prefix in _PREFIXES)
-    return key.startswith(_UNET_ALONE) or any(name.startswith(_UNET_BLOCKS) for name in inner)
-
-
-def _layer_outside(key: str) -> str:
-    """Layer of a key outside the UNet (of a text encoder), for counting."""
-    if key.startswith(("lora_", "lycoris_")):
-        return key.partition(".")[0]
-    return _PLACE_OF_ADAPTER.split(key)[0]
+    return key.startswith(_UNET_ALONE) or any(name.startswith(UNET_BLOCKS) for name in inner)
 
 
 def _by_layer(places: Mapping[str, _Place]) -> dict[str, dict[str, str]]:
@@ -130,15 +120,6 @@ def _by_layer(places: Mapping[str, _Place]) -> dict[str, dict[str, str]]:
             raise ValueError(
                 f"{key}: this LoRA has two tensors for one place, or names a layer twice ({other}); keep one of them"
             )
-    return dict(layers)
-
-
-def _layers_outside(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Layer of a text encoder -> role -> key."""
-    layers: dict[str, dict[str, str]] = defaultdict(dict)
-    for key in keys:
-        layer = _layer_outside(key)
-        layers[layer][role(key[len(layer) :])] = key
     return dict(layers)
 
 
@@ -191,7 +172,7 @@ class _Lora(NamedTuple):
         places = _places(tensors, teacher)
         layers = _by_layer(places)
         _check_widths(tensors, places, teacher)
-        outside = _layers_outside(tensors.keys() - places.keys())
+        outside = by_layer(tensors.keys() - places.keys())
         return cls(tensors, places, layers, outside, read_configs(metadata or {}))
 
     def only(self, layers: Iterable[str]) -> _Lora:
@@ -228,44 +209,9 @@ class _Lora(NamedTuple):
 # --- remapping ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Remapped:
-    """A LoRA for a student, and what happened to the teacher's. Counts are of layers, not of tensors."""
-
-    tensors: dict[str, Weight]
-    """The same tensors under the student's names, without those of removed blocks; with an alpha if peft's configuration gave
-    it and the new names are not peft's."""
-    num_kept: int
-    """Layers of the UNet that stay."""
-    num_dropped: int
-    """Layers of the UNet whose block the student does not have."""
-    num_text_encoder: int
-    """Layers outside the UNet, passed on unchanged."""
-    switched_to_ldm: bool
-    """Whether layers with diffusers names were renamed to the LDM layout, so that ComfyUI finds them
-    (`comfyui_reads_diffusers_names`)."""
-    metadata: dict[str, str] = field(default_factory=dict)
-    """Metadata of the teacher's file, adapted to these tensors."""
-
-    def read(self) -> dict[str, Tensor]:
-        """All tensors in memory."""
-        return {key: in_memory(tensor) for key, tensor in self.tensors.items()}
-
-    def describe(self) -> str:
-        """One line for a person."""
-        parts = [f"{self.num_kept} of {self.num_kept + self.num_dropped} UNet layers kept"]
-        if self.num_dropped:
-            parts.append(f"{self.num_dropped} dropped with the blocks the student does not have")
-        if self.num_text_encoder:
-            parts.append(f"{self.num_text_encoder} of text encoders untouched")
-        if self.switched_to_ldm:
-            parts.append("named in the LDM layout, because ComfyUI misreads diffusers names for a student of this shape")
-        return "; ".join(parts)
-
-
 def remap_lora(
     tensors: Mapping[str, Weight],
-    teacher: Architecture,
+    teacher: Network,
     mapping: NameMap,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -275,12 +221,14 @@ def remap_lora(
 
     metadata: of the file; it may hold peft's configuration. layout: layout to name the layers of the UNet in, a key of
     `layouts.LAYOUTS`; None keeps the given format, unless ComfyUI would misread it for this student. Layers that change
-    layout are named as kohya does (``lora_unet_``, underscores).
+    layout are named as kohya does (``lora_unet_``, underscores). A transformer's LoRA always keeps its format (`blocks`).
 
     Raises ``ValueError`` if the LoRA was not made for the teacher, if its tensors are damaged, or if nothing of it is left.
     """
     if layout is not None:
         layout_named(layout)
+    if not isinstance(teacher, Architecture):
+        return remap_on_blocks(tensors, teacher, mapping, metadata=metadata)
     lora, student = _Lora.of(tensors, teacher, metadata), pruned(teacher, mapping)
     kept = {layer: name for layer in lora.layers if (name := mapping.rename(layer)) is not None}
     if not kept:
@@ -294,7 +242,7 @@ def remap_lora(
     target = layout or ("ldm" if switched else None)
     renamed = _respell(left.places, kept, student, target)
     remapped: dict[str, Weight] = {renamed.get(key, key): tensor for key, tensor in left.tensors.items()}
-    kept_metadata = {key: text for key, text in (metadata or {}).items() if key not in _STALE_METADATA}
+    kept_metadata = {key: text for key, text in (metadata or {}).items() if key not in STALE_METADATA}
     if target == "ldm" or any(target not in (None, _DIALECTS[place.dialect].layout) for place in left.places.values()):
         remapped |= _alphas(left, renamed, teacher)
         kept_metadata.pop(KEY, None)
@@ -394,7 +342,7 @@ def _alpha(lora: _Lora, keys: Mapping[str, str], name: str, config: PeftConfig |
 def remap_lora_file(
     path: Path | str,
     out: Path | str,
-    teacher: Architecture,
+    teacher: Network,
     mapping: NameMap,
     *,
     layout: str | None = None,
@@ -475,7 +423,7 @@ def convert_lora_file(path: Path | str, out: Path | str, model: Architecture, *,
         tensors = diffusers_lora(header.tensors, model, header.metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    dropped = (*_STALE_METADATA, KEY)
+    dropped = (*STALE_METADATA, KEY)
     kept = {key: text for key, text in header.metadata.items() if key not in dropped and not key.startswith("ss_network_")}
     write_tensors(out, tensors, kept, overwrite=overwrite)
     return len(tensors) // 2

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .layouts import find_unet, kind, layout_named, split
+from .residuals import KeptSkips, Rename
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..base.storage import StoredTensor
 
 Shape = tuple[int, ...]
+TITLES = {"sd1": "SD1.x-shaped", "sd2": "SD2-shaped", "sdxl": "SDXL-shaped", "unet": "of no known family"}
+"""What UNets of a family are."""
 _ENDS = ("conv_in", "conv_out", "norm_out", "time_embed.0", "time_embed.1")
 
 
@@ -246,6 +249,21 @@ class Architecture:
     kind = "UNet"
     stack_words = "an attention"
 
+    depths: ClassVar[Mapping[str, int]] = {}
+    """A UNet's blocks are in no plain lists."""
+
+    @property
+    def title(self) -> str:
+        """What kind of UNet it is."""
+        return f"{TITLES[self.family]} (context width {self.context_width})"
+
+    def example(self) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+        """What a plan may remove and keep, as a starting point for a person."""
+        deep = [a for a in sorted(self.modules) if ".attn." in a and not a.startswith("mid") and self.depth(a) > 1]
+        first = next(a for a in sorted(self.modules) if ".attn." in a)
+        remove = ("mid",) if "mid.resnet.0" in self.modules else () if deep else (first,)
+        return remove, {deep[0]: tuple(range(self.depth(deep[0]) // 2))} if deep else {}
+
     def spelled_out(self, pattern: str) -> str:
         """A pattern of blocks without ``down.inner`` and ``up.inner``."""
         return pattern.replace("down.inner", self.stages("down")[-1]).replace("up.inner", "up.0")
@@ -297,6 +315,16 @@ class Architecture:
             kept.check_wiring()
         except ValueError as error:
             raise ValueError(f"leaves no working UNet: {error}") from error
+
+    def kept_residuals(self, rename: Rename) -> KeptSkips:
+        """Its skip connections that a student has."""
+
+        def stays(source: str) -> bool:
+            # A layer without its attention still sends the output of its resnet.
+            return rename(source.replace(".attn.", ".resnet.")) is not None
+
+        kept = tuple(i for i, source in enumerate(self.skips) if stays(source))
+        return KeptSkips(len(self.skips), kept, mid=rename(f"{self.stages('up')[0]}.resnet.0") is not None)
 
     @staticmethod
     def renumbered(blocks: Iterable[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from .architecture import Architecture
 from .diffusers_config import diffusers_config
 from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
+from .residuals import Rename
 from .transformers.architecture import Transformer
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ ORIGIN = ("distill.plan", "distill.teacher", "distill.skips", "distill.padding")
 _FULL_PREFIX = "model.diffusion_model."
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _QUANTISED = "is quantised in a way that is not supported; use the fp16 or fp8 version of the model"
+_CARRIED = ("author", "license", "resolution", "tags", "trigger_phrase", "usage_hint")
+"""ModelSpec fields of a teacher that also hold for its student."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 _BESIDE = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
@@ -83,6 +86,36 @@ class UNetFile:
     def is_whole_checkpoint(self) -> bool:
         """Whether it also holds VAE and text encoder."""
         return all(any(name.startswith(prefixes) for name in self.others) for prefixes in _BESIDE.values())
+
+    def save_student(
+        self,
+        path: Path | str,
+        weights: Mapping[str, Tensor | StoredTensor],
+        student: Architecture,
+        *,
+        layout: str,
+        metadata: Mapping[str, str],
+        rename: Rename,
+        **writing: Any,
+    ) -> None:
+        """Write a student of this file's network, sampled as it is; see `save_unet`. rename: teacher's names to the student's."""
+        if layout == "checkpoint" and not self.is_whole_checkpoint:
+            raise ValueError(f"{self.path} holds no VAE and text encoder to copy; write the ldm layout")
+        carried = {key: text for name in _CARRIED if (text := self.metadata.get(key := f"modelspec.{name}"))}
+        save_unet(
+            path,
+            weights,
+            student,
+            layout=layout,
+            sampling=self.sampling,
+            others=self.others,
+            metadata={**carried, **metadata},
+            **writing,
+        )
+
+    def loading_note(self, student: Architecture, layout: str) -> str:
+        """What a person must know to open a student in ComfyUI; empty if its own loaders open it as it is."""
+        return "" if layout == "diffusers" else self.sampling.loading_note(student.family)
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:

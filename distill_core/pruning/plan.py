@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ..base.documents import expect, lines, one_line, parse_json, read_text
-from ..networks.architecture import Architecture
 from ..networks.layouts import heads
-from ..networks.transformers.architecture import FAMILIES, Transformer
+from ..networks.network import TITLES, UNETS, Network, Same
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
-Network = Architecture | Transformer
-Same = TypeVar("Same", Architecture, Transformer)
 EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
 MAX_PATTERNS, MAX_PATTERN_CHARS, MAX_NAME_CHARS = 500, 100, 2000
 """Limits of a plan: several times what it takes to name every block of SDXL."""
-_MAX_SKIPS = 1000
 _METADATA = "distill.plan"
 
 
@@ -41,7 +37,9 @@ class PruningPlan:
     """Attention or pattern of attentions -> transformer blocks of its stack that stay, as in ``{"down.2.attn.*": (0, 1)}``;
     the others are removed. Attentions that are removed whole are not listed here."""
     teacher: str | None = None
-    """Family of UNets that the plan is for (``sd1``, ``sd2``, ``sdxl``); None for any."""
+    """Family of networks that the plan is for (``sd1``, ``sdxl``, ``flux1``); None for any."""
+    depths: Mapping[str, int] = field(default_factory=dict)
+    """How many blocks each list of the teacher has, by the list's word, for a plan that means only such transformers."""
     title: str = ""
     """Short description for a list of presets."""
     source: str = ""
@@ -72,8 +70,8 @@ class PruningPlan:
                     f"plan {self.name!r}: 'keep' of {attention!r} must list transformer blocks in ascending order, such as "
                     "[0, 1, 2]; list an attention that is removed whole in 'remove'"
                 )
-        if self.teacher not in (None, *_FAMILIES):
-            raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(_FAMILIES)}")
+        if self.teacher not in (None, *TITLES):
+            raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(TITLES)}")
 
     @classmethod
     def from_json(cls, text: str, example: str = EXAMPLE) -> PruningPlan:
@@ -84,6 +82,9 @@ class PruningPlan:
                 expect(fields.setdefault(name, ""), str, f"'{name}'")
             remove, keep = expect(fields["remove"], list, "'remove'"), expect(fields["keep"], dict, "'keep'")
             kept = {attention: tuple(expect(blocks, list, f"'keep' of {attention!r}")) for attention, blocks in keep.items()}
+            depths = expect(fields.setdefault("depths", {}), dict, "'depths'")
+            for word, depth in depths.items():
+                expect(depth, int, f"'depths' of {one_line(word)!r}")
             fields |= {"name": " ".join(lines(fields["name"])), "remove": tuple(remove), "keep": kept}
             if unknown := fields.keys() - cls.__dataclass_fields__.keys():
                 raise ValueError(f"{one_line(min(unknown))!r} is not part of a plan")
@@ -102,7 +103,7 @@ class PruningPlan:
         return json.dumps({"name": self.name, "remove": list(self.remove), **keep})
 
     @classmethod
-    def removing(cls, removed: Iterable[str], teacher: Architecture, name: str, family: str | None = None) -> PruningPlan:
+    def removing(cls, removed: Iterable[str], teacher: Network, name: str, family: str | None = None) -> PruningPlan:
         """The plan that removes exactly these blocks of a teacher."""
         removed = set(removed) & teacher.blocks
         whole = sorted(removed & teacher.modules)
@@ -122,17 +123,8 @@ class PruningPlan:
 
 def example_plan(teacher: Network) -> PruningPlan:
     """A plan that fits a teacher, as a starting point for a person."""
-    if isinstance(teacher, Transformer):
-        longest = max(teacher.of.lists, key=lambda blocks: len(teacher.numbers(blocks.path)))
-        numbers = teacher.numbers(longest.path)
-        return PruningPlan(name="mine", keep={longest.word: tuple(numbers[: len(numbers) // 2 or 1])})
-    first = next(a for a in sorted(teacher.modules) if ".attn." in a)
-    deep = [a for a in sorted(teacher.modules) if ".attn." in a and not a.startswith("mid") and teacher.depth(a) > 1]
-    return PruningPlan(
-        name="mine",
-        remove=("mid",) if "mid.resnet.0" in teacher.modules else () if deep else (first,),
-        keep={deep[0]: tuple(range(teacher.depth(deep[0]) // 2))} if deep else {},
-    )
+    remove, keep = teacher.example()
+    return PruningPlan(name="mine", remove=remove, keep=keep)
 
 
 def preset_names(*families: str) -> list[str]:
@@ -161,7 +153,7 @@ class NameMap:
     """Teacher blocks that are removed, including resampling layers that the new shape no longer needs."""
 
     @classmethod
-    def identity(cls, architecture: Architecture) -> NameMap:
+    def identity(cls, architecture: Network) -> NameMap:
         """The map that removes nothing: the student has the teacher's shape."""
         return cls({block: block for block in architecture.blocks}, frozenset())
 
@@ -179,15 +171,6 @@ class NameMap:
         renamed = ((self.rename(name), value) for name, value in by_name.items())
         return {name: value for name, value in renamed if name is not None}
 
-    def skips(self, teacher: Architecture) -> KeptSkips:
-        """The teacher's skip connections that the student has."""
-        kept = tuple(i for i, source in enumerate(teacher.skips) if self._skip_stays(source))
-        return KeptSkips(len(teacher.skips), kept, mid=teacher.stages("up")[0] in self.stages)
-
-    def _skip_stays(self, source: str) -> bool:
-        # A layer without its attention still sends the output of its resnet.
-        return self.rename(source.replace(".attn.", ".resnet.")) is not None
-
     @property
     def stages(self) -> dict[str, str]:
         """Teacher's stage -> the student's that inherits from it, as in ``{"down.0": "down.0", "up.1": "up.0"}``."""
@@ -195,53 +178,20 @@ class NameMap:
         return {".".join(t[:2]): ".".join(s[:2]) for t, s in sorted(pairs) if t[0] in ("down", "up")}
 
 
-@dataclass(frozen=True)
-class KeptSkips:
-    """The skip connections of a teacher that a student has; a student needs them to receive a ControlNet's residuals."""
-
-    num_teacher: int
-    """Skip connections of the teacher."""
-    kept: tuple[int, ...]
-    """The teacher's numbers of those the student has, counted from ``conv_in``."""
-    mid: bool
-    """Whether the stage that receives the residual of the mid block is still there."""
-
-    def select(self, residuals: Sequence[Value]) -> list[Value]:
-        """The student's residuals from the teacher's, both counted from ``conv_in``."""
-        if len(residuals) != self.num_teacher:
-            raise ValueError(f"the teacher has {self.num_teacher} skip connections, but there are {len(residuals)} residuals")
-        return [residuals[i] for i in self.kept]
-
-    def then(self, further: KeptSkips) -> KeptSkips:
-        """The same after the student was pruned again."""
-        return KeptSkips(self.num_teacher, tuple(further.select(self.kept)), self.mid and further.mid)
-
-    def to_text(self) -> str:
-        return json.dumps({"teacher": self.num_teacher, "kept": self.kept, "mid": self.mid})
-
-    @classmethod
-    def from_text(cls, text: str) -> KeptSkips:
-        """``ValueError`` if the text is not one `to_text` wrote."""
-        try:
-            fields = parse_json(text, "it")
-            number, kept = expect(fields.get("teacher"), int, "'teacher'"), expect(fields.get("kept"), list, "'kept'")
-            mid = expect(fields.get("mid"), bool, "'mid'")
-            ascending = [-1, *(expect(one, int, "an entry of 'kept'") for one in kept), number]
-            if number > _MAX_SKIPS:
-                raise ValueError(f"no UNet has {number:,} skip connections")
-            if any(low >= high for low, high in zip(ascending, ascending[1:], strict=False)):
-                raise ValueError("its numbers must be ascending and below the teacher's count")
-        except ValueError as error:
-            raise ValueError(f"the metadata on skip connections is damaged ({error}); prune the teacher again") from error
-        return cls(number, tuple(kept), mid)
-
-
 def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
     """Name map of a plan on a teacher; ``ValueError`` says which block is at fault if no working network results."""
     if plan.teacher is not None and teacher.family != plan.teacher:
+        choices = ", ".join(preset_names(teacher.family))
         raise ValueError(
-            f"{plan.name} is a plan for {_FAMILIES[plan.teacher]} {_KINDS[plan.teacher in FAMILIES]}, but this one is {_describe(teacher)}; "
-            "choose a preset made for it"
+            f"{plan.name} is a plan for {TITLES[plan.teacher]}, but this one is {teacher.title}; "
+            + (f"choose a preset made for it ({choices})" if choices else "write a plan of your own")
+        )
+    if plan.depths and plan.depths != teacher.depths:
+        wanted, there = (
+            " and ".join(f"{depth} {word}s" for word, depth in depths.items()) for depths in (plan.depths, teacher.depths)
+        )
+        raise ValueError(
+            f"{plan.name} is a plan for {teacher.title} with {wanted}, but this one has {there}; choose another plan"
         )
     removed = set().union(*(_matching(pattern, teacher, plan.name) for pattern in plan.remove))
     for pattern, kept in plan.keep.items():
@@ -267,7 +217,7 @@ def pruned(teacher: Same, mapping: NameMap) -> Same:
     return replace(teacher, shapes=mapping.apply(teacher.shapes))
 
 
-def plan_between(teacher: Architecture, student: Architecture, plan: PruningPlan | None) -> PruningPlan | None:
+def plan_between(teacher: Network, student: Network, plan: PruningPlan | None) -> PruningPlan | None:
     """A student's plan if it leads from the teacher to the student, None if both have one shape.
 
     ``ValueError`` if they do not match.
@@ -280,25 +230,8 @@ def plan_between(teacher: Architecture, student: Architecture, plan: PruningPlan
     except ValueError:  # the plan of another teacher
         pass
     raise ValueError(
-        "student and teacher do not match: give the model that was pruned (Prune UNet Blocks) as teacher, and the result of "
-        "pruning as student"
+        "student and teacher do not match: give the model that was pruned as teacher, and the result of pruning as student"
     )
-
-
-UNETS = ("sd1", "sd2", "sdxl")
-"""Families of UNets that presets are for."""
-_FAMILIES = {
-    **{"sd1": "SD1.x-shaped", "sd2": "SD2-shaped", "sdxl": "SDXL-shaped", "unet": "of no known family"},
-    **{name: family.title for name, family in FAMILIES.items()},
-}
-
-
-_KINDS = ("UNets", "transformers")
-
-
-def _describe(network: Network) -> str:
-    width = "" if isinstance(network, Transformer) else f" (context width {network.context_width})"
-    return _FAMILIES[network.family] + width
 
 
 def _matching(pattern: str, teacher: Network, plan_name: str) -> set[str]:

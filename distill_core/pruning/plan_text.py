@@ -19,16 +19,19 @@ none of a list. A list that is not named stays whole.
 from __future__ import annotations
 
 import re
+from functools import singledispatch
 
 from ..base.documents import one_line
 from ..networks.architecture import Architecture
+from ..networks.network import Network
 from ..networks.transformers.architecture import Transformer, ranges
-from .plan import MAX_NAME_CHARS, Network, PruningPlan, all_preset_names, example_plan, name_map, preset
+from .plan import MAX_NAME_CHARS, PruningPlan, all_preset_names, example_plan, name_map, preset
 
 _NUMBERS = r"(?:[0-9]{1,4}|\[[0-9]{1,4}(?:,[0-9]{1,4})*\])"
 _STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
 _ENTRY = re.compile(r"(?:\[[^\[\]]*\]|[^,])*")  # up to a comma outside brackets
 EXAMPLE = "keep down 1,1,1,1 mid none up 2,2,2,2"
+EXAMPLE_OF_TRANSFORMERS = "keep double 0-4,16-18 single 0-37"
 
 
 def read_plan(text: str, teacher: Network) -> PruningPlan:
@@ -45,19 +48,22 @@ def read_plan(text: str, teacher: Network) -> PruningPlan:
         raise ValueError(
             f"a plan in one line may have at most {MAX_NAME_CHARS:,} characters, got {len(text):,}; write it as JSON"
         )
-    return _read_lists(text, teacher) if isinstance(teacher, Transformer) else _Reader(text, teacher).plan()
+    return _read(teacher, text)
 
 
 def write_plan(plan: PruningPlan, teacher: Network) -> str:
     """The line of text for a plan, so that ``read_plan`` of it removes the same blocks."""
-    removed = name_map(teacher, plan).removed
-    if isinstance(teacher, Transformer):
-        return "keep " + " ".join(f"{word} {ranges(kept)}" for word, kept in _kept_of_lists(teacher, removed).items())
-    sides = (
-        f"{side} {','.join(_write_stage(stage, removed, teacher) for stage in teacher.stages(side))}" for side in ("down", "up")
-    )
-    down, up = sides
-    return f"keep {down} mid {_write_mid(removed, teacher)} {up}"
+    return _write(teacher, name_map(teacher, plan).removed)
+
+
+@singledispatch
+def _read(teacher: Network, text: str) -> PruningPlan:
+    raise AssertionError(f"plans of {type(teacher).__name__} have no text")
+
+
+@singledispatch
+def _write(teacher: Network, removed: frozenset[str]) -> str:
+    raise AssertionError(f"plans of {type(teacher).__name__} have no text")
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -65,14 +71,17 @@ def write_plan(plan: PruningPlan, teacher: Network) -> str:
 _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
-def _kept_of_lists(teacher: Transformer, removed: frozenset[str]) -> dict[str, list[int]]:
-    return {
+@_write.register
+def _(teacher: Transformer, removed: frozenset[str]) -> str:
+    kept = {
         blocks.word: [n for n in teacher.numbers(blocks.path) if f"{blocks.path}.{n}" not in removed]
         for blocks in teacher.of.lists
     }
+    return "keep " + " ".join(f"{word} {ranges(numbers)}" for word, numbers in kept.items())
 
 
-def _read_lists(text: str, teacher: Transformer) -> PruningPlan:
+@_read.register
+def _(teacher: Transformer, text: str) -> PruningPlan:
     def error(reason: str) -> ValueError:
         example = write_plan(example_plan(teacher), teacher)
         return ValueError(
@@ -112,8 +121,13 @@ def _numbers(entry: str) -> list[int] | None:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+@_read.register
+def _(teacher: Architecture, text: str) -> PruningPlan:
+    return _Reader(text, teacher).plan()
+
+
 class _Reader:
-    """Reads one text for one teacher."""
+    """Reads one text for one UNet."""
 
     def __init__(self, text: str, teacher: Architecture):
         self.text, self.teacher = text, teacher
@@ -213,6 +227,15 @@ def _first(number: int, there: list[int], last: bool) -> list[int]:
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
+
+
+@_write.register
+def _(teacher: Architecture, removed: frozenset[str]) -> str:
+    sides = (
+        f"{side} {','.join(_write_stage(stage, removed, teacher) for stage in teacher.stages(side))}" for side in ("down", "up")
+    )
+    down, up = sides
+    return f"keep {down} mid {_write_mid(removed, teacher)} {up}"
 
 
 def _write_numbers(kept: list[int], there: list[int], last: bool = False) -> str:

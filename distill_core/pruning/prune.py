@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..base.storage import OnBytes, fingerprint, ignore, zeros_like
 from ..networks.architecture import Architecture
-from ..networks.files import UNetFile, open_unet, save_unet
+from ..networks.files import UNetFile, open_unet
+from ..networks.network import Network, NetworkFile, Same
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
-from ..networks.transformers.architecture import Transformer
-from ..networks.transformers.files import TransformerFile, rewritten, save_transformer
 from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
 
 if TYPE_CHECKING:
@@ -23,18 +22,16 @@ if TYPE_CHECKING:
 Weight = TypeVar("Weight", bound="Tensor | StoredTensor")
 _OUTPUTS = {"block": ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"), "attn": ("proj_out",)}
 """Layers that compute what a transformer block, and an attention, add to their input: zeros make them the identity."""
-_CARRIED = ("author", "license", "resolution", "tags", "trigger_phrase", "usage_hint")
-"""ModelSpec fields of a teacher that also hold for its student."""
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Pruning(Generic[Same]):
     """A plan applied to a teacher."""
 
     plan: PruningPlan
     """The plan; with identity blocks, the plan that does not remove these."""
     mapping: NameMap
-    student: Architecture
+    student: Same
     identity: frozenset[str] = frozenset()
     """The student's parameters that are zero, so that an identity block outputs its input."""
     padding: tuple[str, ...] = ()
@@ -46,13 +43,17 @@ class Pruning:
         return {name: zeros_like(weight) if name in self.identity else weight for name, weight in kept.items()}
 
 
-def prune(teacher: Architecture, plan: PruningPlan, *, pad: bool = False, for_comfyui: bool = True) -> Pruning:
+def prune(teacher: Same, plan: PruningPlan, *, pad: bool = False, for_comfyui: bool = True) -> Pruning[Same]:
     """Pruning by a plan; ``ValueError`` if it does not fit the teacher, or if stock ComfyUI could not open the result.
 
-    pad: put removed blocks back as identity blocks where ComfyUI needs them; the output stays bit-equal.
+    pad: put removed blocks of a UNet back as identity blocks where ComfyUI needs them; the output stays bit-equal.
     for_comfyui: False allows students that only diffusers, and this library, open.
     """
     mapping = name_map(teacher, plan)
+    if not isinstance(teacher, Architecture):
+        if pad:
+            raise ValueError("identity blocks (pad) are for UNets; a transformer opens in ComfyUI without them")
+        return Pruning(plan, mapping, pruned(teacher, mapping))
     padding = padding_blocks(teacher, mapping) if pad else frozenset()
     if not padding:
         student = pruned(teacher, mapping)
@@ -74,7 +75,7 @@ def _is_output(name: str, block: str) -> bool:
 
 
 def prune_file(
-    teacher: UNetFile,
+    teacher: NetworkFile,
     out: Path | str,
     plan: PruningPlan,
     *,
@@ -86,70 +87,25 @@ def prune_file(
 ) -> Pruning:
     """Prune a checkpoint into another, one weight in memory at a time.
 
-    Kept weights are bit-equal unless ``dtype`` asks for another precision. layout: a key of `files.FILE_LAYOUTS`. pad: see `prune`.
-    Raises ``ValueError`` if the plan does not fit the teacher, if ComfyUI could not open the file, or if ``out`` exists.
+    Kept weights are bit-equal unless ``dtype`` asks for another precision; scales of quantised weights stay with their block.
+    layout: a key of `files.FILE_LAYOUTS`. pad: see `prune`. Raises ``ValueError`` if the plan does not fit the teacher, if
+    ComfyUI could not open the file, or if ``out`` exists.
     """
-    pruning = prune(teacher.architecture, plan, pad=pad, for_comfyui=layout != "diffusers")
-    if layout == "checkpoint" and not teacher.is_whole_checkpoint:
-        raise ValueError(f"{teacher.path} holds no VAE and text encoder to copy; write the ldm layout")
-    carried = {key: text for name in _CARRIED if (text := teacher.metadata.get(key := f"modelspec.{name}"))}
-    save_unet(
+    architecture: Network = teacher.architecture
+    pruning = prune(architecture, plan, pad=pad, for_comfyui=layout != "diffusers")
+    title = {"modelspec.title": f"{teacher.path.stem} pruned by {plan.name}"}
+    teacher.save_student(
         out,
         pruning.weights(teacher.tensors),
         pruning.student,
         layout=layout,
+        rename=pruning.mapping.rename,
+        metadata={**title, **pruning_metadata(pruning, teacher.tensors, architecture)},
         dtype=dtype,
-        sampling=teacher.sampling,
-        others=teacher.others,
         overwrite=overwrite,
         on_bytes=on_bytes,
-        metadata={
-            "modelspec.title": f"{teacher.path.stem} pruned by {plan.name}",
-            **carried,
-            **pruning_metadata(pruning, teacher.tensors, teacher.architecture),
-        },
     )
     return pruning
-
-
-def prune_transformer_file(
-    teacher: TransformerFile,
-    out: Path | str,
-    plan: PruningPlan,
-    *,
-    layout: str = "ldm",
-    dtype: str | None = None,
-    overwrite: bool = False,
-    on_bytes: OnBytes = ignore,
-) -> Transformer:
-    """Cut a transformer into another file, one tensor in memory at a time; returns what is left.
-
-    What is kept is copied as it is stored, scales of quantised weights with their block. layout: ``ldm``, the network alone, or
-    ``checkpoint``, with what else the file holds. Raises ``ValueError`` if the plan does not fit, or if ``out`` exists.
-    """
-    if layout not in ("ldm", "checkpoint"):
-        raise ValueError("transformers are not written in the diffusers layout yet; write the ldm layout, which ComfyUI opens")
-    if layout == "checkpoint" and not teacher.others:
-        raise ValueError(f"{teacher.path} holds no VAE and text encoder to copy; write the ldm layout")
-    mapping = name_map(teacher.architecture, plan)
-    student = pruned(teacher.architecture, mapping)
-    whole = layout == "checkpoint"
-    save_transformer(
-        out,
-        mapping.apply(teacher.tensors),
-        student,
-        dtype=dtype,
-        prefix=teacher.prefix if whole else "",
-        others=teacher.others if whole else None,
-        overwrite=overwrite,
-        on_bytes=on_bytes,
-        metadata={
-            **rewritten(teacher.metadata, student, mapping.rename),
-            **plan.metadata,
-            "distill.teacher": fingerprint(teacher.tensors),
-        },
-    )
-    return student
 
 
 def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
@@ -165,18 +121,18 @@ def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
     return open_unet(path)
 
 
-def describe(file: UNetFile | TransformerFile) -> dict[str, Any]:
+def describe(file: NetworkFile) -> dict[str, Any]:
     """What ``distill inspect`` shows of a file."""
     plan = plan_in(file.metadata)
     return {**file.describe(), "pruned_by": plan.name if plan else None}
 
 
-def pruning_metadata(pruning: Pruning, teacher: Mapping[str, Weight], architecture: Architecture) -> dict[str, str]:
+def pruning_metadata(pruning: Pruning, teacher: Mapping[str, Weight], architecture: Network) -> dict[str, str]:
     """Metadata of a student's file that says where it comes from."""
     return {
         **pruning.plan.metadata,
         "distill.teacher": fingerprint(teacher),
-        "distill.skips": pruning.mapping.skips(architecture).to_text(),
+        "distill.skips": architecture.kept_residuals(pruning.mapping.rename).to_text(),
         **({"distill.padding": " ".join(pruning.padding)} if pruning.padding else {}),
     }
 

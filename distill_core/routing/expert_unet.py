@@ -23,7 +23,8 @@ from ..lora.switch import AdapterSwitch
 from ..networks.architecture import Architecture
 from ..networks.build import load_unet
 from ..networks.files import UNetFile, open_unet
-from ..pruning.plan import KeptSkips, NameMap
+from ..networks.residuals import KeptSkips, read_kept
+from ..pruning.plan import NameMap
 from .experts import Experts
 from .router import dispatch
 
@@ -157,7 +158,7 @@ def _open(file: UNetFile, dtype: torch.dtype) -> UNet2DConditionModel:
     """Load a network; residuals of a teacher's ControlNet go to the blocks that were kept."""
     network = load_unet(file, dtype)
     if "distill.skips" in file.metadata:
-        skips = KeptSkips.from_text(file.metadata["distill.skips"])
+        skips = read_kept(file.metadata["distill.skips"])
         network.register_forward_pre_hook(partial(_keep_residuals, skips), with_kwargs=True)
     return network
 

@@ -1,7 +1,7 @@
 """The one package that knows both ComfyUI (MODEL, CLIP, VAE, LATENT, CONDITIONING) and distill_core."""
 
 from .bench import run_bench
-from .build import demo_teacher, load_student, make_student, prune_model
+from .build import demo_teacher, load_student, make_student, prune_model, save_model
 from .compare import Drawing, compare_models, image_features, text_features
 from .data import calibration, dataset, encoded_captions, make_data, previews
 from .demo import DemoVAE, demo_clip, demo_data
@@ -23,7 +23,7 @@ from .interface import (
     times_lost,
     to_image,
 )
-from .model import Model, vae_and_text_encoders, with_lora
+from .model import Model, with_lora
 from .progress import Progress
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
 from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
@@ -80,6 +80,7 @@ __all__ = [
     "run_bench",
     "run_folder",
     "sample_routed",
+    "save_model",
     "serve_runs",
     "share_boundaries",
     "shared_base",
@@ -93,7 +94,6 @@ __all__ = [
     "to_image",
     "encoded_captions",
     "trainable",
-    "vae_and_text_encoders",
     "with_gradients",
     "with_lora",
     "with_lora_file",

@@ -6,18 +6,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...distill_core.demo.teacher import teacher_file
 from ...distill_core.networks.architecture import Architecture
-from ...distill_core.networks.files import open_unet
+from ...distill_core.networks.files import UNetFile, save_unet
+from ...distill_core.networks.network import open_network
+from ...distill_core.networks.transformers.architecture import Transformer
+from ...distill_core.networks.transformers.files import TransformerFile, rewritten, save_transformer, stated
 from ...distill_core.pruning.plan import PruningPlan
 from ...distill_core.pruning.prune import describe, prune, pruning_metadata
 from .control import with_control
 from .demo import DemoModelConfig, build_demo, is_demo
-from .model import LDM, ORIGIN, Model, Origin
+from .loading import loaded
+from .model import LDM, ORIGIN, Model, Origin, vae_and_text_encoders
 from .sampling import name_type, put_sampling
 
 
@@ -30,7 +35,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    """A new MODEL from canonical weights, built by ComfyUI's own loader, so that stock ComfyUI can load it too.
+    """A new MODEL from a UNet's canonical weights, built by ComfyUI's own loader, so that stock ComfyUI can load it too.
 
     config_class: class of the teacher's model config; it matters only for the demo's, which ComfyUI does not detect. markers:
     tensors by which ComfyUI recognises how the model is sampled.
@@ -38,15 +43,9 @@ def build_model(
     names = LDM.from_canonical(architecture.shapes)
     weights = dict(markers or {}) | {names[name]: weight for name, weight in state_dict.items()}
     if config_class is DemoModelConfig:
-        model = build_demo(weights, disable_dynamic)
-    else:
-        options = {} if dtype is None else {"dtype": dtype}
-        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, disable_dynamic=disable_dynamic)
-        if model is None:
-            raise ValueError(
-                "ComfyUI does not recognise this UNet; if it is a student, prune the teacher with another plan, or with pad"
-            )
-    return model
+        return build_demo(weights, disable_dynamic)
+    way_out = "if it is a student, prune the teacher with another plan, or with pad"
+    return loaded(weights, way_out, dtype=dtype, disable_dynamic=disable_dynamic)
 
 
 def make_student(
@@ -54,18 +53,46 @@ def make_student(
 ) -> ModelPatcher:
     """A finished student MODEL with the teacher's precision and sampling, which ComfyUI can reload."""
     patcher, sampling = teacher.patcher, teacher.sampling
-    own_sampling, latent_format = (patcher.get_model_object(name) for name in ("model_sampling", "latent_format"))
     config_class, dtype = type(patcher.model.model_config), patcher.model.get_dtype_inference()
     state_dict = {name: weight.to(dtype) for name, weight in state_dict.items()}
 
-    def load(disable_dynamic: bool = False) -> ModelPatcher:
+    def build(disable_dynamic: bool) -> ModelPatcher:
         markers = sampling.markers(architecture.family)
         student = build_model(
             state_dict, architecture, config_class, markers=markers, dtype=dtype, disable_dynamic=disable_dynamic
         )
+        name_type(student, sampling)
+        return student
+
+    return _sampled_as(teacher, build, origin)
+
+
+def _cut_transformer(weights: Mapping[str, Tensor], network: Transformer, teacher: Model, origin: Origin) -> ModelPatcher:
+    """A transformer's student as ComfyUI holds it: weights as they are stored, the teacher's precision and sampling."""
+    quantised = teacher.patcher.model.model_config.quant_config is not None
+
+    def build(disable_dynamic: bool) -> ModelPatcher:
+        dtype = None if quantised else teacher.patcher.model.get_dtype_inference()
+        return loaded(
+            dict(weights),
+            "cut the teacher with another plan",
+            dtype=dtype,
+            disable_dynamic=disable_dynamic,
+            metadata=origin.metadata,
+            depths=network.told_depths,
+        )
+
+    return _sampled_as(teacher, build, origin)
+
+
+def _sampled_as(teacher: Model, build: Callable[[bool], ModelPatcher], origin: Origin | None) -> ModelPatcher:
+    """A MODEL that ComfyUI can reload, sampled as its teacher is."""
+    own_sampling, latent_format = (teacher.patcher.get_model_object(name) for name in ("model_sampling", "latent_format"))
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        student = build(disable_dynamic)
         student.model.latent_format = latent_format
         student.add_object_patch("model_sampling", own_sampling)
-        name_type(student, sampling)
         return _with_origin(student, origin)
 
     return _reloadable(load)
@@ -88,27 +115,97 @@ def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
 
 def prune_model(teacher: Model, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
     """The teacher without the blocks that a plan removes; the teacher does not change. pad: see `prune.prune`."""
-    architecture, weights = teacher.architecture, teacher.state_dict()
-    pruning = prune(architecture, plan, pad=pad)
-    metadata, skips = pruning_metadata(pruning, weights, architecture), pruning.mapping.skips(architecture)
+    network = teacher.network
+    pruning = prune(network, plan, pad=pad)
+    weights = teacher.state_dict()
+    metadata, kept = pruning_metadata(pruning, weights, network), network.kept_residuals(pruning.mapping.rename)
     if before := teacher.origin:
-        skips = before.skips.then(skips)
-        metadata["distill.skips"] = skips.to_text()
-    return make_student(pruning.weights(weights), pruning.student, teacher, Origin(pruning.plan, skips, metadata))
+        kept = before.kept.after(kept)
+        metadata["distill.skips"] = kept.to_text()
+    if isinstance(network, Architecture):
+        return make_student(pruning.weights(weights), pruning.student, teacher, Origin(pruning.plan, kept, metadata))
+    cut, config = pruning.weights(weights), teacher.patcher.model.model_config.unet_config
+    if network.of.believes_config:
+        metadata |= rewritten(stated(config), pruning.student, pruning.mapping.rename)
+    if network.of.marker:
+        key, value, name = network.of.marker
+        cut |= {name: torch.zeros(1)} if config.get(key) == value else {}
+    return _cut_transformer(cut, pruning.student, teacher, Origin(pruning.plan, kept, metadata))
+
+
+def save_model(
+    model: Model,
+    path: Path,
+    *,
+    layout: str,
+    dtype: str | None,
+    clip: comfy.sd.CLIP | None = None,
+    vae: comfy.sd.VAE | None = None,
+) -> str:
+    """Write a MODEL's network with all that is known of its origin; returns what a person must know to open the file.
+
+    layout: a key of `files.FILE_LAYOUTS`; with ``checkpoint``, also CLIP and VAE. dtype: None for the precision it is held in.
+    """
+    network, metadata = model.network, {} if model.origin is None else model.origin.metadata
+    if isinstance(network, Architecture):
+        others = None if clip is None or vae is None or layout != "checkpoint" else vae_and_text_encoders(model, clip, vae)
+        save_unet(
+            path,
+            model.state_dict(),
+            network,
+            layout=layout,
+            dtype=dtype,
+            sampling=model.sampling,
+            others=others,
+            metadata=metadata,
+        )
+        return "" if layout == "diffusers" else model.sampling.loading_note(network.family)
+    if layout != "ldm":
+        raise ValueError("a transformer is saved alone, for Load Diffusion Model; choose the ldm layout")
+    save_transformer(path, model.state_dict(), network, dtype=dtype, metadata=metadata)
+    return network.loading_note if model.origin else ""
 
 
 def load_student(path: Path) -> tuple[ModelPatcher, dict]:
     """A student's file as a MODEL, with everything that ComfyUI's own loaders leave out, and a description of the file."""
-    file = open_unet(path)
-    config_class = DemoModelConfig if is_demo(file.architecture) else None
+    file = open_network(path)
+    build = _of_unet_file(file) if isinstance(file, UNetFile) else _of_transformer_file(file)
 
     def load(disable_dynamic: bool = False) -> ModelPatcher:
+        return _with_origin(build(disable_dynamic), Origin.of_file(file))
+
+    student = _reloadable(load)
+    return student, {"prediction": Model(student).sampling.prediction} | describe(file)
+
+
+def _of_unet_file(file: UNetFile) -> Callable[[bool], ModelPatcher]:
+    config_class = DemoModelConfig if is_demo(file.architecture) else None
+
+    def build(disable_dynamic: bool) -> ModelPatcher:
         weights = {name: tensor.read() for name, tensor in file.tensors.items()}  # not kept in memory besides the MODEL's own
         student = build_model(weights, file.architecture, config_class, markers=file.markers, disable_dynamic=disable_dynamic)
         put_sampling(student, file.sampling)
-        return _with_origin(student, Origin.of_file(file))
+        return student
 
-    return _reloadable(load), describe(file)
+    return build
+
+
+def _of_transformer_file(file: TransformerFile) -> Callable[[bool], ModelPatcher]:
+    contiguous = file.architecture.contiguous
+    metadata = rewritten(file.metadata, file.architecture, contiguous)
+
+    def build(disable_dynamic: bool) -> ModelPatcher:
+        stored = comfy.utils.load_torch_file(str(file.path))  # mapped, not read
+        weights = {contiguous(name): stored[file.prefix + name] for name in file.tensors}
+        return loaded(
+            weights,
+            "open it with the stock loader",
+            disable_dynamic=disable_dynamic,
+            metadata=metadata,
+            depths=file.architecture.told_depths,
+        )
+
+    return build
 
 
 def demo_teacher() -> ModelPatcher:

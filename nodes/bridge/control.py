@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...distill_core.pruning.plan import KeptSkips
+from ...distill_core.networks.residuals import KeptBlocks, KeptSkips
 from .model import ORIGIN, Origin
 from .router import CONTROL
 from .weights import shapes_of
@@ -18,14 +18,23 @@ from .weights import shapes_of
 
 def with_control(student: ModelPatcher, origin: Origin) -> ModelPatcher:
     """Route a ControlNet's residuals to the kept blocks, and refuse Control-LoRAs that need removed blocks."""
-    student.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ORIGIN, partial(_remap_control, origin.skips))
+    remap = remapped_control if isinstance(origin.kept, KeptSkips) else selected_control
+    student.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ORIGIN, partial(_remap_control, partial(remap, origin.kept)))
     student.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL, partial(_check_control, origin))
     return student
 
 
-def _remap_control(skips: KeptSkips, executor, x, timesteps, context, y=None, control=None, *args, **kwargs):
-    """A wrapper around ``UNetModel.forward`` that gives each kept block the residual made for it."""
-    return executor(x, timesteps, context, y, control and remapped_control(skips, control), *args, **kwargs)
+def _remap_control(remap, executor, x, t, c_concat=None, c_crossattn=None, control=None, *args, **kwargs):
+    """A wrapper around ``BaseModel.apply_model`` that gives each kept block the residual made for it."""
+    return executor(x, t, c_concat, c_crossattn, control and remap(control), *args, **kwargs)
+
+
+def selected_control(kept: KeptBlocks, control: Mapping[str, list]) -> dict[str, list]:
+    """A ControlNet's residuals for the blocks of a transformer as residuals for the student's; missing ones stay missing."""
+    given = {
+        key: [*control.get(key, []), *[None] * blocks.num_teacher][: blocks.num_teacher] for key, blocks in kept.lists.items()
+    }
+    return {**control, **{key: blocks.select(given[key]) for key, blocks in kept.lists.items()}}
 
 
 def remapped_control(skips: KeptSkips, control: Mapping[str, list]) -> dict[str, list]:

@@ -18,6 +18,7 @@ from ...distill_core.demo.autoencoder import ScenesAutoencoder
 from ...distill_core.demo.teacher import load_dataset
 from ...distill_core.demo.text import CONTEXT_WIDTH, ScenesTextEncoder
 from ...distill_core.networks.architecture import Architecture
+from .loading import built
 
 
 class DemoLatentFormat(comfy.latent_formats.LatentFormat):
@@ -42,13 +43,8 @@ def is_demo(architecture: Architecture) -> bool:
 
 def build_demo(weights: dict[str, Tensor], disable_dynamic: bool) -> ModelPatcher:
     config = DemoModelConfig(comfy.model_detection.detect_unet_config(weights, ""))
-    device = comfy.model_management.get_torch_device()
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model(weights, "")
-    patcher_class = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    model_patcher = patcher_class(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
-    model.load_model_weights({n: w.float() for n, w in weights.items()}, "", assign=model_patcher.is_dynamic())
-    return model_patcher
+    return built(config, {name: weight.float() for name, weight in weights.items()}, disable_dynamic)
 
 
 class DemoTokenizer:

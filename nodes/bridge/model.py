@@ -16,14 +16,16 @@ from ...distill_core.base.storage import fingerprint
 from ...distill_core.diffusion.schedule import NoiseSchedule
 from ...distill_core.networks import files
 from ...distill_core.networks.architecture import Architecture
-from ...distill_core.networks.files import UNetFile
 from ...distill_core.networks.layouts import layout_named
 from ...distill_core.networks.model_sampling import ModelSampling
-from ...distill_core.pruning.plan import KeptSkips, NameMap, PruningPlan, name_map, plan_between, plan_in
+from ...distill_core.networks.network import Network, NetworkFile
+from ...distill_core.networks.residuals import KeptResiduals, read_kept
+from ...distill_core.networks.transformers.architecture import Transformer
+from ...distill_core.pruning.plan import NameMap, PruningPlan, name_map, plan_between, plan_in
 from .demo import DemoModelConfig
 from .router import ROUTE
 from .sampling import sampling_identity, sampling_of, schedule_of
-from .weights import patched_weights, weights_of
+from .weights import patched_weights, stored_shapes, stored_weights, weights_of
 
 ORIGIN = "distill_origin"  # attachment of a MODEL: its Origin
 LDM = layout_named("ldm")
@@ -36,16 +38,43 @@ class Model:
         self.patcher = patcher
 
     @cached_property
-    def architecture(self) -> Architecture:
-        """The architecture of its UNet; ``ValueError`` if it is routed, or not a UNet of the Stable Diffusion family."""
+    def network(self) -> Network:
+        """What it is made of; ``ValueError`` if it is routed, or neither a UNet of Stable Diffusion nor a known transformer."""
         self._check_not_routed()
-        weights = weights_of(self.patcher.model.diffusion_model)
-        head_channels = self.patcher.model.model_config.unet_config.get("num_head_channels", -1)
+        network, head_channels = (
+            self.patcher.model.diffusion_model,
+            self.patcher.model.model_config.unet_config.get("num_head_channels", -1),
+        )
         try:
-            return Architecture.from_state_dict(weights, head_channels if head_channels > 0 else None)
+            if found := Transformer.find(stored_shapes(network)):
+                return found[0]
+            return Architecture.from_state_dict(weights_of(network), head_channels if head_channels > 0 else None)
         except ValueError as error:
-            name = type(self.patcher.model).__name__
-            raise ValueError(f"this MODEL ({name}) cannot be pruned or distilled here: {error}") from error
+            raise ValueError(f"this MODEL ({self.kind}) cannot be pruned or distilled here: {error}") from error
+
+    @property
+    def kind(self) -> str:
+        """ComfyUI's name for what it is."""
+        return type(self.patcher.model).__name__
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The architecture of its UNet; ``ValueError`` as for `network`, and for a transformer."""
+        if not isinstance(self.network, Architecture):
+            raise ValueError(
+                f"this MODEL is a transformer ({self.network.title}), and this node takes UNets of SD1.x, SD2 and SDXL; transformers "
+                "can be cut, with Prune Transformer Blocks, but not distilled yet"
+            )
+        return self.network
+
+    @cached_property
+    def transformer(self) -> Transformer:
+        """Its transformer; ``ValueError`` as for `network`, and for a UNet."""
+        if not isinstance(self.network, Transformer):
+            raise ValueError(
+                f"this MODEL is a UNet ({self.network.title}), and this node takes transformers; cut it with Prune UNet Blocks"
+            )
+        return self.network
 
     @cached_property
     def unet(self) -> Architecture | None:
@@ -69,7 +98,8 @@ class Model:
     def state_dict(self) -> dict[str, Tensor]:
         """Its weights on the CPU, with its patches (LoRA): by canonical names for a UNet, by ComfyUI's for other networks.
 
-        Quantised weights come in the precision they compute in; ``ValueError`` for weights that cannot be read.
+        Quantised weights of a UNet come in the precision they compute in (``ValueError`` if they cannot be read), those of
+        other networks as they are stored.
         """
         with torch.inference_mode():  # the mode ComfyUI's loaders made the weights in
             return {name: weight.to("cpu") for name, weight in self._weights().items()}
@@ -77,8 +107,10 @@ class Model:
     def _weights(self) -> dict[str, Tensor]:
         # Clones share one network: it may hold the patches of another MODEL until this one is loaded.
         comfy.model_management.load_models_gpu([self.patcher])
+        if not self.unet:
+            return stored_weights(self.patcher)
         weights = patched_weights(self.patcher)
-        names = LDM.to_canonical(weights) if self.unet else {name: name for name in weights}
+        names = LDM.to_canonical(weights)
         return {names[name]: weight for name, weight in weights.items()}
 
     @cached_property
@@ -128,32 +160,32 @@ class Model:
 
     def plan_from(self, teacher: Model) -> PruningPlan | None:
         """The plan from a teacher to it, None if they have the same shape; ``ValueError`` if they do not belong together."""
-        return plan_between(teacher.architecture, self.architecture, self.plan)
+        return plan_between(teacher.network, self.network, self.plan)
 
     def mapping_from(self, teacher: Model) -> NameMap:
         """Name map from a teacher to it; ``ValueError`` if they do not belong together."""
         plan = self.plan_from(teacher)
-        return NameMap.identity(teacher.architecture) if plan is None else name_map(teacher.architecture, plan)
+        return NameMap.identity(teacher.network) if plan is None else name_map(teacher.network, plan)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a student: plan, skip connections and metadata."""
+    """The origin of a student: plan, what takes a ControlNet's residuals, and metadata."""
 
     plan: PruningPlan
     """The plan that pruned it."""
-    skips: KeptSkips
-    """Which skip connections of the teacher it keeps."""
+    kept: KeptResiduals
+    """Which of its teacher's residuals it takes."""
     metadata: Mapping[str, str]
     """What its file records about its teacher."""
 
     @classmethod
-    def of_file(cls, file: UNetFile) -> Origin | None:
+    def of_file(cls, file: NetworkFile) -> Origin | None:
         """The origin in the metadata of a file that this pack pruned; None for other files."""
         if (plan := plan_in(file.metadata)) is None or "distill.skips" not in file.metadata:
             return None
         metadata = {name: text for name, text in file.metadata.items() if name.startswith("distill.")}
-        return cls(plan, KeptSkips.from_text(metadata["distill.skips"]), metadata)
+        return cls(plan, read_kept(metadata["distill.skips"]), metadata)
 
 
 def vae_and_text_encoders(model: Model, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:

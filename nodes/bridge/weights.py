@@ -15,6 +15,12 @@ def shapes_of(network: nn.Module) -> dict[str, Size]:
     return {name: weight.shape for name, weight in network.named_parameters() if not name.endswith(_SCALES_OF_INPUTS)}
 
 
+def stored_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of everything a network stores, buffers and scales too; a quantised parameter has the shape of its original weight."""
+    stored = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return stored | {name: tuple(shape) for name, shape in shapes_of(network).items() if name in stored}
+
+
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """Parameters of a network by ComfyUI's names, as stored; ``ValueError`` if a weight cannot be read from them."""
     parameters = network.named_parameters()
@@ -41,6 +47,15 @@ def patched_weights(model: ModelPatcher) -> dict[str, Tensor]:
         name: _dequantised(model, name) if isinstance(weight, QuantizedTensor) else patched[name].detach()
         for name, weight in weights_of(network).items()
     }
+
+
+def stored_weights(model: ModelPatcher) -> dict[str, Tensor]:
+    """Everything a loaded MODEL's network stores, with its patches (LoRA), by ComfyUI's names.
+
+    Quantised weights come as they are stored, their scales and what names their format beside them.
+    """
+    patched = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+    return {name: tensor.detach() for name, tensor in patched.items()}
 
 
 def _dequantised(model: ModelPatcher, name: str) -> Tensor:

@@ -92,7 +92,7 @@ def test_remap_lora_tells_what_fits(as_json, teacher, tmp_path, capsys):
     if as_json:
         assert json.loads(told)["num_kept"] == json.loads(told)["num_dropped"] == 1
     else:
-        assert "1 of 2 UNet layers kept; 1 dropped" in told
+        assert "1 of 2 layers kept; 1 dropped" in told
     written = load_file(tmp_path / "out.safetensors")
     assert written.keys() == {f"lora_unet_up_blocks_1_attentions_1_proj_in.{name}" for name in matrices}
 

@@ -27,7 +27,8 @@ from distill_core.networks.architecture import Architecture
 from distill_core.networks.files import open_unet, save_unet
 from distill_core.networks.lora_names import kohya_names
 from distill_core.networks.model_sampling import EDM, ZERO_SNR, ModelSampling
-from distill_core.pruning.plan import KeptSkips, name_map, plan_in, preset, pruned
+from distill_core.networks.residuals import KeptBlocks, read_kept
+from distill_core.pruning.plan import name_map, plan_in, preset, pruned
 from distill_core.pruning.plan_text import read_plan
 from distill_core.pruning.prune import prune_file
 from distill_core.recipe import EXAMPLES, Recipe
@@ -94,7 +95,7 @@ def _read_unet(data: bytes, folder: Path) -> None:
     json.dumps(file.describe())
     fingerprint(file.tensors)
     if text := file.metadata.get("distill.skips"):
-        KeptSkips.from_text(text)
+        read_kept(text)
     out = folder / "out.safetensors"
     if plan_in(file.metadata):
         return
@@ -158,12 +159,13 @@ def _read_plan(data: bytes, folder: Path) -> None:
 
 def _skips(folder: Path) -> list[bytes]:
     teacher = small_unet()
-    return [name_map(teacher, preset("bk-sdm-base")).skips(teacher).to_text().encode()]
+    return [teacher.kept_residuals(name_map(teacher, preset("bk-sdm-base")).rename).to_text().encode()]
 
 
 def _read_skips(data: bytes, folder: Path) -> None:
-    skips = KeptSkips.from_text(data.decode("utf-8", "replace"))
-    skips.select(range(skips.num_teacher))
+    kept = read_kept(data.decode("utf-8", "replace"))
+    for one in kept.lists.values() if isinstance(kept, KeptBlocks) else [kept]:
+        one.select(range(one.num_teacher))
 
 
 def _settings(folder: Path) -> list[bytes]:

@@ -4,6 +4,8 @@ import importlib
 import json
 from pathlib import Path
 
+import torch
+
 TRUE = {
     "Flux.1 dev": ("Flux", dict(image_model="flux", axes_dim=[16, 56, 56], num_heads=24, mlp_ratio=4.0, theta=10000, out_channels=16,
                    qkv_bias=True, txt_ids_dims=[], in_channels=16, hidden_size=3072, context_in_dim=4096, patch_size=2, vec_in_dim=768,
@@ -33,7 +35,12 @@ _COSMOS = dict(max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out
 _HUNYUAN = dict(image_model="hunyuan_video", in_channels=16, patch_size=[1, 2, 2], out_channels=16, vec_in_dim=768, axes_dim=[16, 56, 56],
                 meanflow=False, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, theta=256, qkv_bias=True, byt5=False,
                 guidance_embed=True, use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False)  # fmt: skip
+_SD3 = dict(in_channels=16, out_channels=16, patch_size=2, input_size=None, adm_in_channels=2048, num_patches=147456, pos_embed_max_size=384,
+            context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
+            pos_embed_scaling_factor=None, qk_norm="rms", x_block_self_attn_layers=[])  # fmt: skip
 TRUE |= {
+    "SD3.5 large": ("SD3", _SD3 | dict(depth=38, num_patches=36864, pos_embed_max_size=192, context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}})),
+    "SD3.5 medium": ("SD3", _SD3 | dict(depth=24, x_block_self_attn_layers=[*range(13)])),
     "Flux.2 dev": ("Flux2", _FLUX2 | dict(hidden_size=6144, num_heads=48, context_in_dim=15360, depth=8, depth_single_blocks=48, guidance_embed=True)),
     "Flux.2 klein 9B": ("Flux2", _FLUX2 | dict(hidden_size=4096, num_heads=32, context_in_dim=12288, depth=8, depth_single_blocks=24, guidance_embed=False)),
     "Flux.2 klein 4B": ("Flux2", _FLUX2 | dict(hidden_size=3072, num_heads=24, context_in_dim=7680, depth=5, depth_single_blocks=20, guidance_embed=False)),
@@ -56,22 +63,24 @@ def built(kind, config):
     return getattr(comfy.supported_models, kind)(dict(config)).get_model({}, "", device="meta").diffusion_model
 
 
-def opened(tensors, metadata=None):
-    """The class ComfyUI takes tensors for, and the names that are missing, unexpected, or of another shape."""
+def opened(tensors, depths):
+    """The class ComfyUI takes tensors for, and the names that are missing, unexpected, or of another shape.
+
+    depths: what it must be told, where it does not count.
+    """
     import comfy.model_detection
 
-    config = comfy.model_detection.detect_unet_config(tensors, "", metadata=metadata)
+    config = comfy.model_detection.detect_unet_config(tensors, "")
     found = comfy.model_detection.model_config_from_unet_config(config, tensors, "")
     if found is None:
         return None, ["everything"], [], []
-    own = built(type(found).__name__, found.unet_config).state_dict()
+    own = built(type(found).__name__, found.unet_config | depths).state_dict()
     different = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     return type(found).__name__, sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys()), sorted(different)
 
 
 def of_true_shape(out):
     """Every family of true shape: its shapes, and what ComfyUI makes of students by some plans of every kind."""
-    import torch
     from in_comfyui import pack
 
     pack()
@@ -96,7 +105,7 @@ def of_true_shape(out):
         for text in texts(teacher, plan):
             student = plan.pruned(teacher, plan.name_map(teacher, plan_text.read_plan(text, teacher)))
             tensors = {key: torch.empty(shape, device="meta") for key, shape in student.shapes.items()}
-            told[name]["students"][text] = [student.num_parameters, *opened(tensors)]
+            told[name]["students"][text] = [student.num_parameters, *opened(tensors, student.told_depths)]
     Path(out).write_text(json.dumps(told))
 
 
@@ -105,12 +114,246 @@ def texts(teacher, plan):
     found, halves = [], []
     for blocks in teacher.of.lists:
         numbers = teacher.numbers(blocks.path)
-        middle = numbers[len(numbers) // 2]
+        middle, always = numbers[len(numbers) // 2], numbers[-1:] if blocks.last_stays else []
 
-        def keep(kept, word=blocks.word):
-            return f"keep {word} {','.join(map(str, kept)) or 'none'}"
+        def keep(kept, word=blocks.word, always=always):
+            return f"keep {word} {','.join(map(str, sorted({*kept, *always}))) or 'none'}"
 
         halves.append(keep(numbers[::2]).removeprefix("keep "))
-        found += [keep([n for n in numbers if n != gone]) for gone in (middle, numbers[0], numbers[-1])] + [keep([middle])]
+        found += [keep([n for n in numbers if n != gone]) for gone in (middle, numbers[0], numbers[-1]) if gone not in always] + [
+            keep([middle])
+        ]
         found += [keep([])] if not blocks.least and len(teacher.of.lists) > 1 else []
-    return [*found, "keep " + " ".join(halves), *plan.preset_names(teacher.family)]
+    return [
+        *found,
+        "keep " + " ".join(halves),
+        *(name for name in plan.preset_names(teacher.family) if plan.preset(name).depths == teacher.depths),
+    ]
+
+
+def of_small_networks(out):
+    """Small networks of each family: how far a student is from its teacher with the same blocks skipped; nothing but zero will do."""
+    from in_comfyui import pack
+    from small import SMALL, asked, filled, model_of, skip
+
+    pack()
+    transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
+    plan_text, plans = (importlib.import_module(f"pack.distill_core.pruning.{name}") for name in ("plan_text", "plan"))
+    told = {}
+    for family in SMALL:
+        teacher, texts_of = model_of(family), {}
+        weights = filled(teacher.diffusion_model).state_dict()
+        marked = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        network = transformers.Transformer(transformers.FAMILIES[family], marked)
+        network.check_whole()
+        for text in (text for text in texts(network, plans) if text.startswith("keep ")):
+            mapping = plans.name_map(network, plan_text.read_plan(text, network))
+            kept = {path: [n for n in network.numbers(path) if mapping.rename(f"{path}.{n}")] for path in network.lists}
+            depths = [len(numbers) for numbers in kept.values()]
+            student, skipping = model_of(family, depths, **changes_of(family, mapping.apply(weights))), model_of(family)
+            student.diffusion_model.load_state_dict(mapping.apply(weights), strict=True)
+            skipping.diffusion_model.load_state_dict(weights, strict=True)
+            for path, numbers in kept.items():
+                skip(skipping.diffusion_model, family, path, {*network.numbers(path)} - {*numbers})
+            with torch.inference_mode():
+                ours, theirs, whole = (model.apply_model(**asked(teacher)) for model in (student, skipping, teacher))
+            texts_of[text] = [(ours - theirs).abs().max().item(), (ours - whole).abs().max().item()]
+        told[family] = texts_of
+    Path(out).write_text(json.dumps(told))
+
+
+OPENED = ("flux1", "flux2", "hunyuan", "wan", "ltxv", "sd3")
+"""Families whose width ComfyUI reads from the file, so that it opens small networks of them."""
+
+
+def changes_of(family, tensors):
+    """What else of its config ComfyUI reads off a student: the blocks of SD3 that have a second attention."""
+    twice = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".x_block.attn2.qkv.weight"))
+    return {"x_block_self_attn_layers": twice} if family == "sd3" else {}
+
+
+@torch.inference_mode()  # as ComfyUI runs nodes
+def of_models(folder):
+    """Small transformers as MODELs from files: cut, compared with the teacher that skips blocks, saved, opened again by each loader."""
+    import comfy.sd
+    from comfy.utils import save_torch_file
+    from in_comfyui import pack
+    from small import SMALL, asked, filled, model_of, skip
+
+    folder, bridge = Path(folder), pack()
+    plan_text = importlib.import_module("pack.distill_core.pruning.plan_text")
+    told: dict = {}
+    for family, quantised in (
+        (family, how) for family in OPENED for how in (False, True) if not how or family in ("flux1", "wan")
+    ):
+        name = family + " in fp8" * quantised
+        file, saved = folder / f"{name}.safetensors", folder / f"{name} student.safetensors"
+        weights = filled(model_of(family).diffusion_model).state_dict()
+        stated = {"config": json.dumps({"transformer": SMALL[family][1]})} if family == "ltxv" else None
+        save_torch_file(in_fp8(weights) if quantised else weights, str(file), stated)
+        stored = file.read_bytes()
+        teacher, skipping = (comfy.sd.load_diffusion_model(str(file)) for _ in range(2))
+        model, question = bridge.Model(teacher), asked(teacher.model)
+        whole, kept = applied(teacher, question), "0,5" if family == "sd3" else "0,3"
+        text = "keep " + " ".join(f"{blocks.word} {kept}" for blocks in model.network.of.lists)
+        student = bridge.prune_model(model, plan_text.read_plan(text, model.network))
+        for path in model.network.lists:
+            skip(skipping.model.diffusion_model, family, path, {*model.network.numbers(path)} - {*map(int, kept.split(","))})
+        note = bridge.save_model(bridge.Model(student), saved, layout="ldm", dtype=None)
+        ours, facts = bridge.load_student(saved)
+        openers = {"student": student, "ours": ours} | ({} if note else {"stock": comfy.sd.load_diffusion_model(str(saved))})
+        truth, answers = applied(skipping, question), {key: applied(patcher, question) for key, patcher in openers.items()}
+        again = bridge.prune_model(bridge.Model(ours), plan_text.read_plan(text.replace(kept, "1"), bridge.Model(ours).network))
+        told[name] = {
+            "far": {key: (answer - truth).abs().max().item() for key, answer in answers.items()},
+            "moved": (whole - truth).abs().max().item(),
+            "note": note,
+            "file unchanged": file.read_bytes() == stored,
+            "teacher as before": torch.equal(applied(teacher, question), whole),
+            "facts": {key: facts[key] for key in ("family", "prediction", "pruned_by", "quantised", "dtype")},
+            "plan back": bridge.Model(ours).plan_from(model) == bridge.Model(student).plan,
+            "cut again": {path: len(again.model.diffusion_model.get_submodule(path)) for path in model.network.lists},
+            "reloaded": type(ours.cached_patcher_init[0](*ours.cached_patcher_init[1]).model).__name__,
+        }
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def applied(patcher, question):
+    """What a MODEL answers."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher.model.apply_model(**question)
+
+
+def in_fp8(weights):
+    """The weights of blocks in fp8 with a scale each, as ComfyUI stores them."""
+    stored, marker = {}, torch.tensor([*json.dumps({"format": "float8_e4m3fn"}).encode()], dtype=torch.uint8)
+    for name, weight in weights.items():
+        stored[name] = weight.contiguous()
+        if "blocks." in name and name.endswith(".weight") and weight.ndim == 2 and "norm" not in name:
+            scale, layer = weight.abs().max() / 448, name.removesuffix(".weight")
+            stored |= {
+                name: (weight / scale).to(torch.float8_e4m3fn),
+                f"{layer}.weight_scale": scale,
+                f"{layer}.comfy_quant": marker.clone(),
+            }
+    return stored
+
+
+SPELLINGS = ("lora_unet_", "diffusion_model.", "transformer.", "lora_transformer_", "lycoris_", "base_model.model.", "")
+"""What keys of a LoRA begin with."""
+
+
+@torch.inference_mode()
+def of_loras(out):
+    """LoRAs on every layer in every spelling that ComfyUI reads: the teacher with one, cut, against the student with it remapped."""
+    import comfy.sd
+    from in_comfyui import pack
+    from small import SMALL, asked, filled, model_of
+
+    bridge = pack()
+    plan_text, remap = (importlib.import_module(f"pack.distill_core.{name}") for name in ("pruning.plan_text", "lora.remap"))
+    told = {}
+    for family in OPENED:
+        weights = filled(model_of(family).diffusion_model).state_dict()
+        metadata = {"config": json.dumps({"transformer": SMALL[family][1]})} if family == "ltxv" else None
+        teacher = comfy.sd.load_diffusion_model_state_dict(dict(weights), metadata=metadata)
+        network, kept = bridge.Model(teacher).network, "0,5" if family == "sd3" else "0,3"
+        plan = plan_text.read_plan("keep " + " ".join(f"{blocks.word} {kept}" for blocks in network.of.lists), network)
+        student = bridge.prune_model(bridge.Model(teacher), plan)
+        for spelling in SPELLINGS:
+            if not (lora := _lora(teacher, spelling)):
+                continue
+            reference = bridge.prune_model(bridge.Model(bridge.with_lora(teacher, None, lora, 1.0, 0.0)[0]), plan)
+            remapped = remap.remap_lora(lora, network, bridge.Model(student).mapping_from(bridge.Model(teacher)))
+            ours, stock = (bridge.with_lora(student, None, each, 1.0, 0.0)[0] for each in (remapped.read(), lora))
+            truth, *answers = (applied(patcher, asked(teacher.model)) for patcher in (reference, ours, stock, student))
+            far = dict(
+                zip(("far", "stock far", "moved"), ((answer - truth).abs().max().item() for answer in answers), strict=True)
+            )
+            told[f"{family} {spelling}"] = far | {
+                "kept": remapped.num_kept,
+                "dropped": remapped.num_dropped,
+                "layers": len(lora) // 3,
+            }
+    Path(out).write_text(json.dumps(told))
+
+
+def _lora(model, spelling):
+    """A LoRA of rank 2 on every linear layer that ComfyUI finds under keys that begin so."""
+    import comfy.lora
+
+    random, state, lora = torch.Generator().manual_seed(3), model.model.state_dict(), {}
+    for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        begins = next(prefix for prefix in SPELLINGS if key.startswith(prefix))
+        name, slice_of = (target, None) if isinstance(target, str) else target[:2]
+        own = spelling in (
+            "lora_unet_",
+            "diffusion_model.",
+        )  # ComfyUI's own names alone: others with this prefix are the same layers again
+        plain = name.removeprefix("diffusion_model.").removesuffix(".weight")
+        if (
+            begins != spelling
+            or name not in state
+            or state[name].ndim != 2
+            or (own and key.removeprefix(begins) not in (plain, plain.replace(".", "_")))
+        ):
+            continue
+        rows = state[name].shape[0] if slice_of is None else slice_of[2]
+        down, up = ("lora_A", "lora_B") if "." in key else ("lora_down", "lora_up")
+        lora[f"{key}.{down}.weight"] = torch.randn(2, state[name].shape[1], generator=random) * 0.1
+        lora[f"{key}.{up}.weight"] = torch.randn(rows, 2, generator=random) * 0.1
+        lora[f"{key}.alpha"] = torch.tensor(1.0)
+    return lora
+
+
+@torch.inference_mode()
+def of_lora_keys(out):
+    """For each family, where ComfyUI puts each key of a teacher's LoRA on a student: as it is, and remapped."""
+    import comfy.lora
+    from in_comfyui import pack
+    from small import SMALL, filled, model_of
+
+    pack()
+    transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
+    plan_text, plans, remap = (
+        importlib.import_module(f"pack.distill_core.{name}") for name in ("pruning.plan_text", "pruning.plan", "lora.remap")
+    )
+    told = {}
+    for family in SMALL:
+        teacher = model_of(family)
+        shapes = {name: tuple(tensor.shape) for name, tensor in filled(teacher.diffusion_model).state_dict().items()}
+        network = transformers.Transformer(transformers.FAMILIES[family], shapes)
+        kept = "1,5" if family == "sd3" else "1,3"
+        text = "keep " + " ".join(f"{blocks.word} {kept}" for blocks in network.of.lists)
+        mapping = plans.name_map(network, plan_text.read_plan(text, network))
+        student = model_of(family, [2 for _ in network.of.lists], **changes_of(family, mapping.apply(shapes)))
+        of_teacher, of_student = (comfy.lora.model_lora_keys_unet(model, {}) for model in (teacher, student))
+        counts = {"right": 0, "wrong": 0, "lost": 0, "dropped": 0}
+        as_it_is = dict(counts)
+        for key, target in of_teacher.items():
+            name, *slice_of = [target] if isinstance(target, str) else target
+            if name.removeprefix("diffusion_model.") not in shapes:
+                continue
+            wanted = mapping.rename(name.removeprefix("diffusion_model."))
+            told_to = _told(key, network, mapping, remap)
+            for found, count in ((told_to, counts), (key, as_it_is)):
+                if found is None:
+                    count["dropped" if wanted is None else "lost"] += 1
+                    continue
+                got = of_student.get(found)
+                got_name, *got_slice = [got] if isinstance(got, str) or got is None else got
+                same_part = (got_slice or [None])[0] == (slice_of or [None])[0]
+                is_right = got is not None and wanted == got_name.removeprefix("diffusion_model.") and same_part
+                count["right" if is_right else "lost" if got is None else "wrong"] += 1
+        told[family] = {"remapped": counts, "as it is": as_it_is}
+    Path(out).write_text(json.dumps(told))
+
+
+def _told(key, network, mapping, remap):
+    """What a key is called on the student; None if its block is gone."""
+    path = next(iter(network.lists))
+    beside = {f"diffusion_model.{path}.1.x.alpha": torch.ones(1)}  # so that something stays; block 1 becomes block 0
+    remapped = remap.remap_lora({f"{key}.alpha": torch.ones(1)} | beside, network, mapping)
+    return next((name.removesuffix(".alpha") for name in remapped.tensors if name != f"diffusion_model.{path}.0.x.alpha"), None)

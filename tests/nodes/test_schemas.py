@@ -9,6 +9,7 @@ from ..comfyui import ROOT
 NAMES = {
     "DistillLoadDemoTeacher": "Load Demo Teacher",
     "DistillPruneUNetBlocks": "Prune UNet Blocks",
+    "DistillPruneTransformerBlocks": "Prune Transformer Blocks",
     "DistillAnalyseUNetBlocks": "Analyse UNet Blocks",
     "DistillLoadDistilledModel": "Load Distilled Model",
     "DistillRemapLoRAToStudent": "Remap LoRA to Student",

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
-from . import cosmos, flux, hunyuan, ltxv, lumina, others, qwen_image, wan
+from ..residuals import Kept, KeptBlocks, Rename
+from . import cosmos, flux, hunyuan, ltxv, lumina, others, qwen_image, sd3, wan
 from .family import BlockList, Family, Shape
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for module in (flux, hunyuan, lumina, qwen_image, wan, ltxv, cosmos, others) for family in module.FAMILIES
+    family.name: family
+    for module in (sd3, flux, hunyuan, lumina, qwen_image, wan, ltxv, cosmos, others)
+    for family in module.FAMILIES
 }
 """In the order they are tried."""
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
@@ -33,7 +36,7 @@ class Transformer:
     def find(cls, shapes: Mapping[str, Shape]) -> tuple[Transformer, str] | None:
         """The transformer among a file's tensors, and its prefix; None if there is none that is known.
 
-        Blocks may be numbered with gaps, as some published students are; `numbered` closes them. ``ValueError`` if its family
+        Blocks may be numbered with gaps, as some published students are; `contiguous` closes them. ``ValueError`` if its family
         cannot be cut.
         """
         for prefix in PREFIXES:
@@ -45,6 +48,15 @@ class Transformer:
                 raise ValueError(f"it is {family.title}, which cannot be cut: {family.refusal}")
             return cls(family, bare), prefix
         return None
+
+    def contiguous(self, name: str) -> str:
+        """A parameter's name when blocks are numbered from 0 without gaps, as ComfyUI counts them."""
+        block = self._block(name)
+        return self._numbering[block] + name[len(block) :]
+
+    @cached_property
+    def _numbering(self) -> dict[str, str]:
+        return self.renumbered(self.blocks)
 
     @property
     def family(self) -> str:
@@ -67,7 +79,8 @@ class Transformer:
 
     @cached_property
     def num_parameters(self) -> int:
-        return sum(prod(shape) for name, shape in self.shapes.items() if not _QUANTISING.search(name))
+        weights = (name for name in self.shapes if name not in self.of.tables and not _QUANTISING.search(name))
+        return sum(prod(self.shapes[name]) for name in weights)
 
     @property
     def quantised(self) -> bool:
@@ -90,7 +103,7 @@ class Transformer:
                 if first == path and not _QUANTISING.search(name):
                     number_text, _, inner = rest.partition(".")
                     held[int(number_text)][inner] = () if self.quantised else shape
-            for number in numbers[1:]:
+            for number in numbers[1:] if blocks.alike else ():
                 if held[number] != held[numbers[0]]:
                     odd = min({*held[number].items()} ^ {*held[numbers[0]].items()})[0]
                     raise ValueError(f"{path}.{number}.{odd} is missing or has another shape than in {path}.{numbers[0]}")
@@ -98,6 +111,42 @@ class Transformer:
     # --- pruning
 
     kind = "transformer"
+
+    @property
+    def title(self) -> str:
+        """What kind of transformer it is."""
+        return self.of.title
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Number of blocks in each list."""
+        return {blocks.word: len(self.numbers(blocks.path)) for blocks in self.of.lists}
+
+    @property
+    def told_depths(self) -> dict[str, int]:
+        """What a config of ComfyUI's must be told; empty if its own loaders count the blocks."""
+        return {blocks.told_by: self.depths[blocks.word] for blocks in self.of.lists if blocks.told_by}
+
+    @property
+    def loading_note(self) -> str:
+        """What a person must know to open a student in ComfyUI; empty if its own loaders open it as it is."""
+        if not self.told_depths:
+            return ""
+        return (
+            f"Open it with Load Distilled Model: ComfyUI's own loaders do not count the blocks of {self.title}, and fill in missing ones "
+            "with whatever is in memory."
+        )
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The smallest parts a plan can remove are whole blocks."""
+        return self.blocks
+
+    def example(self) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+        """What a plan may remove and keep, as a starting point for a person."""
+        longest = max(self.of.lists, key=lambda blocks: len(self.numbers(blocks.path)))
+        numbers = self.numbers(longest.path)
+        return (), {longest.word: (*numbers[: (len(numbers) - 1) // 2], numbers[-1])}
 
     @property
     def stack_words(self) -> str:
@@ -128,8 +177,18 @@ class Transformer:
         for path, blocks in self.lists.items():
             if len(kept.numbers(path)) < blocks.least:
                 raise ValueError(f"removes every block of {path}; keep one at least")
+            if blocks.last_stays and (last := self.numbers(path)[-1]) not in kept.numbers(path):
+                raise ValueError(f"removes {path}.{last}, the last block, which is of another shape than the others; keep it")
         if not any(kept.numbers(path) for path in self.lists):
             raise ValueError("removes every block; keep one at least")
+
+    def kept_residuals(self, rename: Rename) -> KeptBlocks:
+        """Its blocks that a student has, of those that a ControlNet adds to."""
+        return KeptBlocks({
+            blocks.residuals: Kept(len(numbers), tuple(i for i, n in enumerate(numbers) if rename(f"{blocks.path}.{n}")))
+            for blocks in self.of.lists
+            if blocks.residuals and (numbers := self.numbers(blocks.path))
+        })  # fmt: skip
 
     @staticmethod
     def renumbered(blocks: Iterable[str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from .family import BlockList, Family
 
-_BLOCKS = (BlockList("block", "blocks", least=1),)
+_BLOCKS = (BlockList("block", "blocks", least=1, diffusers="transformer_blocks"),)
 
 FAMILIES = (
     Family("anima", "Anima", ("blocks.0.mlp.layer1.weight", "llm_adapter.blocks.0.cross_attn.q_proj.weight"), _BLOCKS),

@@ -24,6 +24,18 @@ class BlockList:
     """What configs call its length; a file's metadata may hold one, and ComfyUI believes it."""
     least: int = 0
     """How many must stay."""
+    diffusers: str = ""
+    """What diffusers calls it, where that is another name: ``transformer_blocks``."""
+    alike: bool = True
+    """Whether all its blocks hold the same parameters."""
+    last_stays: bool = False
+    """Whether the last block is of another shape, so that no other can take its place."""
+    last_swapped: tuple[str, str] | None = None
+    """Layer of the last block whose two halves diffusers has the other way round: its name there, and ComfyUI's."""
+    told_by: str = ""
+    """Key of ComfyUI's config that says how long it is, where ComfyUI's own loaders do not count the blocks of a file."""
+    residuals: str = ""
+    """What ComfyUI's ControlNets call what they add to these blocks; empty if there are none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,12 @@ class Family:
     lists: tuple[BlockList, ...] = ()
     belongs: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
     """What the marks leave open, told by shapes."""
+    tables: tuple[str, ...] = ()
+    """Tensors of its files that are no parameters."""
+    marker: tuple[str, object, str] | None = None
+    """Tensor of a file that sets something, which a network in memory knows by its config alone: key and value there, name here."""
+    believes_config: bool = False
+    """Whether ComfyUI believes a config in a file's metadata more than the file's tensors."""
     refusal: str = ""
     """Why it cannot be cut, and what can be done instead; empty if it can."""
 

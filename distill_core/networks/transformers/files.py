@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...base.documents import parse_json
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, ignore, read_header, write_tensors
+from ..residuals import Rename
 from .architecture import Transformer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rename = Callable[[str], "str | None"]
 _CONFIG, _QUANTISATION = "config", "_quantization_metadata"
 
 
@@ -30,10 +30,43 @@ class TransformerFile:
     """Weights, scales and markers by name without the prefix."""
     architecture: Transformer
     dtype: str
-    """Precision most tensors are stored in: ``bf16``, ``f8_e4m3``, ..."""
+    """Precision most of it is stored in: ``bf16``, ``f8_e4m3``, ..."""
     others: Mapping[str, StoredTensor] = field(default_factory=dict)
     """VAE and text encoders beside it, by their names in the file."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def save_student(
+        self,
+        path: Path | str,
+        weights: Mapping[str, Tensor | StoredTensor],
+        student: Transformer,
+        *,
+        layout: str,
+        metadata: Mapping[str, str],
+        rename: Rename,
+        **writing: Any,
+    ) -> None:
+        """Write a student of this file's network; see `save_transformer`. rename: teacher's names to the student's."""
+        if layout not in ("ldm", "checkpoint"):
+            raise ValueError(
+                "transformers are not written in the diffusers layout yet; write the ldm layout, which ComfyUI opens"
+            )
+        if layout == "checkpoint" and not self.others:
+            raise ValueError(f"{self.path} holds no VAE and text encoder to copy; write the ldm layout")
+        whole = layout == "checkpoint"
+        save_transformer(
+            path,
+            weights,
+            student,
+            prefix=self.prefix if whole else "",
+            others=self.others if whole else None,
+            metadata={**rewritten(self.metadata, student, rename), **metadata},
+            **writing,
+        )
+
+    def loading_note(self, student: Transformer, layout: str) -> str:
+        """What a person must know to open a student in ComfyUI; empty if its own loaders open it as it is."""
+        return student.loading_note
 
     def describe(self) -> dict[str, Any]:
         """Summary of the network from its header, for scripts and people."""
@@ -71,12 +104,15 @@ def _find(path: Path, header: Header) -> TransformerFile | None:
     except ValueError as error:
         raise ValueError(f"the transformer is incomplete or damaged: {error}; download it again") from error
     tensors = {name: header.tensors[prefix + name] for name in architecture.shapes}
+    stored: Counter[str] = Counter()
+    for tensor in tensors.values():
+        stored[tensor.code] += tensor.num_bytes
     return TransformerFile(
         path,
         prefix,
         tensors=tensors,
         architecture=architecture,
-        dtype=Counter(tensor.code for tensor in tensors.values()).most_common(1)[0][0].lower(),
+        dtype=stored.most_common(1)[0][0].lower(),
         others={name: tensor for name, tensor in header.tensors.items() if not name.startswith(prefix)} if prefix else {},
         metadata=header.metadata,
     )
@@ -118,6 +154,14 @@ def save_transformer(
     write_tensors(path, {**(others or {}), **named}, metadata or {}, codes=codes, overwrite=overwrite, on_bytes=on_bytes)
 
 
+def stated(config: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of a file that tell ComfyUI what a network is made of. config: as ComfyUI knows it; what is no JSON is left out."""
+    plain = {
+        key: value for key, value in config.items() if value is None or isinstance(value, (bool, int, float, str, list, tuple))
+    }
+    return {_CONFIG: json.dumps({"transformer": plain})}
+
+
 def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename) -> dict[str, str]:
     """A teacher's metadata made true of its student: lengths of lists, and the layers that are named in it.
 
@@ -128,7 +172,7 @@ def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename)
     if _CONFIG in changed:
         config = parse_json(changed[_CONFIG], "its metadata 'config'")
         if isinstance(of_network := config.get("transformer"), dict):
-            lengths = {blocks.depth_key: len(student.numbers(blocks.path)) for blocks in student.of.lists}
+            lengths = {blocks.depth_key: student.depths[blocks.word] for blocks in student.of.lists}
             config["transformer"] = of_network | {key: length for key, length in lengths.items() if key in of_network}
             changed[_CONFIG] = json.dumps(config)
     if _QUANTISATION in changed:

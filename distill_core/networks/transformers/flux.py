@@ -3,8 +3,8 @@
 from .family import BlockList, Family
 
 _FIRST_NORM = "double_blocks.0.img_attn.norm.key_norm.scale|double_blocks.0.img_attn.norm.key_norm.weight"
-_DOUBLE = BlockList("double", "double_blocks", "num_layers", least=1)
-_SINGLE = BlockList("single", "single_blocks", "num_single_layers")
+_DOUBLE = BlockList("double", "double_blocks", "num_layers", least=1, diffusers="transformer_blocks", residuals="input")
+_SINGLE = BlockList("single", "single_blocks", "num_single_layers", diffusers="single_transformer_blocks", residuals="output")
 
 FAMILIES = (
     Family(

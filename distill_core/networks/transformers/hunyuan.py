@@ -7,6 +7,9 @@ FAMILIES = (
         "hunyuan",
         "HunyuanVideo or HunyuanImage",
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight",),
-        (BlockList("double", "double_blocks", "num_layers"), BlockList("single", "single_blocks", "num_single_layers")),
+        (
+            BlockList("double", "double_blocks", "num_layers", diffusers="transformer_blocks", residuals="input"),
+            BlockList("single", "single_blocks", "num_single_layers", diffusers="single_transformer_blocks", residuals="output"),
+        ),
     ),
 )

@@ -5,19 +5,28 @@ from .family import BlockList, Family
 _FIXED = "ComfyUI takes its number of blocks from elsewhere than the file and would fill in the missing ones with noise"
 
 FAMILIES = (
-    Family("sd3", "SD3 or SD3.5", ("joint_blocks.0.context_block.attn.qkv.weight",), refusal=_FIXED),
     Family("hidream", "HiDream", ("caption_projection.0.linear.weight",), refusal=_FIXED),
     Family(
         "auraflow",
         "AuraFlow",
         ("double_layers.0.attn.w1q.weight",),
         (
-            BlockList("double", "double_layers", "num_mmdit_layers", least=1),
-            BlockList("single", "single_layers", "num_single_dit_layers", least=1),
+            BlockList("double", "double_layers", "num_mmdit_layers", least=1, diffusers="joint_transformer_blocks"),
+            BlockList("single", "single_layers", "num_single_dit_layers", least=1, diffusers="single_transformer_blocks"),
         ),
     ),
-    Family("pixart", "PixArt", ("t_block.1.weight", "blocks.0.scale_shift_table"), (BlockList("block", "blocks", least=1),)),
-    Family("krea2", "Krea 2", ("txtfusion.projector.weight",), (BlockList("block", "blocks", "layers", least=1),)),
+    Family(
+        "pixart",
+        "PixArt",
+        ("t_block.1.weight", "blocks.0.scale_shift_table"),
+        (BlockList("block", "blocks", least=1, diffusers="transformer_blocks"),),
+    ),
+    Family(
+        "krea2",
+        "Krea 2",
+        ("txtfusion.projector.weight",),
+        (BlockList("block", "blocks", "layers", least=1, diffusers="transformer_blocks"),),
+    ),
     Family(
         "kandinsky5",
         "Kandinsky 5",

@@ -7,7 +7,8 @@ FAMILIES = (
         "qwen-image",
         "Qwen-Image",
         ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
-        (BlockList("block", "transformer_blocks", least=1),),
+        (BlockList("block", "transformer_blocks", least=1, residuals="input"),),
+        marker=("default_ref_method", "index_timestep_zero", "__index_timestep_zero__"),  # Edit 2511
         belongs=lambda shapes: shapes["txt_norm.weight"] == (3584,),
     ),
 )

@@ -22,7 +22,14 @@ def _plain(shapes: Mapping[str, Shape]) -> bool:
 
 
 FAMILIES = (
-    Family("wan", "Wan", ("head.modulation", "blocks.0.ffn.0.weight"), (BlockList("block", "blocks", least=1),), belongs=_plain),
+    Family(
+        "wan",
+        "Wan",
+        ("head.modulation", "blocks.0.ffn.0.weight"),
+        (BlockList("block", "blocks", least=1),),
+        belongs=_plain,
+        believes_config=True,
+    ),
     Family(
         "wan-injected",
         "a Wan with control, sound or poses",

@@ -11,17 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from distill_core.cli import main
 from distill_core.networks.files import open_unet
-from distill_core.networks.opening import open_network
+from distill_core.networks.network import open_network
 from distill_core.networks.transformers.architecture import FAMILIES, Transformer, ranges
 from distill_core.networks.transformers.files import open_transformer, rewritten
+from distill_core.pruning.folding import kept, runs
 from distill_core.pruning.plan import PruningPlan, all_preset_names, name_map, plan_in, preset, preset_names, pruned
 from distill_core.pruning.plan_text import read_plan, write_plan
-from distill_core.pruning.prune import prune_transformer_file
+from distill_core.pruning.prune import prune_file
 
 INNER = {
     "double_blocks": ("img_attn.qkv.weight", "img_attn.norm.key_norm.scale", "txt_mlp.0.bias"),
     "single_blocks": ("linear1.weight", "linear2.bias"),
     "transformer_blocks": ("attn.q.weight", "norm.bias"),
+    "joint_blocks": ("context_block.attn.qkv.weight", "x_block.mlp.fc1.bias"),
     "blocks": ("attn.q.weight", "norm.bias"),
     "layers": ("attention.qkv.weight", "ffn_norm1.weight"),
     "double_layers": ("attn.w1q.weight", "mlpX.c_fc1.weight"),
@@ -30,7 +32,7 @@ INNER = {
 }
 """Some parameters of the blocks of each list."""
 WIDTHS = {"z-image": 3840, "lumina2": 2304, "qwen-image": 3584}
-DEPTHS = {"double": 19, "single": 38, "block": 60, "layer": 30}
+DEPTHS = {"double": 19, "single": 38, "block": 60, "layer": 30, "joint": 24}
 CAN_BE_CUT = [name for name, family in FAMILIES.items() if not family.refusal]
 
 
@@ -69,7 +71,7 @@ def weights_of(shapes, seed=0):
     return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
-SMALL = {"double": 4, "single": 6, "block": 5, "layer": 5}
+SMALL = {"double": 4, "single": 6, "block": 5, "layer": 5, "joint": 4}
 
 
 # --- recognised
@@ -123,6 +125,7 @@ def test_any_plan_survives_as_text(data):
     for blocks in teacher.of.lists:
         numbers = teacher.numbers(blocks.path)
         kept = data.draw(st.lists(st.sampled_from(numbers), unique=True, min_size=max(1, blocks.least)))
+        kept = {*kept, *(numbers[-1:] if blocks.last_stays else ())}
         if len(kept) < len(numbers):
             keep[blocks.word] = tuple(sorted(kept))
     if not keep:
@@ -167,6 +170,15 @@ def test_a_plan_that_does_not_fit_is_one_clear_sentence(text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_last_block_of_sd3_stays_and_its_students_say_who_opens_them():
+    teacher = network("sd3")
+    with pytest.raises(ValueError, match="removes joint_blocks.23, the last block, which is of another shape than the others; keep it"):
+        name_map(teacher, read_plan("keep joint 0-20", teacher))
+    student = pruned(teacher, name_map(teacher, read_plan("keep joint 0-20,23", teacher)))
+    assert student.told_depths == {"num_blocks": 22} and "Load Distilled Model" in student.loading_note
+    assert network("flux1").told_depths == {} and network("flux1").loading_note == ""
+
+
 def test_a_transformers_plan_on_a_unet_says_whose_it_is(small_teacher):
     with pytest.raises(ValueError, match="flux-mini is a plan for Flux.1 transformers, but this one is SD1.x-shaped"):
         name_map(small_teacher.architecture, preset("flux-mini"))
@@ -185,14 +197,49 @@ def test_plans_are_removed_by_word_or_by_path_and_all_of_a_list_may_go():
 
 @pytest.mark.parametrize(
     "name,kept",
-    [("flux-1-lite", {"double": 8, "single": 38}), ("flux-mini", {"double": 5, "single": 10}), ("qwen-image-12b", {"block": 35})],
+    [
+        ("flux-1-lite", {"double": 8, "single": 38}),
+        ("flux-mini", {"double": 5, "single": 10}),
+        ("qwen-image-12b", {"block": 35}),
+        ("qwen-image-13b", {"block": 40}),
+    ],
 )
 def test_published_plans_keep_what_was_published(name, kept):
     plan = preset(name)
-    teacher = network(plan.teacher)
-    student = pruned(teacher, name_map(teacher, plan))
-    assert {blocks.word: len(student.numbers(blocks.path)) for blocks in teacher.of.lists} == kept
+    teacher = network(plan.teacher, plan.depths)
+    assert pruned(teacher, name_map(teacher, plan)).depths == kept
     assert plan.source and name in all_preset_names() and name in preset_names(plan.teacher) and name not in preset_names()
+
+
+@pytest.mark.parametrize("name", [name for name in all_preset_names() if preset(name).source.startswith("ours")])
+def test_plans_of_our_own_fold_short_runs_behind_the_first_blocks(name):
+    plan = preset(name)
+    teacher = network(plan.teacher, plan.depths)
+    assert "no student of it has been taught yet" in plan.choice
+    for word, stay in plan.keep.items():
+        head = 0 if word == "single" else 3
+        folded = runs(range(plan.depths[word]), plan.depths[word] - len(stay), head=head)
+        assert list(stay) == kept(range(plan.depths[word]), folded)
+    assert read_plan(name, teacher) == plan and name_map(teacher, plan)
+
+
+def test_a_plan_for_one_depth_is_not_taken_for_another():
+    teacher = network("wan", {"block": 40})
+    with pytest.raises(ValueError, match="for Wan with 30 blocks, but this one has 40 blocks; choose another plan"):
+        name_map(teacher, preset("wan-30-small"))
+
+
+@given(st.integers(6, 60), st.integers(0, 40), st.integers(0, 3))
+def test_folded_runs_do_not_touch_the_ends_or_each_other(depth, gone, head):
+    try:
+        folded = runs(range(depth), gone, head=head)
+    except ValueError as error:
+        assert gone > (depth - head - 1) // 3, error
+        return
+    blocks = [number for run in folded for number in run]
+    assert blocks == sorted({*blocks}) and {len(run) for run in folded} <= {2, 3}
+    assert all(run == [*range(run[0], run[-1] + 1)] for run in folded)
+    assert not {*blocks} & {*range(head), depth - 1} and len(kept(range(depth), folded)) == depth - gone
 
 
 # --- files
@@ -208,17 +255,17 @@ def flux(tmp_path):
 def test_a_file_is_cut_and_the_rest_is_bit_equal(flux, tmp_path):
     out = tmp_path / "out.safetensors"
     teacher, plan = open_transformer(flux), PruningPlan(name="mine", keep={"double": (0, 3), "single": (2,)})
-    student = prune_transformer_file(teacher, out, plan)
+    student = prune_file(teacher, out, plan).student
     before, after = load_file(flux), load_file(out)
     mapping = name_map(teacher.architecture, plan)
     assert {mapping.rename(name) for name in before} - {None} == after.keys()
     assert all(torch.equal(after[new], before[name]) for name in before if (new := mapping.rename(name)))
     file = open_network(out)
     assert file.architecture == student and plan_in(file.metadata).keep == plan.keep
-    assert file.metadata["modelspec.title"] == "a Flux" and file.metadata["distill.teacher"]
+    assert file.metadata["modelspec.title"] == "flux pruned by mine" and file.metadata["distill.teacher"]
     with pytest.raises(ValueError, match="exists already"):
-        prune_transformer_file(teacher, out, plan)
-    assert prune_transformer_file(teacher, out, plan, dtype="bf16", overwrite=True) == student
+        prune_file(teacher, out, plan)
+    assert prune_file(teacher, out, plan, dtype="bf16", overwrite=True).student == student
     assert {tensor.code for tensor in open_transformer(out).tensors.values()} == {"BF16"}
 
 
@@ -228,15 +275,13 @@ def test_a_full_checkpoint_keeps_what_is_beside_the_network_if_asked(tmp_path):
     save_file({f"model.diffusion_model.{n}": w for n, w in weights_of(shapes_of("flux1", SMALL)).items()} | beside, path)
     plan = PruningPlan(name="mine", keep={"double": (1,)})
     teacher = open_transformer(path)
-    prune_transformer_file(teacher, out, plan, layout="checkpoint")
+    prune_file(teacher, out, plan, layout="checkpoint")
     file = open_transformer(out)
     assert file.prefix == "model.diffusion_model." and file.others.keys() == beside.keys()
-    prune_transformer_file(teacher, out, plan, overwrite=True)
+    prune_file(teacher, out, plan, overwrite=True)
     assert open_transformer(out).prefix == "" and not open_transformer(out).others
     with pytest.raises(ValueError, match="holds no VAE and text encoder"):
-        prune_transformer_file(
-            open_transformer(out), tmp_path / "no", PruningPlan(name="p", remove=("single",)), layout="checkpoint"
-        )
+        prune_file(open_transformer(out), tmp_path / "no", PruningPlan(name="p", remove=("single",)), layout="checkpoint")
 
 
 def test_gaps_in_the_numbers_are_closed(tmp_path):
@@ -246,7 +291,7 @@ def test_gaps_in_the_numbers_are_closed(tmp_path):
     save_file({name: weight for name, weight in weights.items() if not name.startswith("transformer_blocks.2.")}, path)
     teacher = open_transformer(path)
     assert teacher.describe()["blocks"] == {"block": "0-1,3-4"}
-    prune_transformer_file(teacher, out, read_plan("keep block 0,1,4", teacher.architecture))
+    prune_file(teacher, out, read_plan("keep block 0,1,4", teacher.architecture))
     assert open_transformer(out).describe()["blocks"] == {"block": "0-2"}
     name = "transformer_blocks.{}.attn.add_q_proj.weight"
     assert torch.equal(load_file(out)[name.format(2)], weights[name.format(4)])
@@ -263,7 +308,7 @@ def test_scales_go_with_their_block_and_metadata_name_the_new_numbers(tmp_path):
     save_file(weights, path, metadata={"_quantization_metadata": json.dumps(table)})
     teacher = open_transformer(path)
     assert teacher.architecture.quantised and teacher.architecture.num_parameters == network("flux1", SMALL).num_parameters
-    prune_transformer_file(teacher, out, PruningPlan(name="p", keep={"double": (1, 3)}))
+    prune_file(teacher, out, PruningPlan(name="p", keep={"double": (1, 3)}))
     after = load_file(out)
     assert [after[f"double_blocks.{n}.img_attn.qkv.weight_scale"].item() for n in range(2)] == [2.0, 4.0]
     assert torch.equal(
@@ -273,7 +318,7 @@ def test_scales_go_with_their_block_and_metadata_name_the_new_numbers(tmp_path):
         told = json.loads(opened.metadata()["_quantization_metadata"])
     assert [*told["layers"]] == layers[:2] and told["format_version"] == "1.0"
     with pytest.raises(ValueError, match="can only be copied"):
-        prune_transformer_file(teacher, tmp_path / "no.safetensors", PruningPlan(name="p", keep={"double": (1,)}), dtype="bf16")
+        prune_file(teacher, tmp_path / "no.safetensors", PruningPlan(name="p", keep={"double": (1,)}), dtype="bf16")
 
 
 def test_a_depth_in_the_metadata_is_the_students():
@@ -313,7 +358,7 @@ def test_the_command_cuts_and_shows(flux, tmp_path, capsys):
     assert facts["family"] == "flux1" and facts["blocks"] == {"double": "0-1", "single": "none"}
     assert main(["inspect", str(out)]) == 0 and "double   0-1" in capsys.readouterr().out
     for arguments, message in {
-        ("--plan", "keep double 1", "--pad"): "--pad is for UNets",
+        ("--plan", "keep double 1", "--pad"): "identity blocks (pad) are for UNets",
         ("--plan", "keep double 1", "--layout", "diffusers"): "not written in the diffusers layout yet",
         ("--preset", "ssd-1b"): "is a plan for SDXL-shaped UNets, but this one is Flux.1",
     }.items():

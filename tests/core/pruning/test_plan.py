@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from distill_core.evaluation.catalog import measure_presets
 from distill_core.networks.architecture import Architecture
 from distill_core.networks.layouts import LAYOUTS
-from distill_core.pruning.plan import KeptSkips, NameMap, PruningPlan, name_map, preset, preset_names, pruned
+from distill_core.networks.residuals import KeptSkips, read_kept
+from distill_core.pruning.plan import NameMap, PruningPlan, name_map, preset, preset_names, pruned
 
 from ...students import PUBLISHED, student_of
 
@@ -200,8 +201,8 @@ def test_keep_that_has_no_effect_is_refused(keep, message, sd15):
     ],
 )
 def test_a_damaged_note_of_skip_connections_is_one_sentence(text):
-    with pytest.raises(ValueError, match="metadata on skip connections") as caught:
-        KeptSkips.from_text(text)
+    with pytest.raises(ValueError, match="metadata on kept residuals") as caught:
+        read_kept(text)
     assert "\n" not in str(caught.value)
 
 
@@ -209,7 +210,7 @@ def test_a_damaged_note_of_skip_connections_is_one_sentence(text):
 @given(kept=st.sets(st.integers(0, 11)), mid=st.booleans())
 def test_a_note_of_skip_connections_is_read_as_it_was_written(kept, mid):
     skips = KeptSkips(12, tuple(sorted(kept)), mid)
-    assert KeptSkips.from_text(skips.to_text()) == skips
+    assert read_kept(skips.to_text()) == skips
 
 
 PLAN = {"name": "p", "remove": ["mid"], "keep": {"down.0.attn.0": [0]}}
@@ -258,9 +259,9 @@ def test_skip_connections_are_kept_through_two_prunings(sd15):
     first = name_map(sd15, preset("bk-sdm-base"))
     student = pruned(sd15, first)
     second = name_map(student, PruningPlan(name="p", remove=("down.inner", "up.inner", "mid")))
-    skips = first.skips(sd15).then(second.skips(student))
+    skips = sd15.kept_residuals(first.rename).after(student.kept_residuals(second.rename))
     assert (skips.num_teacher, skips.kept, skips.mid) == (12, (0, 1, 3, 4, 6, 7), False)
-    assert skips == KeptSkips.from_text(skips.to_text())
+    assert skips == read_kept(skips.to_text())
     assert skips.select("abcdefghijkl") == ["a", "b", "d", "e", "g", "h"]
-    with pytest.raises(ValueError, match="12 skip connections"):
+    with pytest.raises(ValueError, match="12 residuals"):
         skips.select("abc")

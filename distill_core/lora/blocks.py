@@ -1,0 +1,194 @@
+"""Conversion of a LoRA made for a transformer into one for a student cut from it: only the numbers of blocks change.
+
+Trainers spell the layers of one transformer in many ways, kohya's ``lora_unet_double_blocks_0_img_attn_qkv`` and diffusers'
+``transformer.transformer_blocks.0.attn.to_q`` among them. In all of them a layer of a block begins with the list of blocks
+and a number, behind a prefix. So the number is replaced, the rest is kept, and whatever reads the LoRA on the teacher reads it
+on the student; that diffusers' ``to_q`` is a third of a fused weight is the reader's concern.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..networks.transformers.architecture import FAMILIES, Transformer
+from ..pruning.plan import NameMap
+from .metadata import KEY, PeftConfig, read_configs
+from .remapped import STALE_METADATA, Remapped, layer_of
+from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
+
+if TYPE_CHECKING:
+    from .remapped import Weight
+
+_PREFIXES = (
+    "base_model.model.unet.", "unet.base_model.model.", "base_model.model.", "model.diffusion_model.", "diffusion_model.",
+    "transformer.", "lora_transformer_", "lora_unet__", "lora_unet_", "lycoris_", "",
+)  # fmt: skip
+"""What stands before the name of a layer; the first that fits counts."""
+_TEXT_ENCODERS = ("lora_te", "text_encoder", "text_model", "clip_", "t5xxl", "lora_clip", "lora_t5")
+"""How keys of text encoders begin."""
+UNET_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
+_XLABS = {
+    ".qkv_lora1.": ".img_attn.qkv.lora_",
+    ".qkv_lora2.": ".txt_attn.qkv.lora_",
+    ".proj_lora1.": ".img_attn.proj.lora_",
+    ".proj_lora2.": ".txt_attn.proj.lora_",
+    ".qkv_lora.": ".linear1_qkv.lora_",
+    ".proj_lora.": ".linear2.lora_",
+}
+"""Part of a key of XLabs' trainer -> ComfyUI's. ComfyUI knows such a file by the teacher's last blocks, so the keys are translated."""
+
+
+_OUTPUTS = ("lora_up", "diff", "diff_b")
+"""Tensors whose rows are a layer's outputs."""
+
+
+class _Place(NamedTuple):
+    """Where a key of a LoRA belongs."""
+
+    key: str
+    """Translated, if it was of XLabs."""
+    block: str | None
+    """Block of a list, as files call it; None for what is in none."""
+    head: str
+    """What stands before the number."""
+    rest: str
+    """What follows the number."""
+    is_swapped: bool = False
+    """Whether the reader of the teacher's LoRA would swap the halves of its output, and that of a student's would not."""
+
+
+class _Reader:
+    """Finds the blocks that keys of a LoRA belong to, in one transformer."""
+
+    def __init__(self, teacher: Transformer):
+        self.teacher = teacher
+        self.paths = {head: blocks.path for blocks in teacher.of.lists for head in (blocks.path, blocks.diffusers) if head}
+        others = {blocks.path for family in FAMILIES.values() for blocks in family.lists}
+        others |= {blocks.diffusers for family in FAMILIES.values() for blocks in family.lists if blocks.diffusers}
+        self.all_heads = "|".join(sorted({*others, *UNET_BLOCKS, *self.paths}, key=len, reverse=True))
+
+    def place(self, key: str) -> _Place:
+        """``ValueError`` for a key of a block that the teacher does not have, or of another network."""
+        key = _of_xlabs(key)
+        prefix = next(prefix for prefix in _PREFIXES if key.startswith(prefix))
+        match = re.match(rf"({self.all_heads})([._])(\d+)(?=[._])", key[len(prefix) :])
+        if key.startswith(_TEXT_ENCODERS) or not match:
+            return _Place(key, None, key, "")
+        path, number = self.paths.get(match[1]), int(match[3])
+        if path is None or f"{path}.{number}" not in self.teacher.blocks:
+            raise ValueError(
+                f"the teacher has no block for {key}: this LoRA was made for another model than {self.teacher.title} of this depth, or "
+                "the given teacher is already cut; give the full model the LoRA was made for"
+            )
+        end = len(prefix) + match.end()
+        if swapped := self._last_swapped(path, number, key[end:]):
+            return _Place(key, f"{path}.{number}", f"diffusion_model.{path}.", swapped, is_swapped=True)
+        return _Place(key, f"{path}.{number}", key[: end - len(match[3])], key[end:])
+
+    def _last_swapped(self, path: str, number: int, rest: str) -> str | None:
+        """The rest of a key in ComfyUI's spelling, for the layer of the last block that diffusers has the other way round."""
+        names = self.teacher.lists[path].last_swapped
+        if names is None or number != self.teacher.numbers(path)[-1]:
+            return None
+        theirs, ours = names
+        match = re.match(rf"[._]{theirs.replace('.', '[._]')}(?=[._])", rest)
+        return match and f".{ours}{rest[match.end() :]}"
+
+    @cached_property
+    def layers(self) -> dict[str, str]:
+        """Name of a layer as a key may spell it -> the layer."""
+        layers = {name.rpartition(".")[0] for name in self.teacher.shapes}
+        return {layer.replace(".", "_"): layer for layer in layers} | {layer: layer for layer in layers}
+
+    def layer(self, name: str) -> str | None:
+        """The teacher's layer that a key's layer means if it is spelled as in ComfyUI's files; None for other spellings."""
+        return next((self.layers.get(name[len(prefix) :]) for prefix in _PREFIXES if name.startswith(prefix)), None)
+
+
+def _of_xlabs(key: str) -> str:
+    if ".processor." in key:
+        for theirs, ours in _XLABS.items():
+            if theirs in key:
+                return "diffusion_model." + key.replace(".processor", "").replace(theirs, ours)
+    return key
+
+
+def remap_on_blocks(
+    tensors: Mapping[str, Weight], teacher: Transformer, mapping: NameMap, *, metadata: Mapping[str, str] | None = None
+) -> Remapped:
+    """A transformer's LoRA with blocks renumbered as the student's, without those of removed blocks.
+
+    Layers outside the blocks stay. A strength in peft's configuration, which ComfyUI does not read, is multiplied into the
+    matrices. Raises ``ValueError`` if the LoRA was not made for the teacher, is damaged, or if nothing of it is left.
+    """
+    reader, configs = _Reader(teacher), read_configs(metadata or {})
+    places = {key: reader.place(key) for key in tensors}
+    if not any(place.block for place in places.values()):
+        raise ValueError(
+            f"this LoRA was not made for the teacher: none of its tensors belongs to a block of {teacher.title}; "
+            f"its first is {next(iter(tensors), 'missing, because the file is empty')}"
+        )
+    layers: dict[str, dict[str, str]] = {}
+    for key, place in places.items():
+        name = layer_of(place.key)
+        other = layers.setdefault(name, {}).setdefault(role(place.key[len(name) :]), key)
+        if other != key:
+            raise ValueError(f"{key}: this LoRA has two tensors for one place ({other}); keep one of them")
+    kept: dict[str, Weight] = {}
+    dropped = set()
+    for name, keys in layers.items():
+        place = places[next(iter(keys.values()))]
+        new = None if place.block is None else mapping.rename(place.block)
+        if (place.block is not None and new is None) or (place.is_swapped and keys.keys() - {*_OUTPUTS, "lora_down", "alpha"}):
+            dropped.add(name)
+            continue
+        _check(name, keys, tensors, reader)
+        scale = _scale(name, keys, tensors, configs)
+        for role_of, key in keys.items():
+            place, tensor = places[key], tensors[key]
+            if role_of == "lora_up" and scale != 1:
+                tensor = (in_memory(tensor).float() * scale).to(in_memory(tensor))
+            if place.is_swapped and role_of in _OUTPUTS:
+                tensor = in_memory(tensor).roll(len(in_memory(tensor)) // 2, 0)
+            kept[place.key if new is None else place.head + new.rpartition(".")[2] + place.rest] = tensor
+    of_text = {name for name in layers if name.startswith(_TEXT_ENCODERS)}
+    if not len(layers.keys() - dropped - of_text):
+        raise ValueError(
+            f"nothing is left of this LoRA: all {len(dropped)} layers it changes belong to blocks the student does not have; "
+            "use one that changes more of the model"
+        )
+    return Remapped(
+        kept,
+        num_kept=len(layers.keys() - dropped - of_text),
+        num_dropped=len(dropped),
+        num_text_encoder=len(of_text),
+        switched_to_ldm=False,
+        metadata={key: text for key, text in (metadata or {}).items() if key not in (*STALE_METADATA, KEY)},
+    )
+
+
+def _check(name: str, keys: Mapping[str, str], tensors: Mapping[str, Weight], reader: _Reader) -> None:
+    """``ValueError`` for tensors of a layer that are damaged, or do not fit the teacher's, as far as its shape is known."""
+    for role_of, key in keys.items():
+        check_tensor(key, role_of, tensors[key])
+    shapes = {role_of: tuple(tensors[key].shape) for role_of, key in keys.items()}
+    layer = None if reader.teacher.quantised else reader.layer(name)
+    weight = None if layer is None else reader.teacher.shapes.get(f"{layer}.weight")
+    if weight is None:
+        check_products(keys, shapes)
+    else:
+        check_fit(keys, shapes, weight, reader.teacher.shapes.get(f"{layer}.bias"))
+    for key in keys.values():
+        check_finite(key, tensors[key])
+
+
+def _scale(name: str, keys: Mapping[str, str], tensors: Mapping[str, Weight], configs: Mapping[str, PeftConfig]) -> float:
+    """Factor on the product of a layer's matrices by peft's configuration; 1 without one, or if an alpha says it."""
+    network, _, path = name.partition(".")
+    config = configs.get(network) or configs.get("")
+    if config is None or "alpha" in keys or "lora_up" not in keys:
+        return 1.0
+    return config.scale(path, rank({role_of: tuple(tensors[key].shape) for role_of, key in keys.items()}))

@@ -1,0 +1,95 @@
+"""Which of the residuals that a ControlNet makes for a teacher its student takes, and in which order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..base.documents import expect, parse_json
+
+Value = TypeVar("Value")
+Rename = Callable[[str], "str | None"]
+"""A teacher's name -> its student's, None for what is removed."""
+_MOST = 1000
+"""No network has so many."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Places of a teacher that its student has."""
+
+    num_teacher: int
+    """Places of the teacher."""
+    kept: tuple[int, ...]
+    """The teacher's numbers of those the student has."""
+
+    def select(self, residuals: Sequence[Value]) -> list[Value]:
+        """The student's residuals from the teacher's."""
+        if len(residuals) != self.num_teacher:
+            raise ValueError(f"the teacher takes {self.num_teacher} residuals, but there are {len(residuals)}")
+        return [residuals[i] for i in self.kept]
+
+    def then(self, further: Kept) -> Kept:
+        """The same after the student was pruned again."""
+        return Kept(self.num_teacher, tuple(further.select(self.kept)))
+
+    def fields(self) -> dict[str, Any]:
+        return {"teacher": self.num_teacher, "kept": self.kept}
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Kept:
+        """``ValueError`` if `fields` did not make these."""
+        number, kept = expect(fields.get("teacher"), int, "'teacher'"), expect(fields.get("kept"), list, "'kept'")
+        ascending = [-1, *(expect(one, int, "an entry of 'kept'") for one in kept), number]
+        if number > _MOST:
+            raise ValueError(f"no network takes {number:,} residuals")
+        if any(low >= high for low, high in zip(ascending, ascending[1:], strict=False)):
+            raise ValueError("its numbers must be ascending and below the teacher's count")
+        return cls(number, tuple(kept))
+
+
+@dataclass(frozen=True)
+class KeptSkips(Kept):
+    """The skip connections of a UNet that a student has, counted from ``conv_in``."""
+
+    mid: bool
+    """Whether the stage that receives the residual of the mid block is still there."""
+
+    def after(self, further: KeptSkips) -> KeptSkips:
+        """The same after the student was pruned again."""
+        return KeptSkips(self.num_teacher, self.then(further).kept, self.mid and further.mid)
+
+    def to_text(self) -> str:
+        return json.dumps({**self.fields(), "mid": self.mid})
+
+
+@dataclass(frozen=True)
+class KeptBlocks:
+    """The blocks of a transformer that a student has and that take residuals."""
+
+    lists: Mapping[str, Kept]
+    """By what ComfyUI's ControlNets call the residuals of a list: ``input``, ``output``."""
+
+    def after(self, further: KeptBlocks) -> KeptBlocks:
+        """The same after the student was pruned again."""
+        return KeptBlocks({key: kept.then(further.lists[key]) for key, kept in self.lists.items()})
+
+    def to_text(self) -> str:
+        return json.dumps({"lists": {key: kept.fields() for key, kept in self.lists.items()}})
+
+
+KeptResiduals = KeptSkips | KeptBlocks
+
+
+def read_kept(text: str) -> KeptResiduals:
+    """What ``to_text`` wrote; ``ValueError`` if it did not."""
+    try:
+        fields = parse_json(text, "it")
+        if "lists" in fields:
+            lists = expect(fields["lists"], dict, "'lists'")
+            return KeptBlocks({key: Kept.of(expect(kept, dict, "an entry of 'lists'")) for key, kept in lists.items()})
+        return KeptSkips(**vars(Kept.of(fields)), mid=expect(fields.get("mid"), bool, "'mid'"))
+    except ValueError as error:
+        raise ValueError(f"the metadata on kept residuals is damaged ({error}); prune the teacher again") from error
