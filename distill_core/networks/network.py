@@ -13,7 +13,7 @@ from .transformers.files import TransformerFile, find_transformer
 
 Network = Architecture | Transformer
 NetworkFile = UNetFile | TransformerFile
-Same = TypeVar("Same", Architecture, Transformer)
+Same = TypeVar("Same", bound=Network)
 
 UNETS = ("sd1", "sd2", "sdxl")
 """Families of UNets that presets are for."""

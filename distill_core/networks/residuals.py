@@ -12,6 +12,8 @@ from ..base.documents import expect, parse_json
 Value = TypeVar("Value")
 Rename = Callable[[str], "str | None"]
 """A teacher's name -> its student's, None for what is removed."""
+KEY = "distill.skips"
+"""Of a file's metadata."""
 _MOST = 1000
 """No network has so many."""
 
@@ -81,6 +83,11 @@ class KeptBlocks:
 
 
 KeptResiduals = KeptSkips | KeptBlocks
+
+
+def kept_in(metadata: Mapping[str, str]) -> KeptResiduals | None:
+    """What a student's file says of itself; None if it was not pruned here."""
+    return read_kept(metadata[KEY]) if KEY in metadata else None
 
 
 def read_kept(text: str) -> KeptResiduals:

@@ -11,6 +11,7 @@ from ..base.storage import OnBytes, fingerprint, ignore, zeros_like
 from ..networks.architecture import Architecture
 from ..networks.files import UNetFile, open_unet
 from ..networks.network import Network, NetworkFile, Same
+from ..networks.residuals import KEY as KEPT
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
 from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
 
@@ -92,7 +93,7 @@ def prune_file(
     ComfyUI could not open the file, or if ``out`` exists.
     """
     architecture: Network = teacher.architecture
-    pruning = prune(architecture, plan, pad=pad, for_comfyui=layout != "diffusers")
+    pruning: Pruning[Any] = prune(architecture, plan, pad=pad, for_comfyui=layout != "diffusers")
     title = {"modelspec.title": f"{teacher.path.stem} pruned by {plan.name}"}
     teacher.save_student(
         out,
@@ -132,7 +133,7 @@ def pruning_metadata(pruning: Pruning, teacher: Mapping[str, Weight], architectu
     return {
         **pruning.plan.metadata,
         "distill.teacher": fingerprint(teacher),
-        "distill.skips": architecture.kept_residuals(pruning.mapping.rename).to_text(),
+        KEPT: architecture.kept_residuals(pruning.mapping.rename).to_text(),
         **({"distill.padding": " ".join(pruning.padding)} if pruning.padding else {}),
     }
 

@@ -23,7 +23,7 @@ from ..lora.switch import AdapterSwitch
 from ..networks.architecture import Architecture
 from ..networks.build import load_unet
 from ..networks.files import UNetFile, open_unet
-from ..networks.residuals import KeptSkips, read_kept
+from ..networks.residuals import KeptSkips, kept_in
 from ..pruning.plan import NameMap
 from .experts import Experts
 from .router import dispatch
@@ -157,8 +157,7 @@ class ExpertUNet(ModelMixin, ConfigMixin):
 def _open(file: UNetFile, dtype: torch.dtype) -> UNet2DConditionModel:
     """Load a network; residuals of a teacher's ControlNet go to the blocks that were kept."""
     network = load_unet(file, dtype)
-    if "distill.skips" in file.metadata:
-        skips = read_kept(file.metadata["distill.skips"])
+    if isinstance(skips := kept_in(file.metadata), KeptSkips):
         network.register_forward_pre_hook(partial(_keep_residuals, skips), with_kwargs=True)
     return network
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import comfy.utils
@@ -15,10 +17,11 @@ from ...distill_core.demo.teacher import teacher_file
 from ...distill_core.networks.architecture import Architecture
 from ...distill_core.networks.files import UNetFile, save_unet
 from ...distill_core.networks.network import open_network
+from ...distill_core.networks.residuals import KEY
 from ...distill_core.networks.transformers.architecture import Transformer
 from ...distill_core.networks.transformers.files import TransformerFile, rewritten, save_transformer, stated
 from ...distill_core.pruning.plan import PruningPlan
-from ...distill_core.pruning.prune import describe, prune, pruning_metadata
+from ...distill_core.pruning.prune import Pruning, describe, prune, pruning_metadata
 from .control import with_control
 from .demo import DemoModelConfig, build_demo, is_demo
 from .loading import loaded
@@ -116,21 +119,29 @@ def _reloadable(load: Callable[..., ModelPatcher]) -> ModelPatcher:
 def prune_model(teacher: Model, plan: PruningPlan, pad: bool = False) -> ModelPatcher:
     """The teacher without the blocks that a plan removes; the teacher does not change. pad: see `prune.prune`."""
     network = teacher.network
-    pruning = prune(network, plan, pad=pad)
-    weights = teacher.state_dict()
-    metadata, kept = pruning_metadata(pruning, weights, network), network.kept_residuals(pruning.mapping.rename)
-    if before := teacher.origin:
-        kept = before.kept.after(kept)
-        metadata["distill.skips"] = kept.to_text()
     if isinstance(network, Architecture):
-        return make_student(pruning.weights(weights), pruning.student, teacher, Origin(pruning.plan, kept, metadata))
-    cut, config = pruning.weights(weights), teacher.patcher.model.model_config.unet_config
+        pruning, weights = prune(network, plan, pad=pad), teacher.state_dict()
+        return make_student(pruning.weights(weights), pruning.student, teacher, _origin(teacher, pruning, weights))
+    cut, weights = prune(network, plan, pad=pad), teacher.state_dict()
+    origin, kept = _origin(teacher, cut, weights), cut.weights(weights)
+    config = teacher.patcher.model.model_config.unet_config
     if network.of.believes_config:
-        metadata |= rewritten(stated(config), pruning.student, pruning.mapping.rename)
+        origin = replace(origin, metadata={**origin.metadata, **rewritten(stated(config), cut.student, cut.mapping.rename)})
     if network.of.marker:
         key, value, name = network.of.marker
-        cut |= {name: torch.zeros(1)} if config.get(key) == value else {}
-    return _cut_transformer(cut, pruning.student, teacher, Origin(pruning.plan, kept, metadata))
+        kept |= {name: torch.zeros(1)} if config.get(key) == value else {}
+    return _cut_transformer(kept, cut.student, teacher, origin)
+
+
+def _origin(teacher: Model, pruning: Pruning, weights: Mapping[str, Tensor]) -> Origin:
+    """Where a student comes from, its teacher's own origin included."""
+    network, before = teacher.network, teacher.origin
+    metadata: dict[str, str] = pruning_metadata(pruning, weights, network)
+    kept: Any = network.kept_residuals(pruning.mapping.rename)
+    if before is not None:
+        kept = before.kept.after(kept)
+        metadata[KEY] = kept.to_text()
+    return Origin(pruning.plan, kept, metadata)
 
 
 def save_model(

@@ -18,8 +18,9 @@ from .weights import shapes_of
 
 def with_control(student: ModelPatcher, origin: Origin) -> ModelPatcher:
     """Route a ControlNet's residuals to the kept blocks, and refuse Control-LoRAs that need removed blocks."""
-    remap = remapped_control if isinstance(origin.kept, KeptSkips) else selected_control
-    student.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ORIGIN, partial(_remap_control, partial(remap, origin.kept)))
+    kept = origin.kept
+    remap = partial(remapped_control, kept) if isinstance(kept, KeptSkips) else partial(selected_control, kept)
+    student.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ORIGIN, partial(_remap_control, remap))
     student.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL, partial(_check_control, origin))
     return student
 

@@ -19,7 +19,7 @@ from ...distill_core.networks.architecture import Architecture
 from ...distill_core.networks.layouts import layout_named
 from ...distill_core.networks.model_sampling import ModelSampling
 from ...distill_core.networks.network import Network, NetworkFile
-from ...distill_core.networks.residuals import KeptResiduals, read_kept
+from ...distill_core.networks.residuals import KeptResiduals, kept_in
 from ...distill_core.networks.transformers.architecture import Transformer
 from ...distill_core.pruning.plan import NameMap, PruningPlan, name_map, plan_between, plan_in
 from .demo import DemoModelConfig
@@ -182,10 +182,10 @@ class Origin:
     @classmethod
     def of_file(cls, file: NetworkFile) -> Origin | None:
         """The origin in the metadata of a file that this pack pruned; None for other files."""
-        if (plan := plan_in(file.metadata)) is None or "distill.skips" not in file.metadata:
+        plan, kept = plan_in(file.metadata), kept_in(file.metadata)
+        if plan is None or kept is None:
             return None
-        metadata = {name: text for name, text in file.metadata.items() if name.startswith("distill.")}
-        return cls(plan, read_kept(metadata["distill.skips"]), metadata)
+        return cls(plan, kept, {name: text for name, text in file.metadata.items() if name.startswith("distill.")})
 
 
 def vae_and_text_encoders(model: Model, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:

@@ -172,7 +172,9 @@ def test_a_plan_that_does_not_fit_is_one_clear_sentence(text, message):
 
 def test_the_last_block_of_sd3_stays_and_its_students_say_who_opens_them():
     teacher = network("sd3")
-    with pytest.raises(ValueError, match="removes joint_blocks.23, the last block, which is of another shape than the others; keep it"):
+    with pytest.raises(
+        ValueError, match="removes joint_blocks.23, the last block, which is of another shape than the others; keep it"
+    ):
         name_map(teacher, read_plan("keep joint 0-20", teacher))
     student = pruned(teacher, name_map(teacher, read_plan("keep joint 0-20,23", teacher)))
     assert student.told_depths == {"num_blocks": 22} and "Load Distilled Model" in student.loading_note
