@@ -268,6 +268,6 @@ def find_unet(names: Iterable[str]) -> tuple[str, str]:
             if prefix + layout.first_weight in names:
                 return name, prefix
     raise ValueError(
-        "it contains no Stable Diffusion UNet (neither input_blocks.* nor down_blocks.*); a transformer such as Flux, Qwen-Image or Wan "
-        "can be cut by distill prune, from a single file of ComfyUI's"
+        "it contains no Stable Diffusion UNet (neither input_blocks.* nor down_blocks.*), and no transformer of a known family in "
+        "ComfyUI's names"
     )

@@ -84,7 +84,7 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     Distances compare what the sampler receives, guidance included: the noise, or the velocity of a flow. ``ValueError`` for
     models that do not share latents.
     """
-    _check(models)
+    _check(models, drawing)
     of_each = 1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS * drawing.num_parts
     progress = Progress(node_id, total=len(models) * of_each)
     artists = [
@@ -118,11 +118,15 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     )
 
 
-def _check(models: Mapping[str, ModelPatcher]) -> None:
+def _check(models: Mapping[str, ModelPatcher], drawing: Drawing) -> None:
     (first, model), *others = models.items()
-    form = model.model.latent_format
-    if form.latent_dimensions != 2:
+    form, latents = model.model.latent_format, drawing.latent["samples"]
+    if form.latent_dimensions not in (2, 3):
         raise ValueError(f"{first} ({type(model.model).__name__}) is not an image model; only image models can be compared")
+    if latents.ndim > 4 and latents.shape[2] > 1:  # Qwen-Image and others draw images as videos of one frame
+        raise ValueError(
+            f"the latents have {latents.shape[2]} frames; only single images can be compared: use Empty Latent Image"
+        )
     for name, other in others:
         theirs = other.model.latent_format
         if type(theirs) is not type(form):
@@ -234,7 +238,8 @@ class Artist:
         made = []
         for latents in self.latents:
             throw_if_cancelled()
-            made.append(pixels_of(self.drawing.vae.decode(latents)).half())
+            images = self.drawing.vae.decode(latents)
+            made.append(pixels_of(images.flatten(0, -4)).half())
         return torch.cat(made)
 
     def _sample(

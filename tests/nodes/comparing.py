@@ -82,10 +82,16 @@ def refusals(out):
     bridge, _, _ = start()
     teacher, video = bridge.demo_teacher(), bridge.demo_teacher()
     video.model.latent_format = comfy.latent_formats.Wan21()
-    told = []
-    for models in ({"teacher": teacher, "other": video}, {"video": video, "teacher": teacher}):
+    sound = bridge.demo_teacher()
+    sound.model.latent_format = comfy.latent_formats.ACEAudio15()
+    told, frames = [], {"samples": torch.zeros(1, 16, 5, 8, 8)}
+    for models, changes in (
+        ({"teacher": teacher, "other": video}, {}),
+        ({"sound": sound, "teacher": teacher}, {}),
+        ({"video": video, "other": video}, {"latent": frames}),
+    ):
         try:
-            bridge.compare_models(models, drawing_of(bridge, [1.0, 1.0]), "1")
+            bridge.compare_models(models, drawing_of(bridge, [1.0, 1.0], **changes), "1")
         except ValueError as error:
             told.append(str(error))
     Path(out).write_text(json.dumps(told))

@@ -357,3 +357,62 @@ def _told(key, network, mapping, remap):
     beside = {f"diffusion_model.{path}.1.x.alpha": torch.ones(1)}  # so that something stays; block 1 becomes block 0
     remapped = remap.remap_lora({f"{key}.alpha": torch.ones(1)} | beside, network, mapping)
     return next((name.removesuffix(".alpha") for name in remapped.tensors if name != f"diffusion_model.{path}.0.x.alpha"), None)
+
+
+def write_small(folder):
+    """A small Flux.1 and the smallest Z-Image that stock ComfyUI opens, with text as wide as the demo's."""
+    from comfy.utils import save_torch_file
+    from small import SMALL, filled, model_of
+
+    save_torch_file(filled(model_of("flux1").diffusion_model).state_dict(), str(Path(folder) / "small_flux.safetensors"))
+    random, weights = torch.Generator().manual_seed(0), {}
+    for name, tensor in (
+        built("ZImage", SMALL["z-image"][1] | dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=3)).state_dict().items()
+    ):
+        is_norm = "norm" in name and tensor.ndim == 1
+        values = torch.randn(tensor.shape, generator=random, dtype=torch.bfloat16) * (
+            0.3 if tensor.ndim < 2 else tensor[0].numel() ** -0.5
+        )
+        weights[name] = values + 1 if is_norm else values
+    save_torch_file(weights, str(Path(folder) / "small_z_image.safetensors"))
+
+
+@torch.inference_mode()
+def compared(out):
+    """A transformer and its student by Compare Models, and taking turns: an image model, and one whose latents have frames."""
+    from comfy.model_patcher import ModelPatcher
+    from in_comfyui import pack
+    from small import asked, filled, model_of
+
+    bridge = pack()
+    ranges = importlib.import_module("pack.distill_core.diffusion.ranges")
+    bridge.progress.show_text = lambda text, node_id: None
+    told = {}
+    for family, depths in (("flux1", [2, 2]), ("qwen-image", [2])):
+        teacher, student = (
+            ModelPatcher(model_of(family, how), torch.device("cpu"), torch.device("cpu")) for how in (None, depths)
+        )
+        for patcher in (teacher, student):
+            filled(patcher.model.diffusion_model)
+        question = asked(teacher.model)
+        conditioning = [[question["c_crossattn"][:1], {"pooled_output": torch.zeros(1, 64), "guidance": 3.5}]]
+        drawing = bridge.Drawing(positive=conditioning, negative=conditioning, latent={"samples": torch.zeros(2, 16, 8, 8)},
+                                 vae=Pixels(), seed=3, num_seeds=1, steps=2, cfg=[1.0, 1.0, 1.0], sampler_name="euler", scheduler="simple")  # fmt: skip
+        routed = bridge.route_models([teacher, student], [ranges.Boundary(50, "percent")])
+        comparison = bridge.compare_models({"teacher": teacher, "student": student, "routed": routed}, drawing, "1")
+        told[family] = {
+            "parameters": [model.parameters for model in comparison.models],
+            "of network": sum(weight.numel() for weight in teacher.model.diffusion_model.parameters()),
+            "macs": [model.gmacs for model in comparison.models],
+            "distances": [model.distances and min(model.distances) for model in comparison.models],
+            "shape": list(comparison.images["teacher"].shape),
+            "routed is": [torch.equal(comparison.images["routed"], comparison.images[name]) for name in ("teacher", "student")],
+        }
+    Path(out).write_text(json.dumps(told))
+
+
+class Pixels:
+    """Stands for a VAE: the first channels of a latent as pixels, frames as ComfyUI's video VAEs give them."""
+
+    def decode(self, latents):
+        return latents[:, :3].movedim(1, -1).sigmoid()

@@ -77,9 +77,10 @@ def test_images_are_those_of_ksampler_and_models_stay(told):
 
 
 def test_models_that_share_no_latents_are_refused(found):
-    other, video = found("comparing.refusals")
+    other, sound, frames = found("comparing.refusals")
     assert other.startswith("other does not go with teacher: their latents differ (Wan21 and DemoLatentFormat)")
-    assert video.startswith("video (BaseModel) is not an image model")
+    assert sound.startswith("sound (BaseModel) is not an image model")
+    assert frames.startswith("the latents have 5 frames; only single images can be compared")
 
 
 def test_images_are_judged_by_the_clip_models_there_are(found):

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from distill_core.pruning.plan import all_preset_names, preset
+from distill_core.networks.network import open_network
+from distill_core.pruning.plan import all_preset_names, plan_in, preset
+
+from .graphs import PROMPT, newest, sampled, save
 
 pytestmark = pytest.mark.comfy
 
@@ -117,3 +122,76 @@ def test_no_key_of_a_lora_reaches_another_block(found):
         ours, as_it_is = counts["remapped"], counts["as it is"]
         assert ours["wrong"] == ours["lost"] == 0 and ours["right"] >= 50 and ours["dropped"] >= 50, family
         assert as_it_is["wrong"] >= 50, family  # as stock ComfyUI would read it
+
+
+# --- compared, routed, and in a graph
+
+
+def test_models_of_images_are_compared_and_routed_whatever_their_latents(found):
+    told = found("cutting.compared")
+    assert {*told} == {"flux1", "qwen-image"}
+    for family, facts in told.items():
+        teacher, student, both = facts["parameters"]
+        assert teacher == facts["of network"] and student < teacher and both == teacher + student, family
+        assert facts["macs"][1] < facts["macs"][2] < facts["macs"][0] and facts["distances"][1] > 0.1, family
+        assert facts["distances"][2] == 0 and facts["routed is"] == [False, False], family  # the teacher where it is in charge
+        assert facts["shape"] == [2, 3, 8, 8], family
+
+
+@pytest.fixture(scope="module")
+def small_files(server, in_comfyui):
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    in_comfyui("cutting.write_small", folder)
+    yield {"small_flux": "keep double 0,3 single 0,2,4", "small_z_image": "keep layer 0,2"}
+    for path in (*folder.glob("small_*"), *(server.output / "diffusion_models").glob("small_*")):
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small_flux", "small_z_image"])
+def test_a_graph_cuts_samples_saves_and_a_stock_loader_draws_the_same(name, small_files, server):
+    def opened(file):
+        return {"class_type": "UNETLoader", "inputs": {"unet_name": file, "weight_dtype": "default"}}
+
+    cut = {"class_type": "DistillPruneTransformerBlocks",
+           "inputs": {"model": ["whole", 0], "preset": "flux-1-lite", "plan": small_files[name]}}  # fmt: skip
+    text = {key: PROMPT[key] for key in ("teacher", "prompt", "empty")}
+    noise = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    drawing = dict(steps=2, cfg=1.0, scheduler="simple")
+    prompt = {
+        **text, "noise": noise, "whole": opened(f"{name}.safetensors"), "prune": cut,
+        **sampled(["whole", 0], f"{name}_whole", **drawing), **sampled(["prune", 0], f"{name}_cut", **drawing),
+        "save": save(["prune", 0], f"diffusion_models/{name}_student", dtype="as it is"),
+        "tell": {"class_type": "PreviewAny", "inputs": {"source": ["prune", 1]}},
+    }  # fmt: skip
+    result = server.run(prompt)
+    assert result.succeeded, result.error
+    assert "fewer" in result.outputs["tell"]["text"][0]
+    student = newest(server, f"diffusion_models/{name}_student*.safetensors")
+    again = server.run(
+        {**text, "noise": noise, "student": opened(student.name), **sampled(["student", 0], f"{name}_stock", **drawing)}
+    )
+    assert again.succeeded, again.error
+    whole, cut_now, stock = (
+        load_file(newest(server, f"{name}_{how}*.latent"))["latent_tensor"] for how in ("whole", "cut", "stock")
+    )
+    assert torch.equal(cut_now, stock) and not torch.equal(cut_now, whole) and cut_now.isfinite().all()
+    assert plan_in(open_network(student).metadata).name == small_files[name]
+
+
+def test_each_door_names_the_other(server, small_files):
+    whole = {"class_type": "UNETLoader", "inputs": {"unet_name": "small_flux.safetensors", "weight_dtype": "default"}}
+    wrong = {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["whole", 0], "preset": "bk-sdm-base"}}
+    error = server.run({"whole": whole, "prune": wrong, **_save("prune")}).error
+    assert "this MODEL is a transformer (Flux.1)" in error and "Prune Transformer Blocks" in error
+    wrong = {"class_type": "DistillPruneTransformerBlocks", "inputs": {"model": ["teacher", 0], "preset": "flux-mini"}}
+    error = server.run({"teacher": PROMPT["teacher"], "prune": wrong, **_save("prune")}).error
+    assert "this MODEL is a UNet (SD1.x-shaped (context width 64))" in error and "Prune UNet Blocks" in error
+    deep = {"class_type": "DistillPruneTransformerBlocks", "inputs": {"model": ["whole", 0], "preset": "flux-mini"}}
+    error = server.run({"whole": whole, "prune": deep, **_save("prune")}).error
+    assert "flux-mini is a plan for Flux.1 with 19 doubles and 38 singles, but this one has 4 doubles and 5 singles" in error
+
+
+def _save(node):
+    return {"save": save([node, 0], "refused")}
