@@ -90,7 +90,7 @@ def stand_ins(base: Path, names: list[str]) -> None:
     """Empty files under the names that workflows choose, so that ComfyUI does not mark them as missing."""
     texts = [(WORKFLOWS / f"{name}.json").read_text(encoding="utf-8") for name in names]
     for file in {file for text in texts for file in re.findall(r'"([\w./ -]+\.safetensors)"', text)}:
-        for folder in ("checkpoints", "loras", "controlnet", "diffusion_models"):
+        for folder in ("checkpoints", "loras", "controlnet", "diffusion_models", "text_encoders", "vae"):
             path = base / "models" / folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()

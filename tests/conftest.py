@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only wait for a second thread; the servers' too
@@ -46,6 +47,23 @@ def comfyui_path():
     if comfyui.python(path) is None:
         pytest.skip(comfyui.HOW_TO_GET_ITS_PYTHON.format(path=path))
     return path
+
+
+@pytest.fixture(scope="session")
+def in_comfyui(comfyui_path, tmp_path_factory):
+    """Run a function of in_comfyui.py by the Python of ComfyUI."""
+
+    def run(function, *arguments):
+        script = comfyui.ROOT / "tests" / "nodes" / "in_comfyui.py"
+        command = [comfyui.python(comfyui_path), script, comfyui_path, function, *arguments]
+        tried = tmp_path_factory.mktemp("tried") / "tried.log"
+        environment = comfyui.offline_environment(tried)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not tried.exists(), tried.read_text()
+        return done.stderr
+
+    return run
 
 
 SMALL = dict(

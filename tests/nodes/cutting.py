@@ -359,12 +359,20 @@ def _told(key, network, mapping, remap):
     return next((name.removesuffix(".alpha") for name in remapped.tensors if name != f"diffusion_model.{path}.0.x.alpha"), None)
 
 
+def write_small_flux(path):
+    """A small Flux.1, with text as wide as the demo's."""
+    from comfy.utils import save_torch_file
+    from small import filled, model_of
+
+    save_torch_file(filled(model_of("flux1").diffusion_model).state_dict(), str(path))
+
+
 def write_small(folder):
     """A small Flux.1 and the smallest Z-Image that stock ComfyUI opens, with text as wide as the demo's."""
     from comfy.utils import save_torch_file
-    from small import SMALL, filled, model_of
+    from small import SMALL
 
-    save_torch_file(filled(model_of("flux1").diffusion_model).state_dict(), str(Path(folder) / "small_flux.safetensors"))
+    write_small_flux(Path(folder) / "small_flux.safetensors")
     random, weights = torch.Generator().manual_seed(0), {}
     for name, tensor in (
         built("ZImage", SMALL["z-image"][1] | dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=3)).state_dict().items()

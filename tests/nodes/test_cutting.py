@@ -76,7 +76,7 @@ def test_a_student_computes_as_its_teacher_with_the_blocks_skipped(found):
     told = found("cutting.of_small_networks")
     assert len(told) >= 10
     for family, students in told.items():
-        assert {text: far for text, (far, _) in students.items() if far} == {} and len(students) >= 5, family
+        assert {text: far for text, (far, _) in students.items() if far} == {} and len(students) >= 4, family
         assert min(moved for _, moved in students.values()) > 0.1, family  # the blocks that are left out matter
 
 

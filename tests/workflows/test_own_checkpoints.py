@@ -6,14 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from distill_core.base.storage import read_header, write_tensors
 from distill_core.networks.files import open_unet
+from distill_core.networks.network import open_network
 from distill_core.pruning.plan import preset
 from distill_core.pruning.prune import prune
 
 from .. import comfyui, standins
+from ..nodes.graphs import newest
 from .test_workflows import WORKFLOWS, run
 
 FREE_GIB = 16
@@ -24,6 +27,8 @@ SHORT = {
     "DistillSharedBaseLoRA": {"total_steps": 1, "steps_per_queue": 1, "batch_size": 1},
     "DistillRecipe": {"weight_dtype": "bf16", "optimizer": "adafactor", "accumulation_steps": 1, "sample_every_steps": 0},
     "EmptyLatentImage": {"width": 64, "height": 64},
+    "EmptySD3LatentImage": {"width": 64, "height": 64},
+    "DistillPruneTransformerBlocks": {"plan": "keep double 0,3 single 0,2,4"},
     "KSampler": {"steps": 1},
 }  # fmt: skip
 """What is changed in the workflows, so that two CPU cores and 16 GiB do."""
@@ -85,8 +90,8 @@ def run_short(server, tmp_path):
                 names += [name] + ["after"] * bool(options and options[0].get("control_after_generate"))
         return names
 
-    def run_it(name):
-        graph = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    def run_it(name, change=lambda graph: graph):
+        graph = change(json.loads((WORKFLOWS / f"{name}.json").read_text()))
         for node in graph["nodes"]:
             for changed, value in SHORT.get(node["type"], {}).items():
                 node["widgets_values"][values_of(node).index(changed)] = value
@@ -127,3 +132,38 @@ def test_half_an_sdxl(run_short, server):
     assert student.architecture.modules == prune(teacher, preset("ssd-1b")).student.modules and kept < 0.8
     assert any(name.startswith("conditioner.embedders.1.") for name in read_header(saved).tensors)
     saved.unlink()
+
+
+def test_a_flux_with_fewer_blocks(run_short, server, in_comfyui):
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    in_comfyui("cutting.write_small_flux", folder / "flux1-dev.safetensors")
+    run_short("prune_flux", without_text_encoders_and_vae)
+    (saved,) = (server.output / "diffusion_models").glob("flux_lite_*.safetensors")
+    assert open_network(saved).architecture.depths == {"double": 2, "single": 3}
+    drawn = [load_file(newest(server, f"{row}_*.latent"))["latent_tensor"] for row in ("row_0", "row_1")]
+    assert drawn[0].shape == drawn[1].shape == (1, 16, 8, 8) and not torch.equal(*drawn)
+
+
+def without_text_encoders_and_vae(graph):
+    """The graph with the demo's text encoder in place of Flux's, and latents saved in place of pictures."""
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    gone = {node["id"] for node in graph["nodes"] if node["type"] in ("VAELoader", "SaveImage")}
+    rows = iter(("row_0", "row_1"))
+    for node in nodes.values():
+        if node["type"] == "DualCLIPLoader":
+            kinds = ("MODEL", "CLIP", "VAE", "LATENT", "CONDITIONING")
+            outputs = [{"name": kind, "type": kind, "links": []} for kind in kinds]
+            outputs[1]["links"] = node["outputs"][0]["links"]
+            for link in graph["links"]:
+                link[2] = 1 if link[1] == node["id"] else link[2]
+            node |= {"type": "DistillLoadDemoTeacher", "outputs": outputs, "widgets_values": []}
+        elif node["type"] == "VAEDecode":
+            name = {"name": "filename_prefix", "type": "STRING", "widget": {"name": "filename_prefix"}, "link": None}
+            node |= {"type": "SaveLatent", "inputs": [node["inputs"][0], name], "outputs": [], "widgets_values": [next(rows)]}
+    links = [link for link in graph["links"] if not {link[1], link[3]} & gone]
+    kept = {link[0] for link in links}
+    for node in nodes.values():
+        for entry in node["inputs"]:
+            entry["link"] = entry["link"] if entry.get("link") in kept else None
+    return graph | {"nodes": [node for id_, node in nodes.items() if id_ not in gone], "links": links}
