@@ -1,12 +1,15 @@
-"""Pruning and inspecting a checkpoint of SDXL's size: ``python benchmarks/prune.py``. Needs 13 GB of disk.
+"""Pruning and inspecting checkpoints of real size: ``python benchmarks/prune.py``, or with names such as ``"Z-Image"``.
 
-Memory is the peak of the process that does it; time is compared with a plain copy of the student's bytes, made in the
-same run, on the same disk, and flushed to it as the student is. Writes ``results/prune.md``.
+SDXL needs 13 GB of disk; a transformer the size of its file and twice that of its student, and a ComfyUI, which tells its shape
+(`tests/comfyui.py`). Memory is the peak of the process that does it; time is compared with a plain copy of the student's
+bytes, made in the same run, on the same disk, read from it, and flushed to it as the student is. Writes ``results/prune.md``; with names,
+``results/prune_transformers.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -16,38 +19,68 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-ROUNDS = 5
+HERE = Path(__file__).parent
+RESULTS, TESTS = HERE / "results", HERE.parent / "tests"
+PRESETS = {
+    "Flux.1 dev": "flux-1-lite",
+    "Flux.2 klein 4B": "klein-4b-small",
+    "Flux.2 klein 9B": "klein-9b-small",
+    "Z-Image": "z-image-small",
+    "Qwen-Image": "qwen-image-13b",
+    "Wan 14B": "wan-40-small",
+    "SD3.5 large": "sd35-large-small",
+    "SD3.5 medium": "sd35-medium-small",
+    "Lumina 2": "keep layer 0-9,11,14,17,19-25",
+}
+"""What transformers of true shape are cut by."""
+SDXL = "SDXL"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(PRESETS)}; none: {SDXL}")
+    parser.add_argument("--rounds", type=int, default=5, help="in turn (default: %(default)s)")
+    arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    lines = [
+        "| command | size | seconds | peak memory | plain copy | of the copy's time |",
+        "|---|---|---|---|---|---|",
+    ]
+    out = RESULTS / ("prune_transformers.md" if arguments.names else "prune.md")
+    for name in arguments.names or [SDXL]:
+        lines += _rows(name, arguments.rounds)
+        note = f"Medians of {arguments.rounds} rounds in turn; seconds include starting Python."
+        out.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")  # as each ends: later ones may find no room
+    print(out.read_text(encoding="utf-8"), end="")
+
+
+def _rows(name: str, rounds: int) -> list[str]:
+    plan = "ssd-1b" if name == SDXL else PRESETS[name]
+    how = ["--plan", plan] if plan.startswith("keep ") else ["--preset", plan]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        teacher, student, copy = (folder / f"{name}.safetensors" for name in ("teacher", "student", "copy"))
+        teacher, student, copy = (folder / f"{kind}.safetensors" for kind in ("teacher", "student", "copy"))
         # In a process of its own: a child's peak memory begins with that of its parent.
-        subprocess.run([sys.executable, __file__, "--make-teacher", str(teacher)], check=True)
+        subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher)], check=True)
         prune, plain, inspect = [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             student.unlink(missing_ok=True)
-            prune.append(_run("prune", teacher, student, "--preset", "ssd-1b"))
+            _forget(teacher)
+            prune.append(_run("prune", teacher, student, *how))
+            _forget(student)
             plain.append(_copy(student, copy))
             inspect.append(_run("inspect", teacher))
-        size = student.stat().st_size
-    seconds = statistics.median(s for s, _ in prune)
-    lines = [
-        "| command on an SDXL UNet in fp16 | size | seconds | peak memory |",
-        "|---|---|---|---|",
-        f"| `distill prune … --preset ssd-1b` | {size / 1e9:.2f} GB written | {seconds:.1f} | {max(m for _, m in prune) / 1e9:.2f} GB |",
-        f"| plain copy of the student | {size / 1e9:.2f} GB written | {statistics.median(plain):.1f} | |",
-        f"| `distill inspect` | header only | {statistics.median(s for s, _ in inspect):.2f} | {max(m for _, m in inspect) / 1e9:.2f} GB |",
-        "",
-        f"Prune over plain copy: {seconds / statistics.median(plain):.2f}. Peak memory over the student's size: "
-        f"{max(m for _, m in prune) / size:.2f}. Medians of {ROUNDS} rounds in turn; seconds include starting Python.",
+        whole, size = teacher.stat().st_size, student.stat().st_size
+    seconds, of_copy = statistics.median(s for s, _ in prune), statistics.median(plain)
+    return [
+        f"| `distill prune` {name} by {plan} | {size / 1e9:.2f} GB of {whole / 1e9:.2f} | {seconds:.1f} | {_peak(prune)} | "
+        f"{of_copy:.1f} s | {seconds / of_copy:.2f} |",
+        f"| `distill inspect` {name} | header only | {statistics.median(s for s, _ in inspect):.2f} | {_peak(inspect)} | | |",
     ]
-    (RESULTS / "prune.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+
+
+def _peak(runs: list[tuple[float, int]]) -> str:
+    return f"{max(memory for _, memory in runs) / 1e9:.2f} GB"
 
 
 def _run(*arguments) -> tuple[float, int]:
@@ -62,6 +95,14 @@ def _run(*arguments) -> tuple[float, int]:
     return time.monotonic() - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _forget(path: Path) -> None:
+    """Let the system forget what it remembers of a file, so that it is read from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _copy(source: Path, target: Path) -> float:
     started = time.monotonic()
     with open(source, "rb") as read, open(target, "wb") as write:
@@ -73,20 +114,34 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _make_teacher(path: Path) -> None:
+def _make_teacher(name: str, path: Path) -> None:
     import torch
 
     from distill_core.base.storage import write_tensors
     from distill_core.evaluation.catalog import published_teacher
     from distill_core.networks.layouts import LAYOUTS
 
-    shapes = published_teacher("sdxl").shapes
-    names = LAYOUTS["ldm"].from_canonical(shapes)
+    if name == SDXL:
+        shapes = published_teacher("sdxl").shapes
+        names, dtype = LAYOUTS["ldm"].from_canonical(shapes), torch.float16
+        shapes = {f"model.diffusion_model.{names[parameter]}": shape for parameter, shape in shapes.items()}
+    else:
+        shapes, dtype = _true_shapes(name, path.with_suffix(".json")), torch.bfloat16
     # One tensor's memory serves all: what is in the weights makes no difference.
-    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values())).half()
-    tensors = {names[name]: noise[: torch.Size(shape).numel()].reshape(shape) for name, shape in shapes.items()}
-    write_tensors(path, {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()})
+    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values())).to(dtype)
+    write_tensors(path, {parameter: noise[: torch.Size(shape).numel()].reshape(shape) for parameter, shape in shapes.items()})
+
+
+def _true_shapes(name: str, out: Path) -> dict[str, list[int]]:
+    """Shapes of a transformer as ComfyUI builds it."""
+    sys.path.insert(0, str(TESTS.parent))
+    from tests import comfyui
+
+    place = comfyui.find() or sys.exit(comfyui.HOW_TO_GET_IT)
+    script = [comfyui.python(place), TESTS / "nodes" / "in_comfyui.py", place, "cutting.true_shapes", name, out]
+    subprocess.run(list(map(str, script)), check=True, capture_output=True)
+    return json.loads(out.read_text())
 
 
 if __name__ == "__main__":
-    _make_teacher(Path(sys.argv[2])) if sys.argv[1:2] == ["--make-teacher"] else main()
+    _make_teacher(sys.argv[2], Path(sys.argv[3])) if sys.argv[1:2] == ["--make-teacher"] else main()

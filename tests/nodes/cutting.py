@@ -79,6 +79,12 @@ def opened(tensors, depths):
     return type(found).__name__, sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys()), sorted(different)
 
 
+def true_shapes(name, out):
+    """Shapes of a transformer by its name in `TRUE`."""
+    kind, config = TRUE[name]
+    Path(out).write_text(json.dumps({key: tuple(tensor.shape) for key, tensor in built(kind, config).state_dict().items()}))
+
+
 def of_true_shape(out):
     """Every family of true shape: its shapes, and what ComfyUI makes of students by some plans of every kind."""
     from in_comfyui import pack
