@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .documents import check_regular, expect, numbers, one_line, parse_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CODES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """Precisions to write -> their codes in the format."""
 _TORCH = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _BYTES = {
@@ -40,6 +42,7 @@ _BYTES = {
     "BF16": 2,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
     "I64": 8,
     "I32": 4,
     "I16": 2,
@@ -47,7 +50,7 @@ _BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-_UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "U16", "U32", "U64"}
+_UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "U16", "U32", "U64"}
 """Precisions of the format that this library does not support."""
 OVERWRITABLE = {
     "checksums.json", "config.json", "diffusion_pytorch_model.safetensors", "lora.safetensors", "student.safetensors",
@@ -95,9 +98,18 @@ class StoredTensor:
             for i, start in enumerate(starts):
                 file.seek(self.offset + start * size)
                 _fill(file, memoryview(data)[i * count * size : (i + 1) * count * size])
-        dtype = getattr(torch, _TORCH[self.code])
+        dtype = _dtype(self.code)
         values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return values if self.scale is None else (values.float() * self.scale.read().float()).half()
+
+
+def _dtype(code: str) -> torch.dtype:
+    """torch's precision for one of the format; ``ValueError`` if this torch has none."""
+    import torch
+
+    if (dtype := getattr(torch, _TORCH[code], None)) is None:
+        raise ValueError(f"tensors in {code} need a newer torch than {torch.__version__}")
+    return dtype
 
 
 def _fill(file, buffer: memoryview) -> None:
@@ -364,7 +376,7 @@ def _write(file, tensor: Tensor | StoredTensor, code: str) -> None:
     import torch
 
     values = tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach()
-    values = values.to("cpu", getattr(torch, _TORCH[code])).contiguous()
+    values = values.to("cpu", _dtype(code)).contiguous()
     file.write(values.reshape(-1).view(torch.uint8).numpy())
 
 
@@ -383,4 +395,4 @@ def zeros_like(tensor: Tensor | StoredTensor) -> Tensor:
     """Zeros of a tensor's shape and precision, on the CPU."""
     import torch
 
-    return torch.zeros(tuple(tensor.shape), dtype=getattr(torch, _TORCH[_code(tensor)]))
+    return torch.zeros(tuple(tensor.shape), dtype=_dtype(_code(tensor)))

@@ -168,6 +168,8 @@ def of_small_networks(out):
     Path(out).write_text(json.dumps(told))
 
 
+FORMS = ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise")
+"""Of quantised weights."""
 OPENED = ("flux1", "flux2", "hunyuan", "wan", "ltxv", "sd3")
 """Families whose width ComfyUI reads from the file, so that it opens small networks of them."""
 
@@ -189,14 +191,14 @@ def of_models(folder):
     folder, bridge = Path(folder), pack()
     plan_text = importlib.import_module("pack.distill_core.pruning.plan_text")
     told: dict = {}
-    for family, quantised in (
-        (family, how) for family in OPENED for how in (False, True) if not how or family in ("flux1", "wan")
-    ):
-        name = family + " in fp8" * quantised
+    prune_file = importlib.import_module("pack.distill_core.pruning.prune").prune_file
+    open_network = importlib.import_module("pack.distill_core.networks.network").open_network
+    for family, form in [*((family, "") for family in OPENED), *(("flux1", form) for form in FORMS), ("wan", FORMS[0])]:
+        name = family + (f" in {form}" if form else "")
         file, saved = folder / f"{name}.safetensors", folder / f"{name} student.safetensors"
         weights = filled(model_of(family).diffusion_model).state_dict()
         stated = {"config": json.dumps({"transformer": SMALL[family][1]})} if family == "ltxv" else None
-        save_torch_file(in_fp8(weights) if quantised else weights, str(file), stated)
+        save_torch_file(in_fewer_bits(weights, form) if form else weights, str(file), stated)
         stored = file.read_bytes()
         teacher, skipping = (comfy.sd.load_diffusion_model(str(file)) for _ in range(2))
         model, question = bridge.Model(teacher), asked(teacher.model)
@@ -207,11 +209,21 @@ def of_models(folder):
             skip(skipping.model.diffusion_model, family, path, {*model.network.numbers(path)} - {*map(int, kept.split(","))})
         note = bridge.save_model(bridge.Model(student), saved, layout="ldm", dtype=None)
         ours, facts = bridge.load_student(saved)
-        openers = {"student": student, "ours": ours} | ({} if note else {"stock": comfy.sd.load_diffusion_model(str(saved))})
+        by_command = folder / f"{name} by the command.safetensors"
+        prune_file(open_network(file), by_command, plan_text.read_plan(text, open_network(file).architecture))
+        openers = {"student": student, "ours": ours, "command": bridge.load_student(by_command)[0]}
+        openers |= (
+            {}
+            if note
+            else {
+                key: comfy.sd.load_diffusion_model(str(path)) for key, path in (("stock", saved), ("stock, command", by_command))
+            }
+        )
         truth, answers = applied(skipping, question), {key: applied(patcher, question) for key, patcher in openers.items()}
         again = bridge.prune_model(bridge.Model(ours), plan_text.read_plan(text.replace(kept, "1"), bridge.Model(ours).network))
         told[name] = {
             "far": {key: (answer - truth).abs().max().item() for key, answer in answers.items()},
+            "parameters": [network.num_parameters for network in (open_network(file).architecture, model.network)],
             "moved": (whole - truth).abs().max().item(),
             "note": note,
             "file unchanged": file.read_bytes() == stored,
@@ -232,19 +244,18 @@ def applied(patcher, question):
     return patcher.model.apply_model(**question)
 
 
-def in_fp8(weights):
-    """The weights of blocks in fp8 with a scale each, as ComfyUI stores them."""
-    stored, marker = {}, torch.tensor([*json.dumps({"format": "float8_e4m3fn"}).encode()], dtype=torch.uint8)
+def in_fewer_bits(weights, form):
+    """The weights of blocks in one of ComfyUI's forms, as it stores them."""
+    import comfy.quant_ops
+
+    stored, marker = {}, torch.tensor([*json.dumps({"format": form}).encode()], dtype=torch.uint8)
+    layout = comfy.quant_ops.QUANT_ALGOS[form]["comfy_tensor_layout"]
     for name, weight in weights.items():
         stored[name] = weight.contiguous()
         if "blocks." in name and name.endswith(".weight") and weight.ndim == 2 and "norm" not in name:
-            scale, layer = weight.abs().max() / 448, name.removesuffix(".weight")
-            stored |= {
-                name: (weight / scale).to(torch.float8_e4m3fn),
-                f"{layer}.weight_scale": scale,
-                f"{layer}.comfy_quant": marker.clone(),
-            }
-    return stored
+            stored |= comfy.quant_ops.QuantizedTensor.from_float(weight, layout).state_dict(name)
+            stored[f"{name.removesuffix('.weight')}.comfy_quant"] = marker.clone()
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 SPELLINGS = ("lora_unet_", "diffusion_model.", "transformer.", "lora_transformer_", "lycoris_", "base_model.model.", "")

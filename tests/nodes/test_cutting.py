@@ -88,10 +88,13 @@ def models(in_comfyui, tmp_path_factory):
 
 
 def test_a_model_is_cut_saved_and_opened_by_every_loader_with_the_same_answers(models):
-    assert {*models} == {"flux1", "flux1 in fp8", "flux2", "hunyuan", "wan", "wan in fp8", "ltxv", "sd3"}
+    forms = ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise")
+    of_flux = {f"flux1 in {form}" for form in forms}
+    assert {*models} == {"flux1", "flux2", "hunyuan", "wan", "wan in float8_e4m3fn", "ltxv", "sd3"} | of_flux
     for name, told in models.items():
-        stock = {} if name == "sd3" else {"stock": 0}
-        assert told["far"] == {"student": 0, "ours": 0, **stock} and told["moved"] > 0.1, name
+        stock = {} if name == "sd3" else {"stock": 0, "stock, command": 0}
+        assert told["far"] == {"student": 0, "ours": 0, "command": 0, **stock} and told["moved"] > 0.1, name
+        assert told["parameters"][0] == told["parameters"][1], name  # two numbers of four bits in a byte are two
         assert ("Load Distilled Model" in told["note"]) == (name == "sd3"), name
         assert told["file unchanged"] and told["teacher as before"], name
 

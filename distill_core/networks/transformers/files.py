@@ -95,7 +95,7 @@ def find_transformer(path: Path) -> TransformerFile | None:
 
 
 def _find(path: Path, header: Header) -> TransformerFile | None:
-    found = Transformer.find({name: tensor.shape for name, tensor in header.tensors.items()})
+    found = Transformer.find({name: _unpacked(name, header) for name in header.tensors})
     if found is None:
         return None
     architecture, prefix = found
@@ -116,6 +116,13 @@ def _find(path: Path, header: Header) -> TransformerFile | None:
         others={name: tensor for name, tensor in header.tensors.items() if not name.startswith(prefix)} if prefix else {},
         metadata=header.metadata,
     )
+
+
+def _unpacked(name: str, header: Header) -> tuple[int, ...]:
+    """Shape of a weight; two numbers of four bits lie in a byte (nvfp4)."""
+    tensor = header.tensors[name]
+    is_packed = tensor.code == "U8" and name.endswith(".weight") and f"{name}_scale" in header.tensors
+    return (*tensor.shape[:-1], 2 * tensor.shape[-1]) if is_packed and tensor.shape else tensor.shape
 
 
 def open_transformer(path: Path | str) -> TransformerFile:
