@@ -199,11 +199,24 @@ def test_the_end_of_a_file_that_is_too_short_or_too_long_is_not_read_as_a_weight
             read_header(tmp_path / "x")
 
 
-@pytest.mark.parametrize("code,num_bytes", [("F8_E8M0", 1), ("U16", 2), ("C64", 8)])
+@pytest.mark.parametrize("code,num_bytes", [("F8_E4M3FNUZ", 1), ("U16", 2), ("C64", 8)])
 def test_a_precision_that_is_not_read_here_is_named(code, num_bytes, tmp_path):
     file = _file(tmp_path / "x", {"a": {"dtype": code, "shape": [1], "data_offsets": [0, num_bytes]}}, bytes(num_bytes))
     with pytest.raises(ValueError, match=f"holds tensors in {code}, .*convert them to one of F64, F32"):
         read_header(file)
+
+
+def test_scales_that_are_powers_of_two_are_read_and_copied(tmp_path):
+    stored = bytes([126, 127, 130, 255])
+    file = _file(tmp_path / "x", {"a": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}, stored)
+    tensors = read_header(file).tensors
+    if not hasattr(torch, "float8_e8m0fnu"):
+        with pytest.raises(ValueError, match="tensors in F8_E8M0 need a newer torch"):
+            tensors["a"].read()
+        return
+    assert tensors["a"].read().float()[:3].tolist() == [0.5, 1.0, 8.0]
+    write_tensors(tmp_path / "y.safetensors", tensors)
+    assert (tmp_path / "y.safetensors").read_bytes().endswith(stored)
 
 
 def test_an_empty_tensor_too_large_for_torch_is_refused(tmp_path):
