@@ -74,7 +74,7 @@ class _Reader:
         """``ValueError`` for a key of a block that the teacher does not have, or of another network."""
         key = _of_xlabs(key)
         prefix = next(prefix for prefix in _PREFIXES if key.startswith(prefix))
-        match = re.match(rf"({self.all_heads})([._])(\d+)(?=[._])", key[len(prefix) :])
+        match = re.match(rf"({self.all_heads})([._])([0-9]{{1,4}})(?=[._])", key[len(prefix) :])
         if key.startswith(_TEXT_ENCODERS) or not match:
             return _Place(key, None, key, "")
         path, number = self.paths.get(match[1]), int(match[3])
@@ -131,43 +131,60 @@ def remap_on_blocks(
             f"this LoRA was not made for the teacher: none of its tensors belongs to a block of {teacher.title}; "
             f"its first is {next(iter(tensors), 'missing, because the file is empty')}"
         )
+    layers = _by_layer(places)
+    goes = {name for name, keys in layers.items() if _goes(keys, places[next(iter(keys.values()))], mapping)}
+    of_text = {name for name in layers if name.startswith(_TEXT_ENCODERS)}
+    kept: dict[str, Weight] = {}
+    for name in [name for name in layers if name not in goes]:
+        _check(name, layers[name], tensors, reader)
+        scale = _scale(name, layers[name], tensors, configs)
+        for role_of, key in layers[name].items():
+            kept[_renamed(places[key], mapping)] = _changed(tensors[key], role_of, scale, places[key].is_swapped)
+    if not (num_kept := len(layers.keys() - goes - of_text)):
+        raise ValueError(
+            f"nothing is left of this LoRA: all {len(goes)} layers it changes belong to blocks the student does not have; "
+            "use one that changes more of the model"
+        )
+    return Remapped(
+        kept,
+        num_kept=num_kept,
+        num_dropped=len(goes),
+        num_text_encoder=len(of_text),
+        switched_to_ldm=False,
+        metadata={key: text for key, text in (metadata or {}).items() if key not in (*STALE_METADATA, KEY)},
+    )
+
+
+def _by_layer(places: Mapping[str, _Place]) -> dict[str, dict[str, str]]:
+    """Layer -> role of each of its tensors -> key; ``ValueError`` for a place that occurs twice."""
     layers: dict[str, dict[str, str]] = {}
     for key, place in places.items():
         name = layer_of(place.key)
         other = layers.setdefault(name, {}).setdefault(role(place.key[len(name) :]), key)
         if other != key:
             raise ValueError(f"{key}: this LoRA has two tensors for one place ({other}); keep one of them")
-    kept: dict[str, Weight] = {}
-    dropped = set()
-    for name, keys in layers.items():
-        place = places[next(iter(keys.values()))]
-        new = None if place.block is None else mapping.rename(place.block)
-        if (place.block is not None and new is None) or (place.is_swapped and keys.keys() - {*_OUTPUTS, "lora_down", "alpha"}):
-            dropped.add(name)
-            continue
-        _check(name, keys, tensors, reader)
-        scale = _scale(name, keys, tensors, configs)
-        for role_of, key in keys.items():
-            place, tensor = places[key], tensors[key]
-            if role_of == "lora_up" and scale != 1:
-                tensor = (in_memory(tensor).float() * scale).to(in_memory(tensor))
-            if place.is_swapped and role_of in _OUTPUTS:
-                tensor = in_memory(tensor).roll(len(in_memory(tensor)) // 2, 0)
-            kept[place.key if new is None else place.head + new.rpartition(".")[2] + place.rest] = tensor
-    of_text = {name for name in layers if name.startswith(_TEXT_ENCODERS)}
-    if not len(layers.keys() - dropped - of_text):
-        raise ValueError(
-            f"nothing is left of this LoRA: all {len(dropped)} layers it changes belong to blocks the student does not have; "
-            "use one that changes more of the model"
-        )
-    return Remapped(
-        kept,
-        num_kept=len(layers.keys() - dropped - of_text),
-        num_dropped=len(dropped),
-        num_text_encoder=len(of_text),
-        switched_to_ldm=False,
-        metadata={key: text for key, text in (metadata or {}).items() if key not in (*STALE_METADATA, KEY)},
-    )
+    return layers
+
+
+def _goes(keys: Mapping[str, str], place: _Place, mapping: NameMap) -> bool:
+    """Whether a layer is left out: its block is gone, or its halves would have to be swapped in what is no plain LoRA."""
+    gone = place.block is not None and mapping.rename(place.block) is None
+    return gone or (place.is_swapped and not keys.keys() <= {*_OUTPUTS, "lora_down", "alpha"})
+
+
+def _renamed(place: _Place, mapping: NameMap) -> str:
+    """The student's key."""
+    block = mapping.rename(place.block) if place.block else None
+    return place.key if block is None else place.head + block.rpartition(".")[2] + place.rest
+
+
+def _changed(tensor: Weight, role_of: str, scale: float, is_swapped: bool) -> Weight:
+    """A tensor with the layer's strength multiplied into its output side, and its halves swapped."""
+    if role_of == "lora_up" and scale != 1:
+        tensor = (in_memory(tensor).float() * scale).to(in_memory(tensor))
+    if role_of in _OUTPUTS and is_swapped:
+        tensor = in_memory(tensor).roll(len(in_memory(tensor)) // 2, 0)
+    return tensor
 
 
 def _check(name: str, keys: Mapping[str, str], tensors: Mapping[str, Weight], reader: _Reader) -> None:
