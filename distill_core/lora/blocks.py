@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..networks.transformers.architecture import FAMILIES, Transformer
+from ..networks.transformers.family import Family
 from ..pruning.plan import NameMap
 from .metadata import KEY, PeftConfig, read_configs
-from .remapped import STALE_METADATA, Remapped, layer_of
+from .remapped import STALE_METADATA, UNET_BLOCKS, Remapped, layer_of
 from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ _PREFIXES = (
 """What stands before the name of a layer; the first that fits counts."""
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "text_model", "clip_", "t5xxl", "lora_clip", "lora_t5")
 """How keys of text encoders begin."""
-UNET_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
 _XLABS = {
     ".qkv_lora1.": ".img_attn.qkv.lora_",
     ".qkv_lora2.": ".txt_attn.qkv.lora_",
@@ -65,10 +65,9 @@ class _Reader:
 
     def __init__(self, teacher: Transformer):
         self.teacher = teacher
-        self.paths = {head: blocks.path for blocks in teacher.of.lists for head in (blocks.path, blocks.diffusers) if head}
-        others = {blocks.path for family in FAMILIES.values() for blocks in family.lists}
-        others |= {blocks.diffusers for family in FAMILIES.values() for blocks in family.lists if blocks.diffusers}
-        self.all_heads = "|".join(sorted({*others, *UNET_BLOCKS, *self.paths}, key=len, reverse=True))
+        self.paths = _heads(teacher.of)
+        heads = {*UNET_BLOCKS}.union(*map(_heads, FAMILIES.values()))
+        self.all_heads = "|".join(sorted(heads, key=len, reverse=True))
 
     def place(self, key: str) -> _Place:
         """``ValueError`` for a key of a block that the teacher does not have, or of another network."""
@@ -106,6 +105,11 @@ class _Reader:
     def layer(self, name: str) -> str | None:
         """The teacher's layer that a key's layer means if it is spelled as in ComfyUI's files; None for other spellings."""
         return next((self.layers.get(name[len(prefix) :]) for prefix in _PREFIXES if name.startswith(prefix)), None)
+
+
+def _heads(family: Family) -> dict[str, str]:
+    """What files and diffusers call the lists of a family -> what files call them."""
+    return {head: blocks.path for blocks in family.lists for head in (blocks.path, blocks.diffusers) if head}
 
 
 def _of_xlabs(key: str) -> str:

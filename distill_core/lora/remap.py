@@ -24,9 +24,9 @@ from ..networks.layouts import heads, layout_named
 from ..networks.lora_names import _DIALECTS, _TRANSLATED_PREFIX, _paths, comfyui_reads_diffusers_names
 from ..networks.network import Network
 from ..pruning.plan import NameMap, pruned
-from .blocks import UNET_BLOCKS, remap_on_blocks
+from .blocks import remap_on_blocks
 from .metadata import KEY, PeftConfig, read_configs, written
-from .remapped import STALE_METADATA, Remapped, by_layer
+from .remapped import STALE_METADATA, UNET_BLOCKS, Remapped, by_layer
 from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
 
 if TYPE_CHECKING:
