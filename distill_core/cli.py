@@ -100,7 +100,7 @@ def prune(arguments: argparse.Namespace) -> None:
         print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(pruning.padding)}")
     if note := teacher.loading_note(pruning.student, arguments.layout):
         print(note)
-    print("Distil the student next: directly after pruning its images are poor.")
+    print(teacher.advice)
 
 
 def recipes(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base.documents import MAX_LIST_BYTES, one_line, read_json
 from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
@@ -50,6 +50,8 @@ _BESIDE = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.",
 class UNetFile:
     """A UNet on disk, described by its header; weights are read on demand."""
 
+    advice: ClassVar[str] = "Distil the student next: directly after pruning its images are poor."
+    """What to do with a student."""
     path: Path
     layout: str
     """Layout the file is written in: a key of `layouts.LAYOUTS`."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...base.documents import parse_json
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, ignore, read_header, write_tensors
@@ -24,6 +24,8 @@ _CONFIG, _QUANTISATION = "config", "_quantization_metadata"
 class TransformerFile:
     """A transformer on disk, described by its header; weights are read on demand, and as they are stored."""
 
+    advice: ClassVar[str] = "Its images suffer, and transformers cannot be distilled here yet: look at them before you keep it."
+    """What to do with a student."""
     path: Path
     prefix: str
     tensors: Mapping[str, StoredTensor]
