@@ -176,6 +176,12 @@ class Example(NamedTuple):
         label = self.label and self.label._replace(pooled=self.label.pooled.roll(1, 0))
         return self._replace(context=self.context.roll(1, 0), label=label)
 
+    @property
+    def all_alike(self) -> bool:
+        """Whether every example has the same caption."""
+        alike = torch.equal(self.context, self.of_others.context)
+        return alike and (self.label is None or torch.equal(self.label.pooled, self.label.pooled.roll(1, 0)))
+
     def part(self, picked: Tensor) -> Example:
         """Some of the examples."""
         label = self.label and Label(*(part[picked] for part in self.label))
@@ -289,7 +295,7 @@ def score(
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
-            answers.append(Answer(own, own - denoiser(*batch.of_others)))
+            answers.append(_answer(denoiser, batch, own))
     scores = []
     for group in _groups(units, teacher):
         maps = affine_maps(denoiser, batches, (span for unit in group for span in unit.spans))
@@ -305,6 +311,11 @@ class Answer(NamedTuple):
 
     prediction: Tensor
     effect: Tensor
+
+
+def _answer(denoiser: Denoiser, batch: Example, own: Tensor) -> Answer:
+    """Captions that are all the same have no effect to see: nothing, and not what two passes differ by in rounding."""
+    return Answer(own, torch.zeros_like(own) if batch.all_alike else own - denoiser(*batch.of_others))
 
 
 def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
@@ -350,11 +361,7 @@ def _errors(
 
 @torch.no_grad()
 def answers_of(denoiser: Denoiser, batches: list[Example]) -> list[Answer]:
-    answers = []
-    for batch in batches:
-        own = denoiser(*batch)
-        answers.append(Answer(own, own - denoiser(*batch.of_others)))
-    return answers
+    return [_answer(denoiser, batch, denoiser(*batch)) for batch in batches]
 
 
 @torch.no_grad()

@@ -266,7 +266,11 @@ def test_the_prompts_effect_is_that_of_the_next_caption(small_teacher, batches, 
     other = batches[0]._replace(label=label).of_others
     assert torch.equal(other.context, batches[0].context.flip(0)) and torch.equal(other.x_t, batches[0].x_t)
     assert other.label.pooled.tolist() == [[2, 3], [0, 1]] and torch.equal(other.label.sizes, label.sizes)
+    assert not other.all_alike and not other._replace(context=torch.ones(2, 3, 4)).all_alike
     alike = [batch._replace(context=batch.context[:1].expand_as(batch.context)) for batch in batches]
+    assert {batch.all_alike for batch in alike} == {True} and {batch.all_alike for batch in batches} == {False}
+    rounded = [answers_of(lambda x_t, *_: x_t + 1e-6 * torch.rand(x_t.shape), kind)[0].effect for kind in (alike, batches)]
+    assert [bool(effect.any()) for effect in rounded] == [False, True]
     assert {one.errors.prompt for one in score(small_teacher, alike).scores} == {0.0}
     assert all(one.errors.prompt > 0 for one in score(small_teacher, batches).scores)
 
