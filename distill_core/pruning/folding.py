@@ -35,7 +35,6 @@ def runs(numbers: Sequence[int], num_removed: int, *, head: int = HEAD, tail: in
     return found
 
 
-def kept(numbers: Sequence[int], folded: Sequence[Sequence[int]]) -> list[int]:
-    """Blocks that stay: of each run its middle one, the earlier of two."""
-    gone = {number for run in folded for number in run} - {run[(len(run) - 1) // 2] for run in folded}
-    return [number for number in numbers if number not in gone]
+def middle(run: Sequence[int]) -> int:
+    """The block that a run becomes: its middle one, the earlier of two."""
+    return run[(len(run) - 1) // 2]

@@ -15,6 +15,7 @@ from typing import TypeVar
 from ..base.documents import expect, lines, one_line, parse_json, read_text
 from ..networks.layouts import heads
 from ..networks.network import TITLES, UNETS, Network, Same
+from .folding import middle
 
 PRESETS = Path(__file__).parent / "presets"
 Value = TypeVar("Value")
@@ -36,6 +37,9 @@ class PruningPlan:
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Attention or pattern of attentions -> transformer blocks of its stack that stay, as in ``{"down.2.attn.*": (0, 1)}``;
     the others are removed. Attentions that are removed whole are not listed here."""
+    fold: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """List of blocks, or pattern of attentions -> first and last block of each run that becomes one, its middle block (the
+    earlier of two), as in ``{"single": ((5, 7), (9, 10))}``. `folded` gives the runs on a teacher."""
     teacher: str | None = None
     """Family of networks that the plan is for (``sd1``, ``sdxl``, ``flux1``); None for any."""
     depths: Mapping[str, int] = field(default_factory=dict)
@@ -50,15 +54,15 @@ class PruningPlan:
     def __post_init__(self):
         if len(self.name) > MAX_NAME_CHARS:
             raise ValueError(f"a plan's name may have at most {MAX_NAME_CHARS:,} characters, got {len(self.name):,}; shorten it")
-        patterns = [*self.remove, *self.keep]
+        patterns = [*self.remove, *self.keep, *self.fold]
         if len(patterns) > MAX_PATTERNS or any(len(str(pattern)) > MAX_PATTERN_CHARS for pattern in patterns):
             raise ValueError(
                 f"plan {self.name[:60]!r} is too long: it may have at most {MAX_PATTERNS:,} patterns of {MAX_PATTERN_CHARS} "
                 "characters; use stars, as in 'down.*.attn.1'"
             )
-        if not (self.remove or self.keep) or not all(isinstance(pattern, str) for pattern in self.remove):
+        if not any((self.remove, self.keep, self.fold)) or not all(isinstance(pattern, str) for pattern in self.remove):
             raise ValueError(
-                f"plan {self.name!r}: 'remove' must be a list of block names, with at least one unless 'keep' has one"
+                f"plan {self.name!r}: 'remove' must be a list of block names, with at least one unless 'keep' or 'fold' has one"
             )
         for attention, blocks in self.keep.items():
             if (
@@ -70,6 +74,18 @@ class PruningPlan:
                     f"plan {self.name!r}: 'keep' of {attention!r} must list transformer blocks in ascending order, such as "
                     "[0, 1, 2]; list an attention that is removed whole in 'remove'"
                 )
+        for stack, runs in self.fold.items():
+            ends = [end for run in runs for end in run]
+            if (
+                not runs
+                or not all(type(end) is int and end >= 0 for end in ends)
+                or any(len(run) != 2 for run in runs)
+                or ends != sorted(set(ends))
+            ):
+                raise ValueError(
+                    f"plan {self.name!r}: 'fold' of {stack!r} must list the first and the last block of each run, in ascending order, "
+                    "such as [[5, 7], [9, 10]]"
+                )
         if self.teacher not in (None, *TITLES):
             raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(TITLES)}")
 
@@ -77,15 +93,21 @@ class PruningPlan:
     def from_json(cls, text: str, example: str = EXAMPLE) -> PruningPlan:
         """A plan from JSON; ``ValueError`` says what is wrong and shows an example. The name may be left out."""
         try:
-            fields = {"name": "a plan of your own", "remove": [], "keep": {}} | parse_json(text, "the text")
+            fields = {"name": "a plan of your own", "remove": [], "keep": {}, "fold": {}} | parse_json(text, "the text")
             for name in ("name", "title", "source", "choice"):
                 expect(fields.setdefault(name, ""), str, f"'{name}'")
             remove, keep = expect(fields["remove"], list, "'remove'"), expect(fields["keep"], dict, "'keep'")
             kept = {attention: tuple(expect(blocks, list, f"'keep' of {attention!r}")) for attention, blocks in keep.items()}
+            folds = {
+                stack: tuple(
+                    tuple(expect(run, list, f"'fold' of {stack!r}")) for run in expect(runs, list, f"'fold' of {stack!r}")
+                )
+                for stack, runs in expect(fields["fold"], dict, "'fold'").items()
+            }
             depths = expect(fields.setdefault("depths", {}), dict, "'depths'")
             for word, depth in depths.items():
                 expect(depth, int, f"'depths' of {one_line(word)!r}")
-            fields |= {"name": " ".join(lines(fields["name"])), "remove": tuple(remove), "keep": kept}
+            fields |= {"name": " ".join(lines(fields["name"])), "remove": tuple(remove), "keep": kept, "fold": folds}
             if unknown := fields.keys() - cls.__dataclass_fields__.keys():
                 raise ValueError(f"{one_line(min(unknown))!r} is not part of a plan")
         except ValueError as error:
@@ -99,8 +121,8 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """The plan as JSON, without a preset's descriptions."""
-        keep = {"keep": {attention: list(blocks) for attention, blocks in self.keep.items()}} if self.keep else {}
-        return json.dumps({"name": self.name, "remove": list(self.remove), **keep})
+        given = {"remove": self.remove, "keep": self.keep, "fold": self.fold}
+        return json.dumps({"name": self.name} | {key: value for key, value in given.items() if value or key == "remove"})
 
     @classmethod
     def removing(cls, removed: Iterable[str], teacher: Network, name: str, family: str | None = None) -> PruningPlan:
@@ -196,6 +218,8 @@ def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
     removed = set().union(*(_matching(pattern, teacher, plan.name) for pattern in plan.remove))
     for pattern, kept in plan.keep.items():
         removed |= _thinned(pattern, kept, teacher, plan.name)
+    for stack, runs in folded(teacher, plan).items():
+        removed |= {f"{stack}.{number}" for run in runs for number in run if number != middle(run)}
     if not removed:
         raise ValueError(f"{plan.name} removes nothing from this {teacher.kind}: it keeps all transformer blocks; remove some")
     try:
@@ -205,6 +229,16 @@ def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
     except ValueError as error:
         raise ValueError(f"{plan.name} {error}") from error
     return NameMap(teacher.renumbered(teacher.blocks - removed), frozenset(removed))
+
+
+def folded(teacher: Network, plan: PruningPlan) -> dict[str, list[list[int]]]:
+    """Runs of blocks that a plan folds, by the stack they are in; ``ValueError`` if the teacher does not have them."""
+    found: dict[str, list[list[int]]] = {}
+    for pattern, ends in plan.fold.items():
+        for stack in _stacks(pattern, {end for run in ends for end in run}, teacher, f"{plan.name} folds"):
+            there = teacher.numbers(stack)
+            found.setdefault(stack, []).extend([n for n in there if first <= n <= last] for first, last in ends)
+    return found
 
 
 def plan_in(metadata: Mapping[str, str]) -> PruningPlan | None:
@@ -249,14 +283,23 @@ def _matching(pattern: str, teacher: Network, plan_name: str) -> set[str]:
 
 def _thinned(pattern: str, kept: Iterable[int], teacher: Network, plan_name: str) -> set[str]:
     """Blocks that are removed when each matching stack keeps those numbered ``kept``."""
-    stacks = {teacher.stack_of(block) for block in _matching(pattern, teacher, plan_name)} - {None}
+    stacks = _stacks(pattern, kept, teacher, f"{plan_name} keeps")
+    return {f"{stack}.{n}" for stack in stacks for n in teacher.numbers(stack) if n not in kept}
+
+
+def _stacks(pattern: str, named: Iterable[int], teacher: Network, does: str) -> list[str]:
+    """Stacks of blocks that a pattern matches; ``ValueError`` if there is none, or one lacks a block that is named.
+
+    does: how the messages begin.
+    """
+    matching = _matching(pattern, teacher, does.rpartition(" ")[0])
+    stacks = sorted({stack for block in matching if (stack := teacher.stack_of(block))})
     if not stacks:
-        raise ValueError(f"{plan_name} keeps transformer blocks of {pattern!r}, which is not {teacher.stack_words}")
-    for stack in sorted(filter(None, stacks)):
-        if missing := set(kept) - set(teacher.numbers(stack)):
+        raise ValueError(f"{does} transformer blocks of {pattern!r}, which is not {teacher.stack_words}")
+    for stack in stacks:
+        if missing := set(named) - set(teacher.numbers(stack)):
             raise ValueError(
-                f"{plan_name} keeps transformer block {min(missing)} of {stack.removesuffix('.block')}, which has {len(teacher.numbers(stack))}: "
+                f"{does} transformer block {min(missing)} of {stack.removesuffix('.block')}, which has {len(teacher.numbers(stack))}: "
                 f"the {teacher.kind} is already pruned, or has another shape; start from the full model"
             )
-    blocks = {f"{stack}.{n}": n for stack in stacks if stack for n in teacher.numbers(stack)}
-    return {block for block, number in blocks.items() if number not in kept}
+    return stacks

@@ -12,8 +12,9 @@ entry. A stage is ``LAYERS`` or ``LAYERS:DEPTHS``:
 ``mid`` is ``full``, ``none``, ``resnet`` (one resnet), or a number of transformer blocks. A side that is not named stays
 whole.
 
-A plan for a transformer names the blocks of each of its lists that stay: ``keep double 0-4,16-18 single 0,3,7``, ``none`` for
-none of a list. A list that is not named stays whole.
+A plan for a transformer names the blocks of its lists that stay, ``keep double 0-4,16-18 single 0,3,7``, with ``none`` for none
+of a list; or runs of blocks that each become one, their middle block, ``fold single 5-7,9-10``; or both, ``keep double 0-4 fold
+single 5-7``. A list that is not named stays whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..base.documents import one_line
 from ..networks.architecture import Architecture
 from ..networks.network import Network
 from ..networks.transformers.architecture import Transformer, ranges
-from .plan import MAX_NAME_CHARS, PruningPlan, all_preset_names, example_plan, name_map, preset
+from .plan import MAX_NAME_CHARS, PruningPlan, all_preset_names, example_plan, folded, name_map, preset
 
 _NUMBERS = r"(?:[0-9]{1,4}|\[[0-9]{1,4}(?:,[0-9]{1,4})*\])"
 _STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
@@ -53,7 +54,7 @@ def read_plan(text: str, teacher: Network) -> PruningPlan:
 
 def write_plan(plan: PruningPlan, teacher: Network) -> str:
     """The line of text for a plan, so that ``read_plan`` of it removes the same blocks."""
-    return _write(teacher, name_map(teacher, plan).removed)
+    return _write(teacher, plan)
 
 
 @singledispatch
@@ -62,22 +63,28 @@ def _read(teacher: Network, text: str) -> PruningPlan:
 
 
 @singledispatch
-def _write(teacher: Network, removed: frozenset[str]) -> str:
+def _write(teacher: Network, plan: PruningPlan) -> str:
     raise AssertionError(f"plans of {type(teacher).__name__} have no text")
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+_RUN = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 
 
 @_write.register
-def _(teacher: Transformer, removed: frozenset[str]) -> str:
-    kept = {
-        blocks.word: [n for n in teacher.numbers(blocks.path) if f"{blocks.path}.{n}" not in removed]
-        for blocks in teacher.of.lists
-    }
-    return "keep " + " ".join(f"{word} {ranges(numbers)}" for word, numbers in kept.items())
+def _(teacher: Transformer, plan: PruningPlan) -> str:
+    mapping, folds = name_map(teacher, plan), folded(teacher, plan)
+    keep, fold = [], []
+    for blocks in teacher.of.lists:
+        there, runs = teacher.numbers(blocks.path), folds.get(blocks.path, [])
+        kept = [n for n in there if f"{blocks.path}.{n}" not in mapping.removed]
+        if runs and len(there) - len(kept) == sum(len(run) - 1 for run in runs):
+            fold.append(f"{blocks.word} {','.join(f'{run[0]}-{run[-1]}' for run in runs)}")
+        else:  # what a plan folds and removes besides has no shorter form
+            keep.append(f"{blocks.word} {ranges(kept)}")
+    return " ".join(" ".join([verb, *entries]) for verb, entries in (("keep", keep), ("fold", fold)) if entries)
 
 
 @_read.register
@@ -89,23 +96,38 @@ def _(teacher: Transformer, text: str) -> PruningPlan:
         )
 
     words = re.sub(r" ?([,-]) ?", r"\1", " ".join(text.split())).split()
-    words = words[1:] if words[:1] == ["keep"] else words
+    words = words if words[:1] and words[0] in ("keep", "fold") else ["keep", *words]
     paths = {blocks.word: blocks.path for blocks in teacher.of.lists}
-    if len(words) % 2 or not words or not set(words[::2]) <= paths.keys() or len(set(words[::2])) * 2 != len(words):
-        raise error(f"it is not a preset, not JSON, and does not name each of {', '.join(paths)} once at most, with its blocks")
+    parts = [part.split() for part in re.findall(r"(?:keep|fold)(?: (?!keep |fold )\S+ \S+)*", " ".join(words))]
+    named = [word for part in parts for word in part[1::2]]
+    if sum(map(len, parts)) != len(words) or not named or not set(named) <= paths.keys() or len(set(named)) != len(named):
+        raise error(
+            f"it is not a preset, not JSON, and does not say for each of {', '.join(paths)}, once at most, which blocks to keep or fold"
+        )
     remove: list[str] = []
     keep: dict[str, tuple[int, ...]] = {}
-    for word, entry in zip(words[::2], words[1::2], strict=True):
-        there, kept = teacher.numbers(paths[word]), [] if entry == "none" else _numbers(entry)
+    fold: dict[str, tuple[tuple[int, int], ...]] = {}
+    for verb, word, entry in ((verb, *pair) for verb, *rest in parts for pair in zip(rest[::2], rest[1::2], strict=True)):
+        there = teacher.numbers(paths[word])
+        if verb == "fold":
+            runs = [(int(match[1]), int(match[2])) for match in map(_RUN.fullmatch, entry.split(",")) if match]
+            ends = [end for run in runs for end in run]
+            if len(runs) <= entry.count(",") or ends != sorted(set(ends)) or not set(ends) <= set(there):
+                raise error(
+                    f"{entry!r} does not list runs of {word}, such as '5-7,9-10', in ascending order; the transformer has {ranges(there)}"
+                )
+            fold[word] = tuple(runs)
+            continue
+        kept = [] if entry == "none" else _numbers(entry)
         if kept is None or kept != sorted(set(kept)) or not set(kept) <= set(there):
             raise error(f"{entry!r} does not list blocks of {word} in ascending order; the transformer has {ranges(there)}")
         if not kept:
             remove.append(word)
         elif kept != there:
             keep[word] = tuple(kept)
-    if not remove and not keep:
+    if not remove and not keep and not fold:
         raise error("it keeps everything")
-    return PruningPlan(name=" ".join(text.split()), remove=tuple(remove), keep=keep)
+    return PruningPlan(name=" ".join(text.split()), remove=tuple(remove), keep=keep, fold=fold)
 
 
 def _numbers(entry: str) -> list[int] | None:
@@ -230,7 +252,8 @@ def _first(number: int, there: list[int], last: bool) -> list[int]:
 
 
 @_write.register
-def _(teacher: Architecture, removed: frozenset[str]) -> str:
+def _(teacher: Architecture, plan: PruningPlan) -> str:
+    removed = name_map(teacher, plan).removed
     sides = (
         f"{side} {','.join(_write_stage(stage, removed, teacher) for stage in teacher.stages(side))}" for side in ("down", "up")
     )

@@ -14,8 +14,8 @@ from distill_core.networks.files import open_unet
 from distill_core.networks.network import open_network
 from distill_core.networks.transformers.architecture import FAMILIES, Transformer, ranges
 from distill_core.networks.transformers.files import open_transformer, rewritten
-from distill_core.pruning.folding import kept, runs
-from distill_core.pruning.plan import PruningPlan, all_preset_names, name_map, plan_in, preset, preset_names, pruned
+from distill_core.pruning.folding import middle, runs
+from distill_core.pruning.plan import PruningPlan, all_preset_names, folded, name_map, plan_in, preset, preset_names, pruned
 from distill_core.pruning.plan_text import read_plan, write_plan
 from distill_core.pruning.prune import prune_file
 
@@ -121,18 +121,25 @@ def test_what_stays_is_the_teachers_numbered_from_0(name):
 @settings(max_examples=300, deadline=None)
 def test_any_plan_survives_as_text(data):
     teacher = network(data.draw(st.sampled_from(CAN_BE_CUT)), SMALL)
-    keep = {}
+    keep, fold = {}, {}
     for blocks in teacher.of.lists:
         numbers = teacher.numbers(blocks.path)
+        if data.draw(st.booleans()):
+            ends = sorted(data.draw(st.lists(st.sampled_from(numbers[:-1]), unique=True, min_size=2)))
+            fold[blocks.word] = tuple(zip(ends[: len(ends) // 2 * 2 : 2], ends[1::2], strict=True))
+            continue
         kept = data.draw(st.lists(st.sampled_from(numbers), unique=True, min_size=max(1, blocks.least)))
         kept = {*kept, *(numbers[-1:] if blocks.last_stays else ())}
         if len(kept) < len(numbers):
             keep[blocks.word] = tuple(sorted(kept))
-    if not keep:
+    if not keep and not fold:
         return
-    plan = PruningPlan(name="p", keep=keep)
+    plan = PruningPlan(name="p", keep=keep, fold=fold)
     mapping = name_map(teacher, plan)
     again = read_plan(write_plan(plan, teacher), teacher)
+    assert folded(teacher, again) == folded(teacher, plan)
+    for path, runs_of in folded(teacher, plan).items():
+        assert all([n for n in run if mapping.rename(f"{path}.{n}")] == [(run[0] + run[-1]) // 2] for run in runs_of)
     assert name_map(teacher, again) == mapping == name_map(teacher, PruningPlan.from_json(plan.to_json()))
     student = pruned(teacher, mapping)
     student.check_whole()
@@ -151,10 +158,22 @@ def test_any_plan_survives_as_text(data):
         ("keep double 0-18", "it keeps everything"),
         ("keep double 0-40", "'0-40' does not list blocks of double in ascending order; the transformer has 0-18"),
         ("keep double 3,1", "ascending order"),
-        ("keep triple 1", "does not name each of double, single once at most"),
-        ("keep double 1 double 2", "does not name each of"),
-        ("keep double", "does not name each of"),
-        ("keep down 1 mid none", "does not name each of"),
+        ("keep triple 1", "does not say for each of double, single, once at most, which blocks to keep or fold"),
+        ("keep double 1 double 2", "does not say for each of"),
+        ("keep double", "does not say for each of"),
+        ("keep down 1 mid none", "does not say for each of"),
+        ("fold double 3", "'3' does not list runs of double, such as '5-7,9-10', in ascending order; the transformer has 0-18"),
+        ("fold double 3-5,5-7", "does not list runs of double"),
+        ("fold double 7-5", "does not list runs of double"),
+        ("fold double 3-40", "does not list runs of double"),
+        ("fold double none", "does not list runs of double"),
+        ("fold", "does not say for each of double, single"),
+        ("keep double 1 fold double 3-4", "does not say for each of double, single"),
+        ('{"fold": {"double": [[3, 50]]}}', "folds transformer block 50 of double_blocks, which has 19"),
+        ('{"fold": {"double": [[3]]}}', "'fold' of 'double' must list the first and the last block of each run"),
+        ('{"fold": {"double": [[5, 6], [6, 7]]}}', "must list the first and the last block of each run, in ascending order"),
+        ('{"fold": {"double": [3, 4]}}', "'fold' of 'double' must be"),
+        ('{"fold": {"img_in": [[0, 1]]}}', "names 'img_in', which this transformer does not have"),
         ("keep double none", "removes every block of double_blocks; keep one at least"),
         ('{"remove": ["double.50"]}', "names 'double.50', which this transformer does not have"),
         ('{"remove": ["img_in"]}', "names 'img_in', which this transformer does not have"),
@@ -218,10 +237,9 @@ def test_plans_of_our_own_fold_short_runs_behind_the_first_blocks(name):
     plan = preset(name)
     teacher = network(plan.teacher, plan.depths)
     assert "no student of it has been taught yet" in plan.choice
-    for word, stay in plan.keep.items():
-        head = 0 if word == "single" else 3
-        folded = runs(range(plan.depths[word]), plan.depths[word] - len(stay), head=head)
-        assert list(stay) == kept(range(plan.depths[word]), folded)
+    for path, folds in folded(teacher, plan).items():
+        word = teacher.lists[path].word
+        assert folds == runs(range(plan.depths[word]), sum(len(run) - 1 for run in folds), head=0 if word == "single" else 3)
     assert read_plan(name, teacher) == plan and name_map(teacher, plan)
 
 
@@ -234,14 +252,14 @@ def test_a_plan_for_one_depth_is_not_taken_for_another():
 @given(st.integers(6, 60), st.integers(0, 40), st.integers(0, 3))
 def test_folded_runs_do_not_touch_the_ends_or_each_other(depth, gone, head):
     try:
-        folded = runs(range(depth), gone, head=head)
+        found = runs(range(depth), gone, head=head)
     except ValueError as error:
         assert gone > (depth - head - 1) // 3, error
         return
-    blocks = [number for run in folded for number in run]
-    assert blocks == sorted({*blocks}) and {len(run) for run in folded} <= {2, 3}
-    assert all(run == [*range(run[0], run[-1] + 1)] for run in folded)
-    assert not {*blocks} & {*range(head), depth - 1} and len(kept(range(depth), folded)) == depth - gone
+    blocks = [number for run in found for number in run]
+    assert blocks == sorted({*blocks}) and {len(run) for run in found} <= {2, 3}
+    assert all(run == [*range(run[0], run[-1] + 1)] and middle(run) in run[:2] for run in found)
+    assert not {*blocks} & {*range(head), depth - 1} and sum(len(run) - 1 for run in found) == gone
 
 
 # --- files
