@@ -35,7 +35,7 @@ def main() -> None:
         students = facts["students"]
         opened = sum(kind == facts["class"] and not (missing or unexpected or other)
                      for _, kind, missing, unexpected, other in students.values())  # fmt: skip
-        smallest = {text: count for text, (count, *_) in students.items() if not text.startswith("keep ")}
+        smallest = {text: count for text, (count, *_) in students.items() if not text.startswith(("keep ", "fold "))}
         rows.append([
             name,
             ", ".join(f"{word} {numbers}" for word, numbers in facts["lists"].items()),

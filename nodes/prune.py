@@ -1,5 +1,9 @@
 """Nodes that remove blocks and find out which blocks to remove."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from comfy_api.latest import io, ui
 
@@ -7,11 +11,15 @@ from ..distill_core.base.settings import limits_of
 from ..distill_core.evaluation import plots
 from ..distill_core.networks.network import TRANSFORMERS, UNETS, Network
 from ..distill_core.networks.transformers.architecture import FAMILIES
+from ..distill_core.pruning import runs
 from ..distill_core.pruning.analyse import CRITERIA, Planner, Settings, decide, examples, report, score
 from ..distill_core.pruning.plan import preset, preset_names
-from ..distill_core.pruning.plan_text import EXAMPLE, EXAMPLE_OF_TRANSFORMERS, read_plan, write_plan
+from ..distill_core.pruning.plan_text import EXAMPLE, EXAMPLE_OF_FOLDING, EXAMPLE_OF_TRANSFORMERS, read_plan, write_plan
 from . import bridge
 from .inputs import seed_input, setting_input
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def _prune_inputs(teacher: str, presets: str, names: list[str], ways: str) -> list[io.Input]:
@@ -98,7 +106,7 @@ class PruneTransformerBlocks(io.ComfyNode):
                 f"{', '.join(FAMILIES[name].title for name in TRANSFORMERS)}, and their fine-tunes.",
                 "Which blocks stay.",
                 preset_names(*TRANSFORMERS),
-                f"one line such as '{EXAMPLE_OF_TRANSFORMERS}', or JSON",
+                f"one line such as '{EXAMPLE_OF_TRANSFORMERS}' or '{EXAMPLE_OF_FOLDING}', JSON, or the output of Analyse Transformer Blocks",
             ),
             outputs=_prune_outputs("Prune Transformer Blocks", "Connect it to a sampler, or to Save Distilled Model."),
             hidden=[io.Hidden.unique_id],
@@ -108,6 +116,36 @@ class PruneTransformerBlocks(io.ComfyNode):
     def execute(cls, model, preset: str, plan: str = "") -> io.NodeOutput:
         teacher = bridge.Model(model)
         return _prune(cls, teacher, teacher.transformer, plan.strip() or preset)
+
+
+def _analysis_inputs(settings: type, *names: str) -> list[io.Input]:
+    """Inputs of the nodes that analyse. names: settings beside the saving that are not advanced."""
+    others = {name: limits.words for name, limits in limits_of(settings).items() if name not in ("saving", *names)}
+    return [
+        io.Model.Input("model", tooltip="The model to prune. It is only read."),
+        io.Latent.Input("latents", tooltip="Images of the kind the model makes: a KSampler's output, or VAE Encode."),
+        io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
+        setting_input("saving", settings, step=0.01),
+        *(setting_input(name, settings) for name in names),
+        *(
+            seed_input(words, advanced=True) if name == "seed" else setting_input(name, settings, advanced=True)
+            for name, words in others.items()
+        ),
+    ]
+
+
+def _analysis_outputs(node: str, parts: str) -> list[io.Output]:
+    return [
+        io.String.Output(display_name="plan", tooltip=f"The plan as one line of text, for {node}."),
+        io.Image.Output(display_name="chart", tooltip=f"The score of every {parts}, and which ones go."),
+        io.String.Output(display_name="report", tooltip="What each criterion would choose, and how far the criteria agree."),
+    ]
+
+
+def _analysis(node: type[io.ComfyNode], plan: str, drawn: Image, report: str) -> io.NodeOutput:
+    bridge.show_text(report.splitlines()[0], node.hidden.unique_id)
+    chart = bridge.to_image(drawn)
+    return io.NodeOutput(plan, chart, report, ui={**ui.PreviewImage(chart, cls=node).as_dict(), "text": [report]})
 
 
 class AnalyseUNetBlocks(io.ComfyNode):
@@ -123,25 +161,8 @@ class AnalyseUNetBlocks(io.ComfyNode):
             search_aliases=["importance", "sensitivity", "which blocks", "automatic plan", "LAPTOP-Diff", "analyze", "distill"],
             is_input_list=True,
             is_output_node=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The model to prune. It is only read."),
-                io.Latent.Input("latents", tooltip="Images of the kind the model makes: a KSampler's output, or VAE Encode."),
-                io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
-                setting_input("saving", Settings, step=0.01),
-                setting_input("measure", Settings),
-                setting_input("criterion", Settings),
-                setting_input("num_timesteps", Settings, advanced=True),
-                setting_input("num_examples", Settings, advanced=True),
-                seed_input(limits_of(Settings)["seed"].words, advanced=True),
-                setting_input("prompt_weight", Settings, optional=True, advanced=True),
-            ],
-            outputs=[
-                io.String.Output(display_name="plan", tooltip="The plan as one line of text, for Prune UNet Blocks."),
-                io.Image.Output(display_name="chart", tooltip="The score of every part, and which parts are removed."),
-                io.String.Output(
-                    display_name="report", tooltip="What each criterion would remove, and how far the criteria agree."
-                ),
-            ],
+            inputs=_analysis_inputs(Settings, "measure", "criterion"),
+            outputs=_analysis_outputs("Prune UNet Blocks", "part"),
             hidden=[io.Hidden.unique_id],
         )
 
@@ -158,11 +179,40 @@ class AnalyseUNetBlocks(io.ComfyNode):
         on_plan = bridge.Progress(cls.hidden.unique_id, "plans measured").at
         decision = decide(denoiser, batches, planners[asked.criterion], budget, on_candidate=on_plan)
         plan, text = decision.plan, report(planners, asked.criterion, budget, decision)
-        bridge.show_text(text.splitlines()[0], cls.hidden.unique_id)
-        chart = bridge.to_image(plots.score_chart(analysis, plan, asked.criterion))
-        return io.NodeOutput(
-            write_plan(plan, denoiser.architecture), chart, text, ui={**ui.PreviewImage(chart, cls=cls).as_dict(), "text": [text]}
+        return _analysis(cls, write_plan(plan, denoiser.architecture), plots.score_chart(analysis, plan, asked.criterion), text)
+
+
+class AnalyseTransformerBlocks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillAnalyseTransformerBlocks",
+            display_name="Analyse Transformer Blocks",
+            category="distill",
+            description="Measures, without training, how well each run of two or more blocks of a transformer could become one "
+            "block, and outputs the plan that saves as much as you ask for at the smallest summed cost. Works on quantised models "
+            "too. Connect the plan to Prune Transformer Blocks.",
+            search_aliases=["importance", "sensitivity", "which blocks", "automatic plan", "PPCL", "flux", "z-image", "qwen", "wan",
+                            "fold", "analyze", "distill"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=_analysis_inputs(runs.Settings, "criterion"),
+            outputs=_analysis_outputs("Prune Transformer Blocks", "run of blocks"),
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, latents, captions, **settings) -> io.NodeOutput:
+        model, asked = bridge.Model(model[0]), runs.Settings(**{name: values[0] for name, values in settings.items()})
+        teacher, network = model.transformer, model.patcher.model.diffusion_model
+        asking = bridge.examples_of(
+            model, latents, captions, num_examples=asked.num_examples, num_levels=asked.num_timesteps, seed=asked.seed
         )
+        analysis = runs.analyse(network, teacher, asking, asked, bridge.Progress(cls.hidden.unique_id, "parts measured").at)
+        on_pass = bridge.Progress(cls.hidden.unique_id, "images with each plan measured").at
+        decision = runs.decide(network, asking, analysis, on_pass)
+        chart = plots.run_chart(analysis, decision.plan)
+        return _analysis(cls, write_plan(decision.plan, teacher), chart, decision.report())
 
 
-NODES = [PruneUNetBlocks, PruneTransformerBlocks, AnalyseUNetBlocks]
+NODES = [PruneUNetBlocks, PruneTransformerBlocks, AnalyseUNetBlocks, AnalyseTransformerBlocks]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ..pruning.plan import name_map
+from ..pruning.folding import middle
+from ..pruning.plan import folded, name_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..pruning.analyse import Analysis
     from ..pruning.plan import PruningPlan
+    from ..pruning.runs import Analysis as RunAnalysis
     from .comparison import Comparison
 
 CHART_WIDTH_IN = 9.5
@@ -104,6 +106,35 @@ def score_chart(analysis: Analysis, plan: PruningPlan, criterion: str) -> Image:
     drawing.suptitle(f"Units of the UNet in network order; plan chosen by {criterion}", fontsize=11)
     handles = [Patch(color=REMOVED_COLOR, label="removed"), Patch(color=KEPT_COLOR, label="kept")]
     drawing.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return to_image(drawing)
+
+
+def run_chart(analysis: RunAnalysis, plan: PruningPlan) -> Image:
+    """Score of every run by the deciding criterion, at the place of its blocks in each list; what a plan folds is shaded."""
+    from matplotlib.patches import Patch
+
+    teacher, criterion = analysis.teacher, analysis.settings.criterion
+    paths = [path for path in teacher.lists if any(score.run.path == path for score in analysis.scores)]
+    drawing = figure(CHART_WIDTH_IN, 1.3 + 2.3 * len(paths))
+    folds = folded(teacher, plan)
+    for axes, path in zip(drawing.subplots(len(paths), 1, squeeze=False)[:, 0], paths, strict=True):
+        for run in folds.get(path, ()):
+            axes.axvspan(run[0] - 0.5, run[-1] + 0.5, color=REMOVED_COLOR, alpha=0.25, linewidth=0)
+            axes.axvline(middle(run), color=REMOVED_COLOR, linewidth=1.5, linestyle=":")
+        lengths = sorted({len(score.run.numbers) for score in analysis.scores if score.run.path == path})
+        for length in lengths:
+            scores = [score for score in analysis.scores if score.run.path == path and len(score.run.numbers) == length]
+            middles = [sum(score.run.numbers) / length for score in scores]
+            values = [max(score.by(criterion), LEAST_DISTANCE) for score in scores]
+            axes.plot(middles, values, marker="o", markersize=4, label=f"{length} blocks in a row")
+        numbers = teacher.numbers(path)
+        axes.set(xlabel=f"{teacher.lists[path].word} blocks", yscale="log", xlim=(numbers[0] - 0.5, numbers[-1] + 0.5))
+        axes.locator_params("x", integer=True)
+        axes.grid(alpha=0.25)
+    handles, labels = drawing.axes[0].get_legend_handles_labels()
+    handles += [Patch(color=REMOVED_COLOR, alpha=0.25, label="folded into the dotted block")]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=len(labels) + 1, frameon=False)
+    drawing.suptitle(f"Runs of blocks of {teacher.title} by {criterion}: the lower, the easier to fold", fontsize=11)
     return to_image(drawing)
 
 

@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..base.documents import MAX_LIST_BYTES, one_line, read_json
+from ..base.documents import one_line, read_json
 from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from .architecture import Architecture
 from .diffusers_config import diffusers_config
+from .folders import WEIGHTS, check_place, folder_of, read_folder
 from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
 from .residuals import Rename
@@ -33,11 +34,9 @@ FILE_LAYOUTS = {
 ORIGIN = ("distill.plan", "distill.teacher", "distill.skips", "distill.padding")
 """Metadata that says what a student was pruned from; files made from the student carry it too."""
 _FULL_PREFIX = "model.diffusion_model."
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _QUANTISED = "is quantised in a way that is not supported; use the fp16 or fp8 version of the model"
 _CARRIED = ("author", "license", "resolution", "tags", "trigger_phrase", "usage_hint")
 """ModelSpec fields of a teacher that also hold for its student."""
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 _BESIDE = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
 """Other parts of a full checkpoint -> prefixes of their tensors."""
@@ -160,27 +159,19 @@ def open_unet(path: Path | str) -> UNetFile:
     path = Path(path)
     config: dict[str, Any] = {}
     scheduler: dict[str, Any] = {}
-    folder = _diffusers_folder(path)
+    folder = folder_of(path, "unet")
     if folder is not None:
         config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
         scheduler_file = folder.parent / "scheduler" / "scheduler_config.json"
         scheduler = read_json(scheduler_file) if scheduler_file.exists() else {}
     if folder is not None and path.is_dir():
-        path, header = _read_folder(folder)
+        path, header = read_folder(folder)
     else:
         header = read_header(path)
     try:
         return _find(path, header, config, scheduler)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _diffusers_folder(path: Path) -> Path | None:
-    """Folder of a diffusers UNet. path: of the pipeline, of that folder, or of a file of weights in it."""
-    if path.is_dir():
-        return path / "unet" if (path / "unet").is_dir() else path
-    of_diffusers = path.name.startswith(_WEIGHTS.partition(".")[0]) and (path.parent / "config.json").exists()
-    return path.parent if of_diffusers else None
 
 
 def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UNetFile:
@@ -234,29 +225,6 @@ def _check_whole(architecture: Architecture, layout: str) -> None:
         architecture.check_whole()
     except ValueError as error:
         raise ValueError(f"the UNet is incomplete or damaged: {error}; download it again") from error
-
-
-def _read_folder(folder: Path) -> tuple[Path, Header]:
-    """Weights of a diffusers folder, whole or in shards; a variant such as fp16 if there is no other."""
-    stem = _WEIGHTS.removesuffix(".safetensors")
-    variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if not _SHARD.search(path.name)]
-    indices = sorted(folder.glob(f"{_WEIGHTS}.index.*.json"))
-    found = [path for path in (folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json", *variants, *indices) if path.exists()]
-    if not found:
-        raise ValueError(f"{folder} holds no {_WEIGHTS}; give a model in the safetensors format")
-    return found[0], _read_shards(found[0]) if found[0].suffix == ".json" else read_header(found[0])
-
-
-def _read_shards(index: Path) -> Header:
-    """All tensors that an index names, each from its shard."""
-    weight_map = read_json(index, max_bytes=MAX_LIST_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} names no shards; download it again")
-    headers = {str(shard): read_header(index.parent / Path(str(shard)).name) for shard in weight_map.values()}
-    if missing := [name for name, shard in weight_map.items() if name not in headers[str(shard)].tensors]:
-        raise ValueError(f"{weight_map[missing[0]]} lacks {missing[0]}, which {index.name} says it holds; download it again")
-    tensors = {name: headers[str(shard)].tensors[name] for name, shard in weight_map.items()}
-    return Header(tensors, next(iter(headers.values())).metadata)
 
 
 def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -366,19 +334,9 @@ def save_unet(
             on_bytes=on_bytes,
         )
         return
-    _check_place(Path(path))
+    check_place(Path(path))
     config = json.dumps(diffusers_config(architecture), indent=2)
     with atomic(path, overwrite=overwrite) as folder:
         folder.mkdir()
-        write_tensors(folder / _WEIGHTS, tensors, header, codes=codes, on_bytes=on_bytes)
+        write_tensors(folder / WEIGHTS, tensors, header, codes=codes, on_bytes=on_bytes)
         write_text(folder / "config.json", config)
-
-
-def _check_place(folder: Path) -> None:
-    """``ValueError`` for a diffusers folder where ComfyUI's loaders would list it, because they misread such students."""
-    place = re.search(r"(^|/)(diffusion_models|checkpoints|models/unet)(/|$)", folder.absolute().as_posix())
-    if place:
-        raise ValueError(
-            f"ComfyUI lists every .safetensors file under {place[2]}, and misreads students in the diffusers layout; "
-            "write the ldm layout there, or choose another folder for the diffusers layout"
-        )

@@ -9,7 +9,7 @@ from .architecture import TITLES as _OF_UNETS
 from .architecture import Architecture
 from .files import UNetFile, open_unet
 from .transformers.architecture import FAMILIES, Transformer
-from .transformers.files import TransformerFile, find_transformer
+from .transformers.files import TransformerFile, find_folder, find_transformer
 
 Network = Architecture | Transformer
 NetworkFile = UNetFile | TransformerFile
@@ -27,9 +27,9 @@ TITLES = {
 
 
 def open_network(path: Path | str) -> NetworkFile:
-    """A UNet or a transformer, read from its header: a single file, or a diffusers folder of a UNet.
+    """A UNet or a transformer, read from its header: a single file, or a diffusers folder.
 
     Raises ``ValueError`` in one sentence if it does not exist, is damaged, or holds neither.
     """
     path = Path(path)
-    return (find_transformer(path) if path.is_file() else None) or open_unet(path)
+    return find_folder(path) or (find_transformer(path) if path.is_file() else None) or open_unet(path)

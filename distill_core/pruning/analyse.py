@@ -146,14 +146,14 @@ class Settings:
         " ".join(f"{name}: {what}." for name, what in CRITERIA.items()) + " The report shows all.",
         choices=CRITERIA,
     )
-    prompt_weight: float = setting(
-        1.0, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
-    )
     num_timesteps: int = setting(4, "Number of evenly spaced timesteps to average the error over.", within=(1, 1000))
     num_examples: int = setting(
         4, "Number of images to average the error over. More images need more time and memory.", within=(1, 4096)
     )
     seed: int = setting(0, "Decides which images are used, and the noise.", within=SEEDS)
+    prompt_weight: float = setting(
+        1.0, "How much the error of the prompt's effect counts beside that of the output, for recoverability.", within=(0, 1000)
+    )
 
     def __post_init__(self):
         check_settings(self)

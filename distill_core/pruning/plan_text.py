@@ -33,6 +33,7 @@ _STAGE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}(?:\+{_NUMBERS})*))?")
 _ENTRY = re.compile(r"(?:\[[^\[\]]*\]|[^,])*")  # up to a comma outside brackets
 EXAMPLE = "keep down 1,1,1,1 mid none up 2,2,2,2"
 EXAMPLE_OF_TRANSFORMERS = "keep double 0-4,16-18 single 0-37"
+EXAMPLE_OF_FOLDING = "fold single 5-7,9-10"
 
 
 def read_plan(text: str, teacher: Network) -> PruningPlan:
@@ -80,6 +81,8 @@ def _(teacher: Transformer, plan: PruningPlan) -> str:
     for blocks in teacher.of.lists:
         there, runs = teacher.numbers(blocks.path), folds.get(blocks.path, [])
         kept = [n for n in there if f"{blocks.path}.{n}" not in mapping.removed]
+        if not there:  # HunyuanVideo 1.5 has doubles alone
+            continue
         if runs and len(there) - len(kept) == sum(len(run) - 1 for run in runs):
             fold.append(f"{blocks.word} {','.join(f'{run[0]}-{run[-1]}' for run in runs)}")
         else:  # what a plan folds and removes besides has no shorter form
@@ -121,7 +124,7 @@ def _(teacher: Transformer, text: str) -> PruningPlan:
         kept = [] if entry == "none" else _numbers(entry)
         if kept is None or kept != sorted(set(kept)) or not set(kept) <= set(there):
             raise error(f"{entry!r} does not list blocks of {word} in ascending order; the transformer has {ranges(there)}")
-        if not kept:
+        if there and not kept:
             remove.append(word)
         elif kept != there:
             keep[word] = tuple(kept)

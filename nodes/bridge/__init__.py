@@ -1,5 +1,6 @@
 """The one package that knows both ComfyUI (MODEL, CLIP, VAE, LATENT, CONDITIONING) and distill_core."""
 
+from .asking import examples_of
 from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, prune_model, save_model
 from .compare import Drawing, compare_models, image_features, text_features
@@ -56,6 +57,7 @@ __all__ = [
     "denoiser",
     "describe_route",
     "draw_latents",
+    "examples_of",
     "file_in",
     "forecast_memory",
     "forecast_shared_base",

@@ -30,6 +30,7 @@ from ...distill_core.diffusion.macs import counted_macs
 from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
 from ...distill_core.evaluation.comparison import Comparison, Measured
 from ...distill_core.evaluation.measuring import in_rounds, synchronize, watched_memory
+from .asking import at_levels, even_levels
 from .interface import pixels_of, throw_if_cancelled, to_images
 from .progress import Progress
 from .training import PLAIN_ATTENTION
@@ -283,39 +284,29 @@ class Artist:
             self.progress.add(NUM_BINS * self.drawing.num_parts)
             return None
         self.progress.tell(f"{self.name}, distance")
-        sigmas = [float(firsts.percent_to_sigma(1 - (i + 0.5) / NUM_BINS)) for i in range(NUM_BINS)]
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.drawing.seed))
-        size = len(self.drawing.latent["samples"])
-        parts = [self._predictions_at(*part, sigmas) for part in zip(latents.split(size), noise.split(size), strict=True)]
+        sigmas, drawing = even_levels(first, NUM_BINS), self.drawing
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(drawing.seed))
+        parts: list[list[Tensor]] = []
+
+        def visit(predict: Callable[[], Tensor]) -> None:
+            parts[-1].append(predict())
+            self.progress.add()
+
+        size = len(drawing.latent["samples"])
+        for part, its_noise in zip(latents.split(size), noise.split(size), strict=True):
+            parts.append([])
+            at_levels(
+                self.model,
+                part,
+                its_noise,
+                sigmas,
+                positive=drawing.positive,
+                negative=drawing.negative,
+                cfg=self.cfg,
+                seed=drawing.seed,
+                visit=visit,
+            )
         return [torch.cat(predictions) for predictions in zip(*parts, strict=True)]
-
-    def _predictions_at(self, latents: Tensor, noise: Tensor, sigmas: list[float]) -> list[Tensor]:
-        """The predictions at each noise level."""
-        sampling, clean = self.model.get_model_object("model_sampling"), self.model.model.process_latent_in(latents)
-        found = []
-
-        def ask(model_k, x: Tensor, _, extra_args: dict, callback, disable) -> Tensor:
-            for sigma in sigmas:
-                level = x.new_full((len(x),), sigma)
-                x_t = sampling.noise_scaling(level, noise.to(x), clean.to(x))
-                found.append(((x_t - model_k(x_t, level, **extra_args)) / sigma).cpu())
-                self.progress.add()
-            return x
-
-        levels = torch.tensor([*reversed(sigmas), 0.0])
-        comfy.sample.sample_custom(
-            self.model,
-            noise,
-            self.cfg,
-            comfy.samplers.KSAMPLER(ask),
-            levels,
-            self.drawing.positive,
-            self.drawing.negative,
-            latents,
-            disable_pbar=True,
-            seed=self.drawing.seed,
-        )
-        return found
 
 
 def _wrapped(model: ModelPatcher, kind: str, wrapper: Callable) -> ModelPatcher:

@@ -63,7 +63,7 @@ class Model:
         if not isinstance(self.network, Architecture):
             raise ValueError(
                 f"this MODEL is a transformer ({self.network.title}), and this node takes UNets of SD1.x, SD2 and SDXL; transformers "
-                "can be cut, with Prune Transformer Blocks, but not distilled yet"
+                "can be analysed and cut, by Analyse and Prune Transformer Blocks, but not distilled yet"
             )
         return self.network
 
@@ -72,7 +72,8 @@ class Model:
         """Its transformer; ``ValueError`` as for `network`, and for a UNet."""
         if not isinstance(self.network, Transformer):
             raise ValueError(
-                f"this MODEL is a UNet ({self.network.title}), and this node takes transformers; cut it with Prune UNet Blocks"
+                f"this MODEL is a UNet ({self.network.title}), and this node takes transformers; use Prune UNet Blocks or Analyse UNet "
+                "Blocks"
             )
         return self.network
 

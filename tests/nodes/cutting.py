@@ -118,7 +118,8 @@ def of_true_shape(out):
 def texts(teacher, plan):
     """One middle block, every second of all lists, the first, the last, all but one, all of a list where none need stay, presets."""
     found, halves = [], []
-    for blocks in teacher.of.lists:
+    lists = [blocks for blocks in teacher.of.lists if teacher.numbers(blocks.path)]
+    for blocks in lists:
         numbers = teacher.numbers(blocks.path)
         middle, always = numbers[len(numbers) // 2], numbers[-1:] if blocks.last_stays else []
 
@@ -129,10 +130,11 @@ def texts(teacher, plan):
         found += [keep([n for n in numbers if n != gone]) for gone in (middle, numbers[0], numbers[-1]) if gone not in always] + [
             keep([middle])
         ]
-        found += [keep([])] if not blocks.least and len(teacher.of.lists) > 1 else []
+        found += [keep([])] if not blocks.least and len(lists) > 1 else []
     return [
         *found,
         "keep " + " ".join(halves),
+        "fold " + " ".join(f"{blocks.word} {'-'.join(map(str, teacher.numbers(blocks.path)[1:4:2]))}" for blocks in lists),
         *(name for name in plan.preset_names(teacher.family) if plan.preset(name).depths == teacher.depths),
     ]
 
@@ -144,7 +146,9 @@ def of_small_networks(out):
 
     pack()
     transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
-    plan_text, plans = (importlib.import_module(f"pack.distill_core.pruning.{name}") for name in ("plan_text", "plan"))
+    plan_text, plans, skipping_by = (
+        importlib.import_module(f"pack.distill_core.pruning.{name}") for name in ("plan_text", "plan", "skip")
+    )
     told = {}
     for family in SMALL:
         teacher, texts_of = model_of(family), {}
@@ -152,7 +156,7 @@ def of_small_networks(out):
         marked = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         network = transformers.Transformer(transformers.FAMILIES[family], marked)
         network.check_whole()
-        for text in (text for text in texts(network, plans) if text.startswith("keep ")):
+        for text in (text for text in texts(network, plans) if text.startswith(("keep ", "fold "))):
             mapping = plans.name_map(network, plan_text.read_plan(text, network))
             kept = {path: [n for n in network.numbers(path) if mapping.rename(f"{path}.{n}")] for path in network.lists}
             depths = [len(numbers) for numbers in kept.values()]
@@ -163,7 +167,10 @@ def of_small_networks(out):
                 skip(skipping.diffusion_model, family, path, {*network.numbers(path)} - {*numbers})
             with torch.inference_mode():
                 ours, theirs, whole = (model.apply_model(**asked(teacher)) for model in (student, skipping, teacher))
-            texts_of[text] = [(ours - theirs).abs().max().item(), (ours - whole).abs().max().item()]
+                with skipping_by.skipping_blocks(teacher.diffusion_model, network, mapping.removed):
+                    detour = teacher.apply_model(**asked(teacher))
+            far = max((ours - other).abs().max().item() for other in (theirs, detour))
+            texts_of[text] = [far, (ours - whole).abs().max().item()]
         told[family] = texts_of
     Path(out).write_text(json.dumps(told))
 
@@ -433,6 +440,62 @@ def compared(out):
             "shape": list(comparison.images["teacher"].shape),
             "routed is": [torch.equal(comparison.images["routed"], comparison.images[name]) for name in ("teacher", "student")],
         }
+    Path(out).write_text(json.dumps(told))
+
+
+GATES = {"flux1": ("img_mod.", "txt_mod.", "modulation."), "qwen-image": ("img_mod.", "txt_mod."), "z-image": ("adaLN_modulation.",),
+         "sd3": ("adaLN_modulation.",)}  # fmt: skip
+"""Parameters of a block that, at zero, make it pass on what it is given."""
+IDLE = (2, 3)
+"""Blocks of every list of these that do nothing."""
+
+
+@torch.inference_mode()
+def analysed(out):
+    """Transformers of every family analysed, some of which have blocks that do nothing."""
+    from comfy.model_patcher import ModelPatcher
+    from in_comfyui import pack
+    from small import DEPTHS, SMALL, asked, filled, given, model_of
+
+    bridge = pack()
+    runs = importlib.import_module("pack.distill_core.pruning.runs")
+    transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
+    told: dict = {}
+    for family in SMALL:
+        model = model_of(family, [6] * len(DEPTHS[family]))
+        idle = [
+            f"{path}.{number}."
+            for path in ("double_blocks", "single_blocks", "transformer_blocks", "layers", "joint_blocks")
+            for number in IDLE
+        ]
+        for name, weight in filled(model.diffusion_model).state_dict().items():
+            if name.startswith(tuple(idle)) and any(gate in name for gate in GATES.get(family, ())):
+                weight.zero_()
+        patcher = ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+        shapes = {name: tuple(weight.shape) for name, weight in model.diffusion_model.state_dict().items()}
+        teacher, (latents, options) = transformers.Transformer(transformers.FAMILIES[family], shapes), given(model)
+        before = model.apply_model(**asked(model))
+        captions = [[[options.pop("cross_attn"), options]]]  # two captions in one batch
+        told[family] = {}
+        for criterion in runs.CRITERIA:
+            settings = runs.Settings(criterion=criterion, saving=0.05, first_stay=1, num_timesteps=2, num_tokens=256)
+            parts: list = []
+            examples = bridge.examples_of(
+                bridge.Model(patcher), [{"samples": latents}], captions, num_examples=2, num_levels=2, seed=0
+            )
+            analysis = runs.analyse(
+                model.diffusion_model, teacher, examples, settings, lambda *part, parts=parts: parts.append(part)
+            )
+            decision = runs.decide(model.diffusion_model, examples, analysis)
+            told[family][criterion] = {
+                "scores": {score.run.name(teacher): score.by(criterion) for score in analysis.scores},
+                "plan": decision.plan.name,
+                "errors": decision.errors,
+                "report": decision.report(),
+                "parts": [parts[0], parts[-1], len(parts)],
+            }
+        told[family]["unchanged"] = torch.equal(model.apply_model(**asked(model)), before)
+        told[family]["hooks"] = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
     Path(out).write_text(json.dumps(told))
 
 

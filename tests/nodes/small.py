@@ -81,8 +81,8 @@ def filled(network, seed=0):
     return network.eval()
 
 
-def asked(model, seed=7):
-    """What a sampler asks of a model, on two examples."""
+def given(model, seed=7):
+    """Two latents, and what conditioning holds besides the text, with the text as ``cross_attn``."""
     import torch
 
     random, form, config = torch.Generator().manual_seed(seed), model.latent_format, model.model_config.unet_config
@@ -90,9 +90,16 @@ def asked(model, seed=7):
     x = torch.randn(2, form.latent_channels, *frames, *(2 * (64 if "pixart" in kind else 8,)), generator=random)
     context = torch.randn(2, 6, WIDTHS.get(kind, 64), generator=random)
     pooled = torch.randn(2, config.get("vec_in_dim") or config.get("adm_in_channels") or 64, generator=random)
-    given = dict(cross_attn=context, pooled_output=pooled, guidance=3.5)
-    given |= dict(attention_mask=torch.ones(2, 6, dtype=torch.int64)) if kind == "ltxv" else {}
-    conds = {key: cond.process_cond(2).cond for key, cond in model.extra_conds(**given, noise=x, device="cpu").items()}
+    mask = dict(attention_mask=torch.ones(2, 6, dtype=torch.int64)) if kind == "ltxv" else {}
+    return x, dict(cross_attn=context, pooled_output=pooled, guidance=3.5, **mask)
+
+
+def asked(model, seed=7):
+    """What a sampler asks of a model, on two examples."""
+    import torch
+
+    x, options = given(model, seed)
+    conds = {key: cond.process_cond(2).cond for key, cond in model.extra_conds(**options, noise=x, device="cpu").items()}
     return dict(
         x=x,
         t=torch.tensor([0.7, 0.4]) * model.model_sampling.sigma_max,

@@ -60,7 +60,7 @@ def test_every_student_opens_with_nothing_missing_and_nothing_unexpected(told):
 
 
 def test_every_preset_for_transformers_was_tried_on_its_teacher(told):
-    assert {text for facts in told.values() for text in facts["students"] if not text.startswith("keep ")} == {
+    assert {text for facts in told.values() for text in facts["students"] if not text.startswith(("keep ", "fold "))} == {
         name for name in all_preset_names() if preset(name).depths
     }
 
@@ -181,6 +181,63 @@ def test_a_graph_cuts_samples_saves_and_a_stock_loader_draws_the_same(name, smal
     )
     assert torch.equal(cut_now, stock) and not torch.equal(cut_now, whole) and cut_now.isfinite().all()
     assert plan_in(open_network(student).metadata).name == small_files[name]
+
+
+def test_what_does_nothing_is_found_in_transformers_of_every_family(found):
+    told = found("cutting.analysed")
+    assert len(told) >= 11
+    for family, facts in told.items():
+        assert facts["unchanged"] and facts["hooks"] == 0, family
+        for criterion, by in facts.items():
+            if criterion in ("unchanged", "hooks"):
+                continue
+            assert by["parts"][0][0] == 0 and by["parts"][1] == [by["parts"][2] - 1] * 2, family
+            assert by["report"].startswith(f"Chosen by {criterion}: ") and all(score >= 0 for score in by["scores"].values()), (
+                family
+            )
+            if family not in ("flux1", "qwen-image", "z-image", "sd3"):
+                assert min(by["scores"].values()) > 1e-3 and min(by["errors"].values()) > 1e-3, (family, criterion)
+                continue
+            idle = [score for run, score in by["scores"].items() if run.endswith(" 2-3")]
+            busy = [score for run, score in by["scores"].items() if not run.endswith((" 1-2", " 2-3"))]
+            assert max(idle) < 1e-6 and min(busy) > 1e-2 and by["errors"][criterion] < 1e-6, (family, criterion)
+            assert by["errors"]["their places alone"] > 1e-2, family
+
+
+def test_a_graph_analyses_cuts_and_saves(server, small_files):
+    whole = {"class_type": "UNETLoader", "inputs": {"unet_name": "small_flux.safetensors", "weight_dtype": "default"}}
+    noise = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}}
+    analysis = {"model": ["whole", 0], "latents": ["sample own", 0], "captions": ["prompt", 0], "saving": 0.2, "longest_run": 3,
+                "criterion": "output error", "first_stay": 1, "last_stay": 1, "num_timesteps": 2, "num_examples": 2, "num_tokens": 64,
+                "seed": 0}  # fmt: skip
+    cut = {"model": ["whole", 0], "preset": "flux-1-lite", "plan": ["analyse", 0]}
+    prompt = {
+        **{key: PROMPT[key] for key in ("teacher", "prompt", "empty")}, "noise": noise, "whole": whole,
+        **sampled(["whole", 0], "own", steps=2, cfg=1.0, scheduler="simple"),
+        "analyse": {"class_type": "DistillAnalyseTransformerBlocks", "inputs": analysis},
+        "prune": {"class_type": "DistillPruneTransformerBlocks", "inputs": cut},
+        "save": save(["prune", 0], "diffusion_models/small_analysed", dtype="as it is"),
+    }  # fmt: skip
+    result = server.run(prompt)
+    assert result.succeeded, result.error
+    text = result.outputs["analyse"]["text"][0]
+    assert text.startswith("Chosen by output error: ") and "For comparison by linear replaceability" in text
+    plan = plan_in(open_network(newest(server, "diffusion_models/small_analysed*.safetensors")).metadata)
+    assert plan.fold and plan.name == text.splitlines()[1].strip()
+    images = {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    for changes, message in (
+        ({"latents": ["noise", 0]}, "the latents are empty; connect images that the model should make well"),
+        ({"saving": 0.9}, "of the parameters at most, not 90%; ask for less"),
+        ({"first_stay": 50}, "has two that may be folded"),
+        ({"captions": ["two", 0]}, "there are 1 latents but 2 captions"),
+        ({"model": ["teacher", 0]}, "this MODEL is a UNet (SD1.x-shaped"),
+    ):
+        wrong = prompt | {"analyse": {**prompt["analyse"], "inputs": analysis | changes}}
+        if "captions" in changes:
+            wrong |= {"noise": images, "two": {"class_type": "ConditioningCombine",
+                      "inputs": {"conditioning_1": ["prompt", 0], "conditioning_2": ["empty", 0]}}}  # fmt: skip
+        error = server.run(wrong).error
+        assert message in error, (message, error)
 
 
 def test_each_door_names_the_other(server, small_files):

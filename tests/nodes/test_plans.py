@@ -12,7 +12,7 @@ from distill_core.pruning.plan_text import read_plan
 from .graphs import PROMPT, newest, remapped, sampled, save, train
 
 ANALYSE = {"model": ["teacher", 0], "latents": ["teacher", 3], "captions": ["teacher", 4], "saving": 0.3, "measure": "macs",
-           "criterion": "recoverability", "num_timesteps": 2, "num_examples": 4, "seed": 0}  # fmt: skip
+           "criterion": "recoverability", "num_timesteps": 2, "num_examples": 4, "seed": 0, "prompt_weight": 1.0}  # fmt: skip
 
 
 def prune(plan, **changes):

@@ -11,6 +11,7 @@ NAMES = {
     "DistillPruneUNetBlocks": "Prune UNet Blocks",
     "DistillPruneTransformerBlocks": "Prune Transformer Blocks",
     "DistillAnalyseUNetBlocks": "Analyse UNet Blocks",
+    "DistillAnalyseTransformerBlocks": "Analyse Transformer Blocks",
     "DistillLoadDistilledModel": "Load Distilled Model",
     "DistillRemapLoRAToStudent": "Remap LoRA to Student",
     "DistillTeacherDataset": "Teacher Dataset",

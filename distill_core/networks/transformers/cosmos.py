@@ -6,5 +6,5 @@ _BLOCKS = (BlockList("block", "blocks", least=1, diffusers="transformer_blocks")
 
 FAMILIES = (
     Family("anima", "Anima", ("blocks.0.mlp.layer1.weight", "llm_adapter.blocks.0.cross_attn.q_proj.weight"), _BLOCKS),
-    Family("cosmos2", "Cosmos-Predict2", ("blocks.0.mlp.layer1.weight",), _BLOCKS),
+    Family("cosmos2", "Cosmos-Predict2", ("blocks.0.mlp.layer1.weight",), _BLOCKS, diffusers=("CosmosTransformer3DModel",)),
 )

@@ -6,8 +6,9 @@ ComfyUI 0.33 (comfy/model_detection.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -36,6 +37,16 @@ class BlockList:
     """Key of ComfyUI's config that says how long it is, where ComfyUI's own loaders do not count the blocks of a file."""
     residuals: str = ""
     """What ComfyUI's ControlNets call what they add to these blocks; empty if there are none."""
+    numbered_in: str = ""
+    """Key of diffusers' config that lists some of its blocks by their numbers."""
+    streams: tuple[str, ...] = ()
+    """What ComfyUI's blocks call what they pass on, in the order they return it, if that is several streams."""
+
+    def given(self, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Of a call of a block, what it passes on: what the block would return if it changed nothing."""
+        if not self.streams:
+            return args[0]
+        return tuple(named[name] if name in named else args[place] for place, name in enumerate(self.streams))
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,21 @@ class Family:
     """Tensor of a file that sets something, which a network in memory knows by its config alone: key and value there, name here."""
     believes_config: bool = False
     """Whether ComfyUI believes a config in a file's metadata more than the file's tensors."""
+    diffusers: tuple[str, ...] = ()
+    """What diffusers calls its classes."""
+    diffusers_tables: tuple[str, ...] = ()
+    """Tensors of diffusers' files that are no parameters."""
     refusal: str = ""
     """Why it cannot be cut, and what can be done instead; empty if it can."""
+
+    @property
+    def in_diffusers(self) -> Family:
+        """The same, spelled as diffusers does."""
+        lists = (
+            replace(blocks, path=blocks.diffusers or blocks.path, diffusers=blocks.path, last_swapped=None)
+            for blocks in self.lists
+        )
+        return replace(self, lists=tuple(lists), tables=self.diffusers_tables)
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether a checkpoint is of this family. shapes: by names without a prefix."""

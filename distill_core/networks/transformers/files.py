@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...base.documents import parse_json
-from ...base.storage import CODES, Header, OnBytes, StoredTensor, ignore, read_header, write_tensors
+from ...base.documents import one_line, parse_json, read_json
+from ...base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
+from ..folders import CONFIG, WEIGHTS, check_place, folder_of, read_folder
 from ..residuals import Rename
-from .architecture import Transformer
+from .architecture import FAMILIES, Transformer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,8 @@ class TransformerFile:
         """Write a student of this file's network; see `save_transformer`. rename: teacher's names to the student's."""
         if layout not in ("ldm", "checkpoint"):
             raise ValueError(
-                "transformers are not written in the diffusers layout yet; write the ldm layout, which ComfyUI opens"
+                "a single file of a transformer is cut into a single file; write the ldm layout, which ComfyUI opens, or cut the folder of "
+                "diffusers"
             )
         if layout == "checkpoint" and not self.others:
             raise ValueError(f"{self.path} holds no VAE and text encoder to copy; write the ldm layout")
@@ -84,6 +86,93 @@ class TransformerFile:
         }
 
 
+@dataclass(frozen=True)
+class TransformerFolder(TransformerFile):
+    """A transformer of diffusers on disk: weights in its own names, and the config that says what they are of."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def save_student(
+        self,
+        path: Path | str,
+        weights: Mapping[str, Tensor | StoredTensor],
+        student: Transformer,
+        *,
+        layout: str,
+        metadata: Mapping[str, str],
+        rename: Rename,
+        overwrite: bool = False,
+        **writing: Any,
+    ) -> None:
+        """Write a student as a folder that ``from_pretrained`` of the same class opens. rename: teacher's names to the student's."""
+        if layout != "diffusers":
+            raise ValueError(
+                f"{self.path.parent} is a diffusers folder, which is cut into one; write the diffusers layout, or cut the single file "
+                "that ComfyUI opens"
+            )
+        check_place(Path(path))
+        config = json.dumps(self.config_of(student, rename), indent=2)
+        with atomic(path, overwrite=overwrite) as folder:
+            folder.mkdir()
+            save_transformer(folder / WEIGHTS, weights, student, metadata={**self.metadata, **metadata}, **writing)
+            write_text(folder / CONFIG, config)
+
+    def config_of(self, student: Transformer, rename: Rename) -> dict[str, Any]:
+        """The config of a student. rename: teacher's names to the student's."""
+        # from_config would take the lengths of lists that diffusers noted as defaults from the class again.
+        config = {key: value for key, value in self.config.items() if key != "_use_default_values"}
+        for blocks in student.of.lists:
+            if blocks.depth_key in config or self.architecture.depths[blocks.word]:
+                config[blocks.depth_key] = student.depths[blocks.word]
+            if numbers := config.get(blocks.numbered_in):
+                renamed = (rename(f"{blocks.path}.{number}") for number in numbers)
+                config[blocks.numbered_in] = [int(name.rpartition(".")[2]) for name in renamed if name is not None]
+        return config
+
+    def loading_note(self, student: Transformer, layout: str) -> str:
+        """diffusers counts the blocks by the config."""
+        return ""
+
+    def describe(self) -> dict[str, Any]:
+        """See `TransformerFile.describe`."""
+        return {**super().describe(), "layout": f"diffusers ({self.config['_class_name']})"}
+
+
+def find_folder(path: Path) -> TransformerFolder | None:
+    """The transformer of a diffusers folder; None if ``path`` is no such folder, or that of another network.
+
+    path: of a pipeline, of its folder of the transformer, or of a file of weights in that. ``ValueError`` as `find_transformer`.
+    """
+    folder = folder_of(path, "transformer")
+    if folder is None or not (folder / CONFIG).exists():
+        return None
+    config = read_json(folder / CONFIG)
+    kind = config.get("_class_name")
+    family = next((family for family in FAMILIES.values() if kind in family.diffusers), None)
+    if family is None:
+        if "Transformer" in str(kind):
+            known = sorted(kind for family in FAMILIES.values() if not family.refusal for kind in family.diffusers)
+            raise ValueError(f"{folder}: {one_line(str(kind))} is not known here; these can be cut: {', '.join(known)}")
+        return None
+    if family.refusal:
+        raise ValueError(f"{folder}: it is {family.title}, which cannot be cut: {family.refusal}")
+    weights, header = read_folder(folder)
+    try:
+        architecture = Transformer(family.in_diffusers, {name: tensor.shape for name, tensor in header.tensors.items()})
+        _check_whole(architecture)
+        return TransformerFolder(
+            weights,
+            "",
+            tensors=header.tensors,
+            architecture=architecture,
+            dtype=_most_stored(header.tensors),
+            metadata=header.metadata,
+            config=config,
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def find_transformer(path: Path) -> TransformerFile | None:
     """The transformer in a single file, read from its header; None if it holds none of a known family.
 
@@ -101,23 +190,32 @@ def _find(path: Path, header: Header) -> TransformerFile | None:
     if found is None:
         return None
     architecture, prefix = found
-    try:
-        architecture.check_whole()
-    except ValueError as error:
-        raise ValueError(f"the transformer is incomplete or damaged: {error}; download it again") from error
+    _check_whole(architecture)
     tensors = {name: header.tensors[prefix + name] for name in architecture.shapes}
-    stored: Counter[str] = Counter()
-    for tensor in tensors.values():
-        stored[tensor.code] += tensor.num_bytes
     return TransformerFile(
         path,
         prefix,
         tensors=tensors,
         architecture=architecture,
-        dtype=stored.most_common(1)[0][0].lower(),
+        dtype=_most_stored(tensors),
         others={name: tensor for name, tensor in header.tensors.items() if not name.startswith(prefix)} if prefix else {},
         metadata=header.metadata,
     )
+
+
+def _check_whole(architecture: Transformer) -> None:
+    try:
+        architecture.check_whole()
+    except ValueError as error:
+        raise ValueError(f"the transformer is incomplete or damaged: {error}; download it again") from error
+
+
+def _most_stored(tensors: Mapping[str, StoredTensor]) -> str:
+    """Precision that takes the most bytes."""
+    stored: Counter[str] = Counter()
+    for tensor in tensors.values():
+        stored[tensor.code] += tensor.num_bytes
+    return stored.most_common(1)[0][0].lower()
 
 
 def _unpacked(name: str, header: Header) -> tuple[int, ...]:
@@ -128,11 +226,12 @@ def _unpacked(name: str, header: Header) -> tuple[int, ...]:
 
 
 def open_transformer(path: Path | str) -> TransformerFile:
-    """A transformer on disk, read from its header.
+    """A transformer on disk, read from its header: a single file, or a diffusers folder.
 
-    Raises ``ValueError`` in one sentence if the file is damaged, or holds no transformer that can be cut.
+    Raises ``ValueError`` in one sentence if it is damaged, or holds no transformer that can be cut.
     """
-    if (file := find_transformer(Path(path))) is None:
+    path = Path(path)
+    if (file := find_folder(path) or (find_transformer(path) if path.is_file() else None)) is None:
         raise ValueError(f"{path}: it contains no transformer of a known family")
     return file
 

@@ -8,8 +8,16 @@ FAMILIES = (
         "HunyuanVideo or HunyuanImage",
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight",),
         (
-            BlockList("double", "double_blocks", "num_layers", diffusers="transformer_blocks", residuals="input"),
+            BlockList(
+                "double",
+                "double_blocks",
+                "num_layers",
+                diffusers="transformer_blocks",
+                residuals="input",
+                streams=("img", "txt"),
+            ),
             BlockList("single", "single_blocks", "num_single_layers", diffusers="single_transformer_blocks", residuals="output"),
         ),
+        diffusers=("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "HunyuanImageTransformer2DModel"),
     ),
 )

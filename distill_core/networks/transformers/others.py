@@ -5,32 +5,50 @@ from .family import BlockList, Family
 _FIXED = "ComfyUI takes its number of blocks from elsewhere than the file and would fill in the missing ones with noise"
 
 FAMILIES = (
-    Family("hidream", "HiDream", ("caption_projection.0.linear.weight",), refusal=_FIXED),
+    Family(
+        "hidream",
+        "HiDream",
+        ("caption_projection.0.linear.weight",),
+        diffusers=("HiDreamImageTransformer2DModel",),
+        refusal=_FIXED,
+    ),
     Family(
         "auraflow",
         "AuraFlow",
         ("double_layers.0.attn.w1q.weight",),
         (
-            BlockList("double", "double_layers", "num_mmdit_layers", least=1, diffusers="joint_transformer_blocks"),
+            BlockList(
+                "double",
+                "double_layers",
+                "num_mmdit_layers",
+                least=1,
+                diffusers="joint_transformer_blocks",
+                streams=("c", "x"),
+            ),
             BlockList("single", "single_layers", "num_single_dit_layers", least=1, diffusers="single_transformer_blocks"),
         ),
+        diffusers=("AuraFlowTransformer2DModel",),
     ),
     Family(
         "pixart",
         "PixArt",
         ("t_block.1.weight", "blocks.0.scale_shift_table"),
         (BlockList("block", "blocks", least=1, diffusers="transformer_blocks"),),
+        diffusers=("PixArtTransformer2DModel",),
+        diffusers_tables=("pos_embed.pos_embed",),
     ),
     Family(
         "krea2",
         "Krea 2",
         ("txtfusion.projector.weight",),
-        (BlockList("block", "blocks", "layers", least=1, diffusers="transformer_blocks"),),
+        (BlockList("block", "blocks", least=1, diffusers="transformer_blocks"),),
+        diffusers=("Krea2Transformer2DModel",),
     ),
     Family(
         "kandinsky5",
         "Kandinsky 5",
         ("visual_transformer_blocks.0.cross_attention.key_norm.weight",),
         (BlockList("block", "visual_transformer_blocks", "num_visual_blocks", least=1),),
+        diffusers=("Kandinsky5Transformer3DModel",),
     ),
 )

@@ -7,8 +7,17 @@ FAMILIES = (
         "qwen-image",
         "Qwen-Image",
         ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
-        (BlockList("block", "transformer_blocks", least=1, residuals="input"),),
+        (
+            BlockList(
+                "block",
+                "transformer_blocks",
+                least=1,
+                residuals="input",
+                streams=("encoder_hidden_states", "hidden_states"),
+            ),
+        ),
         marker=("default_ref_method", "index_timestep_zero", "__index_timestep_zero__"),  # Edit 2511
+        diffusers=("QwenImageTransformer2DModel",),
         belongs=lambda shapes: shapes["txt_norm.weight"] == (3584,),
     ),
 )

@@ -23,8 +23,12 @@ FAMILIES = (
                 last_swapped=("norm1_context.linear", "context_block.adaLN_modulation.1"),
                 told_by="num_blocks",
                 residuals="output",
+                numbered_in="dual_attention_layers",
+                streams=("context", "x"),
             ),
         ),
         tables=("pos_embed",),
+        diffusers=("SD3Transformer2DModel",),
+        diffusers_tables=("pos_embed.pos_embed",),
     ),
 )

@@ -27,6 +27,7 @@ FAMILIES = (
         "Wan",
         ("head.modulation", "blocks.0.ffn.0.weight"),
         (BlockList("block", "blocks", least=1),),
+        diffusers=("WanTransformer3DModel",),
         belongs=_plain,
         believes_config=True,
     ),
@@ -34,6 +35,7 @@ FAMILIES = (
         "wan-injected",
         "a Wan with control, sound or poses",
         ("head.modulation", "blocks.0.ffn.0.weight"),
+        diffusers=("WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
         refusal="it feeds these into blocks by their numbers, which cutting changes; the plain text-to-video and image-to-video models "
         "can be cut",
     ),

@@ -1,0 +1,56 @@
+"""Folders of diffusers: one network, whole or in shards, beside its config."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..base.documents import MAX_LIST_BYTES, read_json
+from ..base.storage import Header, read_header
+
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def folder_of(path: Path, kind: str) -> Path | None:
+    """Folder of a network, None if ``path`` is a file elsewhere. path: of a pipeline, of that folder, or of a file of weights in it.
+
+    kind: what a pipeline calls the network: ``unet``, ``transformer``.
+    """
+    if path.is_dir():
+        return path / kind if (path / kind).is_dir() else path
+    of_diffusers = path.name.startswith(WEIGHTS.partition(".")[0]) and (path.parent / CONFIG).exists()
+    return path.parent if of_diffusers else None
+
+
+def read_folder(folder: Path) -> tuple[Path, Header]:
+    """Weights of a diffusers folder, whole or in shards; a variant such as fp16 if there is no other."""
+    stem = WEIGHTS.removesuffix(".safetensors")
+    variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if not _SHARD.search(path.name)]
+    indices = sorted(folder.glob(f"{WEIGHTS}.index.*.json"))
+    found = [path for path in (folder / WEIGHTS, folder / f"{WEIGHTS}.index.json", *variants, *indices) if path.exists()]
+    if not found:
+        raise ValueError(f"{folder} holds no {WEIGHTS}; give a model in the safetensors format")
+    return found[0], _read_shards(found[0]) if found[0].suffix == ".json" else read_header(found[0])
+
+
+def _read_shards(index: Path) -> Header:
+    """All tensors that an index names, each from its shard."""
+    weight_map = read_json(index, max_bytes=MAX_LIST_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} names no shards; download it again")
+    headers = {str(shard): read_header(index.parent / Path(str(shard)).name) for shard in weight_map.values()}
+    if missing := [name for name, shard in weight_map.items() if name not in headers[str(shard)].tensors]:
+        raise ValueError(f"{weight_map[missing[0]]} lacks {missing[0]}, which {index.name} says it holds; download it again")
+    tensors = {name: headers[str(shard)].tensors[name] for name, shard in weight_map.items()}
+    return Header(tensors, next(iter(headers.values())).metadata)
+
+
+def check_place(folder: Path) -> None:
+    """``ValueError`` for a diffusers folder where ComfyUI's loaders would list it, because they misread such students."""
+    place = re.search(r"(^|/)(diffusion_models|checkpoints|models/unet)(/|$)", folder.absolute().as_posix())
+    if place:
+        raise ValueError(
+            f"ComfyUI lists every .safetensors file under {place[2]}, and misreads students in the diffusers layout; "
+            "write the ldm layout there, or choose another folder for the diffusers layout"
+        )
