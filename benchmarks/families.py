@@ -1,7 +1,9 @@
-"""Which students of transformers ComfyUI opens: ``python benchmarks/families.py``. Needs a ComfyUI as the tests do (`tests/comfyui.py`).
+"""Which students of transformers ComfyUI and diffusers open: ``python benchmarks/families.py``. Needs a ComfyUI as the tests do
+(`tests/comfyui.py`).
 
 Builds every model of true shape without weights, cuts it by some plans of every kind, and asks ComfyUI what it takes the student
-for and which weights it would miss or not know. Writes ``results/families.md``.
+for and which weights it would miss or not know; then the same with diffusers' classes in their own names, built from the config that
+is written. Writes ``results/families.md``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from report import publish, table  # noqa: E402
 
 from distill_core.networks.transformers.architecture import FAMILIES  # noqa: E402
 from tests import comfyui  # noqa: E402
+from tests.core.networks.test_folders import CLASSES, opened_by_from_config  # noqa: E402
 
 
 def main() -> None:
@@ -44,9 +47,16 @@ def main() -> None:
             f"{opened} of {len(students)}",
             "Load Distilled Model" if any(blocks.told_by for blocks in FAMILIES[facts["family"]].lists) else "Load Diffusion Model",
         ])  # fmt: skip
+    in_diffusers = []
+    for kind, family in CLASSES:
+        teacher, opened_by = opened_by_from_config(kind, family)
+        lists = ", ".join(f"{word} {numbers}" for word, numbers in teacher.describe_lists().items())
+        in_diffusers.append([kind, lists, f"{teacher.num_parameters:,}", f"{sum(opened_by.values())} of {len(opened_by)}"])
     refused = [family.title for family in FAMILIES.values() if family.refusal]
     publish("families", [
         *table(["model", "blocks", "parameters", "presets", "students opened, with nothing missing and nothing left over", "by"], rows),
+        "",
+        *table(["class of diffusers", "blocks", "parameters", "students opened by `from_config`, with the same weights"], in_diffusers),
         "",
         f"Refused, with the reason: {', '.join(refused)}.",
     ])  # fmt: skip

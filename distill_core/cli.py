@@ -72,7 +72,7 @@ def prune(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .networks.network import open_network
-    from .pruning.prune import prune_file
+    from .pruning.prune import precision_note, prune_file
 
     if arguments.layout != "diffusers":
         _check_suffix(arguments.out)
@@ -98,8 +98,9 @@ def prune(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
     if pruning.padding:
         print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(pruning.padding)}")
-    if note := teacher.loading_note(pruning.student, arguments.layout):
-        print(note)
+    for note in (teacher.loading_note(pruning.student, arguments.layout), precision_note(teacher, pruning)):
+        if note:
+            print(note)
     print(teacher.advice)
 
 

@@ -48,7 +48,10 @@ def _prune_outputs(node: str, after: str) -> list[io.Output]:
 def _prune(node: type[io.ComfyNode], teacher: bridge.Model, network: Network, plan: str, pad: bool = False) -> io.NodeOutput:
     student = bridge.Model(bridge.prune_model(teacher, read_plan(plan, network), pad))
     before, after = network.num_parameters, student.network.num_parameters
-    summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer"
+    note = bridge.precision_note(teacher, student)
+    summary = f"{before / 1e6:,.2f} M parameters before, {after / 1e6:,.2f} M now: {1 - after / before:.0%} fewer" + (
+        f". {note}" if note else ""
+    )
     bridge.show_text(summary, node.hidden.unique_id)
     assert student.plan is not None  # it was pruned just now
     return io.NodeOutput(student.patcher, summary, write_plan(student.plan, network))

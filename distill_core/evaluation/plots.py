@@ -119,7 +119,7 @@ def run_chart(analysis: RunAnalysis, plan: PruningPlan) -> Image:
     folds = folded(teacher, plan)
     for axes, path in zip(drawing.subplots(len(paths), 1, squeeze=False)[:, 0], paths, strict=True):
         for run in folds.get(path, ()):
-            axes.axvspan(run[0] - 0.5, run[-1] + 0.5, color=REMOVED_COLOR, alpha=0.25, linewidth=0)
+            axes.axvspan(run[0] - 0.45, run[-1] + 0.45, color=REMOVED_COLOR, alpha=0.25, linewidth=0)
             axes.axvline(middle(run), color=REMOVED_COLOR, linewidth=1.5, linestyle=":")
         lengths = sorted({len(score.run.numbers) for score in analysis.scores if score.run.path == path})
         for length in lengths:
@@ -129,6 +129,8 @@ def run_chart(analysis: RunAnalysis, plan: PruningPlan) -> Image:
             axes.plot(middles, values, marker="o", markersize=4, label=f"{length} blocks in a row")
         numbers = teacher.numbers(path)
         axes.set(xlabel=f"{teacher.lists[path].word} blocks", yscale="log", xlim=(numbers[0] - 0.5, numbers[-1] + 0.5))
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
         axes.locator_params("x", integer=True)
         axes.grid(alpha=0.25)
     handles, labels = drawing.axes[0].get_legend_handles_labels()

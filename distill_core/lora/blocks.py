@@ -89,7 +89,7 @@ class _Reader:
 
     def _last_swapped(self, path: str, number: int, rest: str) -> str | None:
         """The rest of a key in ComfyUI's spelling, for the layer of the last block that diffusers has the other way round."""
-        names = self.teacher.lists[path].last_swapped
+        names = self.teacher.lists[path].last_swapped if path in self.teacher.lists else None
         if names is None or number != self.teacher.numbers(path)[-1]:
             return None
         theirs, ours = names
@@ -109,7 +109,8 @@ class _Reader:
 
 def _heads(family: Family) -> dict[str, str]:
     """What files and diffusers call the lists of a family -> what files call them."""
-    return {head: blocks.path for blocks in family.lists for head in (blocks.path, blocks.diffusers) if head}
+    beside = {family.beside: family.beside} if family.beside else {}
+    return beside | {head: blocks.path for blocks in family.lists for head in (blocks.path, blocks.diffusers) if head}
 
 
 def _of_xlabs(key: str) -> str:

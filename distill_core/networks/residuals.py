@@ -78,6 +78,15 @@ class KeptBlocks:
         """The same after the student was pruned again."""
         return KeptBlocks({key: kept.then(further.lists[key]) for key, kept in self.lists.items()})
 
+    @property
+    def places(self) -> list[int]:
+        """Places of the student's blocks among all of the teacher's, one list after another."""
+        found, before = [], 0
+        for kept in self.lists.values():
+            found += [before + number for number in kept.kept]
+            before += kept.num_teacher
+        return found
+
     def to_text(self) -> str:
         return json.dumps({"lists": {key: kept.fields() for key, kept in self.lists.items()}})
 

@@ -12,7 +12,10 @@ from ..networks.architecture import Architecture
 from ..networks.files import UNetFile, open_unet
 from ..networks.network import Network, NetworkFile, Same
 from ..networks.residuals import KEY as KEPT
+from ..networks.residuals import kept_in
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
+from ..networks.transformers.files import TransformerFolder
+from ..networks.transformers.precision import allows_fp16, note_on_fp16
 from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
 
 if TYPE_CHECKING:
@@ -101,12 +104,26 @@ def prune_file(
         pruning.student,
         layout=layout,
         rename=pruning.mapping.rename,
-        metadata={**title, **pruning_metadata(pruning, teacher.tensors, architecture)},
+        metadata={**title, **pruning_metadata(pruning, teacher.tensors, architecture, kept_in(teacher.metadata))},
         dtype=dtype,
         overwrite=overwrite,
         on_bytes=on_bytes,
     )
     return pruning
+
+
+def precision_note(teacher: NetworkFile, pruning: Pruning) -> str:
+    """What a person must know of the precision that ComfyUI computes a student in; empty if it is the teacher's."""
+    if isinstance(teacher.architecture, Architecture) or isinstance(teacher, TransformerFolder):
+        return ""
+    before, after = (
+        allows_fp16(network, weights)
+        for network, weights in (
+            (teacher.architecture, teacher.tensors),
+            (pruning.student, pruning.weights(teacher.tensors)),
+        )
+    )
+    return note_on_fp16(before, after)
 
 
 def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
@@ -128,12 +145,15 @@ def describe(file: NetworkFile) -> dict[str, Any]:
     return {**file.describe(), "pruned_by": plan.name if plan else None}
 
 
-def pruning_metadata(pruning: Pruning, teacher: Mapping[str, Weight], architecture: Network) -> dict[str, str]:
-    """Metadata of a student's file that says where it comes from."""
+def pruning_metadata(
+    pruning: Pruning, teacher: Mapping[str, Weight], architecture: Network, before: Any = None
+) -> dict[str, str]:
+    """Metadata of a student's file that says where it comes from. before: the teacher's own kept residuals, if it was pruned."""
+    kept: Any = architecture.kept_residuals(pruning.mapping.rename)
     return {
         **pruning.plan.metadata,
         "distill.teacher": fingerprint(teacher),
-        KEPT: architecture.kept_residuals(pruning.mapping.rename).to_text(),
+        KEPT: (kept if before is None else before.after(kept)).to_text(),
         **({"distill.padding": " ".join(pruning.padding)} if pruning.padding else {}),
     }
 

@@ -46,7 +46,7 @@ class Settings:
     )
     longest_run: int = setting(3, "Most blocks in a row that become one.", within=(2, 12))
     first_stay: int = setting(
-        HEAD, "Blocks at the beginning of each list that stay as they are: losing early blocks hurts most.", within=(0, 100)
+        HEAD, "Blocks at the beginning of the first list that stay as they are: losing early blocks hurts most.", within=(0, 100)
     )
     last_stay: int = setting(TAIL, "Blocks at the end of each list that stay as they are.", within=(0, 100))
     num_timesteps: int = setting(4, "Number of evenly spaced noise levels to measure at.", within=(1, 1000))
@@ -83,9 +83,10 @@ class Run:
 def candidates(teacher: Transformer, settings: Settings) -> list[Run]:
     """Runs that may be folded; ``ValueError`` if there is none."""
     found = []
-    for path, blocks in teacher.lists.items():
+    for path in teacher.lists:
         numbers = teacher.numbers(path)
-        free = numbers[settings.first_stay : len(numbers) - max(settings.last_stay, int(blocks.last_stays))]
+        head, tail = _ends_of(path, teacher, settings)
+        free = numbers[head : len(numbers) - tail]
         for length in range(2, settings.longest_run + 1):
             found += [Run(path, tuple(free[start : start + length])) for start in range(len(free) - length + 1)]
     if not found:
@@ -94,6 +95,12 @@ def candidates(teacher: Transformer, settings: Settings) -> list[Run]:
             "at the ends"
         )
     return found
+
+
+def _ends_of(path: str, teacher: Transformer, settings: Settings) -> tuple[int, int]:
+    """How many blocks stay at the beginning and at the end of a list."""
+    is_first = path == next(iter(teacher.lists))
+    return settings.first_stay if is_first else 0, max(settings.last_stay, int(teacher.lists[path].last_stays))
 
 
 @dataclass(frozen=True)
@@ -377,9 +384,9 @@ def plan_by_place(choice: Choice, analysis: Analysis) -> PruningPlan | None:
     settings, found = analysis.settings, []
     for path in analysis.teacher.lists:
         lost = sum(len(run.numbers) - 1 for run in choice.runs if run.path == path)
-        tail = max(settings.last_stay, int(analysis.teacher.lists[path].last_stays))
+        head, tail = _ends_of(path, analysis.teacher, settings)
         try:
-            runs = runs_by_place(analysis.teacher.numbers(path), lost, head=settings.first_stay, tail=tail)
+            runs = runs_by_place(analysis.teacher.numbers(path), lost, head=head, tail=tail)
         except ValueError:
             return None
         found += [Run(path, tuple(run)) for run in runs]

@@ -103,7 +103,7 @@ def skipping_blocks(network: nn.Module, teacher: Transformer, removed: Iterable[
     network: as ComfyUI builds it. Afterwards it is unchanged, whatever happens in between.
     """
     with contextlib.ExitStack() as stack:
-        for block in removed:
+        for block in set(removed) & set(teacher.in_order):
             blocks = teacher.lists[block.partition(".")[0]]
             stack.enter_context(
                 instead(network.get_submodule(block), lambda *args, blocks=blocks, **named: blocks.given(args, named))

@@ -2,7 +2,7 @@
 
 from .asking import examples_of
 from .bench import run_bench
-from .build import demo_teacher, load_student, make_student, prune_model, save_model
+from .build import demo_teacher, load_student, make_student, precision_note, prune_model, save_model
 from .compare import Drawing, compare_models, image_features, text_features
 from .data import calibration, dataset, encoded_captions, make_data, previews
 from .demo import DemoVAE, demo_clip, demo_data
@@ -74,6 +74,7 @@ __all__ = [
     "output_path",
     "image_features",
     "pixels_of",
+    "precision_note",
     "previews",
     "prune_model",
     "release_memory",

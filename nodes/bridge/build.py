@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import comfy.sd
 import comfy.utils
@@ -17,9 +16,10 @@ from ...distill_core.demo.teacher import teacher_file
 from ...distill_core.networks.architecture import Architecture
 from ...distill_core.networks.files import UNetFile, save_unet
 from ...distill_core.networks.network import open_network
-from ...distill_core.networks.residuals import KEY
+from ...distill_core.networks.residuals import KEY, KeptBlocks, KeptResiduals, kept_in, read_kept
 from ...distill_core.networks.transformers.architecture import Transformer
 from ...distill_core.networks.transformers.files import TransformerFile, rewritten, save_transformer, stated
+from ...distill_core.networks.transformers.precision import allows_fp16, note_on_fp16
 from ...distill_core.pruning.plan import PruningPlan
 from ...distill_core.pruning.prune import Pruning, describe, prune, pruning_metadata
 from .control import with_control
@@ -83,9 +83,15 @@ def _cut_transformer(weights: Mapping[str, Tensor], network: Transformer, teache
             disable_dynamic=disable_dynamic,
             metadata=origin.metadata,
             depths=network.told_depths,
+            entries=_entries(network, origin.kept),
         )
 
     return _sampled_as(teacher, build, origin)
+
+
+def _entries(network: Transformer, kept: KeptResiduals | None) -> dict[str, list[int]]:
+    """Which entries of lists in ComfyUI's config, one for each block, are those of a student's blocks."""
+    return {network.of.entries_in: kept.places} if network.of.entries_in and isinstance(kept, KeptBlocks) else {}
 
 
 def _sampled_as(teacher: Model, build: Callable[[bool], ModelPatcher], origin: Origin | None) -> ModelPatcher:
@@ -133,15 +139,21 @@ def prune_model(teacher: Model, plan: PruningPlan, pad: bool = False) -> ModelPa
     return _cut_transformer(kept, cut.student, teacher, origin)
 
 
+def precision_note(teacher: Model, student: Model) -> str:
+    """What a person must know of the precision that ComfyUI computes a student's file in; empty if it is the teacher's."""
+    answers = [
+        allows_fp16(model.network, model.patcher.model.diffusion_model.state_dict())
+        for model in (teacher, student)
+        if isinstance(model.network, Transformer)
+    ]
+    return note_on_fp16(*answers) if answers else ""
+
+
 def _origin(teacher: Model, pruning: Pruning, weights: Mapping[str, Tensor]) -> Origin:
     """Where a student comes from, its teacher's own origin included."""
     network, before = teacher.network, teacher.origin
-    metadata: dict[str, str] = pruning_metadata(pruning, weights, network)
-    kept: Any = network.kept_residuals(pruning.mapping.rename)
-    if before is not None:
-        kept = before.kept.after(kept)
-        metadata[KEY] = kept.to_text()
-    return Origin(pruning.plan, kept, metadata)
+    metadata: dict[str, str] = pruning_metadata(pruning, weights, network, before and before.kept)
+    return Origin(pruning.plan, read_kept(metadata[KEY]), metadata)
 
 
 def save_model(
@@ -214,6 +226,7 @@ def _of_transformer_file(file: TransformerFile) -> Callable[[bool], ModelPatcher
             disable_dynamic=disable_dynamic,
             metadata=metadata,
             depths=file.architecture.told_depths,
+            entries=_entries(file.architecture, kept_in(file.metadata)),
         )
 
     return build

@@ -23,14 +23,16 @@ def loaded(
     disable_dynamic: bool = False,
     metadata: Mapping[str, str] | None = None,
     depths: Mapping[str, int] | None = None,
+    entries: Mapping[str, list[int]] | None = None,
 ) -> ModelPatcher:
     """A MODEL as ComfyUI's own loader makes it; ``ValueError`` with a way out if it does not know the network.
 
-    metadata: of a file, which ComfyUI believes. depths: to be told to families whose blocks its loader does not count.
+    metadata: of a file, which ComfyUI believes. depths: to be told to families whose blocks its loader does not count. entries: of
+    lists in ComfyUI's config, those to be kept.
     """
     known = None if metadata is None else dict(metadata)
     if depths:
-        return _told(weights, depths, dtype, disable_dynamic, known)
+        return _told(weights, depths, entries or {}, dtype, disable_dynamic, known)
     options = {} if dtype is None else {"dtype": dtype}
     model = comfy.sd.load_diffusion_model_state_dict(weights, options, known, disable_dynamic=disable_dynamic)
     if model is None:
@@ -41,6 +43,7 @@ def loaded(
 def _told(
     weights: dict[str, Tensor],
     depths: Mapping[str, int],
+    entries: Mapping[str, list[int]],
     dtype: torch.dtype | None,
     disable_dynamic: bool,
     metadata: dict[str, str] | None,
@@ -48,6 +51,8 @@ def _told(
     weights, metadata = comfy.utils.convert_old_quants(weights, "", metadata=metadata)
     config = comfy.model_detection.model_config_from_unet(weights, "", metadata=metadata)
     config.unet_config |= depths
+    for key, places in entries.items():
+        config.unet_config[key] = [config.unet_config[key][place] for place in places]
     device, supported = comfy.model_management.get_torch_device(), list(config.supported_inference_dtypes)
     quantised = config.quant_config is not None
     if dtype is None:

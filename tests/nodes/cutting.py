@@ -1,5 +1,6 @@
 """Transformers as ComfyUI builds them, without weights; run by the Python of ComfyUI (see ``in_comfyui.py``)."""
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -20,7 +21,13 @@ TRUE = {
     "PixArt Sigma": ("PixArtSigma", dict(image_model="pixart_sigma", num_heads=16, patch_size=2, hidden_size=1152, in_channels=4, depth=28,
                      micro_condition=False)),
     "LTX-Video 2B": ("LTXV", dict(image_model="ltxv", num_layers=28, attention_head_dim=64, cross_attention_dim=2048)),
+    "LTX-Video 13B": ("LTXV", dict(image_model="ltxv", num_layers=48, attention_head_dim=128, cross_attention_dim=4096)),
+    "LTX-2": ("LTXAV", dict(image_model="ltxav", num_layers=48, attention_head_dim=128, cross_attention_dim=4096)),
 }  # fmt: skip
+TRUE["HiDream"] = ("HiDream", dict(image_model="hidream", attention_head_dim=128, axes_dims_rope=[64, 32, 32], caption_channels=[4096, 4096],
+                   max_resolution=[128, 128], in_channels=16, llama_layers=[*range(32), *[31] * 16], num_attention_heads=20,
+                   num_routed_experts=4, num_activated_experts=2, num_layers=16, num_single_layers=32, out_channels=16, patch_size=2,
+                   text_emb_dim=2048))  # fmt: skip
 _FLUX2 = dict(image_model="flux2", axes_dim=[32, 32, 32, 32], mlp_ratio=3.0, theta=2000, out_channels=128, global_modulation=True,
               mlp_silu_act=True, qkv_bias=False, ops_bias=False, default_ref_method="index", ref_index_scale=10.0, txt_ids_dims=[3],
               patch_size=1, in_channels=128, vec_in_dim=None, yak_mlp=False, txt_norm=False)  # fmt: skip
@@ -53,6 +60,13 @@ TRUE |= {
     "Kandinsky 5 Lite": ("Kandinsky5", dict(image_model="kandinsky5", model_dim=1792, axes_dims=(16, 24, 24), time_dim=512, ff_dim=7168,
                          visual_embed_dim=132, num_text_blocks=2, num_visual_blocks=32)),
     "HunyuanVideo": ("HunyuanVideo", _HUNYUAN | dict(depth=20, depth_single_blocks=40)),
+    "HunyuanVideo 1.5": ("HunyuanVideo15", _HUNYUAN | dict(hidden_size=2048, num_heads=16, depth=54, depth_single_blocks=0, patch_size=[1, 1, 1],
+                         in_channels=65, out_channels=32, context_in_dim=3584, vec_in_dim=None, byt5=True, guidance_embed=False,
+                         meanflow_sum=True, use_cond_type_embedding=True, vision_in_dim=1152)),
+    "HunyuanImage 2.1": ("HunyuanImage21", _HUNYUAN | dict(hidden_size=3584, num_heads=28, depth=20, depth_single_blocks=40, patch_size=[1, 1],
+                         in_channels=64, out_channels=64, axes_dim=[64, 64], context_in_dim=3584, vec_in_dim=None, byt5=True,
+                         guidance_embed=False)),
+    "Wan 14B I2V": ("WAN21_I2V", _WAN | dict(model_type="i2v", dim=5120, out_dim=16, num_heads=40, ffn_dim=13824, num_layers=40, in_dim=36)),
 }  # fmt: skip
 
 
@@ -160,7 +174,11 @@ def of_small_networks(out):
             mapping = plans.name_map(network, plan_text.read_plan(text, network))
             kept = {path: [n for n in network.numbers(path) if mapping.rename(f"{path}.{n}")] for path in network.lists}
             depths = [len(numbers) for numbers in kept.values()]
-            student, skipping = model_of(family, depths, **changes_of(family, mapping.apply(weights))), model_of(family)
+            more = changes_of(family, mapping.apply(weights))
+            if family == "hidream":
+                doubles, singles = kept.values()
+                more["llama_layers"] = [*doubles, *(SMALL["hidream"][1]["num_layers"] + number for number in singles)]
+            student, skipping = model_of(family, depths, **more), model_of(family)
             student.diffusion_model.load_state_dict(mapping.apply(weights), strict=True)
             skipping.diffusion_model.load_state_dict(weights, strict=True)
             for path, numbers in kept.items():
@@ -175,10 +193,42 @@ def of_small_networks(out):
     Path(out).write_text(json.dumps(told))
 
 
+def each_detected(rows):
+    """Rows that begin with a family, each while ComfyUI detects it."""
+    for row in rows:
+        with detected(row[0]):
+            yield row
+
+
 FORMS = ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise")
 """Of quantised weights."""
-OPENED = ("flux1", "flux2", "hunyuan", "wan", "ltxv", "sd3")
-"""Families whose width ComfyUI reads from the file, so that it opens small networks of them."""
+OPENED = ("flux1", "flux2", "hunyuan", "wan", "ltxv", "sd3", "hidream")
+"""Families whose width ComfyUI reads from the file, so that it opens small networks of them; HiDream's is told, see `detected`."""
+
+
+def two_of(network, first):
+    """Two blocks of each list: an early one and, if it must stay, the last."""
+    return {blocks.path: (first, network.numbers(blocks.path)[-1] if blocks.last_stays else 3) for blocks in network.of.lists}
+
+
+def keeping(network, kept):
+    """A plan's text."""
+    return "keep " + " ".join(f"{network.lists[path].word} {','.join(map(str, numbers))}" for path, numbers in kept.items())
+
+
+@contextlib.contextmanager
+def detected(family):
+    """While open, ComfyUI takes every file for the small HiDream, if that is the family: it reads nothing of it from files."""
+    import comfy.model_detection
+    from small import SMALL
+
+    own = comfy.model_detection.detect_unet_config
+    if family == "hidream":
+        comfy.model_detection.detect_unet_config = lambda *_, **__: dict(SMALL["hidream"][1])
+    try:
+        yield
+    finally:
+        comfy.model_detection.detect_unet_config = own
 
 
 def changes_of(family, tensors):
@@ -200,7 +250,8 @@ def of_models(folder):
     told: dict = {}
     prune_file = importlib.import_module("pack.distill_core.pruning.prune").prune_file
     open_network = importlib.import_module("pack.distill_core.networks.network").open_network
-    for family, form in [*((family, "") for family in OPENED), *(("flux1", form) for form in FORMS), ("wan", FORMS[0])]:
+    of_each = [*((family, "") for family in OPENED), *(("flux1", form) for form in FORMS), ("wan", FORMS[0])]
+    for family, form in each_detected(of_each):
         name = family + (f" in {form}" if form else "")
         file, saved = folder / f"{name}.safetensors", folder / f"{name} student.safetensors"
         weights = filled(model_of(family).diffusion_model).state_dict()
@@ -209,11 +260,11 @@ def of_models(folder):
         stored = file.read_bytes()
         teacher, skipping = (comfy.sd.load_diffusion_model(str(file)) for _ in range(2))
         model, question = bridge.Model(teacher), asked(teacher.model)
-        whole, kept = applied(teacher, question), "0,5" if family == "sd3" else "0,3"
-        text = "keep " + " ".join(f"{blocks.word} {kept}" for blocks in model.network.of.lists)
+        whole, kept = applied(teacher, question), two_of(model.network, 0)
+        text = keeping(model.network, kept)
         student = bridge.prune_model(model, plan_text.read_plan(text, model.network))
-        for path in model.network.lists:
-            skip(skipping.model.diffusion_model, family, path, {*model.network.numbers(path)} - {*map(int, kept.split(","))})
+        for path, numbers in kept.items():
+            skip(skipping.model.diffusion_model, family, path, {*model.network.numbers(path)} - {*numbers})
         note = bridge.save_model(bridge.Model(student), saved, layout="ldm", dtype=None)
         ours, facts = bridge.load_student(saved)
         by_command = folder / f"{name} by the command.safetensors"
@@ -227,7 +278,9 @@ def of_models(folder):
             }
         )
         truth, answers = applied(skipping, question), {key: applied(patcher, question) for key, patcher in openers.items()}
-        again = bridge.prune_model(bridge.Model(ours), plan_text.read_plan(text.replace(kept, "1"), bridge.Model(ours).network))
+        again = bridge.prune_model(
+            bridge.Model(ours), plan_text.read_plan(keeping(model.network, dict.fromkeys(kept, (1,))), bridge.Model(ours).network)
+        )
         told[name] = {
             "far": {key: (answer - truth).abs().max().item() for key, answer in answers.items()},
             "parameters": [network.num_parameters for network in (open_network(file).architecture, model.network)],
@@ -241,6 +294,51 @@ def of_models(folder):
             "reloaded": type(ours.cached_patcher_init[0](*ours.cached_patcher_init[1]).model).__name__,
         }
     (folder / "told.json").write_text(json.dumps(told))
+
+
+@torch.inference_mode()
+def across_programs(folder):
+    """A Flux.1 of diffusers, cut as a folder: its answers in diffusers and in stock ComfyUI, and the same cut made in ComfyUI."""
+    import comfy.sd
+    import diffusers
+    from in_comfyui import pack
+    from small import asked, filled
+
+    folder, bridge = Path(folder), pack()
+    plan_text = importlib.import_module("pack.distill_core.pruning.plan_text")
+    prune_file = importlib.import_module("pack.distill_core.pruning.prune").prune_file
+    open_network = importlib.import_module("pack.distill_core.networks.network").open_network
+    network = diffusers.FluxTransformer2DModel(num_layers=4, num_single_layers=5, attention_head_dim=128, num_attention_heads=1, guidance_embeds=True,
+                                               joint_attention_dim=64, pooled_projection_dim=64, in_channels=64)  # fmt: skip
+    filled(network).save_pretrained(folder / "teacher")
+    file = open_network(folder / "teacher")
+    text = "keep double 0,3 single 0,2,4"
+    prune_file(file, folder / "student", plan_text.read_plan(text, file.architecture), layout="diffusers")
+    told = {}
+    for name in ("teacher", "student"):
+        own = diffusers.FluxTransformer2DModel.from_pretrained(folder / name).eval()
+        patcher = comfy.sd.load_diffusion_model(str(folder / name / "diffusion_pytorch_model.safetensors"))
+        question = asked(patcher.model)
+        told[name] = applied(patcher, question)
+        x, t = question["x"], question["t"]
+        tokens = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        rows, text_ids = torch.arange(16.0), torch.zeros(question["c_crossattn"].shape[1], 3)
+        ids = torch.stack([torch.zeros(16), rows // 4, rows % 4], 1)
+        found = own(hidden_states=tokens, encoder_hidden_states=question["c_crossattn"], pooled_projections=question["y"], timestep=t,
+                    img_ids=ids, txt_ids=text_ids, guidance=question["guidance"], return_dict=False)[0]  # fmt: skip
+        velocity = found.unflatten(1, (4, 4)).unflatten(3, (16, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        told[f"{name} in diffusers"] = x - velocity * t[:, None, None, None]
+    model = bridge.Model(comfy.sd.load_diffusion_model(str(folder / "teacher" / "diffusion_pytorch_model.safetensors")))
+    cut = bridge.prune_model(model, plan_text.read_plan(text, model.network))
+    told["cut in ComfyUI"] = applied(cut, asked(model.patcher.model))
+    pairs = (
+        ("teacher", "teacher in diffusers"),
+        ("student", "student in diffusers"),
+        ("student", "cut in ComfyUI"),
+        ("student", "teacher"),
+    )
+    far = {f"{a} / {b}": ((told[a] - told[b]).abs().max() / told[a].abs().max()).item() for a, b in pairs}
+    (folder / "told.json").write_text(json.dumps(far))
 
 
 def applied(patcher, question):
@@ -279,12 +377,12 @@ def of_loras(out):
     bridge = pack()
     plan_text, remap = (importlib.import_module(f"pack.distill_core.{name}") for name in ("pruning.plan_text", "lora.remap"))
     told = {}
-    for family in OPENED:
+    for (family,) in each_detected([(family,) for family in OPENED]):
         weights = filled(model_of(family).diffusion_model).state_dict()
         metadata = {"config": json.dumps({"transformer": SMALL[family][1]})} if family == "ltxv" else None
         teacher = comfy.sd.load_diffusion_model_state_dict(dict(weights), metadata=metadata)
-        network, kept = bridge.Model(teacher).network, "0,5" if family == "sd3" else "0,3"
-        plan = plan_text.read_plan("keep " + " ".join(f"{blocks.word} {kept}" for blocks in network.of.lists), network)
+        network = bridge.Model(teacher).network
+        plan = plan_text.read_plan(keeping(network, two_of(network, 0)), network)
         student = bridge.prune_model(bridge.Model(teacher), plan)
         for spelling in SPELLINGS:
             if not (lora := _lora(teacher, spelling)):
@@ -349,8 +447,7 @@ def of_lora_keys(out):
         teacher = model_of(family)
         shapes = {name: tuple(tensor.shape) for name, tensor in filled(teacher.diffusion_model).state_dict().items()}
         network = transformers.Transformer(transformers.FAMILIES[family], shapes)
-        kept = "1,5" if family == "sd3" else "1,3"
-        text = "keep " + " ".join(f"{blocks.word} {kept}" for blocks in network.of.lists)
+        text = keeping(network, two_of(network, 1))
         mapping = plans.name_map(network, plan_text.read_plan(text, network))
         student = model_of(family, [2 for _ in network.of.lists], **changes_of(family, mapping.apply(shapes)))
         of_teacher, of_student = (comfy.lora.model_lora_keys_unet(model, {}) for model in (teacher, student))
@@ -393,20 +490,57 @@ def write_small_flux(path):
 
 def write_small(folder):
     """A small Flux.1 and the smallest Z-Image that stock ComfyUI opens, with text as wide as the demo's."""
-    from comfy.utils import save_torch_file
     from small import SMALL
 
     write_small_flux(Path(folder) / "small_flux.safetensors")
+    z_image = SMALL["z-image"][1] | dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=3)
+    write_of_true_width("ZImage", z_image, Path(folder) / "small_z_image.safetensors")
+
+
+def write_of_true_width(kind, config, path):
+    """A network with random weights in bfloat16."""
+    from comfy.utils import save_torch_file
+
     random, weights = torch.Generator().manual_seed(0), {}
-    for name, tensor in (
-        built("ZImage", SMALL["z-image"][1] | dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=3)).state_dict().items()
-    ):
+    for name, tensor in built(kind, config).state_dict().items():
         is_norm = "norm" in name and tensor.ndim == 1
         values = torch.randn(tensor.shape, generator=random, dtype=torch.bfloat16) * (
             0.3 if tensor.ndim < 2 else tensor[0].numel() ** -0.5
         )
         weights[name] = values + 1 if is_norm else values
-    save_torch_file(weights, str(Path(folder) / "small_z_image.safetensors"))
+    save_torch_file(weights, str(path))
+
+
+@torch.inference_mode()
+def of_true_width(folder):
+    """Shallow networks of families that ComfyUI knows by their width: cut, saved, and opened again by the stock loader."""
+    import comfy.sd
+    from in_comfyui import pack
+    from small import asked
+
+    folder, bridge, told = Path(folder), pack(), {}
+    plan_text = importlib.import_module("pack.distill_core.pruning.plan_text")
+    for name, depth, text in (("Lumina 2", "n_layers", "keep layer 0,2"), ("Qwen-Image", "num_layers", "keep block 0,2")):
+        kind, config = TRUE[name]
+        teacher_file, file = folder / f"{kind}.safetensors", folder / f"{kind} student.safetensors"
+        write_of_true_width(kind, config | {depth: 3}, teacher_file)
+        model = bridge.Model(comfy.sd.load_diffusion_model(str(teacher_file)))
+        question = asked(model.patcher.model, width=config.get("cap_feat_dim", 3584))
+        whole = applied(model.patcher, question)
+        student = bridge.prune_model(model, plan_text.read_plan(text, model.network))
+        with importlib.import_module("pack.distill_core.pruning.skip").skipping_blocks(
+            model.patcher.model.diffusion_model, model.network, [f"{model.network.of.lists[0].path}.1"]
+        ):
+            truth = applied(model.patcher, question)
+        bridge.save_model(bridge.Model(student), file, layout="ldm", dtype=None)
+        answers = {"student": applied(student, question)}
+        del student, model
+        teacher_file.unlink()
+        answers["stock"] = applied(comfy.sd.load_diffusion_model(str(file)), question)
+        file.unlink()
+        told[name] = {key: (answer - truth).abs().max().item() for key, answer in answers.items()}
+        told[name]["moved"] = (whole - truth).abs().max().item()
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 @torch.inference_mode()

@@ -12,6 +12,8 @@ SMALL = {
     "lumina2": ("Lumina2", TRUE["Lumina 2"][1] | dict(dim=96, cap_feat_dim=64, n_layers=5, n_heads=1, n_kv_heads=1)),
     "hunyuan": ("HunyuanVideo", _HUNYUAN | DOUBLE_AND_SINGLE | dict(hidden_size=128, num_heads=1, context_in_dim=64)),
     "ltxv": ("LTXV", dict(image_model="ltxv", num_layers=5, attention_head_dim=4, cross_attention_dim=128, num_attention_heads=32, caption_channels=64)),
+    "hidream": ("HiDream", TRUE["HiDream"][1] | dict(num_attention_heads=1, caption_channels=[64, 64], text_emb_dim=64, num_layers=4, num_single_layers=5,
+                num_routed_experts=2, num_activated_experts=1, llama_layers=[*range(9)])),
     "sd3": ("SD3", _SD3 | dict(depth=6, num_blocks=6, num_patches=1024, pos_embed_max_size=32, x_block_self_attn_layers=[0, 1, 2],
             context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 384}})),
     "cosmos2": ("CosmosT2IPredict2", _COSMOS | dict(image_model="cosmos_predict2", model_channels=128, num_heads=1, num_blocks=5)),
@@ -30,6 +32,7 @@ DEPTHS = {
     "lumina2": ("n_layers",),
     "ltxv": ("num_layers",),
     "sd3": ("num_blocks",),
+    "hidream": ("num_layers", "num_single_layers"),
     "cosmos2": ("num_blocks",),
     "pixart": ("depth",),
 }
@@ -47,6 +50,8 @@ def model_of(family, depths=None, **changes):
 
     kind, config = SMALL[family]
     changes |= dict(zip(DEPTHS[family], depths, strict=True)) if depths else {}
+    if depths and family == "hidream":
+        changes.setdefault("llama_layers", [*range(sum(depths))])
     config = getattr(comfy.supported_models, kind)(config | changes)
     config.set_inference_dtype(torch.float32, None)
     return config.get_model({}, "", device="cpu")
@@ -59,14 +64,14 @@ def skip(network, family, path, numbers):
 
         def passed(*args, **given):
             states = [*args, *given.values()][:2] if args else [given[key] for key in given if key in STATES]
-            if path in ("double_blocks", "joint_blocks", "transformer_blocks") and family != "ltxv":
+            if path in ("double_blocks", "double_stream_blocks", "joint_blocks", "transformer_blocks") and family != "ltxv":
                 return tuple(states[::-1]) if family in TEXT_FIRST else tuple(states)
             return states[0]
 
         block.forward = passed
 
 
-STATES = ("img", "txt", "hidden_states", "encoder_hidden_states", "x")
+STATES = ("img", "txt", "hidden_states", "encoder_hidden_states", "x", "image_tokens", "text_tokens")
 
 
 def filled(network, seed=0):
@@ -81,24 +86,25 @@ def filled(network, seed=0):
     return network.eval()
 
 
-def given(model, seed=7):
+def given(model, seed=7, width=None):
     """Two latents, and what conditioning holds besides the text, with the text as ``cross_attn``."""
     import torch
 
     random, form, config = torch.Generator().manual_seed(seed), model.latent_format, model.model_config.unet_config
     kind, frames = config.get("image_model", "sd3"), (1,) * (form.latent_dimensions - 2)
     x = torch.randn(2, form.latent_channels, *frames, *(2 * (64 if "pixart" in kind else 8,)), generator=random)
-    context = torch.randn(2, 6, WIDTHS.get(kind, 64), generator=random)
+    context = torch.randn(2, 6, width or WIDTHS.get(kind, 64), generator=random)
     pooled = torch.randn(2, config.get("vec_in_dim") or config.get("adm_in_channels") or 64, generator=random)
     mask = dict(attention_mask=torch.ones(2, 6, dtype=torch.int64)) if kind == "ltxv" else {}
+    mask |= dict(conditioning_llama3=torch.randn(2, 16, 6, 64, generator=random)) if kind == "hidream" else {}
     return x, dict(cross_attn=context, pooled_output=pooled, guidance=3.5, **mask)
 
 
-def asked(model, seed=7):
-    """What a sampler asks of a model, on two examples."""
+def asked(model, seed=7, width=None):
+    """What a sampler asks of a model, on two examples. width: of the text, if it is not that of the small network."""
     import torch
 
-    x, options = given(model, seed)
+    x, options = given(model, seed, width)
     conds = {key: cond.process_cond(2).cond for key, cond in model.extra_conds(**options, noise=x, device="cpu").items()}
     return dict(
         x=x,

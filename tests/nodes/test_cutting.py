@@ -25,7 +25,13 @@ PARAMETERS = {
     "Wan 14B": 14_288_491_584,
     "Wan 2.2 5B": 4_999_787_712,
     "HunyuanVideo": 12_821_012_544,
+    "HunyuanVideo 1.5": 8_326_608_160,
+    "HunyuanImage 2.1": 17_425_795_520,
+    "Wan 14B I2V": 16_394_878_784,
     "LTX-Video 2B": 1_923_385_472,
+    "HiDream": 17_105_733_184,
+    "LTX-Video 13B": 13_042_569_344,
+    "LTX-2": 19_585_115_392,
     "Cosmos-Predict2 2B": 1_956_405_248,
     "Anima": 2_091_068_928,
     "Krea 2": 12_820_073_036,
@@ -90,13 +96,29 @@ def models(in_comfyui, tmp_path_factory):
 def test_a_model_is_cut_saved_and_opened_by_every_loader_with_the_same_answers(models):
     forms = ("float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise")
     of_flux = {f"flux1 in {form}" for form in forms}
-    assert {*models} == {"flux1", "flux2", "hunyuan", "wan", "wan in float8_e4m3fn", "ltxv", "sd3"} | of_flux
+    assert {*models} == {"flux1", "flux2", "hunyuan", "wan", "wan in float8_e4m3fn", "ltxv", "sd3", "hidream"} | of_flux
     for name, told in models.items():
-        stock = {} if name == "sd3" else {"stock": 0, "stock, command": 0}
+        stock = {} if name in ("sd3", "hidream") else {"stock": 0, "stock, command": 0}
         assert told["far"] == {"student": 0, "ours": 0, "command": 0, **stock} and told["moved"] > 0.1, name
         assert told["parameters"][0] == told["parameters"][1], name  # two numbers of four bits in a byte are two
-        assert ("Load Distilled Model" in told["note"]) == (name == "sd3"), name
+        assert ("Load Distilled Model" in told["note"]) == (name in ("sd3", "hidream")), name
         assert told["file unchanged"] and told["teacher as before"], name
+
+
+@pytest.mark.slow
+def test_families_known_by_their_width_are_cut_saved_and_opened_by_the_stock_loader(in_comfyui, tmp_path):
+    in_comfyui("cutting.of_true_width", tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert {*told} == {"Lumina 2", "Qwen-Image"}
+    for name, far in told.items():
+        assert far["student"] == far["stock"] == 0 and far["moved"] > 0.01, name
+
+
+def test_a_student_answers_alike_in_comfyui_and_diffusers(in_comfyui, tmp_path):
+    in_comfyui("cutting.across_programs", tmp_path)
+    far = json.loads((tmp_path / "told.json").read_text())
+    assert far["student / cut in ComfyUI"] == 0 and far["student / teacher"] > 0.01
+    assert far["teacher / teacher in diffusers"] < 1e-5 and far["student / student in diffusers"] < 1e-5
 
 
 def test_a_students_file_keeps_its_plan_and_can_be_cut_again(models):
@@ -112,7 +134,15 @@ def test_a_students_file_keeps_its_plan_and_can_be_cut_again(models):
 
 def test_a_teachers_lora_in_any_spelling_does_the_same_on_the_student(found):
     told = found("cutting.of_loras")
-    assert len(told) >= 20 and {name.split(" ")[0] for name in told} == {"flux1", "flux2", "hunyuan", "wan", "ltxv", "sd3"}
+    assert len(told) >= 20 and {name.split(" ")[0] for name in told} == {
+        "flux1",
+        "flux2",
+        "hunyuan",
+        "wan",
+        "ltxv",
+        "sd3",
+        "hidream",
+    }
     for name, facts in told.items():
         assert facts["far"] == 0 and facts["moved"] > 0.1 and facts["stock far"] > 0.1, name
         assert facts["kept"] and facts["dropped"] and facts["kept"] + facts["dropped"] == facts["layers"], name

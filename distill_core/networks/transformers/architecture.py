@@ -75,7 +75,7 @@ class Transformer:
     def _block(self, name: str) -> str:
         first, _, rest = name.partition(".")
         number = rest.partition(".")[0]
-        return f"{first}.{number}" if first in self.lists and number.isdigit() else first
+        return f"{first}.{number}" if number.isdigit() and (first in self.lists or first == self.of.beside) else first
 
     @cached_property
     def num_parameters(self) -> int:
@@ -167,9 +167,15 @@ class Transformer:
         path = block.partition(".")[0]
         return path if path in self.lists else None
 
+    @cached_property
+    def in_order(self) -> list[str]:
+        """All blocks, one list after another."""
+        return [f"{path}.{number}" for path in self.lists for number in self.numbers(path)]
+
     def orphans(self, removed: Set[str]) -> set[str]:
-        """Nothing else loses its purpose."""
-        return set()
+        """Entries beside the blocks that are removed."""
+        entries = (f"{self.of.beside}.{number}" for number in self.numbers(self.of.beside)) if self.of.beside else ()
+        return {entry for entry, block in zip(entries, self.in_order, strict=False) if block in removed}
 
     def check_kept(self, shapes: Mapping[str, Shape]) -> None:
         """``ValueError`` if too few blocks are kept; its words follow the name of a plan."""
@@ -178,7 +184,7 @@ class Transformer:
             if len(kept.numbers(path)) < blocks.least:
                 raise ValueError(f"removes every block of {path}; keep one at least")
             if blocks.last_stays and (last := self.numbers(path)[-1]) not in kept.numbers(path):
-                raise ValueError(f"removes {path}.{last}, the last block, which is of another shape than the others; keep it")
+                raise ValueError(f"removes {path}.{last}, the last block, whose place no other can take; keep it")
         if not any(kept.numbers(path) for path in self.lists):
             raise ValueError("removes every block; keep one at least")
 

@@ -30,23 +30,25 @@ class BlockList:
     alike: bool = True
     """Whether all its blocks hold the same parameters."""
     last_stays: bool = False
-    """Whether the last block is of another shape, so that no other can take its place."""
+    """Whether no other block can take the last one's place: it is of another shape, or something else comes of it."""
     last_swapped: tuple[str, str] | None = None
     """Layer of the last block whose two halves diffusers has the other way round: its name there, and ComfyUI's."""
     told_by: str = ""
     """Key of ComfyUI's config that says how long it is, where ComfyUI's own loaders do not count the blocks of a file."""
     residuals: str = ""
-    """What ComfyUI's ControlNets call what they add to these blocks; empty if there are none."""
+    """What ComfyUI's ControlNets call what they add to these blocks, under which a student's file says which of them it has; empty if
+    nobody asks."""
     numbered_in: str = ""
     """Key of diffusers' config that lists some of its blocks by their numbers."""
     streams: tuple[str, ...] = ()
-    """What ComfyUI's blocks call what they pass on, in the order they return it, if that is several streams."""
+    """What ComfyUI's blocks call what they pass on, in the order they return it; empty if that is their first argument."""
 
     def given(self, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """Of a call of a block, what it passes on: what the block would return if it changed nothing."""
         if not self.streams:
             return args[0]
-        return tuple(named[name] if name in named else args[place] for place, name in enumerate(self.streams))
+        found = tuple(named[name] if name in named else args[place] for place, name in enumerate(self.streams))
+        return found if len(found) > 1 else found[0]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class Family:
     """Tensors of its files that are no parameters."""
     marker: tuple[str, object, str] | None = None
     """Tensor of a file that sets something, which a network in memory knows by its config alone: key and value there, name here."""
+    beside: str = ""
+    """List with an entry for each block, of one list of blocks after another, and perhaps more: ``caption_projection``."""
+    entries_in: str = ""
+    """Key of configs with such an entry for each block: ``llama_layers``."""
+    spread: tuple[str, float] | None = None
+    """Parameter of the last block but one by whose standard deviation, if below a number, ComfyUI lets the network compute in float16."""
     believes_config: bool = False
     """Whether ComfyUI believes a config in a file's metadata more than the file's tensors."""
     diffusers: tuple[str, ...] = ()

@@ -127,6 +127,11 @@ class TransformerFolder(TransformerFile):
             if numbers := config.get(blocks.numbered_in):
                 renamed = (rename(f"{blocks.path}.{number}") for number in numbers)
                 config[blocks.numbered_in] = [int(name.rpartition(".")[2]) for name in renamed if name is not None]
+        if entries := config.get(student.of.entries_in):
+            blocks_in_order = self.architecture.in_order
+            config[student.of.entries_in] = [
+                entry for entry, block in zip(entries, blocks_in_order, strict=True) if rename(block) is not None
+            ]
         return config
 
     def loading_note(self, student: Transformer, layout: str) -> str:

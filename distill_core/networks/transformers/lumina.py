@@ -19,6 +19,7 @@ FAMILIES = (
         "Z-Image",
         _MARKS,
         (_LAYERS,),
+        spread=("ffn_norm1.weight", 0.42),
         diffusers=("ZImageTransformer2DModel",),
         belongs=lambda shapes: _width(shapes) == 3840 and "dec_net.cond_embed.weight" not in shapes,
     ),

@@ -2,15 +2,34 @@
 
 from .family import BlockList, Family
 
-_FIXED = "ComfyUI takes its number of blocks from elsewhere than the file and would fill in the missing ones with noise"
-
 FAMILIES = (
     Family(
         "hidream",
         "HiDream",
         ("caption_projection.0.linear.weight",),
+        (
+            BlockList(
+                "double",
+                "double_stream_blocks",
+                "num_layers",
+                told_by="num_layers",
+                residuals="double",
+                streams=("image_tokens", "text_tokens"),
+            ),
+            BlockList(
+                "single",
+                "single_stream_blocks",
+                "num_single_layers",
+                least=1,
+                last_stays=True,  # its caption is where the text begins
+                told_by="num_single_layers",
+                residuals="single",
+                streams=("image_tokens",),
+            ),
+        ),
+        beside="caption_projection",
+        entries_in="llama_layers",
         diffusers=("HiDreamImageTransformer2DModel",),
-        refusal=_FIXED,
     ),
     Family(
         "auraflow",

@@ -26,6 +26,8 @@ INNER = {
     "joint_blocks": ("context_block.attn.qkv.weight", "x_block.mlp.fc1.bias"),
     "blocks": ("attn.q.weight", "norm.bias"),
     "layers": ("attention.qkv.weight", "ffn_norm1.weight"),
+    "double_stream_blocks": ("block.attn1.to_q.weight", "block.ff_i.gate.weight"),
+    "single_stream_blocks": ("block.attn1.to_q.weight",),
     "double_layers": ("attn.w1q.weight", "mlpX.c_fc1.weight"),
     "single_layers": ("attn.w1q.weight",),
     "visual_transformer_blocks": ("cross_attention.key_norm.weight", "feed_forward.in_layer.weight"),
@@ -51,6 +53,9 @@ def shapes_of(name, depths=None):
         path, _, rest = mark.split("|")[0].partition(".0.")
         if path in lists and rest not in inner[path]:
             inner[path].append(rest)
+    if family.beside:
+        count = sum((depths or DEPTHS)[blocks.word] for blocks in family.lists) + 1
+        shapes |= {f"{family.beside}.{number}.linear.weight": (4, 4) for number in range(count)}
     for blocks in family.lists:
         for number in range((depths or DEPTHS)[blocks.word]):
             shapes |= {
@@ -107,14 +112,53 @@ def test_other_networks_are_none_of_them(small_teacher):
 @pytest.mark.parametrize("name", CAN_BE_CUT)
 def test_what_stays_is_the_teachers_numbered_from_0(name):
     teacher = network(name, SMALL)
-    mapping = name_map(teacher, PruningPlan(name="p", keep={blocks.word: (1, 3) for blocks in teacher.of.lists}))
+    last = {path: teacher.numbers(path)[-1] for path in teacher.lists}
+    kept = {blocks.word: (1, last[blocks.path]) for blocks in teacher.of.lists}
+    mapping = name_map(teacher, PruningPlan(name="p", keep=kept))
     student = pruned(teacher, mapping)
     student.check_whole()
     for path in teacher.lists:
         assert student.numbers(path) == [0, 1]
-        assert mapping.rename(f"{path}.3.x.weight") == f"{path}.1.x.weight" and mapping.rename(f"{path}.0.x.weight") is None
-    rest = {key for key in teacher.shapes if key.split(".")[0] not in teacher.lists}
+        assert mapping.rename(f"{path}.{last[path]}.x.weight") == f"{path}.1.x.weight"
+        assert mapping.rename(f"{path}.0.x.weight") is None
+    rest = {key for key in teacher.shapes if key.split(".")[0] not in (*teacher.lists, teacher.of.beside)}
     assert all(mapping.rename(key) == key for key in rest)
+
+
+def test_a_cut_that_changes_what_comfyui_computes_a_z_image_in_is_told(tmp_path, capsys):
+    shapes = shapes_of("z-image", SMALL)
+    weights = weights_of(shapes)
+    for number, spread in enumerate((0.1, 0.1, 0.9, 0.1, 0.9)):  # of five layers the fourth decides
+        weights[f"layers.{number}.ffn_norm1.weight"] = spread * torch.tensor([[-1.0, 1.0, -1.0, 1.0]] * 4)
+    file = tmp_path / "z.safetensors"
+    save_file(weights, file)
+    told = {
+        "keep layer 0-2,4": "It may not, and its teacher may",  # the third decides now
+        "keep layer 1-4": "",
+        "keep layer 0-1,4": "",
+        "keep layer 2": "",  # no last but one
+    }
+    for number, (plan, message) in enumerate(told.items()):
+        assert main(["prune", str(file), str(tmp_path / f"{number}.safetensors"), "--plan", plan]) == 0
+        assert message in (text := capsys.readouterr().out) and ("float16" in text) == bool(message), plan
+    save_file(weights | {"layers.3.ffn_norm1.weight": weights["layers.2.ffn_norm1.weight"].clone()}, file)
+    assert main(["prune", str(file), str(tmp_path / "black.safetensors"), "--plan", "keep layer 0-1,4"]) == 0
+    assert "on cards without bfloat16 images may turn black" in capsys.readouterr().out
+
+
+def test_what_has_an_entry_for_each_block_loses_those_of_removed_blocks():
+    teacher = network("hidream", SMALL)  # 4 doubles, 6 singles, and one entry more
+    mapping = name_map(teacher, read_plan("keep double 0,3 single 2,5", teacher))
+    entries = {f"caption_projection.{number}": mapping.rename(f"caption_projection.{number}") for number in range(11)}
+    kept = {0: 0, 3: 1, 4 + 2: 2, 4 + 5: 3, 10: 4}
+    assert {int(old.split(".")[1]): int(new.split(".")[1]) for old, new in entries.items() if new} == kept
+    assert teacher.kept_residuals(mapping.rename).places == [0, 3, 6, 9]
+    with pytest.raises(
+        ValueError, match="removes single_stream_blocks.5, the last block, whose place no other can take; keep it"
+    ):
+        name_map(teacher, read_plan("keep single 0,1", teacher))
+    with pytest.raises(ValueError, match="names 'caption_projection.1', which this transformer does not have"):
+        name_map(teacher, PruningPlan(name="p", remove=("caption_projection.1",)))
 
 
 @given(st.data())
@@ -191,9 +235,7 @@ def test_a_plan_that_does_not_fit_is_one_clear_sentence(text, message):
 
 def test_the_last_block_of_sd3_stays_and_its_students_say_who_opens_them():
     teacher = network("sd3")
-    with pytest.raises(
-        ValueError, match="removes joint_blocks.23, the last block, which is of another shape than the others; keep it"
-    ):
+    with pytest.raises(ValueError, match="removes joint_blocks.23, the last block, whose place no other can take; keep it"):
         name_map(teacher, read_plan("keep joint 0-20", teacher))
     student = pruned(teacher, name_map(teacher, read_plan("keep joint 0-20,23", teacher)))
     assert student.told_depths == {"num_blocks": 22} and "Load Distilled Model" in student.loading_note
@@ -379,7 +421,12 @@ def test_the_command_cuts_and_shows(flux, tmp_path, capsys):
     assert main(["inspect", str(out)]) == 0 and "double   0-1" in capsys.readouterr().out
     for arguments, message in {
         ("--plan", "keep double 1", "--pad"): "identity blocks (pad) are for UNets",
-        ("--plan", "keep double 1", "--layout", "diffusers"): "not written in the diffusers layout yet",
+        (
+            "--plan",
+            "keep double 1",
+            "--layout",
+            "diffusers",
+        ): "a single file of a transformer is cut into a single file; write the ldm layout",
         ("--preset", "ssd-1b"): "is a plan for SDXL-shaped UNets, but this one is Flux.1",
     }.items():
         assert main(["prune", str(flux), str(tmp_path / "no.safetensors"), *arguments]) == 2
