@@ -336,7 +336,8 @@ def write_tensors(
     if odd := [name for name, value in metadata.items() if not (isinstance(name, str) and isinstance(value, str))]:
         raise ValueError(f"metadata {odd[0]!r} of {path} must be text, got {metadata[odd[0]]!r}")
     codes = {name: (codes or {}).get(name) or _code(tensor) for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-_BYTES[codes[name]], name))  # every tensor is aligned to its own size
+    # Every tensor is aligned to its own size; what is copied is read from one end of its file to the other.
+    order = sorted(tensors, key=lambda name: (-_BYTES[codes[name]], *_source(tensors[name]), name))
     header: dict[str, dict[str, Any]] = {"__metadata__": metadata}
     offset = 0
     for name in order:
@@ -357,6 +358,11 @@ def write_tensors(
             on_bytes(header[name]["data_offsets"][1], offset)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _source(tensor: Tensor | StoredTensor) -> tuple[str, int]:
+    """Where a tensor is read from."""
+    return (str(tensor.path), tensor.offset) if isinstance(tensor, StoredTensor) else ("", 0)
 
 
 def _code(tensor: Tensor | StoredTensor) -> str:
