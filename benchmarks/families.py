@@ -9,6 +9,7 @@ is written. Writes ``results/families.md``.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from report import publish, table  # noqa: E402
 
 from distill_core.networks.transformers.architecture import FAMILIES  # noqa: E402
 from tests import comfyui  # noqa: E402
-from tests.core.networks.test_folders import CLASSES, opened_by_from_config  # noqa: E402
+
+folders = importlib.import_module("tests.core.networks.test_folders")
 
 
 def main() -> None:
@@ -48,8 +50,8 @@ def main() -> None:
             "Load Distilled Model" if any(blocks.told_by for blocks in FAMILIES[facts["family"]].lists) else "Load Diffusion Model",
         ])  # fmt: skip
     in_diffusers = []
-    for kind, family in CLASSES:
-        teacher, opened_by = opened_by_from_config(kind, family)
+    for kind, family in folders.CLASSES:
+        teacher, opened_by = folders.opened_by_from_config(kind, family)
         lists = ", ".join(f"{word} {numbers}" for word, numbers in teacher.describe_lists().items())
         in_diffusers.append([kind, lists, f"{teacher.num_parameters:,}", f"{sum(opened_by.values())} of {len(opened_by)}"])
     refused = [family.title for family in FAMILIES.values() if family.refusal]

@@ -37,8 +37,10 @@ def setting_input(name: str, kind: type = TrainingSettings, *, more: str = "", *
 def data_inputs() -> list[io.Input]:
     """Inputs for the models and the data."""
     return [
-        io.Model.Input("teacher", tooltip="The full model: the input of Prune UNet Blocks. It is only read."),
-        io.Model.Input("student", tooltip="The pruned model: the output of Prune UNet Blocks."),
+        io.Model.Input(
+            "teacher", tooltip="The full model: the input of Prune UNet Blocks or Prune Transformer Blocks. It is only read."
+        ),
+        io.Model.Input("student", tooltip="The pruned model: the output of Prune UNet Blocks or Prune Transformer Blocks."),
         io.Latent.Input("latents", tooltip="Training images as latents: from Make Training Dataset, a batch, or the demo."),
         io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
         io.Conditioning.Input(

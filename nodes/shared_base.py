@@ -1,20 +1,15 @@
 """A node that trains guidance into a LoRA on the model's own weights."""
 
-import contextlib
-from functools import partial
-
 import torch
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.storage import fingerprint, read_header
 from ..distill_core.data.dataset import Dataset
 from ..distill_core.data.teacher_data import Making
-from ..distill_core.lora.layers import without_lora
-from ..distill_core.training.loop import check_lesson, check_trajectories, distill
+from ..distill_core.training.loop import check_lesson, check_trajectories
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import TrainingSettings
-from ..distill_core.training.teachers import Teachers
 from . import bridge
 from .inputs import (
     SEED_OF_TRAINING,
@@ -26,7 +21,7 @@ from .inputs import (
     seed_input,
     size_inputs,
 )
-from .train import Watch, last_step, show_run, tell_memory
+from .train import check_base_settings, last_step, show_run, train_on_base
 
 LORA_SETTINGS = ("rank", "alpha", "layers")
 DATA_SETTINGS = ("width", "height", "images_per_caption", "sampler_steps", "trajectory_states")
@@ -127,16 +122,11 @@ class SharedBaseLoRA(io.ComfyNode):
         settings = {name: values[0] for name, values in settings.items()}
         of_data = {name: settings.pop(name) for name in DATA_SETTINGS}
         recipe = TrainingSettings(**recipe[0] | _of_lora(settings))
-        if recipe.weight_dtype != "fp32":
-            raise ValueError(
-                "the LoRA trains in float32 and the model's weights do not change: set weight_dtype to fp32 in the recipe"
-            )
+        check_base_settings(recipe)
         if teacher is None and recipe.guidance == 1:
             raise ValueError(
                 "with guidance 1 a model has nothing to learn from itself; set guidance to your cfg, or connect a teacher"
             )
-        if recipe.compile:
-            raise ValueError("compile works only with Distill Train Step; set it to false in the recipe")
         folder = bridge.run_folder(run_name[0])
         check_run(folder, recipe, {})
         with torch.inference_mode(False), torch.enable_grad():
@@ -157,7 +147,7 @@ class SharedBaseLoRA(io.ComfyNode):
             )
             run = Run(folder, recipe, inputs)
             if not run.complete:
-                _train(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
+                train_on_base(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
         shown = show_run(run, node_id)
         with_lora, _ = bridge.with_lora(model.patcher, None, lora, 1.0, 0.0)
@@ -199,29 +189,6 @@ def _drawn(model, captions, null_caption, recipe: TrainingSettings, settings: di
         )
     finally:
         bridge.release_memory()
-
-
-def _train(run: Run, model, teacher, data: Dataset, vae, num_steps: int, node_id: str) -> None:
-    last = min(run.settings.total_steps, run.step + num_steps)
-    previews = bridge.previews(data, vae, model) if run.settings.sample_every_steps else None
-    watch = Watch(run.folder.name, run.step, last, node_id, previews)
-    if forecast := bridge.forecast_shared_base(model, teacher, data, run.settings):
-        tell_memory(forecast, bridge.free_bytes(model), node_id)
-    with contextlib.ExitStack() as stack:
-        stack.callback(bridge.release_memory)
-        base = stack.enter_context(bridge.opened_base(model))
-        load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else without_lora(base)
-        stack.enter_context(bridge.with_gradients(base))
-        distill(
-            run,
-            student=base,
-            teacher=Teachers([load], run.settings),
-            plan=None,
-            dataset=data,
-            num_steps=num_steps,
-            previews=previews,
-            on_step=watch,
-        )
 
 
 NODES = [SharedBaseLoRA]

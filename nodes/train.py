@@ -1,15 +1,25 @@
 """The node that distils a student, and what all nodes that train share."""
 
+from __future__ import annotations
+
+import contextlib
 import logging
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.sizes import gib
+from ..distill_core.base.storage import read_header
+from ..distill_core.data.dataset import Dataset
 from ..distill_core.evaluation import plots
+from ..distill_core.lora.layers import without_lora
 from ..distill_core.networks.files import open_unet
+from ..distill_core.pruning.plan import NameMap, PruningPlan
 from ..distill_core.training.live import Live
 from ..distill_core.training.loop import Progress, check_lesson, check_trajectories, distill
 from ..distill_core.training.memory import Forecast
@@ -21,7 +31,11 @@ from ..distill_core.training.teachers import Teachers
 from . import bridge
 from .inputs import data_inputs, learning_inputs, run_inputs, run_outputs
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
 log = logging.getLogger("distill")
+DEFAULT_RANK = 64
 
 
 class DistillTrainStep(io.ComfyNode):
@@ -33,8 +47,18 @@ class DistillTrainStep(io.ComfyNode):
             category="distill",
             description="Trains a pruned student to predict what its teacher predicts. Each execution trains some steps of a "
             "named run and saves it under output/distill_runs; queue again to continue. Cancel at any time: every finished step "
-            "is kept. A complete run returns its student at once.",
-            search_aliases=["distill", "train student", "knowledge distillation", "BK-SDM", "finetune"],
+            "is kept. A complete run returns its student at once. A transformer shares its weights with its teacher and learns by a "
+            "LoRA, in the memory of one model.",
+            search_aliases=[
+                "distill",
+                "train student",
+                "knowledge distillation",
+                "BK-SDM",
+                "finetune",
+                "heal",
+                "flux",
+                "z-image",
+            ],
             is_input_list=True,
             inputs=[
                 *data_inputs(),
@@ -48,6 +72,16 @@ class DistillTrainStep(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="For sample images during training, if the recipe asks for them."),
                 *run_inputs("student"),
                 *learning_inputs(),
+                io.Int.Input(
+                    "lora_rank",
+                    default=DEFAULT_RANK,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For transformers only, which learn by a LoRA on the weights they share with their teacher: its rank. Higher "
+                    "learns more and needs more memory. The saved student has it merged.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The student as trained so far: an ordinary MODEL."),
@@ -78,31 +112,174 @@ class DistillTrainStep(io.ComfyNode):
     ) -> io.NodeOutput:
         student, run_name, steps_per_queue = bridge.Model(student[0]), run_name[0], steps_per_queue[0]
         teachers = [bridge.Model(model) for model in (teacher[0], *teacher_2, *teacher_3)]
-        teacher = teachers[0]
-        recipe = TrainingSettings(**{name: values[0] for name, values in settings.items()}, **recipe[0])
-        folder = bridge.run_folder(run_name)
-        check_run(folder, recipe, student.architecture.shapes)
-        check_lesson(recipe, teacher.architecture, student.architecture, same=False)
-        plan = student.plan_from(teacher)
-        bridge.check_trainable(student, *teachers)
+        rank = settings.pop("lora_rank", (DEFAULT_RANK,))[0]
+        settings = {name: values[0] for name, values in settings.items()} | recipe[0]
+        lesson = (
+            Healing(teachers, student, settings, rank)
+            if teachers[0].known_transformer
+            else WholeStudent(teachers, student, settings)
+        )
+        folder, node_id = bridge.run_folder(run_name), cls.hidden.unique_id
+        lesson.check(folder)
         with torch.inference_mode(False), torch.enable_grad():
-            check_lesson(recipe, None, None, same=bridge.predict_alike([student, *teachers]))
-            data = bridge.dataset(latents, captions, null_caption, teacher)
-            check_trajectories(recipe, data)
-            inputs = Inputs(
-                teachers=tuple(model.fingerprint for model in teachers),
-                student=student.fingerprint,
-                plan=plan.name if plan else "",
-                data=data.fingerprint,
-            )
-            run = Run(folder, recipe, inputs)
+            lesson.check_something_to_learn()
+            data = bridge.dataset(latents, captions, null_caption, teachers[0])
+            check_trajectories(lesson.settings, data)
+            run = Run(folder, lesson.settings, lesson.inputs(data))
             if not run.complete:
-                previews = bridge.previews(data, vae[0], teacher) if recipe.sample_every_steps else None
-                _train(run, teachers, student, plan, data, previews, steps_per_queue, cls.hidden.unique_id)
-        weights = open_unet(run.result_file).state_dict
-        trained = bridge.make_student(weights, student.architecture, student, student.origin)
-        shown = show_run(run, cls.hidden.unique_id)
+                lesson.train(run, data, vae[0], steps_per_queue, node_id)
+        trained = lesson.result(run)
+        shown = show_run(run, node_id)
         return io.NodeOutput(trained, *shown, run.step, run_name, ui=ui.PreviewImage(shown[1], cls=cls))
+
+
+class WholeStudent:
+    """A student of a UNet, all of whose weights are trained, beside its teachers."""
+
+    def __init__(self, teachers: list[bridge.Model], student: bridge.Model, settings: dict):
+        self.teachers, self.student, self.settings = teachers, student, TrainingSettings(**settings)
+        self.plan: PruningPlan | None = None
+
+    def check(self, folder: Path) -> None:
+        """``ValueError`` before any work is done."""
+        check_run(folder, self.settings, self.student.architecture.shapes)
+        check_lesson(self.settings, self.teachers[0].architecture, self.student.architecture, same=False)
+        self.plan = self.student.plan_from(self.teachers[0])
+        bridge.check_trainable(self.student, *self.teachers)
+
+    def check_something_to_learn(self) -> None:
+        check_lesson(self.settings, None, None, same=bridge.predict_alike([self.student, *self.teachers]))
+
+    def inputs(self, data: Dataset) -> Inputs:
+        return Inputs(
+            teachers=tuple(model.fingerprint for model in self.teachers),
+            student=self.student.fingerprint,
+            plan=self.plan.name if self.plan else "",
+            data=data.fingerprint,
+        )
+
+    def train(self, run: Run, data: Dataset, vae, num_steps: int, node_id: str) -> None:
+        student, last = self.student, min(run.settings.total_steps, run.step + num_steps)
+        previews = bridge.previews(data, vae, self.teachers[0]) if run.settings.sample_every_steps else None
+        watch = Watch(run.folder.name, run.step, last, node_id, previews)
+        forecast = bridge.forecast_memory(self.teachers, student, self.plan, data, run.settings)
+        tell_memory(forecast, bridge.free_bytes(student), node_id)
+        load = [partial(bridge.denoiser, model, student.architecture) for model in self.teachers]
+        try:
+            distill(
+                run,
+                student=bridge.trainable(student),
+                teacher=Teachers(load, run.settings),
+                plan=self.plan,
+                dataset=data,
+                num_steps=num_steps,
+                previews=previews,
+                on_step=watch,
+            )
+        finally:
+            bridge.release_memory()
+
+    def result(self, run: Run) -> ModelPatcher:
+        """The student as trained so far."""
+        weights = open_unet(run.result_file).state_dict
+        return bridge.make_student(weights, self.student.architecture, self.student, self.student.origin)
+
+
+class Healing:
+    """A student of a transformer, taught by a LoRA on the weights that it shares with its teacher.
+
+    The teacher is the network with all its blocks and the LoRA off; the student skips the blocks that were cut, with the LoRA on.
+    """
+
+    def __init__(self, teachers: list[bridge.Model], student: bridge.Model, settings: dict, rank: int):
+        self.teacher, *others = teachers
+        if others:
+            raise ValueError("a transformer learns from one teacher, with which it shares its weights; disconnect the others")
+        self.student = student
+        self.settings = TrainingSettings(**settings, lora_rank=rank, lora_targets=("*",))
+        self.plan: PruningPlan | None = None
+
+    def check(self, folder: Path) -> None:
+        """``ValueError`` before any work is done."""
+        if self.settings.weighted_objective.feature:
+            raise ValueError(
+                "features of transformers cannot be compared yet; choose the objective output, or set feature_weight to 0 in the recipe"
+            )
+        check_base_settings(self.settings)
+        check_run(folder, self.settings, {})
+        self.plan = self.student.plan_from(self.teacher)
+        if self.plan is None:
+            raise ValueError(
+                "the student has all blocks of its teacher, so there is nothing to learn; cut it with Prune Transformer Blocks"
+            )
+        bridge.check_healing(self.teacher)
+
+    def check_something_to_learn(self) -> None:
+        bridge.check_shares_weights(self.student, self.teacher)
+
+    def inputs(self, data: Dataset) -> Inputs:
+        assert self.plan is not None  # checked
+        return Inputs(
+            teachers=(self.teacher.fingerprint,),
+            student=self.student.fingerprint,
+            plan=self.plan.name,
+            data=data.fingerprint,
+            sampling=self.teacher.sampling_identity,
+        )
+
+    def train(self, run: Run, data: Dataset, vae, num_steps: int, node_id: str) -> None:
+        train_on_base(run, self.teacher, None, data, vae, num_steps, node_id, mapping=self.student.mapping_from(self.teacher))
+
+    def result(self, run: Run) -> ModelPatcher:
+        """The student with the LoRA as trained so far; saving merges it."""
+        lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
+        return bridge.with_lora(self.student.patcher, None, lora, 1.0, 0.0)[0]
+
+
+def check_base_settings(settings: TrainingSettings) -> None:
+    """``ValueError`` for settings that a LoRA on a MODEL's own weights does not have."""
+    if settings.weight_dtype != "fp32":
+        raise ValueError(
+            "the LoRA trains in float32 and the model's weights do not change: set weight_dtype to fp32 in the recipe"
+        )
+    if settings.compile:
+        raise ValueError("compile works only for students of UNets in Distill Train Step; set it to false in the recipe")
+
+
+def train_on_base(
+    run: Run,
+    model: bridge.Model,
+    teacher: bridge.Model | None,
+    data: Dataset,
+    vae,
+    num_steps: int,
+    node_id: str,
+    mapping: NameMap | None = None,
+) -> None:
+    """Train a LoRA on a MODEL's own weights. teacher: another MODEL; None for the same one, LoRA off.
+
+    mapping: to a student; the LoRA is then trained for that, on the way through the network that skips what it lacks.
+    """
+    last = min(run.settings.total_steps, run.step + num_steps)
+    previews = bridge.previews(data, vae, model) if run.settings.sample_every_steps else None
+    watch = Watch(run.folder.name, run.step, last, node_id, previews)
+    if forecast := bridge.forecast_shared_base(model, teacher, data, run.settings):
+        tell_memory(forecast, bridge.free_bytes(model), node_id)
+    with contextlib.ExitStack() as stack:
+        stack.callback(bridge.release_memory)
+        base = stack.enter_context(bridge.opened_base(model))
+        load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else without_lora(base)
+        stack.enter_context(bridge.with_gradients(base))
+        distill(
+            run,
+            student=replace(base, mapping=mapping),
+            teacher=Teachers([load], run.settings),
+            plan=None,
+            dataset=data,
+            num_steps=num_steps,
+            previews=previews,
+            on_step=watch,
+        )
 
 
 def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
@@ -124,25 +301,6 @@ def last_step(run_name, total_steps, steps_per_queue, **_) -> str | float:
         return float("nan")  # a new object each time: ComfyUI takes the same object for the same value
     newest = bridge.newest_step(run_name[0])
     return f"{min(total_steps[0], newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
-
-
-def _train(run: Run, models, student, plan, data, previews, num_steps: int, node_id: str) -> None:
-    last = min(run.settings.total_steps, run.step + num_steps)
-    watch = Watch(run.folder.name, run.step, last, node_id, previews)
-    tell_memory(bridge.forecast_memory(models, student, plan, data, run.settings), bridge.free_bytes(student), node_id)
-    try:
-        distill(
-            run,
-            student=bridge.trainable(student),
-            teacher=Teachers([partial(bridge.denoiser, model, student.architecture) for model in models], run.settings),
-            plan=plan,
-            dataset=data,
-            num_steps=num_steps,
-            previews=previews,
-            on_step=watch,
-        )
-    finally:
-        bridge.release_memory()
 
 
 class Watch:

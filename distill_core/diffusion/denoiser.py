@@ -100,6 +100,11 @@ class Denoiser:
         return of_sampling(self.sampling) if self.noise_levels is None else self.noise_levels
 
     @property
+    def skipped(self) -> frozenset[str]:
+        """Blocks of the network that it skips: one network may be a teacher and its student."""
+        return frozenset()
+
+    @property
     def running(self) -> Callable[..., Any]:
         """What is called to predict."""
         return self.network if self.forward is None else self.forward

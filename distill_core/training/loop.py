@@ -464,7 +464,7 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
 
 def _same(teacher: Denoiser, student: Denoiser) -> bool:
     """Whether two models predict the same: equal weights, or one network with the LoRA off in the teacher."""
-    if teacher.sampling != student.sampling:
+    if teacher.sampling != student.sampling or teacher.skipped != student.skipped:
         return False
     theirs, ours = (dict(denoiser.network.named_parameters()) for denoiser in (teacher, student))
     return teacher.network is student.network or (theirs.keys() == ours.keys() and fingerprint(theirs) == fingerprint(ours))

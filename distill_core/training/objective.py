@@ -106,7 +106,9 @@ OBJECTIVES = {
     "koala": Objective(task=1.0, output=1.0, feature=1.0, layers="self-attention"),
     # Zhang et al. 2024, arXiv 2404.11098
     "laptop-diff": Objective(task=1.0, output=1.0, feature=1.0, feature_loss="normalised"),
-    # only the teacher's output, guided or not (Golnari 2023, arXiv 2312.06899)
+    # only the teacher's output
+    "output": Objective(output=1.0),
+    # the same, guided (Golnari 2023, arXiv 2312.06899)
     "guidance": Objective(output=1.0),
     # plain fine-tuning, no teacher
     "task": Objective(task=1.0),

@@ -27,7 +27,15 @@ from .interface import (
 from .model import Model, with_lora
 from .progress import Progress
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
-from .shared_base import draw_latents, forecast_shared_base, opened_base, shared_base, with_gradients
+from .shared_base import (
+    check_healing,
+    check_shares_weights,
+    draw_latents,
+    forecast_shared_base,
+    opened_base,
+    shared_base,
+    with_gradients,
+)
 from .training import (
     check_trainable,
     denoiser,
@@ -47,6 +55,8 @@ __all__ = [
     "predict_alike",
     "boundary_sigmas",
     "calibration",
+    "check_healing",
+    "check_shares_weights",
     "check_trainable",
     "compare_models",
     "data_folder",

@@ -78,6 +78,15 @@ class Model:
         return self.network
 
     @cached_property
+    def known_transformer(self) -> Transformer | None:
+        """Its transformer, None if it is a UNet or of a family that is not known; ``ValueError`` if the MODEL is routed."""
+        self._check_not_routed()
+        try:
+            return self.network if isinstance(self.network, Transformer) else None
+        except ValueError:
+            return None
+
+    @cached_property
     def unet(self) -> Architecture | None:
         """The architecture, or None if `architecture` cannot read it (another family); ``ValueError`` if the MODEL is routed."""
         self._check_not_routed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any, TypeVar
 import comfy.model_management
 import comfy.model_sampling
 import torch
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...distill_core.base.storage import fingerprint
 from ...distill_core.data.cache import CachedDataset
 from ...distill_core.data.dataset import Dataset
 from ...distill_core.data.teacher_data import Making, draw_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
+from ...distill_core.diffusion.out_of_place import out_of_place
+from ...distill_core.networks.transformers.architecture import FAMILIES, Transformer
+from ...distill_core.pruning.plan import NameMap
+from ...distill_core.pruning.skip import skipping_blocks
 from ...distill_core.training.memory import Forecast
 from ...distill_core.training.settings import TrainingSettings
 from .model import Model
@@ -36,6 +41,10 @@ EVERYTHING = 1e20  # bytes: more than any device has, so that ComfyUI unloads ev
 class ModelDenoiser(Denoiser):
     """A denoiser around a MODEL of any family, called as ComfyUI's samplers call it. Layers have ComfyUI's names."""
 
+    transformer: Transformer | None = None
+    """What its network is made of; None for UNets and for families that are not known."""
+    mapping: NameMap | None = None
+    """To the student that it predicts as: it skips the blocks that are removed, and names layers as the student's."""
     shell: BaseModel
     """The object that ComfyUI calls, with the network in it; it returns the network's own prediction, not the denoised image."""
     patcher: ModelPatcher
@@ -48,7 +57,18 @@ class ModelDenoiser(Denoiser):
         sigma = now.sigma if flows else now.sigma / now.alpha
         shown = x_t.float() if flows else x_t.float() / now.alpha
         asked = self._asked(x_t, context, label)
-        return self.shell.apply_model(shown, sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked)
+        with self._way():
+            return self.shell.apply_model(shown, sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked)
+
+    def _way(self) -> AbstractContextManager:
+        """The way through the network that a prediction takes."""
+        if self.mapping is None or self.transformer is None:
+            return contextlib.nullcontext()
+        return skipping_blocks(self.network, self.transformer, self.mapping.removed)
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        return frozenset() if self.mapping is None else self.mapping.removed
 
     def _asked(self, x_t: Tensor, context: Tensor, label: Label | None) -> dict[str, Tensor]:
         """The conditions that the model family makes from captions."""
@@ -81,14 +101,17 @@ class ModelDenoiser(Denoiser):
         own = (
             path for path in layers if not {"base_layer", "lora_A", "lora_B"} & {*path.split(".")}
         )  # not parts of a LoRA on it
-        return {path: f"diffusion_model.{path}" for path in own}
+        if self.mapping is None:
+            return {path: f"diffusion_model.{path}" for path in own}
+        students = ((path, self.mapping.rename(path)) for path in own)
+        return {path: f"diffusion_model.{name}" for path, name in students if name is not None}
 
     @property
     def inner_blocks(self) -> list[str]:
-        # Blocks of Flux and others overwrite their inputs: recomputed, they would predict something else.
-        if not isinstance(self.network, MMDiT):
-            raise ValueError("gradient_checkpointing works only for UNets and SD3; set it to false in the recipe")
-        return [f"joint_blocks.{number}" for number in range(len(self.network.joint_blocks))]
+        if self.transformer is None or not self.transformer.of.learns:
+            known = ", ".join(family.title for family in FAMILIES.values() if family.learns)
+            raise ValueError(f"gradient_checkpointing works only for UNets and {known}; set it to false in the recipe")
+        return [block for block in self.transformer.in_order if block not in self.skipped]
 
     @property
     def latent_channels(self) -> int:
@@ -127,6 +150,7 @@ def shared_base(model: Model) -> ModelDenoiser:
         sampling=model.sampling,
         noise_levels=model.schedule,
         origin=model.origin_metadata,
+        transformer=model.known_transformer,
         shell=shell,
         patcher=patcher,
         delegate_of=delegate_of,
@@ -149,6 +173,26 @@ def _check_base(model: Model) -> None:
         )
 
 
+def check_healing(teacher: Model) -> None:
+    """``ValueError`` if a student of a transformer cannot be taught on its weights."""
+    _check_base(teacher)
+    if not teacher.transformer.of.learns:
+        known = ", ".join(family.title for family in FAMILIES.values() if family.learns)
+        raise ValueError(
+            f"{teacher.transformer.title} can be cut but not taught here: ComfyUI's network of it gives no gradient that is right; "
+            f"these can: {known}"
+        )
+
+
+def check_shares_weights(student: Model, teacher: Model) -> None:
+    """``ValueError`` unless a student holds just the weights of its teacher's blocks."""
+    if fingerprint(student.mapping_from(teacher).apply(teacher.state_dict())) != student.fingerprint:
+        raise ValueError(
+            "the student holds other weights than its teacher, but a transformer is taught on the weights that they share: connect the "
+            "output of Prune Transformer Blocks, and its input as teacher"
+        )
+
+
 @contextlib.contextmanager
 def opened_base(model: Model) -> Iterator[ModelDenoiser]:
     """A MODEL's `shared_base` while it is open; afterwards a network loaded only for it is released."""
@@ -166,13 +210,20 @@ def with_gradients(base: ModelDenoiser) -> Iterator[None]:
     """While open, ComfyUI's networks compute in ways that let gradients through."""
     before = comfy.model_management.in_training
     comfy.model_management.in_training = True
-    # Flux and others overwrite tensors that the gradient needs; then it keeps a copy.
-    writes_over = contextlib.nullcontext() if base.architecture else torch.autograd.graph.allow_mutation_on_saved_tensors()
     try:
-        with writes_over:
+        with _with_old_values(base):
             yield
     finally:
         comfy.model_management.in_training = before
+
+
+def _with_old_values(base: ModelDenoiser) -> AbstractContextManager:
+    """While open, what Flux and others write over is still there for the gradient."""
+    if base.architecture:
+        return contextlib.nullcontext()
+    if base.transformer is not None and base.transformer.of.learns:
+        return out_of_place(map(base.network.get_submodule, base.transformer.in_order))
+    return torch.autograd.graph.allow_mutation_on_saved_tensors()  # it keeps copies; not with checkpointing
 
 
 def draw_latents(

@@ -19,6 +19,9 @@ def small(out):
         "flux": _told(_flux, 16, 4096, 768, out),
         "demo as dora": _told(bridge.demo_teacher, 4, 64, None, out, dora=True, targets=["*"]),
         "sd3 as dora": _told(_sd3, 16, 4096, 2048, out, dora=True),
+        "flux cut": _told(partial(_opened, "flux1"), 16, 64, 64, out, plan="keep double 0,3 single 0,2,4"),
+        "flux.2 cut": _told(partial(_opened, "flux2"), 128, 64, None, out, plan="fold double 1-3 single 2-3"),
+        "sd3 cut": _told(partial(_opened, "sd3"), 16, 4096, 2048, out, plan="keep joint 0,3,5"),
     }
     refused = _refused(
         partial(bridge.make_data, bridge.Model(_flux()), None, ["a"], None, Path(out).parent / "data", 1, None, None)
@@ -46,27 +49,49 @@ def of_file(file, width, pooled_width, out):
     Path(out).write_text(json.dumps(found))
 
 
-def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, **of_lora):
+def _opened(family):
+    """A small transformer as ComfyUI opens it."""
+    import comfy.sd
+    from small import filled, model_of
+
+    return comfy.sd.load_diffusion_model_state_dict(dict(filled(model_of(family).diffusion_model).state_dict()))
+
+
+def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, plan=None, **of_lora):
+    """plan: of a student, which is taught on its teacher's weights."""
+    from dataclasses import replace
+
     import pack.nodes.bridge as bridge
     import torch
     from pack.distill_core.base.storage import read_header
     from pack.distill_core.diffusion.conditioning import Label
     from pack.distill_core.diffusion.denoiser import checkpointing
     from pack.distill_core.lora.layers import Lora, WithoutLora
+    from pack.distill_core.pruning.plan_text import read_plan
 
     torch.manual_seed(0)
     with torch.inference_mode():
-        model = load()
+        teachers = model = load()
+        if plan is not None:
+            whole = bridge.Model(teachers)
+            model = bridge.prune_model(whole, read_plan(plan, whole.network))
     with torch.inference_mode(False):
-        base = bridge.shared_base(bridge.Model(model))
+        shared = base = bridge.shared_base(bridge.Model(teachers))
+        if plan is not None:
+            base = replace(shared, mapping=bridge.Model(model).mapping_from(whole))
         label = pooled_width and Label(torch.randn(2, pooled_width), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2))
         asked = torch.randn(2, channels, 8, 8), torch.tensor([300, 900]), torch.randn(2, 6, width), label
         with torch.no_grad():
-            before = base(*asked)
+            before, of_teacher = base(*asked), shared(*asked)
             stock = _stock(model, base, *asked)
         scale = before.abs().max()
-        told = {"kind": type(model.model).__name__, "prediction": base.prediction, "stock": (stock - before).abs().max() / scale}
-        lora, teacher = Lora(base, rank=2, **{"targets": ["*attn*"]} | of_lora), WithoutLora(base)
+        told = {
+            "kind": type(model.model).__name__,
+            "prediction": base.prediction,
+            "cut": (of_teacher - before).abs().max() / scale,
+            "stock": (stock - before).abs().max() / scale,
+        }
+        lora, teacher = Lora(base, rank=2, **{"targets": ["*attn*"]} | of_lora), WithoutLora(shared)
         parameters = lora.parameters()
         for parameter in parameters.values():
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -77,13 +102,13 @@ def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, *
             told |= _computed_again(bridge, base, asked, parameters)
         if not lora.dora:  # whose gradient takes norms for constants
             told["slope"] = _slope(lambda: base(*asked).square().mean().item(), parameters)
-        own = {parameter.data_ptr() for parameter in model.model.diffusion_model.parameters()}
+        own = {parameter.data_ptr() for parameter in teachers.model.diffusion_model.parameters()}
         held = {n: p for n, p in base.network.named_parameters() if not {"lora_A", "lora_B", "dora_scale"} & {*n.split(".")}}
         told["copied"] = sum(parameter.data_ptr() not in own for parameter in held.values())
         with torch.no_grad():
             changed = base(*asked)
             told["change"] = (changed - before).abs().max() / scale
-            told["teacher"] = (teacher(*asked) - before).abs().max()
+            told["teacher"] = (teacher(*asked) - of_teacher).abs().max()
             told["model"] = (_stock(model, base, *asked) - stock).abs().max()
             file = Path(out).with_name("lora.safetensors")
             file.unlink(missing_ok=True)

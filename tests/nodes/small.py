@@ -43,8 +43,8 @@ TEXT_FIRST = ("qwen-image",)
 """Families whose blocks return the text before the picture."""
 
 
-def model_of(family, depths=None, **changes):
-    """A model by its config alone, without what ComfyUI detects; depths: of its lists."""
+def model_of(family, depths=None, dtype=None, **changes):
+    """A model by its config alone, without what ComfyUI detects; depths: of its lists. dtype: float32 unless given."""
     import comfy.supported_models
     import torch
 
@@ -53,7 +53,7 @@ def model_of(family, depths=None, **changes):
     if depths and family == "hidream":
         changes.setdefault("llama_layers", [*range(sum(depths))])
     config = getattr(comfy.supported_models, kind)(config | changes)
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype or torch.float32, None)
     return config.get_model({}, "", device="cpu")
 
 

@@ -64,11 +64,13 @@ def test_small_models_of_several_families_are_their_own_teachers(found):
     families = told["families"]
     assert {name: (told["kind"], told["prediction"]) for name, told in families.items()} == {
         "demo": ("BaseModel", "eps"), "sd3": ("SD3", "flow"), "fp8": ("SD3", "flow"), "flux": ("Flux", "flow"),
-        "demo as dora": ("BaseModel", "eps"), "sd3 as dora": ("SD3", "flow")}  # fmt: skip
+        "demo as dora": ("BaseModel", "eps"), "sd3 as dora": ("SD3", "flow"), "flux cut": ("Flux", "flow"),
+        "flux.2 cut": ("Flux2", "flow"), "sd3 cut": ("SD3", "flow")}  # fmt: skip
     assert [name for name in families if "slope" not in families[name]] == ["demo as dora", "sd3 as dora"]
-    assert "only for UNets and SD3" in families["flux"].pop("checkpointing")
-    again = {name: (told["checkpointing"], told["computes"]) for name, told in families.items() if name != "flux"}
+    again = {name: (told["checkpointing"], told["computes"]) for name, told in families.items()}
     assert set(again.values()) == {(0, 2)}, again  # exact, and computed twice
+    cut = [name for name in families if name.endswith(" cut")]
+    assert len(cut) == 3 and all((told["cut"] > 0.1) == (name in cut) for name, told in families.items())
     assert families["fp8"]["merged"] < 0.1  # merged weights are rounded to 8 bits
     families["fp8"]["merged"] = 0
     for told in families.values():

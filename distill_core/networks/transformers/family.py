@@ -74,6 +74,8 @@ class Family:
     """Key of configs with such an entry for each block: ``llama_layers``."""
     spread: tuple[str, float] | None = None
     """Parameter of the last block but one by whose standard deviation, if below a number, ComfyUI lets the network compute in float16."""
+    learns: bool = False
+    """Whether gradients through ComfyUI's blocks are right, plain and checkpointed (tests/nodes/healing.py compares differences)."""
     believes_config: bool = False
     """Whether ComfyUI believes a config in a file's metadata more than the file's tensors."""
     diffusers: tuple[str, ...] = ()

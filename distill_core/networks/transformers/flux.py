@@ -28,7 +28,10 @@ FAMILIES = (
         "Flux.2",
         (_FIRST_NORM, "double_stream_modulation_img.lin.weight"),
         (_DOUBLE, _SINGLE),
+        learns=True,
         diffusers=("Flux2Transformer2DModel",),
     ),
-    Family("flux1", "Flux.1", (_FIRST_NORM, "img_in.weight"), (_DOUBLE, _SINGLE), diffusers=("FluxTransformer2DModel",)),
+    Family(
+        "flux1", "Flux.1", (_FIRST_NORM, "img_in.weight"), (_DOUBLE, _SINGLE), learns=True, diffusers=("FluxTransformer2DModel",)
+    ),
 )

@@ -18,6 +18,7 @@ FAMILIES = (
             ),
             BlockList("single", "single_blocks", "num_single_layers", diffusers="single_transformer_blocks", residuals="output"),
         ),
+        learns=True,
         diffusers=("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "HunyuanImageTransformer2DModel"),
     ),
 )

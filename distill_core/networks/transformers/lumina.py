@@ -20,6 +20,7 @@ FAMILIES = (
         _MARKS,
         (_LAYERS,),
         spread=("ffn_norm1.weight", 0.42),
+        learns=True,
         diffusers=("ZImageTransformer2DModel",),
         belongs=lambda shapes: _width(shapes) == 3840 and "dec_net.cond_embed.weight" not in shapes,
     ),
@@ -29,6 +30,7 @@ FAMILIES = (
         _MARKS,
         (replace(_LAYERS, depth_key="num_layers"),),
         belongs=lambda shapes: _width(shapes) == 2304,
+        learns=True,
         diffusers=("Lumina2Transformer2DModel",),
     ),
 )

@@ -53,6 +53,7 @@ FAMILIES = (
         "PixArt",
         ("t_block.1.weight", "blocks.0.scale_shift_table"),
         (BlockList("block", "blocks", least=1, diffusers="transformer_blocks"),),
+        learns=True,
         diffusers=("PixArtTransformer2DModel",),
         diffusers_tables=("pos_embed.pos_embed",),
     ),

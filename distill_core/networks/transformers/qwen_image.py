@@ -17,6 +17,7 @@ FAMILIES = (
             ),
         ),
         marker=("default_ref_method", "index_timestep_zero", "__index_timestep_zero__"),  # Edit 2511
+        learns=True,
         diffusers=("QwenImageTransformer2DModel",),
         belongs=lambda shapes: shapes["txt_norm.weight"] == (3584,),
     ),

@@ -28,6 +28,7 @@ FAMILIES = (
             ),
         ),
         tables=("pos_embed",),
+        learns=True,
         diffusers=("SD3Transformer2DModel",),
         diffusers_tables=("pos_embed.pos_embed",),
     ),

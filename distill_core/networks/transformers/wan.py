@@ -27,6 +27,7 @@ FAMILIES = (
         "Wan",
         ("head.modulation", "blocks.0.ffn.0.weight"),
         (BlockList("block", "blocks", least=1),),
+        learns=True,
         diffusers=("WanTransformer3DModel",),
         belongs=_plain,
         believes_config=True,
