@@ -34,13 +34,11 @@ def setting_input(name: str, kind: type = TrainingSettings, *, more: str = "", *
     return io.Float.Input(name, round=1e-8, **options) if float in types else io.Int.Input(name, **options)
 
 
-def data_inputs() -> list[io.Input]:
-    """Inputs for the models and the data."""
+def data_inputs(source: str = "Prune UNet Blocks") -> list[io.Input]:
+    """Inputs for the models and the data. source: the nodes that a student comes from."""
     return [
-        io.Model.Input(
-            "teacher", tooltip="The full model: the input of Prune UNet Blocks or Prune Transformer Blocks. It is only read."
-        ),
-        io.Model.Input("student", tooltip="The pruned model: the output of Prune UNet Blocks or Prune Transformer Blocks."),
+        io.Model.Input("teacher", tooltip=f"The full model: the input of {source}. It is only read."),
+        io.Model.Input("student", tooltip=f"The pruned model: the output of {source}."),
         io.Latent.Input("latents", tooltip="Training images as latents: from Make Training Dataset, a batch, or the demo."),
         io.Conditioning.Input("captions", tooltip="The caption of each image, encoded; or one caption for all."),
         io.Conditioning.Input(

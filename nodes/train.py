@@ -61,7 +61,7 @@ class DistillTrainStep(io.ComfyNode):
             ],
             is_input_list=True,
             inputs=[
-                *data_inputs(),
+                *data_inputs("Prune UNet Blocks or Prune Transformer Blocks"),
                 io.Model.Input(
                     "teacher_2",
                     optional=True,
@@ -270,9 +270,14 @@ def train_on_base(
         base = stack.enter_context(bridge.opened_base(model))
         load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else without_lora(base)
         stack.enter_context(bridge.with_gradients(base))
+        student = replace(base, mapping=mapping)
+        if forecast is None:
+            told = bridge.describe_memory(student, run.settings)
+            log.info("%s", told)
+            bridge.show_text(told, node_id)
         distill(
             run,
-            student=replace(base, mapping=mapping),
+            student=student,
             teacher=Teachers([load], run.settings),
             plan=None,
             dataset=data,

@@ -90,6 +90,8 @@ def make_latents(
     scales: guidance scales, (B,), in place of the one in ``making``.
     """
     kept, states = making.kept(teacher.schedule), []
+    if making.scales == (1, 1):  # the empty caption is not asked for, and may have another length
+        null = captions[0]
     context, label, null = conditions(captions, null, making.size)
     latents = sample(
         teacher,
@@ -115,13 +117,15 @@ def make_dataset(
     schedule: NoiseSchedule,
     batch_size: int = 8,
     dtype: str = "fp16",
+    one_length: bool = False,
     on_caption: Callable[[int, int], None] = ignore,
     on_item: Callable[[int, int], None] = ignore,
 ) -> CachedDataset:
     """Dataset on disk of images that a teacher generates for prompts; only what is not in the folder yet is generated.
 
     Each image depends only on its prompt, its number and the seed, not on the others. schedule: the teacher's. dtype: as in
-    `CacheWriter`. The teacher is loaded once all prompts are encoded, so that it need not share memory with the encoders, and
+    `CacheWriter`. one_length: the teacher cannot be asked for captions of different lengths at once. The teacher is loaded once
+    all prompts are encoded, so that it need not share memory with the encoders, and
     only if there is something to generate. ``on_caption(done, total)`` is called after each batch of prompts,
     ``on_item(done, total)`` before the first batch of images and after each. If it is interrupted or killed, finished
     batches stay. ``ValueError`` without prompts.
@@ -141,7 +145,9 @@ def make_dataset(
             on_caption(start + len(part), len(missing))
         writer.flush()
         captions = [(prompt, texts[prompt]) for prompt in prompts]
-        return _drawn(writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item)
+        return _drawn(
+            writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item, one_length
+        )
 
 
 def draw_dataset(
@@ -203,6 +209,7 @@ def _drawn(
     schedule: NoiseSchedule,
     batch_size: int,
     on_item: Callable[[int, int], None],
+    one_length: bool = False,
 ) -> CachedDataset:
     """Dataset of what a teacher generates for captions that are written.
 
@@ -211,13 +218,18 @@ def _drawn(
     null, total = writer.caption(null_text), len(captions) * making.num_per_prompt
     _check_room(writer, total, making)
     sizes = (*making.size, 0, 0, *making.size) if null.pooled is not None else None
-    entries, waiting, teacher = [], [], None
+    entries: list[Entry] = []
+    waiting: list[_Job] = []
+    teacher = None
     for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
         entries.append(Entry(job.name, job.text, sizes))
         if not writer.has(job.name):
             if teacher is None:
                 on_item(done - 1, total)
                 teacher = load_teacher()
+            if one_length and waiting and len(writer.caption(job.text).context) != len(writer.caption(waiting[0].text).context):
+                _draw(writer, teacher, waiting, null, making)
+                waiting = []
             waiting.append(job)
         if len(waiting) == batch_size or (waiting and done == total):
             assert teacher is not None

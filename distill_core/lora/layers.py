@@ -155,6 +155,15 @@ class Lora:
                 parameter.copy_(weights[name])
 
 
+def trained_shapes(denoiser: Denoiser, rank: int, targets: Sequence[str] = ATTENTION) -> list[torch.Size]:
+    """Shapes of the matrices that a `Lora` of this rank would train; the network does not change."""
+    modules = (denoiser.module(layer) for layer in _matching(denoiser, targets))
+    weights = [module.weight for module in modules if isinstance(module, (nn.Linear, nn.Conv2d))]
+    downs = [torch.Size([rank, *weight.shape[1:]]) for weight in weights]
+    ups = [torch.Size([weight.shape[0], rank, *[1] * (weight.ndim - 2)]) for weight in weights]
+    return [*downs, *ups]
+
+
 class WithoutLora:
     """A denoiser of the same network that predicts as if it had no LoRA.
 

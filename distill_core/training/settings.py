@@ -30,7 +30,8 @@ class TrainingSettings:
         "bk-sdm",
         "What the student learns from. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: the same "
         "plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. laptop-diff: "
-        "features of equal weight. guidance: only the teacher's output. task: plain fine-tuning without a teacher.",
+        "features of equal weight. output: only the teacher's output, as for transformers. guidance: the same, with guidance. task: "
+        "plain fine-tuning without a teacher.",
         choices=OBJECTIVES,
     )
     task_weight: float | None = setting(None, "Weight of the loss against the images.", unset=_OWN, within=_WEIGHTS)

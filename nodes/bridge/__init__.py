@@ -30,6 +30,7 @@ from .router import boundary_sigmas, describe_route, route_models, sample_routed
 from .shared_base import (
     check_healing,
     check_shares_weights,
+    describe_memory,
     draw_latents,
     forecast_shared_base,
     opened_base,
@@ -65,6 +66,7 @@ __all__ = [
     "demo_data",
     "demo_teacher",
     "denoiser",
+    "describe_memory",
     "describe_route",
     "draw_latents",
     "examples_of",

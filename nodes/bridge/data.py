@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +17,12 @@ from ...distill_core.data.cache import CachedDataset, text_key
 from ...distill_core.data.dataset import Bucket, Dataset, LatentDataset
 from ...distill_core.data.teacher_data import Making, make_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label, tile
+from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
 from .demo import is_demo
 from .interface import pixels_of
 from .model import Model
+from .shared_base import check_base, in_own_pixels, opened_base
 from .training import check_trainable, denoiser
 
 STATES = "distill_states"  # in a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
@@ -33,22 +35,35 @@ NUM_PREVIEWS = 4
 def dataset(latents: list[dict], positive: list, null_caption: list | None, model: Model) -> LatentDataset:
     """Training data from ComfyUI's lists: one LATENT with many images, many LATENTs with one each, or buckets of several.
 
-    Latents are scaled once, as by the model's sampler; latents of one size form a bucket. ``ValueError`` if they do not fit
-    the model, or the number of captions differs.
+    Latents are scaled once, as by the model's sampler; latents of one size, with captions of one length, form a bucket.
+    ``ValueError`` if they do not fit the model, or the number of captions differs.
     """
     timesteps = next((entry[TIMESTEPS] for entry in latents if TIMESTEPS in entry), None)
     if any(not torch.equal(entry.get(TIMESTEPS, torch.zeros(0)), timesteps) for entry in latents if timesteps is not None):
         raise ValueError("all latents must store the same trajectory steps; use one dataset")
     captions = _captions([*positive, *(null_caption or [])], model)
     null = captions.pop() if null_caption else None
+    if null is not None:
+        _check_one_length([*captions, null], "leave null_caption unconnected, or ")
     buckets = _buckets(latents, captions, model)
     return LatentDataset(buckets, null and Caption(null.context.clone(), null.pooled), timesteps)
 
 
 def encoded_captions(positive: list, null_caption: list, model: Model) -> tuple[list[Caption], Caption]:
     """Captions, and the empty caption or negative prompt, at one token length; ``ValueError`` if they do not fit the model."""
-    *captions, null = (Caption(caption.context, caption.pooled) for caption in _captions([*positive, *null_caption], model))
+    encoded = _captions([*positive, *null_caption], model)
+    _check_one_length(encoded)
+    *captions, null = (Caption(caption.context, caption.pooled) for caption in encoded)
     return captions, null
+
+
+def _check_one_length(captions: list[_Encoded], way_out: str = "") -> None:
+    """``ValueError`` for captions of a transformer that cannot stand in for one another."""
+    if len({len(caption.context) for caption in captions}) > 1:
+        raise ValueError(
+            "the captions and the empty one are encoded to different lengths, which this family of models cannot exchange; "
+            f"{way_out}give captions with equally many tokens"
+        )
 
 
 def calibration(
@@ -121,14 +136,11 @@ class _Encoded(NamedTuple):
 
 
 def _captions(conditioning: list, model: Model) -> list[_Encoded]:
-    """Captions of all conditioning, at one length: repeating a context does not change the prediction."""
+    """Captions of all conditioning; those of UNets at one length, as repeating a context does not change their prediction."""
     reads = _reads(model)
     encoded = _encoded(conditioning, reads)
-    if reads.context_width is None and len({caption.context.shape for caption in encoded}) > 1:
-        raise ValueError(
-            "the captions are encoded to different lengths, which this family of models cannot batch; shorten the longest, or "
-            "give captions with equally many tokens"
-        )
+    if reads.context_width is None:
+        return encoded
     length = math.lcm(*{len(caption.context) for caption in encoded})
     return [caption._replace(context=tile(caption.context, length)) for caption in encoded]
 
@@ -153,7 +165,7 @@ def _encoded(conditioning: list, reads: _Reads) -> list[_Encoded]:
 
 
 def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> list[Bucket]:
-    """Latents by size, with their captions; ``ValueError`` if they do not fit the model."""
+    """Latents by size and length of their caption; ``ValueError`` if they do not fit the model."""
     wanted = _reads(model).channels
     for samples in (entry["samples"] for entry in latents):
         if samples.ndim != 4:
@@ -170,15 +182,16 @@ def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> lis
         raise ValueError(
             f"there are {num_latents} latents but {len(captions)} captions; give one caption for each, or one for all"
         )
-    by_size: dict[tuple[int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Encoded]]] = {}
+    by_shape: dict[tuple[int, int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Encoded]]] = {}
     encoded = iter(captions if len(captions) > 1 else captions * num_latents)
     for entry in latents:
         samples = model.patcher.model.process_latent_in(entry["samples"].float().cpu())
         states, scales = (entry.get(name, [None] * len(samples)) for name in (STATES, SCALES))
         for example in zip(samples, states, scales, encoded, strict=False):
-            by_size.setdefault(tuple(samples.shape[2:]), []).append(example)
+            by_shape.setdefault((*samples.shape[2:], len(example[-1].context)), []).append(example)
     return [
-        _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1) for (height, width), examples in by_size.items()
+        _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1)
+        for (height, width, _), examples in by_shape.items()
     ]
 
 
@@ -228,22 +241,35 @@ def make_data(
 
     Images that are already in the folder are not sampled again; see `teacher_data.make_dataset`.
     """
-    check_trainable(teacher)
+    is_transformer = teacher.known_transformer is not None
+    if is_transformer:
+        check_base(teacher)
+        making = in_own_pixels(making, teacher)
+    else:
+        check_trainable(teacher)
     encoders = ClipEncoders(clip, _reads(teacher))
-    height, width = (side // 8 for side in making.size)
-    data = make_dataset(
-        partial(denoiser, teacher, batch_shape=(2 * batch_size, teacher.architecture.channels("conv_in")[0], height, width)),
-        teacher.identity,
-        encoders,
-        prompts,
-        making,
-        folder,
-        schedule=teacher.schedule,
-        batch_size=batch_size,
-        dtype=STORED,
-        on_caption=on_caption,
-        on_item=on_item,
-    )
+    with contextlib.ExitStack() as stack:
+
+        def load() -> Denoiser:
+            if is_transformer:
+                return stack.enter_context(opened_base(teacher))
+            height, width = (side // 8 for side in making.size)
+            return denoiser(teacher, batch_shape=(2 * batch_size, teacher.architecture.channels("conv_in")[0], height, width))
+
+        data = make_dataset(
+            load,
+            teacher.identity,
+            encoders,
+            prompts,
+            making,
+            folder,
+            schedule=teacher.schedule,
+            batch_size=batch_size,
+            dtype=STORED,
+            one_length=is_transformer,
+            on_caption=on_caption,
+            on_item=on_item,
+        )
     assert data.null is not None  # encoded with the prompts
     return *_in_order(data, prompts, encoders, teacher), _conditioning(data.null.context.float(), data.null.pooled)
 

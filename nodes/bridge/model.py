@@ -62,8 +62,8 @@ class Model:
         """The architecture of its UNet; ``ValueError`` as for `network`, and for a transformer."""
         if not isinstance(self.network, Architecture):
             raise ValueError(
-                f"this MODEL is a transformer ({self.network.title}), and this node takes UNets of SD1.x, SD2 and SDXL; transformers "
-                "can be analysed and cut, by Analyse and Prune Transformer Blocks, but not distilled yet"
+                f"this MODEL is a transformer ({self.network.title}), and this node takes UNets of SD1.x, SD2 and SDXL; for transformers "
+                "there are Analyse Transformer Blocks, Prune Transformer Blocks and Distill Train Step"
             )
         return self.network
 

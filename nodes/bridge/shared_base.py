@@ -18,6 +18,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...distill_core.base.sizes import gib
 from ...distill_core.base.storage import fingerprint
 from ...distill_core.data.cache import CachedDataset
 from ...distill_core.data.dataset import Dataset
@@ -25,10 +26,11 @@ from ...distill_core.data.teacher_data import Making, draw_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.diffusion.out_of_place import out_of_place
+from ...distill_core.lora.layers import trained_shapes
 from ...distill_core.networks.transformers.architecture import FAMILIES, Transformer
 from ...distill_core.pruning.plan import NameMap
 from ...distill_core.pruning.skip import skipping_blocks
-from ...distill_core.training.memory import Forecast
+from ...distill_core.training.memory import STATE_BYTES, Forecast
 from ...distill_core.training.settings import TrainingSettings
 from .model import Model
 from .training import PLAIN_ATTENTION, forecast_memory
@@ -133,7 +135,7 @@ def shared_base(model: Model) -> ModelDenoiser:
 
     Unloads all other models to free memory. Call it outside inference mode. ``ValueError`` for a MODEL that cannot be trained.
     """
-    _check_base(model)
+    check_base(model)
     patcher, delegate_of = model.patcher, None
     if patcher.is_dynamic():
         patcher, delegate_of = patcher.get_non_dynamic_delegate(), patcher
@@ -157,7 +159,7 @@ def shared_base(model: Model) -> ModelDenoiser:
     )
 
 
-def _check_base(model: Model) -> None:
+def check_base(model: Model) -> None:
     """``ValueError`` if a LoRA cannot be trained on a MODEL's network."""
     _ = model.prediction  # refuses what is sampled in a way training does not know
     form = model.patcher.model.latent_format
@@ -175,7 +177,7 @@ def _check_base(model: Model) -> None:
 
 def check_healing(teacher: Model) -> None:
     """``ValueError`` if a student of a transformer cannot be taught on its weights."""
-    _check_base(teacher)
+    check_base(teacher)
     if not teacher.transformer.of.learns:
         known = ", ".join(family.title for family in FAMILIES.values() if family.learns)
         raise ValueError(
@@ -226,6 +228,13 @@ def _with_old_values(base: ModelDenoiser) -> AbstractContextManager:
     return torch.autograd.graph.allow_mutation_on_saved_tensors()  # it keeps copies; not with checkpointing
 
 
+def in_own_pixels(making: Making, model: Model) -> Making:
+    """The same for a MODEL whose latents are not one eighth of a picture's size, as the core's are: Flux.2's are a sixteenth."""
+    ratio = getattr(model.patcher.model.latent_format, "spacial_downscale_ratio", 8)
+    height, width = (side // ratio * 8 for side in making.size)
+    return replace(making, size=(height, width))
+
+
 def draw_latents(
     model: Model,
     captions: list[Caption],
@@ -239,9 +248,7 @@ def draw_latents(
 
     making: its size is in pixels; the MODEL's own downscaling ratio converts it to latents.
     """
-    ratio = getattr(model.patcher.model.latent_format, "spacial_downscale_ratio", 8)
-    height, width = (side // ratio * 8 for side in making.size)  # the core's latents are one eighth of the size
-    making = replace(making, size=(height, width))
+    making = in_own_pixels(making, model)
     with contextlib.ExitStack() as stack:
         load = partial(stack.enter_context, opened_base(model))
         return draw_dataset(
@@ -262,6 +269,15 @@ def forecast_shared_base(model: Model, teacher: Model | None, data: Dataset, rec
     if teacher is not None or model.unet is None:
         return None
     return forecast_memory([model], model, None, data, recipe, shares_base=True)
+
+
+def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
+    """What a step needs besides activations: the weights as they are held, and what is trained, by exact count."""
+    weights = sum(weight.nbytes for weight in base.network.parameters())
+    shapes = trained_shapes(base, settings.lora_rank, settings.lora_targets)
+    copies = 3 if settings.ema_decay else 2  # weights, gradients, and perhaps their average, in float32
+    learnt = sum(4 * copies * shape.numel() + STATE_BYTES[settings.optimizer](shape) for shape in shapes)
+    return f"the model takes {gib(weights)}, the LoRA with its gradients and optimizer {gib(learnt)}; activations come on top"
 
 
 def twin(module: _Module, seen: dict[int, Any] | None = None) -> _Module:

@@ -10,6 +10,39 @@ import torch
 STEP = 1e-2
 
 
+def data(out):
+    """Training data of a transformer whose captions have several lengths."""
+    import comfy.sd
+    from in_comfyui import pack
+    from small import filled, model_of
+
+    bridge = pack()
+    weights = filled(model_of("flux1").diffusion_model).state_dict()
+    model = bridge.Model(comfy.sd.load_diffusion_model_state_dict(dict(weights)))
+    random = torch.Generator().manual_seed(0)
+    latents = [{"samples": torch.randn(1, 16, 8, 8, generator=random)} for _ in range(5)]
+    captions = [
+        [[torch.randn(1, length, 64, generator=random), {"pooled_output": torch.randn(1, 64, generator=random)}]]
+        for length in (5, 7, 5, 7, 7)
+    ]
+    dataset, told = bridge.dataset(latents, captions, None, model), {}
+    told["buckets"] = sorted((len(bucket.latents), bucket.contexts.shape[1]) for bucket in dataset.buckets)
+    told["kept apart"] = [
+        torch.equal(bucket.contexts[0], one[0][0][0]) for bucket, one in zip(dataset.buckets, captions, strict=False)
+    ]
+    for name, null in (
+        ("of one length", captions[:1]),
+        ("of another", [[[torch.zeros(1, 9, 64), {"pooled_output": torch.zeros(1, 64)}]]]),
+    ):
+        for kind, given in (("one", captions[:1]), ("both", captions)):
+            try:
+                found = bridge.dataset(latents, given, null, model)
+                told[f"{kind}, null {name}"] = len(found.buckets)
+            except ValueError as error:
+                told[f"{kind}, null {name}"] = str(error)
+    Path(out).write_text(json.dumps(told))
+
+
 def gradients(out):
     """For each family, gradients through its blocks, plain and checkpointed, as differences of the loss would have them."""
     from in_comfyui import pack

@@ -28,6 +28,14 @@ def test_gradients_of_families_that_learn_are_those_of_differences(found):
     assert all(isinstance(slope, str) or slope > 1e-3 for slope in refused.values()), refused
 
 
+def test_captions_of_several_lengths_are_learnt_apart(found):
+    told = found("healing.data")
+    assert told["buckets"] == [[2, 5], [3, 7]] and told["kept apart"] == [True, True]
+    assert told["one, null of one length"] == 1
+    for case in ("both, null of one length", "one, null of another", "both, null of another"):
+        assert "encoded to different lengths" in told[case] and "leave null_caption unconnected" in told[case], case
+
+
 @pytest.fixture
 def small_flux(server, in_comfyui):
     path = server.base / "models" / "diffusion_models" / "healed_flux.safetensors"
@@ -100,6 +108,23 @@ def test_a_run_in_two_parts_is_the_run_in_one(server, small_flux):
     )
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert losses(server, "in one") == losses(server, "in two")
+
+
+def test_a_transformer_makes_its_own_data(server, small_flux):
+    made = {"teacher": ["whole", 0], "clip": ["teacher", 1], "prompts": "a cat, flat\ntwo red apples left of a cat, flat", "name": "of a flux",
+            "width": 64, "height": 64, "images_per_prompt": 2, "steps": 2, "guidance": 1.0, "seed": 0, "trajectory_states": 0,
+            "batch_size": 3}  # fmt: skip
+    graph = healed(
+        small_flux, "own data", latents=["data", 0], captions=["data", 1], null_caption=["data", 2], steps_per_queue=12
+    )
+    graph["data"] = {"class_type": "DistillTeacherDataset", "inputs": made}
+    result = server.run(graph)
+    assert result.succeeded, result.error
+    found = losses(server, "own data")
+    assert len(found) == 12 and sum(found[-3:]) < 0.8 * sum(found[:3])
+    graph["data"] = {"class_type": "DistillTeacherDataset", "inputs": made | {"guidance": 3.0, "prompts": "a dog, flat"}}
+    graph["heal"]["inputs"]["run_name"] = "own data guided"
+    assert server.run(graph).succeeded
 
 
 def test_what_cannot_be_taught_says_why(server, small_flux):

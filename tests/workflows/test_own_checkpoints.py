@@ -90,10 +90,10 @@ def run_short(server, tmp_path):
                 names += [name] + ["after"] * bool(options and options[0].get("control_after_generate"))
         return names
 
-    def run_it(name, change=lambda graph: graph):
+    def run_it(name, change=lambda graph: graph, **shorter):
         graph = change(json.loads((WORKFLOWS / f"{name}.json").read_text()))
         for node in graph["nodes"]:
-            for changed, value in SHORT.get(node["type"], {}).items():
+            for changed, value in (SHORT.get(node["type"], {}) | shorter.get(node["type"], {})).items():
                 node["widgets_values"][values_of(node).index(changed)] = value
         (tmp_path / f"{name}.json").write_text(json.dumps(graph))
         run(tmp_path / f"{name}.json", server)
@@ -145,13 +145,35 @@ def test_a_flux_with_fewer_blocks(run_short, server, in_comfyui):
     assert drawn[0].shape == drawn[1].shape == (1, 16, 8, 8) and not torch.equal(*drawn)
 
 
+def test_a_z_image_cut_and_taught_again(run_short, server, in_comfyui):
+    """Three layers of true width, by which ComfyUI knows it."""
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    in_comfyui("cutting.write_small", folder)
+    (folder / "small_z_image.safetensors").rename(folder / "z_image_turbo_bf16.safetensors")
+    plan = {"plan": "keep layer 0,2"}
+    run_short(
+        "heal_z_image",
+        without_text_encoders_and_vae,
+        DistillPruneTransformerBlocks=plan,
+        DistillTrainStep={"total_steps": 2, "lora_rank": 2},
+        DistillRecipe={"weight_dtype": "fp32", "optimizer": "adamw"},
+    )
+    (saved,) = (server.output / "diffusion_models").glob("z_image_small_healed_*.safetensors")
+    assert open_network(saved).architecture.depths == {"layer": 2}
+    drawn = [load_file(newest(server, f"row_{row}_*.latent"))["latent_tensor"] for row in range(3)]
+    assert {latent.shape for latent in drawn} == {(1, 16, 8, 8)} and not torch.equal(drawn[0], drawn[1])
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def without_text_encoders_and_vae(graph):
     """The graph with the demo's text encoder in place of Flux's, and latents saved in place of pictures."""
     nodes = {node["id"]: node for node in graph["nodes"]}
     gone = {node["id"] for node in graph["nodes"] if node["type"] in ("VAELoader", "SaveImage")}
-    rows = iter(("row_0", "row_1"))
+    rows = iter(("row_0", "row_1", "row_2"))
     for node in nodes.values():
-        if node["type"] == "DualCLIPLoader":
+        if node["type"] in ("DualCLIPLoader", "CLIPLoader"):
             kinds = ("MODEL", "CLIP", "VAE", "LATENT", "CONDITIONING")
             outputs = [{"name": kind, "type": kind, "links": []} for kind in kinds]
             outputs[1]["links"] = node["outputs"][0]["links"]

@@ -25,7 +25,9 @@ _CONFIG, _QUANTISATION = "config", "_quantization_metadata"
 class TransformerFile:
     """A transformer on disk, described by its header; weights are read on demand, and as they are stored."""
 
-    advice: ClassVar[str] = "Its images suffer, and transformers cannot be distilled here yet: look at them before you keep it."
+    advice: ClassVar[str] = (
+        "Its images suffer: look at them before you keep it. In ComfyUI, Distill Train Step teaches students of several families."
+    )
     """What to do with a student."""
     path: Path
     prefix: str

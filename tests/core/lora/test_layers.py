@@ -16,7 +16,7 @@ from distill_core.pruning.plan import preset
 from ...students import student_of
 
 pytest.importorskip("peft")
-from distill_core.lora.layers import ATTENTION, Lora, attach, turn_on  # noqa: E402
+from distill_core.lora.layers import ATTENTION, Lora, attach, trained_shapes, turn_on  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,13 @@ def filled(lora):
 @pytest.fixture(scope="module", params=["bk-sdm-base", "bk-sdm-tiny"])
 def student(request, small_teacher):
     return student_of(small_teacher, preset(request.param))
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, ("*",)], ids=["attention", "everything"])
+def test_what_a_lora_will_train_is_known_before(targets, student):
+    expected = trained_shapes(student, 3, targets)
+    found = [parameter.shape for parameter in Lora(copied(student), rank=3, targets=targets).parameters().values()]
+    assert sorted(map(tuple, expected)) == sorted(map(tuple, found)) and len(expected) > 8
 
 
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
