@@ -90,9 +90,9 @@ def candidates(teacher: Transformer, settings: Settings) -> list[Run]:
         for length in range(2, settings.longest_run + 1):
             found += [Run(path, tuple(free[start : start + length])) for start in range(len(free) - length + 1)]
     if not found:
+        lists = ", ".join(f"{word} {numbers}" for word, numbers in teacher.describe_lists().items())
         raise ValueError(
-            f"no list of blocks of this {teacher.title} has two that may be folded ({teacher.describe_lists()}); let fewer stay "
-            "at the ends"
+            f"this {teacher.title} ({lists}) has no two blocks in a row that may be folded; let fewer stay at the ends"
         )
     return found
 
