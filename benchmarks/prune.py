@@ -1,9 +1,9 @@
 """Pruning and inspecting checkpoints of real size: ``python benchmarks/prune.py``, or with names such as ``"Z-Image"``.
 
 SDXL needs 13 GB of disk; a transformer the size of its file and twice that of its student, and a ComfyUI, which tells its shape
-(`tests/comfyui.py`). Memory is the peak of the process that does it; time is compared with a plain copy of the student's
-bytes, made in the same run, on the same disk, read from it, and flushed to it as the student is. Writes ``results/prune.md``; with names,
-``results/prune_transformers.md``.
+(`tests/comfyui.py`). Memory is the peak of the process that does it; time is compared with a plain copy of as many bytes of the
+same file, made in the same run, read from the disk and flushed to it as the student is, the two taking turns to be first. Writes
+``results/prune.md``; with names, ``results/prune_transformers.md``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ PRESETS = {
     "Z-Image": "z-image-small",
     "Qwen-Image": "qwen-image-13b",
     "Wan 14B": "wan-40-small",
+    "Wan 2.2 5B": "wan-30-small",
     "SD3.5 large": "sd35-large-small",
     "SD3.5 medium": "sd35-medium-small",
     "Lumina 2": "keep layer 0-9,11,14,17,19-25",
@@ -40,6 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(PRESETS)}; none: {SDXL}")
     parser.add_argument("--rounds", type=int, default=5, help="in turn (default: %(default)s)")
+    parser.add_argument(
+        "--plan", help="another plan for all of them, where the disk has no room for the usual student and its copy"
+    )
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     lines = [
@@ -48,29 +51,39 @@ def main() -> None:
     ]
     out = RESULTS / ("prune_transformers.md" if arguments.names else "prune.md")
     for name in arguments.names or [SDXL]:
-        lines += _rows(name, arguments.rounds)
+        lines += _rows(name, arguments.plan or ("ssd-1b" if name == SDXL else PRESETS[name]), arguments.rounds)
         note = f"Medians of {arguments.rounds} rounds in turn; seconds include starting Python."
         out.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")  # as each ends: later ones may find no room
     print(out.read_text(encoding="utf-8"), end="")
 
 
-def _rows(name: str, rounds: int) -> list[str]:
-    plan = "ssd-1b" if name == SDXL else PRESETS[name]
-    how = ["--plan", plan] if plan.startswith("keep ") else ["--preset", plan]
+def _rows(name: str, plan: str, rounds: int) -> list[str]:
+    how = ["--plan", plan] if plan.startswith(("keep ", "fold ")) else ["--preset", plan]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         teacher, student, copy = (folder / f"{kind}.safetensors" for kind in ("teacher", "student", "copy"))
         # In a process of its own: a child's peak memory begins with that of its parent.
         subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher)], check=True)
-        prune, plain, inspect = [], [], []
-        for _ in range(rounds):
+        prune: list[tuple[float, int]] = []
+        plain: list[float] = []
+        inspect: list[tuple[float, int]] = []
+        size = 0
+
+        def pruned() -> None:
+            nonlocal size
             student.unlink(missing_ok=True)
-            _forget(teacher)
             prune.append(_run("prune", teacher, student, *how))
-            _forget(student)
-            plain.append(_copy(student, copy))
+            size = student.stat().st_size
+
+        def copied() -> None:
+            plain.append(_copy(teacher, copy, size))
+
+        for number in range(rounds):  # what comes second may find in memory what the first has read
+            for work in (pruned, copied) if number % 2 == 0 else (copied, pruned):
+                _forget(teacher)
+                work()
             inspect.append(_run("inspect", teacher))
-        whole, size = teacher.stat().st_size, student.stat().st_size
+        whole = teacher.stat().st_size
     seconds, of_copy = statistics.median(s for s, _ in prune), statistics.median(plain)
     return [
         f"| `distill prune` {name} by {plan} | {size / 1e9:.2f} GB of {whole / 1e9:.2f} | {seconds:.1f} | {_peak(prune)} | "
@@ -103,10 +116,12 @@ def _forget(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _copy(source: Path, target: Path) -> float:
+def _copy(source: Path, target: Path, size: int) -> float:
+    """Seconds to copy the beginning of a file."""
     started = time.monotonic()
     with open(source, "rb") as read, open(target, "wb") as write:
-        shutil.copyfileobj(read, write, 8 << 20)
+        while (left := size - write.tell()) > 0:
+            write.write(read.read(min(left, 8 << 20)))
         write.flush()
         os.fsync(write.fileno())
     seconds = time.monotonic() - started
