@@ -258,7 +258,7 @@ def test_a_graph_analyses_cuts_and_saves(server, small_files):
     for changes, message in (
         ({"latents": ["noise", 0]}, "the latents are empty; connect images that the model should make well"),
         ({"saving": 0.9}, "of the parameters at most, not 90%; ask for less"),
-        ({"first_stay": 50}, "has no two blocks in a row that may be folded"),
+        ({"first_stay": 50, "last_stay": 50}, "has no two blocks in a row that may be folded"),
         ({"captions": ["two", 0]}, "there are 1 latents but 2 captions"),
         ({"model": ["teacher", 0]}, "this MODEL is a UNet (SD1.x-shaped"),
     ):
