@@ -125,9 +125,8 @@ def make_dataset(
 
     Each image depends only on its prompt, its number and the seed, not on the others. schedule: the teacher's. dtype: as in
     `CacheWriter`. one_length: the teacher cannot be asked for captions of different lengths at once. The teacher is loaded once
-    all prompts are encoded, so that it need not share memory with the encoders, and
-    only if there is something to generate. ``on_caption(done, total)`` is called after each batch of prompts,
-    ``on_item(done, total)`` before the first batch of images and after each. If it is interrupted or killed, finished
+    all prompts are encoded, so that it need not share memory with the encoders, and only if there is something to generate.
+    ``on_caption(done, total)`` is called after each batch of prompts, ``on_item(done, total)`` before the first batch of images and after each. If it is interrupted or killed, finished
     batches stay. ``ValueError`` without prompts.
     """
     check_range("batch_size", batch_size, BATCH)

@@ -9,7 +9,7 @@ from .architecture import TITLES as _OF_UNETS
 from .architecture import Architecture
 from .files import UNetFile, open_unet
 from .transformers.architecture import FAMILIES, Transformer
-from .transformers.files import TransformerFile, find_folder, find_transformer
+from .transformers.files import TransformerFile, find_transformer
 
 Network = Architecture | Transformer
 NetworkFile = UNetFile | TransformerFile
@@ -32,4 +32,4 @@ def open_network(path: Path | str) -> NetworkFile:
     Raises ``ValueError`` in one sentence if it does not exist, is damaged, or holds neither.
     """
     path = Path(path)
-    return find_folder(path) or (find_transformer(path) if path.is_file() else None) or open_unet(path)
+    return find_transformer(path) or open_unet(path)

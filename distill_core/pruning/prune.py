@@ -14,7 +14,6 @@ from ..networks.network import Network, NetworkFile, Same
 from ..networks.residuals import KEY as KEPT
 from ..networks.residuals import kept_in
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
-from ..networks.transformers.files import TransformerFolder
 from ..networks.transformers.precision import allows_fp16, note_on_fp16
 from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
 
@@ -114,7 +113,7 @@ def prune_file(
 
 def precision_note(teacher: NetworkFile, pruning: Pruning) -> str:
     """What a person must know of the precision that ComfyUI computes a student in; empty if it is the teacher's."""
-    if isinstance(teacher.architecture, Architecture) or isinstance(teacher, TransformerFolder):
+    if isinstance(teacher.architecture, Architecture):
         return ""
     before, after = (
         allows_fp16(network, weights)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.settings import SEEDS, check_settings, setting
-from ..diffusion.distance import squared_error
+from ..diffusion.distance import mean_square, squared_error
 from ..networks.transformers.architecture import Transformer, ranges
 from .folding import HEAD, TAIL, middle
 from .folding import runs as runs_by_place
@@ -172,7 +172,8 @@ def analyse(
 ) -> Analysis:
     """Scores of every run that may be folded; the network is only read.
 
-    network: the transformer, its lists of blocks under ComfyUI's names. ``on_part(done, total)`` is called before the first part and after each; an error it raises ends the measuring.
+    network: the transformer, its lists of blocks under ComfyUI's names. ``on_part(done, total)`` is called before the
+    first part and after each; an error it raises ends the measuring.
     """
     found = candidates(teacher, settings)
     of_run = settings.criterion == "output error"
@@ -202,7 +203,7 @@ def analyse(
 def _error(network: nn.Module, teacher: Transformer, predict: Predict, answer: Tensor, removed: Iterable[str]) -> float:
     with skipping_blocks(network, teacher, removed):
         other = predict()
-    return (squared_error(other, answer).mean() / squared_error(answer, torch.zeros_like(answer)).mean()).item()
+    return (squared_error(other, answer).mean() / mean_square(answer).mean()).item()
 
 
 def _sizes(teacher: Transformer) -> dict[str, int]:

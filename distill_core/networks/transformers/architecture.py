@@ -9,12 +9,12 @@ from functools import cached_property
 from math import prod
 
 from ..residuals import Kept, KeptBlocks, Rename
-from . import cosmos, flux, hunyuan, ltxv, lumina, others, qwen_image, sd3, wan
+from . import cosmos, flux, hidream, hunyuan, ltxv, lumina, others, qwen_image, sd3, wan
 from .family import BlockList, Family, Shape
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for module in (sd3, flux, hunyuan, lumina, qwen_image, wan, ltxv, cosmos, others)
+    for module in (sd3, flux, hunyuan, lumina, qwen_image, wan, ltxv, cosmos, hidream, others)
     for family in module.FAMILIES
 }
 """In the order they are tried."""

@@ -92,7 +92,7 @@ class Family:
             replace(blocks, path=blocks.diffusers or blocks.path, diffusers=blocks.path, last_swapped=None)
             for blocks in self.lists
         )
-        return replace(self, lists=tuple(lists), tables=self.diffusers_tables)
+        return replace(self, lists=tuple(lists), tables=self.diffusers_tables, spread=None)
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether a checkpoint is of this family. shapes: by names without a prefix."""

@@ -145,7 +145,7 @@ class TransformerFolder(TransformerFile):
         return {**super().describe(), "layout": f"diffusers ({self.config['_class_name']})"}
 
 
-def find_folder(path: Path) -> TransformerFolder | None:
+def _find_folder(path: Path) -> TransformerFolder | None:
     """The transformer of a diffusers folder; None if ``path`` is no such folder, or that of another network.
 
     path: of a pipeline, of its folder of the transformer, or of a file of weights in that. ``ValueError`` as `find_transformer`.
@@ -181,10 +181,12 @@ def find_folder(path: Path) -> TransformerFolder | None:
 
 
 def find_transformer(path: Path) -> TransformerFile | None:
-    """The transformer in a single file, read from its header; None if it holds none of a known family.
+    """The transformer in a single file or a diffusers folder, read from its header; None if it holds none of a known family.
 
     ``ValueError`` in one sentence if the file is damaged, its family cannot be cut, or blocks are incomplete.
     """
+    if (in_folder := _find_folder(path)) or not path.is_file():
+        return in_folder
     header = read_header(path)
     try:
         return _find(path, header)
@@ -237,8 +239,7 @@ def open_transformer(path: Path | str) -> TransformerFile:
 
     Raises ``ValueError`` in one sentence if it is damaged, or holds no transformer that can be cut.
     """
-    path = Path(path)
-    if (file := find_folder(path) or (find_transformer(path) if path.is_file() else None)) is None:
+    if (file := find_transformer(Path(path))) is None:
         raise ValueError(f"{path}: it contains no transformer of a known family")
     return file
 

@@ -1,36 +1,8 @@
-"""Families that need no more than a line, and those that are refused."""
+"""Families that need little more than a line."""
 
 from .family import BlockList, Family
 
 FAMILIES = (
-    Family(
-        "hidream",
-        "HiDream",
-        ("caption_projection.0.linear.weight",),
-        (
-            BlockList(
-                "double",
-                "double_stream_blocks",
-                "num_layers",
-                told_by="num_layers",
-                residuals="double",
-                streams=("image_tokens", "text_tokens"),
-            ),
-            BlockList(
-                "single",
-                "single_stream_blocks",
-                "num_single_layers",
-                least=1,
-                last_stays=True,  # its caption is where the text begins
-                told_by="num_single_layers",
-                residuals="single",
-                streams=("image_tokens",),
-            ),
-        ),
-        beside="caption_projection",
-        entries_in="llama_layers",
-        diffusers=("HiDreamImageTransformer2DModel",),
-    ),
     Family(
         "auraflow",
         "AuraFlow",
