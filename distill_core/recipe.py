@@ -186,7 +186,7 @@ class Recipe:
             samples=section(SampleSettings, "samples", table.get("samples", {})),
             experts=section(ExpertsSettings, "experts", table["experts"]) if "experts" in table else None,
         )
-        if not recipe.teachers and recipe.training.weighted_objective.uses_teacher:
+        if not recipe.teachers and recipe.training.uses_teacher:
             raise ValueError(f'{path}: teacher is missing; add [teacher], or use objective "task", which needs none')
         if not recipe.teachers and recipe.student.file is None:
             raise ValueError(f"{path}: [student] needs a file if there is no teacher")

@@ -56,6 +56,7 @@ class DistillationRecipe(io.ComfyNode):
                 setting_input("keep_checkpoints", advanced=True),
                 setting_input("keep_best", advanced=True),
                 setting_input("guidance", step=0.5, advanced=True, optional=True, more="Shared-Base LoRA has its own setting."),
+                setting_input("local_loss", advanced=True, optional=True),
             ],
             outputs=[RecipeSettings.Output(display_name="recipe", tooltip="For Distill Train Step.")],
         )

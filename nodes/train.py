@@ -21,7 +21,7 @@ from ..distill_core.lora.layers import without_lora
 from ..distill_core.networks.files import open_unet
 from ..distill_core.pruning.plan import NameMap, PruningPlan
 from ..distill_core.training.live import Live
-from ..distill_core.training.loop import Progress, check_lesson, check_trajectories, distill
+from ..distill_core.training.loop import NOTHING_FOLDED, Progress, check_lesson, check_trajectories, distill
 from ..distill_core.training.memory import Forecast
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.previews import Previews
@@ -29,7 +29,7 @@ from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import TrainingSettings
 from ..distill_core.training.teachers import Teachers
 from . import bridge
-from .inputs import data_inputs, learning_inputs, run_inputs, run_outputs
+from .inputs import data_inputs, learning_inputs, run_inputs, run_outputs, setting_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -82,6 +82,7 @@ class DistillTrainStep(io.ComfyNode):
                     tooltip="For transformers only, which learn by a LoRA on the weights they share with their teacher: its rank. Higher "
                     "learns more and needs more memory. The saved student has it merged.",
                 ),
+                setting_input("local_steps", optional=True, advanced=True),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The student as trained so far: an ordinary MODEL."),
@@ -195,8 +196,10 @@ class Healing:
         self.teacher, *others = teachers
         if others:
             raise ValueError("a transformer learns from one teacher, with which it shares its weights; disconnect the others")
-        self.student = student
-        self.settings = TrainingSettings(**settings, lora_rank=rank, lora_targets=("*",))
+        self.student, self.settings = student, TrainingSettings(**settings, lora_rank=rank, lora_targets=("*",))
+        if self.settings.weighted_objective.only_local:
+            stand_for_runs = tuple(f"{block}.*" for block in student.mapping_from(self.teacher).folded)
+            self.settings = replace(self.settings, lora_targets=stand_for_runs)
         self.plan: PruningPlan | None = None
 
     def check(self, folder: Path) -> None:
@@ -205,6 +208,8 @@ class Healing:
             raise ValueError(
                 "features of transformers cannot be compared yet; choose the objective output, or set feature_weight to 0 in the recipe"
             )
+        if self.settings.learns_locally and not self.student.mapping_from(self.teacher).folded:
+            raise ValueError(NOTHING_FOLDED)
         check_base_settings(self.settings)
         check_run(folder, self.settings, {})
         self.plan = self.student.plan_from(self.teacher)

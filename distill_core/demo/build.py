@@ -1,8 +1,8 @@
-"""Make the demo from two packages of emoji: pictures, autoencoder, judge, then teacher and text encoder together.
+"""Make the demo from two packages of emoji: pictures, autoencoder, judge, then its teachers, a UNet and a transformer.
 
 ``npm pack @iconify-json/noto@1.2.9 @iconify-json/fluent-emoji-flat@1.2.6`` fetches the packages;
 ``python -m distill_core.demo.build OUT --packages FOLDER`` draws and trains. Needs resvg-py. Some hours on two CPU
-cores: what is in OUT already is kept, and the teacher goes on from its last checkpoint.
+cores: what is in OUT already is kept, and a teacher goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,53 +11,29 @@ import argparse
 import io
 import json
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import trange
 
 from ..base.storage import atomic
-from ..diffusion.denoiser import DiffusersDenoiser
-from ..diffusion.schedule import scaled_linear
-from ..networks.architecture import Architecture
-from ..networks.files import save_unet
-from ..training.ema import EMA
-from ..training.optim import Optimizer
-from ..training.weighting import example_weights
 from . import files
 from .autoencoder import ScenesAutoencoder
 from .drawing import EMOJI_PX, PER_ROW, as_images, draw_all
-from .grammar import OBJECTS, STYLES, random_scenes, tokenize
+from .grammar import OBJECTS, STYLES, random_scenes
 from .judge import NOT_ASKED, ScenesJudge, asked_of
-from .teacher import DATA_SEED, latents_of
-from .text import CONTEXT_WIDTH, ScenesTextEncoder
+from .teaching import build_transformer, build_unet, save_half
 
 PACKAGES = {"flat": "iconify-json-fluent-emoji-flat-*.tgz", "shaded": "iconify-json-noto-*.tgz"}
 """Files of the packages by style."""
 ICONS = {"apple": "red-apple", "cake": "birthday-cake", "bee": "honeybee", "tree": "deciduous-tree", "car": "automobile",
          "train": "locomotive", "boat": "sailboat", "lamp": "light-bulb", "book": "closed-book", "gift": "wrapped-gift"}  # fmt: skip
 """Their names of objects that are named otherwise here."""
-UNET_CONFIG = dict(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    layers_per_block=2,
-    block_out_channels=(64, 64, 64),
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=CONTEXT_WIDTH,
-    attention_head_dim=(2, 2, 2),  # the number of heads, despite its name: 32 channels each
-)
-"""A small SD1.x: three levels, the innermost without attention, two layers per level, one mid block."""
 BATCH_SIZE = 64
-CAPTION_DROPOUT = 0.1
-DECAY_SHARE = 0.25
-"""The learning rate of the teacher is constant, and falls to 0 in this share of the steps at the end."""
 
 
 # --- emoji ----------------------------------------------------------------------------------------------------------
@@ -117,7 +93,7 @@ def build_autoencoder(path: Path, *, num_steps: int, seed: int = 0) -> None:
         latents = autoencoder.encoder(as_images(pixels[:2000]))
     autoencoder.mean.copy_(latents.mean((0, 2, 3)).reshape(4, 1, 1))
     autoencoder.std.copy_(latents.std((0, 2, 3)).reshape(4, 1, 1))
-    _save(path, autoencoder)
+    save_half(path, autoencoder.state_dict())
 
 
 def finish_decoder(path: Path, *, num_steps: int, seed: int = 0) -> None:
@@ -138,7 +114,7 @@ def finish_decoder(path: Path, *, num_steps: int, seed: int = 0) -> None:
         _descend(loss, optimizer, autoencoder.decoder)
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}")
-    _save(path, autoencoder)
+    save_half(path, autoencoder.state_dict())
 
 
 def _loss_of_decoder(autoencoder: ScenesAutoencoder, latents: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -165,7 +141,7 @@ def build_judge(path: Path, *, num_steps: int, num_held_out: int = 2000, seed: i
     judge.eval()
     right = judge.agrees(as_images(pixels[:num_held_out]), scenes[:num_held_out])
     print(f"reads {right.float().mean():.2%} of {num_held_out} unseen pictures whole")
-    _save(path, judge)
+    save_half(path, judge.state_dict())
 
 
 def _random_batch(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -180,125 +156,11 @@ def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, network: nn.Module)
     optimizer.step()
 
 
-def _save(path: Path, network: nn.Module) -> None:
-    halves = {
-        name: value.half().contiguous() if value.is_floating_point() else value for name, value in network.state_dict().items()
-    }
-    with atomic(path, overwrite=True) as made:
-        save_file(halves, made)
-
-
-# --- teacher and text encoder ---------------------------------------------------------------------------------------
-
-
-class _Teaching:
-    """Teacher and text encoder while they are trained: everything the next step needs, on disk and back."""
-
-    def __init__(self, file: Path, *, num_steps: int, learning_rate: float = 1e-3, seed: int = 0):
-        from diffusers import UNet2DConditionModel
-
-        torch.manual_seed(seed)
-        self.file, self.num_steps, self.learning_rate, self.done = file, num_steps, learning_rate, 0
-        self.unet, self.text = UNet2DConditionModel(**UNET_CONFIG), ScenesTextEncoder()
-        networks = {"unet": self.unet, "text": self.text}
-        self.weights: dict[str, nn.Parameter] = {
-            f"{name}.{path}": weight for name, network in networks.items() for path, weight in network.named_parameters()
-        }
-        self.optimizer = Optimizer("adamw", self.weights, learning_rate=learning_rate, weight_decay=1e-3)
-        self.average = EMA(self.weights, 0.9995)
-        if file.exists():
-            self._load()
-
-    def rate(self) -> float:
-        return self.learning_rate * min(1, (self.done + 1) / 300, (self.num_steps - self.done) / (DECAY_SHARE * self.num_steps))
-
-    def update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-        self.optimizer.step(self.rate())
-        self.done += 1
-        self.average.update(self.weights, self.done)
-
-    def save(self) -> None:
-        state, rest = self.optimizer.state()
-        parts = {
-            "weights": {name: weight.detach() for name, weight in self.weights.items()},
-            "average": self.average.weights,
-            "state": state,
-        }
-        tensors = {f"{part} {name}": tensor.contiguous() for part, named in parts.items() for name, tensor in named.items()}
-        with atomic(self.file, overwrite=True) as made:
-            save_file(tensors, made, metadata={"done": str(self.done), "rest": json.dumps(rest)})
-
-    def _load(self) -> None:
-        from safetensors import safe_open
-
-        with safe_open(self.file, "pt") as opened:
-            metadata = opened.metadata()
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "state": {}}
-        for key, tensor in load_file(self.file).items():
-            part, name = key.split(" ", 1)
-            parts[part][name] = tensor
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(parts["weights"][name])
-        self.average.load(parts["average"])
-        self.optimizer.load(parts["state"], json.loads(metadata["rest"]))
-        self.done = int(metadata["done"])
-
-    def use_average(self) -> None:
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(self.average.weights[name])
-
-
-def build_teacher(out: Path, *, num_steps: int, num_scenes: int = 80_000, save_every_steps: int = 500) -> None:
-    teaching, schedule = _Teaching(out / "teaching.safetensors", num_steps=num_steps), scaled_linear()
-    latents, tokens = _cached_latents(out, num_scenes)
-    progress = trange(teaching.done, num_steps, desc="teacher", initial=teaching.done, total=num_steps, mininterval=10)
-    mean_loss = None
-    for step in progress:
-        generator = torch.Generator().manual_seed(step)
-        pick = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
-        token_ids = tokens[pick]
-        token_ids[torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT] = 0
-        x0, t = latents[pick], torch.randint(schedule.num_timesteps, (BATCH_SIZE,), generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        error = teaching.unet(schedule.add_noise(x0, eps, t), t, teaching.text(token_ids)).sample - eps
-        # Without weights, the large errors at low noise hide the small ones at high noise, which sampling amplifies most.
-        loss = (example_weights("min-snr", "eps", schedule, t) * error.square().flatten(1).mean(1)).mean()
-        teaching.update(loss)
-        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
-        progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-        if teaching.done % save_every_steps == 0:
-            teaching.save()
-    teaching.use_average()
-    export(teaching, out)
-
-
-def _cached_latents(out: Path, num_scenes: int) -> tuple[Tensor, Tensor]:
-    """Latents (N, 4, 8, 8) of scenes that are trained on, kept in a file, and the token ids of their captions (N, 10)."""
-    file, scenes = out / "latents.safetensors", random_scenes(num_scenes, DATA_SEED)
-    if not file.exists():
-        with atomic(file) as made:
-            save_file({"latents": latents_of(scenes, DATA_SEED, ScenesAutoencoder.bundled())}, made)
-    return load_file(file)["latents"], torch.tensor([tokenize(scene.caption) for scene in scenes])
-
-
-def export(teaching: _Teaching, out: Path) -> None:
-    _save(out / "text_encoder.safetensors", teaching.text)
-    architecture = Architecture.from_state_dict(teaching.unet.state_dict(), head_channels=32)
-    weights: Mapping[str, Tensor] = DiffusersDenoiser(network=teaching.unet, architecture=architecture).named_parameters()
-    metadata = {"modelspec.title": "Distill demo teacher: scenes of emoji"}
-    save_unet(out / "teacher.safetensors", weights, architecture, dtype="fp16", metadata=metadata)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--packages", type=Path, default=Path("."), help="folder of the two packages (default: the current one)")
-    parser.add_argument("--steps", type=int, default=12_000, help="training steps of the teacher (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12_000, help="training steps of each teacher (default: %(default)s)")
     arguments = parser.parse_args()
     out = files.DATA = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -310,7 +172,9 @@ def main() -> None:
     if not (path := out / "judge.safetensors").exists():
         build_judge(path, num_steps=4000)
     if not (out / "teacher.safetensors").exists():
-        build_teacher(out, num_steps=arguments.steps)
+        build_unet(out, num_steps=arguments.steps)
+    if not (out / "transformer.safetensors").exists():
+        build_transformer(out, num_steps=arguments.steps)
 
 
 if __name__ == "__main__":

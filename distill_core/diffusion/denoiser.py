@@ -105,6 +105,11 @@ class Denoiser:
         return frozenset()
 
     @property
+    def runs(self) -> Mapping[str, tuple[str, str]]:
+        """Blocks of the network that stand for a run of blocks when it skips those -> the first and the last of the run."""
+        return {}
+
+    @property
     def running(self) -> Callable[..., Any]:
         """What is called to predict."""
         return self.network if self.forward is None else self.forward

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CHART_WIDTH_IN = 9.5
 TIMESTEPS, LEAST_DISTANCE = 1000, 1e-12
 REMOVED_COLOR, KEPT_COLOR = "#e45756", "#9ecae9"
-TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "total": "#333333"}
+TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "local": "#b279a2", "total": "#333333"}
 
 
 def figure(width_in: float, height_in: float) -> Figure:
@@ -59,10 +59,9 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
 
 def draw_losses(axes: Axes, metrics: Sequence[Mapping[str, float]]) -> None:
     """Draw each loss term over the steps on a log scale: every step faint, the smoothed curve bold."""
-    steps = [row["step"] for row in metrics]
     for term, color in TERM_COLORS.items():
-        if metrics and term in metrics[0]:
-            values = [row[term] for row in metrics]
+        if measured := [(row["step"], row[term]) for row in metrics if term in row]:
+            steps, values = zip(*measured, strict=True)
             axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
             axes.plot(steps, smooth(values, len(values) // 40), color=color, label=term, linewidth=1.8)
     axes.set(xlabel="step", ylabel="loss", yscale="log")

@@ -92,7 +92,7 @@ def training_cost(
             for step in range(WARM_UPS):
                 loop.step(step)
             # What stays between steps is not new memory of a step.
-            networks = [student, teachers.at(WARM_UPS)] if loop.objective.uses_teacher else [student]
+            networks = [student, teachers.at(WARM_UPS)] if loop.settings.uses_teacher else [student]
             weights = {weight for denoiser in networks for weight in denoiser.network.parameters()}
             lasting = [
                 tensor

@@ -173,6 +173,8 @@ class NameMap:
     table: Mapping[str, str]
     removed: frozenset[str]
     """Teacher blocks that are removed, including resampling layers that the new shape no longer needs."""
+    folded: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Teacher block that stays for a whole run of blocks -> the first and the last of the run."""
 
     @classmethod
     def identity(cls, architecture: Network) -> NameMap:
@@ -218,8 +220,8 @@ def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
     removed = set().union(*(_matching(pattern, teacher, plan.name) for pattern in plan.remove))
     for pattern, kept in plan.keep.items():
         removed |= _thinned(pattern, kept, teacher, plan.name)
-    for stack, runs in folded(teacher, plan).items():
-        removed |= {f"{stack}.{number}" for run in runs for number in run if number != middle(run)}
+    runs = [(stack, run) for stack, of_stack in folded(teacher, plan).items() for run in of_stack]
+    removed |= {f"{stack}.{number}" for stack, run in runs for number in run if number != middle(run)}
     if not removed:
         raise ValueError(f"{plan.name} removes nothing from this {teacher.kind}: it keeps all transformer blocks; remove some")
     try:
@@ -228,7 +230,8 @@ def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
         teacher.check_kept(stays.apply(teacher.shapes))  # under the teacher's names, for the messages
     except ValueError as error:
         raise ValueError(f"{plan.name} {error}") from error
-    return NameMap(teacher.renumbered(teacher.blocks - removed), frozenset(removed))
+    stand_for = {f"{stack}.{middle(run)}": (f"{stack}.{run[0]}", f"{stack}.{run[-1]}") for stack, run in runs}
+    return NameMap(teacher.renumbered(teacher.blocks - removed), frozenset(removed), stand_for)
 
 
 def folded(teacher: Network, plan: PruningPlan) -> dict[str, list[list[int]]]:

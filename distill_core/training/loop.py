@@ -25,8 +25,9 @@ from ..networks.architecture import Architecture
 from ..pruning.plan import NameMap, PruningPlan, name_map
 from .ema import EMA
 from .exports import trained
+from .local import local_terms
 from .memory import MemorySettings, changes
-from .objective import Outputs
+from .objective import Objective, Outputs
 from .optim import Optimizer
 from .previews import Previews
 from .processes import ALONE, Processes
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("distill")
 NUM_TIMESTEP_BINS = 10
 MAX_VALIDATION_BATCHES = 8
+NOTHING_FOLDED = (
+    "the student's plan folds no run of blocks, so none can learn by itself; fold some, as in the plan 'fold single 5-7', or set "
+    "local_steps to 0 and choose the objective output"
+)
 PUBLISHED_EXAMPLES, PUBLISHED_EPOCHS = 212_776, 60  # BK-SDM: 50,000 steps of batch 256
 
 
@@ -151,7 +156,7 @@ class Training:
         settings = run.settings
         self.run, self.settings, self.student, self.teachers = run, settings, student, teachers
         self.plan, self.dataset, self.processes = plan, dataset, processes
-        self.objective = settings.weighted_objective
+        self.objective = settings.weighted_objective  # after the local steps
         if student.noise_levels is None:  # otherwise the caller has checked the model already
             check_trainable(student.architecture, student.sampling)
         if settings.guidance != 1 and dataset.null is None:
@@ -174,7 +179,7 @@ class Training:
         network, settings = self.student.network, self.settings
         if settings.weight_dtype == "bf16":
             nn.Module.to(network, torch.bfloat16)  # diffusers' own `to` warns about modules to keep in fp32; there are none
-        if self.objective.uses_teacher:
+        if self.settings.uses_teacher:
             # Load it first: if it shares the student's network, loading freezes the weights that are trained.
             teacher = self.teachers.at(self.run.step)
             if not self.run.step:
@@ -201,7 +206,7 @@ class Training:
             )
             self.average = EMA(self.parameters, settings.ema_decay) if settings.ema_decay else None
             self._restore()
-            self.layers = self._feature_layers(self.teachers.at(self.done)) if self.objective.uses_teacher else {}
+            self.layers = self._feature_layers(self.teachers.at(self.done)) if settings.uses_teacher else {}
             self._ours = stack.enter_context(tap(self.student, self.layers.values()))
             try:
                 yield
@@ -216,6 +221,8 @@ class Training:
         if self.student.schedule != teacher.schedule:
             raise ValueError("teacher and student must use the same noise schedule; give both the same sampling settings")
         _check_belong_together(self.student, teacher)
+        if self.settings.learns_locally and not self.student.runs:
+            raise ValueError(NOTHING_FOLDED)
         if not self.objective.feature:
             return {}
         mapping = name_map(teacher.architecture, self.plan) if self.plan else NameMap.identity(teacher.architecture)
@@ -229,7 +236,9 @@ class Training:
     def columns(self, step: int) -> list[str]:
         """Names of all metrics, in order."""
         layers = [f"feature/{name}" for name in self.layers.values()]
-        losses = [name for name in ("task", "output") if self.objective.weights[name]] + ["feature"] * bool(layers)
+        layers += [f"local/{block}" for block in self.student.runs if self.settings.learns_locally]
+        losses = [name for name in ("task", "output") if self.objective.weights[name]]
+        losses += dict.fromkeys(name.split("/")[0] for name in layers)
         extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.scaler.is_enabled()
         validation = ["validation"] * bool(self.settings.validate_every_steps)
         return ["step", "lr", "total", *losses, "norm", *extra, *validation, *layers, *self._bins]
@@ -255,7 +264,7 @@ class Training:
             start = (i * self.processes.count + self.processes.rank) * size
             part = batch.part(slice(start, start + size))
             with self.processes.accumulating(self.student, more=i + 1 < parts):
-                terms, total = self.losses(part, step)
+                terms, total = self.losses(part, step, self.settings.objective_at(step))
                 self.scaler.scale(total.mean() / parts).backward()
             measured.append({"total": total.detach(), **{name: value.detach() for name, value in terms.items()}})
         del terms, total
@@ -295,23 +304,26 @@ class Training:
         seed = generator(self.settings.seed, step, "rounding").initial_seed()
         return torch.Generator(self.student.device).manual_seed(seed)
 
-    def losses(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, batch: Batch, step: int, objective: Objective) -> tuple[dict[str, Tensor], Tensor]:
         """Every term of the loss, and the weighted loss of each example, (B,) each."""
         student, device = self.student, self.student.device
         x0, eps, x_t, t, context = (tensor.to(device, non_blocking=True) for tensor in batch[:5])
         kind, coefficients = prediction(student.prediction), student.schedule.at(batch.t, x0)
         scale = self.settings.guidance if batch.scale is None else batch.scale
         self._put_on(None if batch.scale is None else (batch.scale - 1) / (self.settings.guidance - 1))
-        inputs = x_t, t, context, batch.label
-        from_teacher = self._teach(step, inputs, scale) if self.objective.uses_teacher else None
-        outputs = student_outputs(student, self._ours, inputs, self.layers, self.autocast)
-        if self.done == 0:
-            for name, feature in outputs.features.items():
-                if torch.is_grad_enabled() and not feature.requires_grad:
-                    raise RuntimeError(f"feature layer {name} has no gradient, so its loss would train nothing")
-        terms = self.objective.terms(kind.target(x0, eps, coefficients), outputs, from_teacher)
+        inputs, terms = (x_t, t, context, batch.label), dict[str, Tensor]()
+        if objective.local:
+            terms = local_terms(student, self.teachers.at(step), inputs, objective.feature_loss, self.autocast)
+        if not objective.only_local:
+            from_teacher = self._teach(step, inputs, scale) if objective.uses_teacher else None
+            outputs = student_outputs(student, self._ours, inputs, self.layers, self.autocast)
+            if self.done == 0:
+                for name, feature in outputs.features.items():
+                    if torch.is_grad_enabled() and not feature.requires_grad:
+                        raise RuntimeError(f"feature layer {name} has no gradient, so its loss would train nothing")
+            terms |= objective.terms(kind.target(x0, eps, coefficients), outputs, from_teacher)
         weights = example_weights(self.settings.weighting, student.prediction, student.schedule, t, self.settings.snr_gamma)
-        return terms, weights * self.objective.total(terms)
+        return terms, weights * objective.total(terms)
 
     def _teach(self, step: int, inputs: StepInputs, scale: float | Tensor) -> Outputs:
         """The outputs of the teacher of a step."""
@@ -333,8 +345,10 @@ class Training:
         *means, norm = torch.cat([table.mean(1), table[0], norm.reshape(1).float()]).tolist()
         means, totals = means[: len(names)], means[len(names) :]
         values = dict(zip(names, means, strict=True))
-        layers = {name: value for name, value in values.items() if name.startswith("feature/")}
-        summed = {"feature": sum(layers.values())} if layers else {}
+        summed: dict[str, float] = {}
+        for name, value in values.items():
+            if (term := name.split("/")[0]) != name:
+                summed[term] = summed.get(term, 0) + value
         bins: dict[str, list[float]] = {}
         for timestep, total in zip(t.tolist(), totals, strict=True):
             bins.setdefault(self._bins[timestep * len(self._bins) // self.student.schedule.num_timesteps], []).append(total)
@@ -344,7 +358,11 @@ class Training:
         """Raise ``FloatingPointError`` naming the term and block; the loss scaler handles gradients that overflow."""
         way_out = "start a new run with a lower learning rate"
         if not math.isfinite(values["total"]):
-            terms = ((n, v) for n, v in values.items() if n not in ("total", "feature", "norm") and not n.startswith("timesteps"))
+            terms = (
+                (n, v)
+                for n, v in values.items()
+                if n not in ("total", "feature", "local", "norm") and not n.startswith("timesteps")
+            )
             culprit = next((name for name, value in terms if not math.isfinite(value)), "total")
             self.sound = False  # the previous step damaged the weights; the last checkpoint stays
             raise FloatingPointError(
@@ -363,7 +381,7 @@ class Training:
         if not self._held_out:
             raise ValueError("validation_share holds out no example of this small dataset; raise it, or turn validation off")
         with self.exported():
-            totals = [self.losses(batch, step)[1] for batch in self._held_out]
+            totals = [self.losses(batch, step, self.objective)[1] for batch in self._held_out]
         return torch.cat(totals).mean().item()
 
     # --- exports and checkpoints
@@ -447,8 +465,10 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
     same: whether all teachers predict exactly what the student predicts before training. Such a student can still learn
     guidance; a LoRA or an expert for a range of timesteps can also learn the data, if the task loss counts.
     """
-    if not settings.weighted_objective.uses_teacher:
+    if not settings.uses_teacher:
         return
+    if settings.learns_locally and teacher:
+        raise ValueError("only folded blocks of transformers learn locally; set local_steps to 0 and choose another objective")
     if teacher and student and student.num_parameters > teacher.num_parameters:
         raise ValueError(
             f"student and teacher do not match: they are swapped, as the student has {student.num_parameters:,} parameters and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.distance import mean_square, squared_error
@@ -35,5 +36,15 @@ def normalised_feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return squared_error(student, teacher) / mean_square(teacher).clamp(min=1e-12)
 
 
-FEATURE_LOSSES: dict[str, Loss] = {"squared": feature_loss, "normalised": normalised_feature_loss}
-"""Feature losses by name."""
+def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of the tokens' directions, their mean: ``|s / |s| - t / |t||^2`` (PPCL, arXiv 2511.16156). (B, ..., D) each."""
+    student, teacher = (F.normalize(tokens.float(), dim=-1) for tokens in (student, teacher))
+    return squared_error(student, teacher) * teacher.shape[-1]
+
+
+FEATURE_LOSSES: dict[str, Loss] = {
+    "squared": feature_loss,
+    "normalised": normalised_feature_loss,
+    "directions": direction_loss,
+}
+"""Losses of features and hidden states by name."""

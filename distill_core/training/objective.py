@@ -34,8 +34,11 @@ class Objective:
     """Weight of the distance to the teacher's prediction."""
     feature: float = 0.0
     """Weight of the distance to the teacher's features, summed over layers."""
+    local: float = 0.0
+    """Weight of the distance of blocks to what the teacher makes, in the run of blocks they stand for, of the same hidden states; see
+    `local`."""
     feature_loss: str = "squared"
-    """How features are compared: a key of `losses.FEATURE_LOSSES`."""
+    """How features and hidden states are compared: a key of `losses.FEATURE_LOSSES`."""
     layers: str = "stages"
     """Where features are compared: a key of `feature_layers.FEATURE_LAYERS`."""
 
@@ -49,11 +52,16 @@ class Objective:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each loss by its name."""
-        return {"task": self.task, "output": self.output, "feature": self.feature}
+        return {"task": self.task, "output": self.output, "feature": self.feature, "local": self.local}
 
     @property
     def uses_teacher(self) -> bool:
-        return bool(self.output or self.feature)
+        return bool(self.output or self.feature or self.local)
+
+    @property
+    def only_local(self) -> bool:
+        """Whether nothing is compared but single blocks, so that a student as a whole does not run."""
+        return not (self.task or self.output or self.feature)
 
     def with_weights(self, *, task: float | None, output: float | None, feature: float | None) -> Objective:
         """A copy with other weights where they are given."""
@@ -106,6 +114,8 @@ OBJECTIVES = {
     "koala": Objective(task=1.0, output=1.0, feature=1.0, layers="self-attention"),
     # Zhang et al. 2024, arXiv 2404.11098
     "laptop-diff": Objective(task=1.0, output=1.0, feature=1.0, feature_loss="normalised"),
+    # blocks that stand for runs of blocks, each by itself (PPCL, arXiv 2511.16156)
+    "local": Objective(local=1.0, feature_loss="directions"),
     # only the teacher's output
     "output": Objective(output=1.0),
     # the same, guided (Golnari 2023, arXiv 2312.06899)

@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Metrics of each step of a run: ``step``, ``lr``, ``total``, ``task``, ``output``, ``feature``, and each feature layer.
+    """Metrics of each step of a run: ``step``, ``lr``, ``total``, ``task``, ``output``, ``feature``, ``local``, and each feature layer and local block.
 
     Also the gradient ``norm``, the mean total by timestep such as ``timesteps/0-99``, and ``validation``. Each row has only
     what was measured in its step. Empty if there are no metrics.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..base.precision import PRECISIONS
 from ..base.settings import BATCH, GUIDANCE, OR_NONE, SEEDS, SHARE, STEPS, check_settings, setting
 from ..data.dataset import TIMESTEPS, Drawing
+from .losses import FEATURE_LOSSES
 from .objective import OBJECTIVES, Objective
 from .optim import OPTIMIZERS
 from .weighting import UNWEIGHTED, WEIGHTINGS
@@ -30,13 +31,25 @@ class TrainingSettings:
         "bk-sdm",
         "What the student learns from. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: the same "
         "plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. laptop-diff: "
-        "features of equal weight. output: only the teacher's output, as for transformers. guidance: the same, with guidance. task: "
-        "plain fine-tuning without a teacher.",
+        "features of equal weight. output: only the teacher's output, as for transformers. local: each folded block by itself, for "
+        "transformers. guidance: the teacher's output, with guidance. task: plain fine-tuning without a teacher.",
         choices=OBJECTIVES,
     )
     task_weight: float | None = setting(None, "Weight of the loss against the images.", unset=_OWN, within=_WEIGHTS)
     output_weight: float | None = setting(None, "Weight of the distance to the teacher's output.", unset=_OWN, within=_WEIGHTS)
     feature_weight: float | None = setting(None, "Weight of the distance to the teacher's features.", unset=_OWN, within=_WEIGHTS)
+    local_steps: int = setting(
+        0,
+        "Steps at the beginning in which each folded block of a transformer learns by itself what its run of blocks does; the "
+        "objective takes over after them.",
+        within=OR_NONE,
+    )
+    local_loss: str = setting(
+        "directions",
+        "How a folded block is compared with its run. directions: each token's vector divided by its length, as in PPCL. normalised: "
+        "squared distance in parts of the teacher's square. squared: as it is.",
+        choices=FEATURE_LOSSES,
+    )
     weighting: str = setting(
         UNWEIGHTED,
         "Weight of each timestep in all losses. min-snr balances the timesteps and helps most runs; debiased gives high noise "
@@ -204,10 +217,26 @@ class TrainingSettings:
 
     @property
     def weighted_objective(self) -> Objective:
-        """The objective with the weights of these settings."""
-        return OBJECTIVES[self.objective].with_weights(
-            task=self.task_weight, output=self.output_weight, feature=self.feature_weight
-        )
+        """The objective with the weights of these settings, after the local steps."""
+        objective = OBJECTIVES[self.objective]
+        if objective.local:
+            objective = replace(objective, feature_loss=self.local_loss)
+        return objective.with_weights(task=self.task_weight, output=self.output_weight, feature=self.feature_weight)
+
+    def objective_at(self, step: int) -> Objective:
+        """What a step, counted from 0, learns from."""
+        if step < self.local_steps:
+            return replace(OBJECTIVES["local"], feature_loss=self.local_loss)
+        return self.weighted_objective
+
+    @property
+    def learns_locally(self) -> bool:
+        """Whether there are steps in which single blocks learn by themselves."""
+        return bool(self.local_steps or self.weighted_objective.local)
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.weighted_objective.uses_teacher or self.learns_locally
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -18,6 +18,13 @@ StepInputs = tuple[Tensor, Tensor, Tensor, Label | None]
 """x_t (B, C, H, W), t (B,), context (B, L, D) and the label, as for `Denoiser.__call__`."""
 
 
+def ask(denoiser: Denoiser, inputs: StepInputs) -> Tensor:
+    """The prediction of a network, in the precision it computes in."""
+    x_t, t, context, label = inputs
+    context = context.to(denoiser.dtype)
+    return denoiser(x_t.to(denoiser.dtype), t, context, label and label.to(context))
+
+
 @torch.no_grad()
 def teacher_outputs(
     teacher: Denoiser,
@@ -52,8 +59,6 @@ def student_outputs(
     autocast: AbstractContextManager,
 ) -> Outputs:
     """A student's prediction and its features. features: where its `tap` puts them; those of ``layers`` are removed."""
-    x_t, t, context, label = inputs
     with autocast:
-        context = context.to(student.dtype)
-        predicted = student(x_t.to(student.dtype), t, context, label and label.to(context))
+        predicted = ask(student, inputs)
     return Outputs(predicted, {name: features.pop(name) for name in layers.values()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,6 +71,10 @@ class ModelDenoiser(Denoiser):
     @property
     def skipped(self) -> frozenset[str]:
         return frozenset() if self.mapping is None else self.mapping.removed
+
+    @property
+    def runs(self) -> Mapping[str, tuple[str, str]]:
+        return {} if self.mapping is None else self.mapping.folded
 
     def _asked(self, x_t: Tensor, context: Tensor, label: Label | None) -> dict[str, Tensor]:
         """The conditions that the model family makes from captions."""

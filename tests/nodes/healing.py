@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 STEP = 1e-2
+WIDE_STEP = 0.05  # of losses that are computed in float32
 
 
 def data(out):
@@ -58,14 +59,123 @@ def gradients(out):
     Path(out).write_text(json.dumps(told))
 
 
-def _slopes(family, out_of_place, checkpointed):
-    """How far the gradient along a random direction is from the difference quotient, relative to it; None if there is no gradient."""
+def local(out):
+    """For each family that learns, the loss of a block that stands for a run, and its gradient, as plain computations have them.
+
+    Writes how far off they are, relative to them, and how many streams were compared.
+    """
+    from in_comfyui import pack
+    from small import SMALL
+
+    pack()
+    transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
+    told = {family: _local(family) for family in SMALL if transformers.FAMILIES[family].learns}
+    Path(out).write_text(json.dumps(told))
+
+
+def _local(family):
     import comfy.model_management
-    from small import asked, filled, model_of
-    from torch.utils.checkpoint import checkpoint
 
     core = importlib.import_module("pack.distill_core.diffusion.out_of_place")
-    denoisers = importlib.import_module("pack.distill_core.diffusion.denoiser")
+    healing = importlib.import_module("pack.distill_core.training.local")
+    shell, blocks, question = _asked_in_double(family)
+    names = [name for name in blocks if name.split(".")[0] == [*blocks][-1].split(".")[0]]  # of the last list
+    first, stays, last = names[0], names[1], names[2]
+    weights = [weight for weight in blocks[stays].parameters() if weight.ndim == 2]
+    random = torch.Generator().manual_seed(5)
+    directions = [torch.randn(weight.shape, generator=random, dtype=torch.float64) * 1e-2 for weight in weights]
+
+    class Asked:
+        """What is asked of a denoiser."""
+
+        dtype, runs = torch.float64, {stays: (first, last)}
+
+        def __call__(self, *_):
+            return shell.apply_model(**question)
+
+        def module(self, name):
+            return shell.diffusion_model.get_submodule(name)
+
+    def plain():
+        """By the network as it is, from copies of what its blocks are given and return."""
+        given, returned = [], []
+
+        def enter(module, args, named):
+            given.extend([_copied(args), _copied(named)])
+
+        hooks = [
+            blocks[first].register_forward_pre_hook(enter, with_kwargs=True),
+            blocks[last].register_forward_hook(lambda module, args, output: returned.append(_copied(output))),
+        ]
+        with torch.no_grad():
+            shell.apply_model(**question)
+            for hook in hooks:
+                hook.remove()
+            answer = blocks[stays](*given[0], **given[1])
+        pairs = [pair for pair in zip(_tensors(answer), _tensors(returned[0]), strict=True)]
+        found = [2 - 2 * torch.cosine_similarity(*pair, dim=-1) for pair in pairs]
+        return torch.stack([distance.flatten(1).mean(1) for distance in found]).mean(0), len(pairs)
+
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        expected, num_streams = plain()
+        with torch.enable_grad(), core.out_of_place(blocks.values()):
+            for weight in weights:
+                weight.requires_grad_(True)
+            inputs = torch.zeros(1), None, torch.zeros(1), None
+            (loss,) = healing.local_terms(Asked(), Asked(), inputs, "directions", contextlib.nullcontext()).values()
+            slopes = torch.autograd.grad(loss.sum(), weights, allow_unused=True)
+        along = sum((s * d).sum().item() for s, d in zip(slopes, directions, strict=True) if s is not None)
+        answers = {}
+        for sign in (1, -1):  # the block as a student's alone: what it is compared with must not move
+            answers[sign] = _moved_in_student(blocks[stays], weights, directions, sign * WIDE_STEP, Asked(), healing, core, blocks)
+        quotient = (answers[1] - answers[-1]) / (2 * WIDE_STEP)
+        value = ((loss.detach() - expected).abs() / expected.abs()).max().item()
+        return {"value": value, "slope": abs(along - quotient) / abs(quotient), "streams": num_streams}
+    finally:
+        comfy.model_management.in_training = before
+
+
+def _moved_in_student(block, weights, directions, by, asked, healing, core, blocks):
+    """The loss with a block's weights moved, in the student and not in the teacher."""
+
+    class Moved(type(asked)):
+        def module(self, name):
+            def run(*args, **named):
+                with torch.no_grad():
+                    for weight, direction in zip(weights, directions, strict=True):
+                        weight += by * direction
+                    try:
+                        return block(*args, **named)
+                    finally:
+                        for weight, direction in zip(weights, directions, strict=True):
+                            weight -= by * direction
+
+            return run
+
+    inputs = torch.zeros(1), None, torch.zeros(1), None
+    with core.out_of_place(blocks.values()):
+        (loss,) = healing.local_terms(Moved(), asked, inputs, "directions", contextlib.nullcontext()).values()
+    return loss.sum().item()
+
+
+def _copied(value):
+    if torch.is_tensor(value):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_copied, value))
+    return {key: _copied(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _tensors(value):
+    return [each for each in (value if isinstance(value, tuple) else (value,)) if each is not None]
+
+
+def _asked_in_double(family):
+    """A small network of a family in float64: its shell, its blocks by name, and the arguments to ask it by."""
+    from small import asked, filled, model_of
+
     transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
     shared_base = importlib.import_module("pack.nodes.bridge.shared_base")
     model = model_of(family, dtype=torch.float64)
@@ -73,14 +183,23 @@ def _slopes(family, out_of_place, checkpointed):
         filled(model.diffusion_model)
     shell = shared_base.twin(model)
     shapes = {name: tuple(weight.shape) for name, weight in shell.diffusion_model.state_dict().items()}
-    blocks = [
-        shell.diffusion_model.get_submodule(name)
-        for name in transformers.Transformer(transformers.FAMILIES[family], shapes).in_order
-    ]
+    names = transformers.Transformer(transformers.FAMILIES[family], shapes).in_order
     question = {
         key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for key, value in asked(shell).items()
     }
+    return shell, {name: shell.diffusion_model.get_submodule(name) for name in names}, question
+
+
+def _slopes(family, out_of_place, checkpointed):
+    """How far the gradient along a random direction is from the difference quotient, relative to it; None if there is no gradient."""
+    import comfy.model_management
+    from torch.utils.checkpoint import checkpoint
+
+    core = importlib.import_module("pack.distill_core.diffusion.out_of_place")
+    denoisers = importlib.import_module("pack.distill_core.diffusion.denoiser")
+    shell, by_name, question = _asked_in_double(family)
+    blocks = [*by_name.values()]
     random = torch.Generator().manual_seed(5)
     weights = [weight for block in blocks for name, weight in block.named_parameters() if weight.ndim == 2 and "norm" not in name]
     directions = [torch.randn(weight.shape, generator=random, dtype=torch.float64) * 1e-2 for weight in weights]

@@ -28,6 +28,14 @@ def test_gradients_of_families_that_learn_are_those_of_differences(found):
     assert all(isinstance(slope, str) or slope > 1e-3 for slope in refused.values()), refused
 
 
+def test_a_folded_block_is_compared_with_its_run_as_a_plain_computation_has_it(found):
+    told = found("healing.local")
+    assert told.keys() == {name for name, family in FAMILIES.items() if family.learns}
+    for family, off in told.items():
+        assert off["value"] < 1e-5 and off["slope"] < 1e-2, (family, off)
+    assert {family for family, off in told.items() if off["streams"] == 2} == {"qwen-image", "sd3"}
+
+
 def test_captions_of_several_lengths_are_learnt_apart(found):
     told = found("healing.data")
     assert told["buckets"] == [[2, 5], [3, 7]] and told["kept apart"] == [True, True]
@@ -66,10 +74,10 @@ def healed(name, run_name, **changes):
     }  # fmt: skip
 
 
-def losses(server, run_name):
+def losses(server, run_name, term="output"):
     rows = (server.output / "distill_runs" / run_name / "metrics.csv").read_text().splitlines()
-    place = rows[0].split(",").index("output")
-    return [float(row.split(",")[place]) for row in rows[1:]]
+    place = rows[0].split(",").index(term)
+    return [float(value) for row in rows[1:] if (value := row.split(",")[place])]
 
 
 def test_a_cut_transformer_is_taught_saved_and_opened_by_the_stock_loader(server, small_flux):
@@ -97,17 +105,39 @@ def test_a_cut_transformer_is_taught_saved_and_opened_by_the_stock_loader(server
     assert (server.base / "models" / "diffusion_models" / small_flux).read_bytes() == teacher
 
 
-def test_a_run_in_two_parts_is_the_run_in_one(server, small_flux):
+@pytest.mark.parametrize("how", [{}, {"local_steps": 8}, {"objective": "local"}], ids=["output", "local first", "local"])
+def test_a_run_in_two_parts_is_the_run_in_one(server, small_flux, how):
     for run_name, changes, times in (("in one", {"steps_per_queue": 12}, 1), ("in two", {}, 2)):
         for _ in range(times):
-            result = server.run(healed(small_flux, run_name, **changes))
+            result = server.run(healed(small_flux, f"{run_name} {len(str(how))}", **changes, **how))
             assert result.succeeded, result.error
     one, two = (
-        load_file(server.output / "distill_runs" / name / "checkpoints" / "00000012" / "lora.safetensors")
+        load_file(server.output / "distill_runs" / f"{name} {len(str(how))}" / "checkpoints" / "00000012" / "lora.safetensors")
         for name in ("in one", "in two")
     )
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert losses(server, "in one") == losses(server, "in two")
+    rows = {
+        name: (server.output / "distill_runs" / f"{name} {len(str(how))}" / "metrics.csv").read_text()
+        for name in ("in one", "in two")
+    }
+    assert rows["in one"] == rows["in two"]
+
+
+def test_folded_blocks_learn_locally_before_the_student_learns_as_a_whole(server, small_flux):
+    for run_name, how in (("local", {"objective": "local"}), ("local then whole", {"local_steps": 6})):
+        graph = healed(small_flux, run_name, steps_per_queue=12, **how)
+        result = server.run(graph)
+        assert result.succeeded, result.error
+    local = losses(server, "local", "local")
+    assert len(local) == 12 and sum(local[-3:]) < 0.9 * sum(local[:3])
+    assert losses(server, "local then whole", "local")[:6] == local[:6]
+    assert len(losses(server, "local then whole", "output")) == 6
+    of_blocks, of_all = (
+        load_file(server.output / "distill_runs" / name / "checkpoints" / "00000012" / "lora.safetensors")
+        for name in ("local", "local then whole")
+    )
+    assert {key.split(".")[2] for key in of_blocks} == {"1"} and {key.split(".")[1] for key in of_blocks} == {"single_blocks"}
+    assert of_blocks.keys() < of_all.keys()
 
 
 def test_a_transformer_makes_its_own_data(server, small_flux):
@@ -134,6 +164,8 @@ def test_what_cannot_be_taught_says_why(server, small_flux):
         ({"student": ["whole", 0]}, "the student has all blocks of its teacher, so there is nothing to learn"),
         ({"student": ["heal again", 0]}, "the student holds other weights than its teacher"),
         ({"teacher": ["prune", 0]}, "the student has all blocks of its teacher"),
+        ({"student": ["removed", 0], "objective": "local"}, "the student's plan folds no run of blocks"),
+        ({"student": ["removed", 0], "local_steps": 3}, "the student's plan folds no run of blocks"),
     ):
         graph = healed(small_flux, "refused", **changes)
         if "heal again" in str(changes):
@@ -142,6 +174,11 @@ def test_what_cannot_be_taught_says_why(server, small_flux):
                 "inputs": {"model1": ["prune", 0], "model2": ["prune two", 0], "ratio": 0.5},
             }
             graph["prune two"] = {
+                "class_type": "DistillPruneTransformerBlocks",
+                "inputs": {"model": ["whole", 0], "preset": "flux-mini", "plan": "keep double 1,2 single 1,2,4"},
+            }
+        if "removed" in str(changes):
+            graph["removed"] = {
                 "class_type": "DistillPruneTransformerBlocks",
                 "inputs": {"model": ["whole", 0], "preset": "flux-mini", "plan": "keep double 1,2 single 1,2,4"},
             }

@@ -78,6 +78,17 @@ def files(server, sd15):
 
 
 @pytest.fixture
+def diffusion_models(server):
+    """Where networks lie; what a test puts there, and nothing else, goes when it ends."""
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = {*folder.iterdir()}
+    yield folder
+    for path in {*folder.iterdir()} - before:
+        path.unlink()
+
+
+@pytest.fixture
 def run_short(server, tmp_path):
     known = server.get("object_info")
 
@@ -134,10 +145,8 @@ def test_half_an_sdxl(run_short, server):
     saved.unlink()
 
 
-def test_a_flux_with_fewer_blocks(run_short, server, in_comfyui):
-    folder = server.base / "models" / "diffusion_models"
-    folder.mkdir(parents=True, exist_ok=True)
-    in_comfyui("cutting.write_small_flux", folder / "flux1-dev.safetensors")
+def test_a_flux_with_fewer_blocks(run_short, server, in_comfyui, diffusion_models):
+    in_comfyui("cutting.write_small_flux", diffusion_models / "flux1-dev.safetensors")
     run_short("prune_flux", without_text_encoders_and_vae)
     (saved,) = (server.output / "diffusion_models").glob("flux_lite_*.safetensors")
     assert open_network(saved).architecture.depths == {"double": 2, "single": 3}
@@ -145,12 +154,10 @@ def test_a_flux_with_fewer_blocks(run_short, server, in_comfyui):
     assert drawn[0].shape == drawn[1].shape == (1, 16, 8, 8) and not torch.equal(*drawn)
 
 
-def test_a_z_image_cut_and_taught_again(run_short, server, in_comfyui):
+def test_a_z_image_cut_and_taught_again(run_short, server, in_comfyui, diffusion_models):
     """Three layers of true width, by which ComfyUI knows it."""
-    folder = server.base / "models" / "diffusion_models"
-    folder.mkdir(parents=True, exist_ok=True)
-    in_comfyui("cutting.write_small", folder)
-    (folder / "small_z_image.safetensors").rename(folder / "z_image_turbo_bf16.safetensors")
+    in_comfyui("cutting.write_small", diffusion_models)
+    (diffusion_models / "small_z_image.safetensors").rename(diffusion_models / "z_image_turbo_bf16.safetensors")
     plan = {"plan": "keep layer 0,2"}
     run_short(
         "heal_z_image",
@@ -163,8 +170,6 @@ def test_a_z_image_cut_and_taught_again(run_short, server, in_comfyui):
     assert open_network(saved).architecture.depths == {"layer": 2}
     drawn = [load_file(newest(server, f"row_{row}_*.latent"))["latent_tensor"] for row in range(3)]
     assert {latent.shape for latent in drawn} == {(1, 16, 8, 8)} and not torch.equal(drawn[0], drawn[1])
-    for path in folder.iterdir():
-        path.unlink()
 
 
 def without_text_encoders_and_vae(graph):

@@ -8,7 +8,7 @@ import { app } from "../../../scripts/app.js";
 import { bars, element, lines, short } from "./plot.js";
 
 const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainExperts: false };
-const TERMS = ["total", "task", "output", "feature", "validation"];
+const TERMS = ["total", "task", "output", "feature", "local", "validation"];
 const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the server
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
@@ -26,6 +26,7 @@ const TRANSLATED = {
     "task": "任务",
     "output": "输出",
     "feature": "特征",
+    "local": "局部",
     "validation": "验证",
     "step {0}": "第 {0} 步",
     "step {0} of {1}": "第 {0} 步，共 {1} 步",
@@ -84,6 +85,7 @@ const STYLE = `
 .distill-chart .series-task { --series: color-mix(in srgb, #3f7fe8 75%, var(--input-text)); }
 .distill-chart .series-output { --series: color-mix(in srgb, #e0651a 75%, var(--input-text)); }
 .distill-chart .series-feature { --series: color-mix(in srgb, #1f9d55 75%, var(--input-text)); }
+.distill-chart .series-local { --series: color-mix(in srgb, #b5179e 75%, var(--input-text)); }
 .distill-chart .series-validation { --series: color-mix(in srgb, #9560e8 75%, var(--input-text)); }
 `;
 
