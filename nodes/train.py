@@ -19,7 +19,8 @@ from ..distill_core.data.dataset import Dataset
 from ..distill_core.evaluation import plots
 from ..distill_core.lora.layers import without_lora
 from ..distill_core.networks.files import open_unet
-from ..distill_core.pruning.plan import NameMap, PruningPlan
+from ..distill_core.networks.name_map import NameMap
+from ..distill_core.pruning.plan import PruningPlan
 from ..distill_core.training.live import Live
 from ..distill_core.training.loop import NOTHING_FOLDED, Progress, check_lesson, check_trajectories, distill
 from ..distill_core.training.memory import Forecast

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from . import files
 
 WIDTHS = (32, 64, 128)
+NUM_CHANNELS, COPIES = 4, 4
+"""Latent channels, and how often each comes in the latents of the demo's transformer, which has Flux's sixteen."""
 
 
 class Residual(nn.Module):
@@ -33,16 +35,16 @@ class ScenesAutoencoder(nn.Module):
             *(nn.PixelUnshuffle(2), nn.Conv2d(12, outer, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(outer, middle, 3, stride=2, padding=1), nn.ReLU(), Residual(middle)),
             *(nn.Conv2d(middle, inner, 3, stride=2, padding=1), nn.ReLU(), Residual(inner)),
-            nn.Conv2d(inner, 4, 1),
+            nn.Conv2d(inner, NUM_CHANNELS, 1),
         )
         self.decoder = nn.Sequential(
-            *(nn.Conv2d(4, inner, 3, padding=1), nn.ReLU(), Residual(inner), Residual(inner)),
+            *(nn.Conv2d(NUM_CHANNELS, inner, 3, padding=1), nn.ReLU(), Residual(inner), Residual(inner)),
             *(nn.Conv2d(inner, 4 * middle, 1), nn.PixelShuffle(2), nn.ReLU(), Residual(middle), Residual(middle)),
             *(nn.Conv2d(middle, 4 * outer, 1), nn.PixelShuffle(2), nn.ReLU(), Residual(outer)),
             *(nn.Conv2d(outer, 12, 3, padding=1), nn.PixelShuffle(2)),
         )
-        self.register_buffer("mean", torch.zeros(4, 1, 1))
-        self.register_buffer("std", torch.ones(4, 1, 1))
+        self.register_buffer("mean", torch.zeros(NUM_CHANNELS, 1, 1))
+        self.register_buffer("std", torch.ones(NUM_CHANNELS, 1, 1))
 
     def encode(self, pixels: Tensor) -> Tensor:
         return (self.encoder(pixels) - self.mean) / self.std
@@ -53,3 +55,13 @@ class ScenesAutoencoder(nn.Module):
     @classmethod
     def bundled(cls) -> ScenesAutoencoder:
         return files.bundled(cls(), "autoencoder")
+
+
+def copied(latents: Tensor) -> Tensor:
+    """Latents (B, 4, H, W) of the autoencoder, as (B, 16, H, W) of the transformer."""
+    return latents.repeat_interleave(COPIES, dim=1)
+
+
+def mean_of_copies(latents: Tensor) -> Tensor:
+    """Latents (B, 16, H, W) of the transformer, as (B, 4, H, W) of the autoencoder."""
+    return latents.unflatten(1, (NUM_CHANNELS, COPIES)).mean(2)

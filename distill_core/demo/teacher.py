@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import LatentDataset
-from ..diffusion.conditioning import Caption
+from ..diffusion.conditioning import Caption, Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser
 from ..diffusion.sampling import sample
 from ..networks.files import UNetFile, open_unet
 from . import files
-from .autoencoder import ScenesAutoencoder
+from .autoencoder import COPIES, ScenesAutoencoder, mean_of_copies
 from .drawing import as_images, draw
 from .grammar import Scene, random_scenes
 from .text import ScenesTextEncoder
@@ -65,22 +65,27 @@ def sampled_latents(
     guidance: float,
     num_steps: int = 20,
     batch_size: int = 100,
+    transformer: bool = False,
     on_step: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Latents (N, 4, 8, 8) of scenes by a model. The noise of each is decided by its place and the seed.
 
+    transformer: whether it reads what the demo's transformer does.
+
     ``on_step(count)`` is called after each step with the number of pictures it was for.
     """
     text = ScenesTextEncoder.bundled()
-    noise = torch.randn(len(scenes), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
-    contexts, null = text.captions([scene.caption for scene in scenes]), Caption(text.captions([""])[0])
-    parts = zip(contexts.split(batch_size), noise.split(batch_size), strict=True)
-    return torch.cat([
-        sample(
-            denoiser, context, null, noise=x, guidance=guidance, num_steps=num_steps, on_step=partial(on_step, len(x))
-        ).cpu()
-        for context, x in parts
-    ])  # fmt: skip
+    channels, *size = LATENT_SHAPE
+    shape = len(scenes), channels * COPIES if transformer else channels, *size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    contexts, empty = text.captions([scene.caption for scene in scenes]), text.captions([""])[0]
+    null, parts = Caption(empty, empty.mean(0) if transformer else None), []
+    for context, x in zip(contexts.split(batch_size), noise.split(batch_size), strict=True):
+        label = Label(context.mean(1), torch.zeros(len(x), 6)) if transformer else None
+        counted = partial(on_step, len(x))
+        drawn = sample(denoiser, context, null, noise=x, label=label, guidance=guidance, num_steps=num_steps, on_step=counted)
+        parts.append((mean_of_copies(drawn) if transformer else drawn).cpu())
+    return torch.cat(parts)
 
 
 def sampled(denoiser: Denoiser, scenes: Sequence[Scene], **how: Any) -> Tensor:

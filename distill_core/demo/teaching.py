@@ -15,16 +15,17 @@ from tqdm import trange
 from ..base.storage import atomic
 from ..diffusion.denoiser import DiffusersDenoiser
 from ..diffusion.schedule import scaled_linear
+from ..diffusion.transformers import PATCH, patches, positions
 from ..networks.architecture import Architecture
 from ..networks.files import save_unet
 from ..training.ema import EMA
 from ..training.optim import Optimizer
 from ..training.weighting import example_weights
-from .autoencoder import ScenesAutoencoder
+from .autoencoder import COPIES, NUM_CHANNELS, ScenesAutoencoder
 from .grammar import NUM_TOKENS, random_scenes, tokenize
 from .teacher import DATA_SEED, LATENT_SHAPE, latents_of
 from .text import CONTEXT_WIDTH, ScenesTextEncoder
-from .transformer import COPIES, NUM_CHANNELS, PATCH, in_comfyui, patches, positions
+from .transformer import CONFIG, for_copies
 
 UNET_CONFIG = dict(
     sample_size=8,
@@ -38,19 +39,6 @@ UNET_CONFIG = dict(
     attention_head_dim=(2, 2, 2),  # the number of heads, despite its name: 32 channels each
 )
 """A small SD1.x: three levels, the innermost without attention, two layers per level, one mid block."""
-TRANSFORMER_CONFIG = dict(
-    patch_size=1,  # pictures come to it as patches
-    in_channels=PATCH**2 * NUM_CHANNELS,
-    num_layers=4,
-    num_single_layers=8,
-    attention_head_dim=128,
-    num_attention_heads=1,
-    joint_attention_dim=CONTEXT_WIDTH,
-    pooled_projection_dim=CONTEXT_WIDTH,
-    guidance_embeds=False,
-    axes_dims_rope=(16, 56, 56),
-)
-"""A Flux.1 schnell of one head: 4 double and 8 single blocks."""
 BATCH_SIZE = 64
 CAPTION_DROPOUT = 0.1
 DECAY_SHARE = 0.25
@@ -176,7 +164,11 @@ def build_transformer(out: Path, *, num_steps: int, seed: int = 0) -> None:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(seed)
-    network, text, scenes = FluxTransformer2DModel(**TRANSFORMER_CONFIG), ScenesTextEncoder.bundled(), _Scenes(out)
+    network, text, scenes = (
+        FluxTransformer2DModel(**{**CONFIG, "in_channels": PATCH**2 * NUM_CHANNELS}),
+        ScenesTextEncoder.bundled(),
+        _Scenes(out),
+    )
     ids, no_ids = positions(*LATENT_SHAPE[1:]), torch.zeros(NUM_TOKENS, 3)
     nn.init.zeros_(network.proj_out.weight)
 
@@ -192,7 +184,7 @@ def build_transformer(out: Path, *, num_steps: int, seed: int = 0) -> None:
 
     _Teaching(out / "teaching_transformer.safetensors", {"transformer": network}, num_steps=num_steps).run(loss_of_step)
     metadata = {"modelspec.title": "Distill demo transformer: scenes of emoji"}
-    save_half(out / "transformer.safetensors", in_comfyui(network.state_dict()), metadata)
+    save_half(out / "transformer.safetensors", for_copies(network.state_dict()), metadata)
 
 
 def save_half(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

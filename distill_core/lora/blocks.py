@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..networks.name_map import NameMap
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.family import Family
-from ..pruning.plan import NameMap
 from .metadata import KEY, PeftConfig, read_configs
 from .remapped import STALE_METADATA, UNET_BLOCKS, Remapped, layer_of
 from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role

@@ -22,8 +22,9 @@ from ..base.storage import StoredTensor, read_header, write_tensors
 from ..networks.architecture import Architecture
 from ..networks.layouts import heads, layout_named
 from ..networks.lora_names import _DIALECTS, _TRANSLATED_PREFIX, _paths, comfyui_reads_diffusers_names
+from ..networks.name_map import NameMap
 from ..networks.network import Network
-from ..pruning.plan import NameMap, pruned
+from ..pruning.plan import pruned
 from .blocks import remap_on_blocks
 from .metadata import KEY, PeftConfig, read_configs, written
 from .remapped import STALE_METADATA, UNET_BLOCKS, Remapped, by_layer

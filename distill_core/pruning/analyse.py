@@ -29,8 +29,9 @@ from ..diffusion.macs import macs_by_module
 from ..networks.architecture import Architecture
 from ..networks.build import build_unet
 from ..networks.layouts import split
+from ..networks.name_map import NameMap
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
-from .plan import NameMap, PruningPlan, name_map
+from .plan import PruningPlan, name_map
 from .plan_text import write_plan
 from .recover import AffineMap, affine_maps
 from .skip import detour, skipping

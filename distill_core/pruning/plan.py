@@ -10,15 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 from ..base.documents import expect, lines, one_line, parse_json, read_text
-from ..networks.layouts import heads
+from ..networks.name_map import NameMap
 from ..networks.network import TITLES, UNETS, Network, Same
 from .folding import middle
 
 PRESETS = Path(__file__).parent / "presets"
-Value = TypeVar("Value")
 EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down.2.attn.*": [0, 1, 2, 6]}}'
 MAX_PATTERNS, MAX_PATTERN_CHARS, MAX_NAME_CHARS = 500, 100, 2000
 """Limits of a plan: several times what it takes to name every block of SDXL."""
@@ -164,42 +162,6 @@ def preset(name: str) -> PruningPlan:
     if not re.fullmatch(r"[\w-]+", name) or not (path := PRESETS / f"{name}.json").exists():
         raise ValueError(f"unknown preset {name!r}; choose from {all_preset_names()}")
     return PruningPlan.from_json(read_text(path))
-
-
-@dataclass(frozen=True)
-class NameMap:
-    """Teacher block -> student block, for every block that stays."""
-
-    table: Mapping[str, str]
-    removed: frozenset[str]
-    """Teacher blocks that are removed, including resampling layers that the new shape no longer needs."""
-    folded: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Teacher block that stays for a whole run of blocks -> the first and the last of the run."""
-
-    @classmethod
-    def identity(cls, architecture: Network) -> NameMap:
-        """The map that removes nothing: the student has the teacher's shape."""
-        return cls({block: block for block in architecture.blocks}, frozenset())
-
-    def rename(self, name: str) -> str | None:
-        """Student's name for a teacher's parameter or block; None if it was removed."""
-        for head in heads(name):
-            if head in self.removed:
-                return None
-            if head in self.table:
-                return self.table[head] + name[len(head) :]
-        return None
-
-    def apply(self, by_name: Mapping[str, Value]) -> dict[str, Value]:
-        """Keep and rename the entries of a mapping keyed by teacher's names: shapes, weights, anything."""
-        renamed = ((self.rename(name), value) for name, value in by_name.items())
-        return {name: value for name, value in renamed if name is not None}
-
-    @property
-    def stages(self) -> dict[str, str]:
-        """Teacher's stage -> the student's that inherits from it, as in ``{"down.0": "down.0", "up.1": "up.0"}``."""
-        pairs = ((teacher.split("."), student.split(".")) for teacher, student in self.table.items())
-        return {".".join(t[:2]): ".".join(s[:2]) for t, s in sorted(pairs) if t[0] in ("down", "up")}
 
 
 def name_map(teacher: Network, plan: PruningPlan) -> NameMap:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ..base.storage import OnBytes, fingerprint, ignore, zeros_like
 from ..networks.architecture import Architecture
 from ..networks.files import UNetFile, open_unet
+from ..networks.name_map import NameMap
 from ..networks.network import Network, NetworkFile, Same
 from ..networks.residuals import KEY as KEPT
 from ..networks.residuals import kept_in
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
 from ..networks.transformers.precision import allows_fp16, note_on_fp16
-from .plan import NameMap, PruningPlan, name_map, plan_in, pruned
+from .plan import PruningPlan, name_map, plan_in, pruned
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from ..base.settings import SEEDS, check_settings, setting
 from ..diffusion.distance import mean_square, squared_error
+from ..diffusion.transformers import skipping_blocks
 from ..networks.transformers.architecture import Transformer, ranges
 from .folding import HEAD, TAIL, middle
 from .folding import runs as runs_by_place
 from .plan import PruningPlan, name_map, pruned
 from .plan_text import write_plan
 from .recover import RIDGES
-from .skip import skipping_blocks
 
 CRITERIA = {
     "linear replaceability": "what the best linear map in a run's place misses of the run's output",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diffusion.denoiser import Denoiser, instead, tap
 from ..networks.architecture import Architecture
 from ..networks.layouts import kind
-from ..networks.transformers.architecture import Transformer
-from .plan import NameMap
+from ..networks.name_map import NameMap
 
 
 @dataclass(frozen=True)
@@ -93,21 +92,6 @@ def skipping(denoiser: Denoiser, mapping: NameMap, stand_ins: Mapping[str, Calla
         for name, (channels, source) in way.rewired.items():
             module = denoiser.module(name)
             stack.enter_context(instead(module, _with_skip(module.forward, channels, sources, source)))
-        yield
-
-
-@contextlib.contextmanager
-def skipping_blocks(network: nn.Module, teacher: Transformer, removed: Iterable[str]) -> Iterator[None]:
-    """While open, a transformer predicts as its student without these blocks would: they pass on what they are given.
-
-    network: as ComfyUI builds it. Afterwards it is unchanged, whatever happens in between.
-    """
-    with contextlib.ExitStack() as stack:
-        for block in set(removed) & set(teacher.in_order):
-            blocks = teacher.lists[block.partition(".")[0]]
-            stack.enter_context(
-                instead(network.get_submodule(block), lambda *args, blocks=blocks, **named: blocks.given(args, named))
-            )
         yield
 
 

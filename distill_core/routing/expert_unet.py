@@ -23,8 +23,8 @@ from ..lora.switch import AdapterSwitch
 from ..networks.architecture import Architecture
 from ..networks.build import load_unet
 from ..networks.files import UNetFile, open_unet
+from ..networks.name_map import NameMap
 from ..networks.residuals import KeptSkips, kept_in
-from ..pruning.plan import NameMap
 from .experts import Experts
 from .router import dispatch
 

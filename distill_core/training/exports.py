@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..base.storage import read_header, write_tensors
 from ..diffusion.denoiser import Denoiser
 from ..networks.files import open_unet, save_unet
 from ..pruning.plan import PruningPlan
@@ -49,10 +50,29 @@ class WholeUNet:
         return {name: tensor.read() for name, tensor in open_unet(path).tensors.items()}
 
 
+class WholeTransformer:
+    """All weights of a transformer, in a file under the network's own names."""
+
+    file_name = "student.safetensors"
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        denoiser.network.requires_grad_(True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.denoiser.named_parameters()
+
+    def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        write_tensors(path, weights, {**self.denoiser.origin, **metadata})
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        return {name: tensor.read() for name, tensor in read_header(path).tensors.items()}
+
+
 def trained(student: Denoiser, settings: TrainingSettings, plan: PruningPlan | None) -> Trained:
     """The part of a student that the settings train; all other weights have no gradient afterwards."""
     if not settings.lora_rank:
-        return WholeUNet(student, plan)
+        return WholeUNet(student, plan) if student.architecture else WholeTransformer(student)
     from ..lora.layers import Lora
 
     return Lora(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..networks.architecture import Architecture
 from ..networks.layouts import kind
-from ..pruning.plan import NameMap
+from ..networks.name_map import NameMap
 
 
 def of_stages(teacher: Architecture, student: Architecture, mapping: NameMap) -> dict[str, str]:

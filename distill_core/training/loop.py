@@ -22,7 +22,8 @@ from ..data.dataset import Batch, Dataset, draw, held_out_batches, num_examples
 from ..diffusion.denoiser import Denoiser, check_trainable, checkpointing, tap
 from ..diffusion.schedule import prediction
 from ..networks.architecture import Architecture
-from ..pruning.plan import NameMap, PruningPlan, name_map
+from ..networks.name_map import NameMap
+from ..pruning.plan import PruningPlan, name_map
 from .ema import EMA
 from .exports import trained
 from .local import local_terms

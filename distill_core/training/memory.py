@@ -42,8 +42,9 @@ from ..diffusion.conditioning import Caption, Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, checkpointing, tap
 from ..networks.architecture import Architecture
 from ..networks.build import build_unet
+from ..networks.name_map import NameMap
 from ..networks.quantised import QUANTISED, computes, is_linear, kept_bytes
-from ..pruning.plan import NameMap, PruningPlan, name_map
+from ..pruning.plan import PruningPlan, name_map
 from .exports import trained
 from .objective import Outputs
 from .optim import OPTIMIZERS

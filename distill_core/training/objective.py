@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..networks.architecture import Architecture
-from ..pruning.plan import NameMap
+from ..networks.name_map import NameMap
 from .feature_layers import FEATURE_LAYERS
 from .losses import FEATURE_LOSSES, output_loss, task_loss
 

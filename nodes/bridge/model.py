@@ -18,10 +18,11 @@ from ...distill_core.networks import files
 from ...distill_core.networks.architecture import Architecture
 from ...distill_core.networks.layouts import layout_named
 from ...distill_core.networks.model_sampling import ModelSampling
+from ...distill_core.networks.name_map import NameMap
 from ...distill_core.networks.network import Network, NetworkFile
 from ...distill_core.networks.residuals import KeptResiduals, kept_in
 from ...distill_core.networks.transformers.architecture import Transformer
-from ...distill_core.pruning.plan import NameMap, PruningPlan, name_map, plan_between, plan_in
+from ...distill_core.pruning.plan import PruningPlan, name_map, plan_between, plan_in
 from .demo import DemoModelConfig
 from .router import ROUTE
 from .sampling import sampling_identity, sampling_of, schedule_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,10 +26,9 @@ from ...distill_core.data.teacher_data import Making, draw_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.diffusion.out_of_place import out_of_place
+from ...distill_core.diffusion.transformers import TransformerDenoiser
 from ...distill_core.lora.layers import trained_shapes
-from ...distill_core.networks.transformers.architecture import FAMILIES, Transformer
-from ...distill_core.pruning.plan import NameMap
-from ...distill_core.pruning.skip import skipping_blocks
+from ...distill_core.networks.transformers.architecture import FAMILIES
 from ...distill_core.training.memory import STATE_BYTES, Forecast
 from ...distill_core.training.settings import TrainingSettings
 from .model import Model
@@ -40,13 +39,10 @@ EVERYTHING = 1e20  # bytes: more than any device has, so that ComfyUI unloads ev
 
 
 @dataclass(kw_only=True)
-class ModelDenoiser(Denoiser):
+class ModelDenoiser(TransformerDenoiser):
     """A denoiser around a MODEL of any family, called as ComfyUI's samplers call it. Layers have ComfyUI's names."""
 
-    transformer: Transformer | None = None
-    """What its network is made of; None for UNets and for families that are not known."""
-    mapping: NameMap | None = None
-    """To the student that it predicts as: it skips the blocks that are removed, and names layers as the student's."""
+    lora_head = "diffusion_model"
     shell: BaseModel
     """The object that ComfyUI calls, with the network in it; it returns the network's own prediction, not the denoised image."""
     patcher: ModelPatcher
@@ -59,22 +55,8 @@ class ModelDenoiser(Denoiser):
         sigma = now.sigma if flows else now.sigma / now.alpha
         shown = x_t.float() if flows else x_t.float() / now.alpha
         asked = self._asked(x_t, context, label)
-        with self._way():
+        with self.way():
             return self.shell.apply_model(shown, sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked)
-
-    def _way(self) -> AbstractContextManager:
-        """The way through the network that a prediction takes."""
-        if self.mapping is None or self.transformer is None:
-            return contextlib.nullcontext()
-        return skipping_blocks(self.network, self.transformer, self.mapping.removed)
-
-    @property
-    def skipped(self) -> frozenset[str]:
-        return frozenset() if self.mapping is None else self.mapping.removed
-
-    @property
-    def runs(self) -> Mapping[str, tuple[str, str]]:
-        return {} if self.mapping is None else self.mapping.folded
 
     def _asked(self, x_t: Tensor, context: Tensor, label: Label | None) -> dict[str, Tensor]:
         """The conditions that the model family makes from captions."""
@@ -102,29 +84,8 @@ class ModelDenoiser(Denoiser):
         return self.shell.get_dtype_inference() == torch.float16
 
     @property
-    def lora_names(self) -> dict[str, str]:
-        layers = (path for path, module in self.network.named_modules() if hasattr(module, "weight"))
-        own = (
-            path for path in layers if not {"base_layer", "lora_A", "lora_B"} & {*path.split(".")}
-        )  # not parts of a LoRA on it
-        if self.mapping is None:
-            return {path: f"diffusion_model.{path}" for path in own}
-        students = ((path, self.mapping.rename(path)) for path in own)
-        return {path: f"diffusion_model.{name}" for path, name in students if name is not None}
-
-    @property
-    def inner_blocks(self) -> list[str]:
-        if self.transformer is None or not self.transformer.of.learns:
-            known = ", ".join(family.title for family in FAMILIES.values() if family.learns)
-            raise ValueError(f"gradient_checkpointing works only for UNets and {known}; set it to false in the recipe")
-        return [block for block in self.transformer.in_order if block not in self.skipped]
-
-    @property
     def latent_channels(self) -> int:
         return self.shell.latent_format.latent_channels
-
-    def path(self, name: str) -> str:
-        return name
 
 
 class UNetDenoiser(ModelDenoiser):
@@ -132,6 +93,7 @@ class UNetDenoiser(ModelDenoiser):
 
     layout = "ldm"
     lora_names, inner_blocks, path = Denoiser.lora_names, Denoiser.inner_blocks, Denoiser.path
+    named_parameters = Denoiser.named_parameters
 
 
 def shared_base(model: Model) -> ModelDenoiser:

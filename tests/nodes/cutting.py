@@ -160,9 +160,8 @@ def of_small_networks(out):
 
     pack()
     transformers = importlib.import_module("pack.distill_core.networks.transformers.architecture")
-    plan_text, plans, skipping_by = (
-        importlib.import_module(f"pack.distill_core.pruning.{name}") for name in ("plan_text", "plan", "skip")
-    )
+    plan_text, plans = (importlib.import_module(f"pack.distill_core.pruning.{name}") for name in ("plan_text", "plan"))
+    denoisers = importlib.import_module("pack.distill_core.diffusion.transformers")
     told = {}
     for family in SMALL:
         teacher, texts_of = model_of(family), {}
@@ -185,7 +184,7 @@ def of_small_networks(out):
                 skip(skipping.diffusion_model, family, path, {*network.numbers(path)} - {*numbers})
             with torch.inference_mode():
                 ours, theirs, whole = (model.apply_model(**asked(teacher)) for model in (student, skipping, teacher))
-                with skipping_by.skipping_blocks(teacher.diffusion_model, network, mapping.removed):
+                with denoisers.skipping_blocks(teacher.diffusion_model, network, mapping.removed):
                     detour = teacher.apply_model(**asked(teacher))
             far = max((ours - other).abs().max().item() for other in (theirs, detour))
             texts_of[text] = [far, (ours - whole).abs().max().item()]
@@ -528,7 +527,7 @@ def of_true_width(folder):
         question = asked(model.patcher.model, width=config.get("cap_feat_dim", 3584))
         whole = applied(model.patcher, question)
         student = bridge.prune_model(model, plan_text.read_plan(text, model.network))
-        with importlib.import_module("pack.distill_core.pruning.skip").skipping_blocks(
+        with importlib.import_module("pack.distill_core.diffusion.transformers").skipping_blocks(
             model.patcher.model.diffusion_model, model.network, [f"{model.network.of.lists[0].path}.1"]
         ):
             truth = applied(model.patcher, question)

@@ -129,7 +129,9 @@ def _local(family):
         along = sum((s * d).sum().item() for s, d in zip(slopes, directions, strict=True) if s is not None)
         answers = {}
         for sign in (1, -1):  # the block as a student's alone: what it is compared with must not move
-            answers[sign] = _moved_in_student(blocks[stays], weights, directions, sign * WIDE_STEP, Asked(), healing, core, blocks)
+            answers[sign] = _moved_in_student(
+                blocks[stays], weights, directions, sign * WIDE_STEP, Asked(), healing, core, blocks
+            )
         quotient = (answers[1] - answers[-1]) / (2 * WIDE_STEP)
         value = ((loss.detach() - expected).abs() / expected.abs()).max().item()
         return {"value": value, "slope": abs(along - quotient) / abs(quotient), "streams": num_streams}

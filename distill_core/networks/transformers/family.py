@@ -42,6 +42,8 @@ class BlockList:
     """Key of diffusers' config that lists some of its blocks by their numbers."""
     streams: tuple[str, ...] = ()
     """What ComfyUI's blocks call what they pass on, in the order they return it; empty if that is their first argument."""
+    diffusers_streams: tuple[str, ...] = ()
+    """The same of diffusers' blocks."""
 
     def given(self, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """Of a call of a block, what it passes on: what the block would return if it changed nothing."""
@@ -89,7 +91,13 @@ class Family:
     def in_diffusers(self) -> Family:
         """The same, spelled as diffusers does."""
         lists = (
-            replace(blocks, path=blocks.diffusers or blocks.path, diffusers=blocks.path, last_swapped=None)
+            replace(
+                blocks,
+                path=blocks.diffusers or blocks.path,
+                diffusers=blocks.path,
+                last_swapped=None,
+                streams=blocks.diffusers_streams,
+            )
             for blocks in self.lists
         )
         return replace(self, lists=tuple(lists), tables=self.diffusers_tables, spread=None)

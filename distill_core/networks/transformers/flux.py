@@ -3,6 +3,7 @@
 from .family import BlockList, Family
 
 _FIRST_NORM = "double_blocks.0.img_attn.norm.key_norm.scale|double_blocks.0.img_attn.norm.key_norm.weight"
+_DIFFUSERS_STREAMS = ("encoder_hidden_states", "hidden_states")
 _DOUBLE = BlockList(
     "double",
     "double_blocks",
@@ -11,8 +12,16 @@ _DOUBLE = BlockList(
     diffusers="transformer_blocks",
     residuals="input",
     streams=("img", "txt"),
+    diffusers_streams=_DIFFUSERS_STREAMS,
 )
-_SINGLE = BlockList("single", "single_blocks", "num_single_layers", diffusers="single_transformer_blocks", residuals="output")
+_SINGLE = BlockList(
+    "single",
+    "single_blocks",
+    "num_single_layers",
+    diffusers="single_transformer_blocks",
+    residuals="output",
+    diffusers_streams=_DIFFUSERS_STREAMS,
+)
 
 FAMILIES = (
     Family(

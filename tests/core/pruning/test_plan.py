@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from distill_core.evaluation.catalog import measure_presets
 from distill_core.networks.architecture import Architecture
 from distill_core.networks.layouts import LAYOUTS
+from distill_core.networks.name_map import NameMap
 from distill_core.networks.residuals import KeptSkips, read_kept
-from distill_core.pruning.plan import NameMap, PruningPlan, name_map, preset, preset_names, pruned
+from distill_core.pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
 
 from ...students import PUBLISHED, student_of
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from distill_core.diffusion.transformers import skipping_blocks
 from distill_core.evaluation import plots
 from distill_core.networks.transformers.architecture import FAMILIES, Transformer
 from distill_core.pruning.plan import folded, name_map
@@ -26,7 +27,6 @@ from distill_core.pruning.runs import (
     decide,
     left_over_by_linear_map,
 )
-from distill_core.pruning.skip import skipping_blocks
 
 WIDTH, DEPTH = 6, 8
 

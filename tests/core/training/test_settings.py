@@ -146,12 +146,23 @@ def test_a_damaged_file_is_one_sentence(text, tmp_path):
 
 def test_weights_override_the_objectives_own():
     aim = TrainingSettings(objective="laptop-diff", task_weight=0.0, feature_weight=3.0).weighted_objective
-    assert aim.weights == {"task": 0.0, "output": 1.0, "feature": 3.0} and aim.feature_loss == "normalised"
+    assert aim.weights == {"task": 0.0, "output": 1.0, "feature": 3.0, "local": 0.0} and aim.feature_loss == "normalised"
     assert TrainingSettings(objective="task", output_weight=0.5).weighted_objective.weights == {
         "task": 1.0,
         "output": 0.5,
         "feature": 0.0,
+        "local": 0.0,
     }
+
+
+def test_local_steps_come_before_the_objective():
+    settings = TrainingSettings(objective="output", local_steps=3, local_loss="squared")
+    assert [settings.objective_at(step).only_local for step in range(5)] == [True, True, True, False, False]
+    assert settings.objective_at(0).feature_loss == "squared" and settings.objective_at(3) == settings.weighted_objective
+    assert settings.learns_locally and settings.uses_teacher and not settings.weighted_objective.local
+    assert TrainingSettings(objective="task", local_steps=1).uses_teacher and not TrainingSettings(objective="task").uses_teacher
+    assert TrainingSettings(objective="local").objective_at(9).only_local
+    assert TrainingSettings(objective="local", local_loss="normalised").weighted_objective.feature_loss == "normalised"
 
 
 @pytest.mark.parametrize("settings,several,free", [

@@ -1,0 +1,139 @@
+"""Denoisers around transformers, whose network may be a teacher and its student at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..networks.name_map import NameMap
+from ..networks.transformers.architecture import FAMILIES, Transformer
+from .conditioning import Label
+from .denoiser import Denoiser, instead
+
+PATCH = 2
+"""Side of a patch of latents, which is one token of Flux."""
+
+
+@dataclass(kw_only=True)
+class TransformerDenoiser(Denoiser):
+    """A denoiser around a transformer. Layers have the network's own names."""
+
+    transformer: Transformer | None = None
+    """What its network is made of; None if that is not known."""
+    mapping: NameMap | None = None
+    """To the student that it predicts as: it skips the blocks that are removed, and names layers as the student's."""
+    lora_head: ClassVar[str]
+    """What a layer's name begins with in LoRA files."""
+
+    def way(self) -> AbstractContextManager:
+        """The way through the network that a prediction takes."""
+        if self.mapping is None or self.transformer is None:
+            return contextlib.nullcontext()
+        return skipping_blocks(self.network, self.transformer, self.mapping.removed)
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        return frozenset() if self.mapping is None else self.mapping.removed
+
+    @property
+    def runs(self) -> Mapping[str, tuple[str, str]]:
+        return {} if self.mapping is None else self.mapping.folded
+
+    @property
+    def lora_names(self) -> dict[str, str]:
+        layers = (path for path, module in self.network.named_modules() if hasattr(module, "weight"))
+        own = (
+            path for path in layers if not {"base_layer", "lora_A", "lora_B"} & {*path.split(".")}
+        )  # not parts of a LoRA on it
+        students = ((path, path if self.mapping is None else self.mapping.rename(path)) for path in own)
+        return {path: f"{self.lora_head}.{name}" for path, name in students if name is not None}
+
+    @property
+    def inner_blocks(self) -> list[str]:
+        if self.transformer is None or not self.transformer.of.learns:
+            known = ", ".join(family.title for family in FAMILIES.values() if family.learns)
+            raise ValueError(f"gradient_checkpointing works only for UNets and {known}; set it to false in the recipe")
+        return [block for block in self.transformer.in_order if block not in self.skipped]
+
+    def path(self, name: str) -> str:
+        return name
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.network.named_parameters())
+
+
+class FluxDenoiser(TransformerDenoiser):
+    """A ``FluxTransformer2DModel`` of diffusers (Flux.1)."""
+
+    lora_head = "transformer"
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
+        if label is None:
+            raise ValueError(
+                "the captions lack their pooled embedding, which Flux.1 reads; encode them with its own text encoders"
+            )
+        height, width = x_t.shape[2:]
+        sigma = self.schedule.at(t, x_t).sigma.flatten()
+        guidance = x_t.new_full((len(x_t),), GUIDANCE) if self._config.guidance_embeds else None
+        with self.way():
+            answer = self.running(
+                patches(x_t),
+                encoder_hidden_states=context,
+                pooled_projections=label.pooled,
+                timestep=sigma,
+                img_ids=positions(height, width).to(x_t),
+                txt_ids=x_t.new_zeros(context.shape[1], 3),
+                guidance=guidance,
+                return_dict=False,
+            )[0]
+        return from_patches(answer, height, width)
+
+    @property
+    def latent_channels(self) -> int:
+        return self._config.in_channels // PATCH**2
+
+    @property
+    def _config(self) -> Any:
+        return cast("Any", self.network).config
+
+
+GUIDANCE = 3.5
+"""What Flux.1 dev is told of guidance, as by its pipelines."""
+
+
+def patches(latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as Flux's tokens (B, H W / 4, 4 C), row by row."""
+    return latents.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def from_patches(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents (B, C, H, W) from Flux's tokens (B, H W / 4, 4 C)."""
+    rows = tokens.unflatten(1, (height // PATCH, width // PATCH)).unflatten(-1, (-1, PATCH, PATCH))
+    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def positions(height: int, width: int) -> Tensor:
+    """Row and column of each token (H W / 4, 3) of latents (H, W), for Flux's rotary embedding."""
+    rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+
+
+@contextlib.contextmanager
+def skipping_blocks(network: nn.Module, teacher: Transformer, removed: Iterable[str]) -> Iterator[None]:
+    """While open, a transformer predicts as its student without these blocks would: they pass on what they are given.
+
+    network: as ComfyUI builds it. Afterwards it is unchanged, whatever happens in between.
+    """
+    with contextlib.ExitStack() as stack:
+        for block in set(removed) & set(teacher.in_order):
+            blocks = teacher.lists[block.partition(".")[0]]
+            stack.enter_context(
+                instead(network.get_submodule(block), lambda *args, blocks=blocks, **named: blocks.given(args, named))
+            )
+        yield
