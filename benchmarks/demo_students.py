@@ -109,19 +109,20 @@ def teacher_made(seed: int, guidance: float = GUIDANCE, guidance_min: float | No
 # --- judgement
 
 
-def judged(student: Denoiser, seed: int, num_prompts: int) -> dict[str, Any]:
-    """Which pictures are right, how far all are from real scenes, and how much those of one prompt differ, real ones being 1."""
-    found = score.judged(student, num_prompts=num_prompts, seed=seed, guidance=GUIDANCE, num_steps=NUM_STEPS)
+def judged(student: Denoiser, seed: int, num_prompts: int, **how: Any) -> dict[str, Any]:
+    """Which pictures are right, how far all are from real scenes, and how much those of one prompt differ, real ones being 1.
+
+    how: as for `sampled`.
+    """
+    how = dict(guidance=GUIDANCE, num_steps=NUM_STEPS) | how
+    found = score.judged(student, num_prompts=num_prompts, seed=seed, **how)
     right = {kind: found.by_category(kind) for kind in score.KINDS}
-    return {"right": right, "frechet": found.frechet_distance, "diversity": _spread(student, seed) / _spread_of_real(seed)}
+    spread = _spread_in(sampled(student, _varied(seed), seed=seed, **how))
+    return {"right": right, "frechet": found.frechet_distance, "diversity": spread / _spread_of_real(seed)}
 
 
 def _varied(seed: int) -> list[Scene]:
     return [scene for scene in random_scenes(NUM_VARIED, 20_000 + seed) for _ in range(NUM_EACH)]
-
-
-def _spread(student: Denoiser, seed: int) -> float:
-    return _spread_in(sampled(student, _varied(seed), seed=seed, guidance=GUIDANCE, num_steps=NUM_STEPS))
 
 
 @cache

@@ -311,9 +311,9 @@ def uninterrupted(made):
 
 
 def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folder, uninterrupted):
-    """Kill -9 within half a second of a new step, four times; then it goes through."""
+    """Kill -9 within half a second of a new step, twice; then it goes through."""
     job, moment, kills = write(folder, *LONG), random.Random(0), 0
-    for last in (False,) * 4 + (True,):
+    for last in (False, False, True):
         process = launch(folder, str(job), "--resume")
         if not last:
             _wait_for_a_step(process, folder / "run" / "metrics.csv")
@@ -322,7 +322,7 @@ def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folde
         error = process.communicate(timeout=300)[1]
         assert process.returncode in (0, -signal.SIGKILL), error
         kills += process.returncode != 0
-    assert kills >= 3 and checkpoints_in(folder / "run")[-1].name == "00000040"
+    assert kills == 2 and checkpoints_in(folder / "run")[-1].name == "00000040"
     assert same(weights(folder / "run"), weights(uninterrupted))
     assert (folder / "run" / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
 

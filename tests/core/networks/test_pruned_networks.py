@@ -95,7 +95,7 @@ def _folder(tmp_path_factory, name):
     return folder
 
 
-LAW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+LAW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @LAW
@@ -116,7 +116,7 @@ def test_random_plans_of_sdxl(text, small_xl_teacher, tmp_path_factory):
 def test_most_plans_could_be_compared_with_the_teacher():
     if not COMPARED:
         pytest.skip("the laws above were not run")
-    assert len(COMPARED) >= 200
+    assert len(COMPARED) >= 50
 
 
 def test_the_teacher_is_as_it_was_after_passing_over(small_teacher, batch):
