@@ -40,9 +40,9 @@ PLANS = {
     (HALF, FOLDED): "fold double 1-2 single 0-2,3-6",
     (HALF, EVEN): "keep double 0,2 single 0,2,4,7",
 }
-"""By place alone. The last single block stays in all of them, and so does the first double block."""
-FIRST_STAY = {QUARTER: 3, HALF: 1}
-"""Double blocks that analyses leave alone: of a quarter only single ones go."""
+"""By place alone. The last single block stays in all of them."""
+FIRST_STAY = {QUARTER: 3, HALF: 0}
+"""Double blocks at the beginning that analyses leave alone: of a quarter only single ones go."""
 
 
 class Lesson(NamedTuple):

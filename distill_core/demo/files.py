@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 DATA = Path(__file__).parent / "data"
+TRANSFORMER = DATA / "transformer.safetensors"
 Network = TypeVar("Network", bound=nn.Module)
 
 

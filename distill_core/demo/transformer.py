@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = dict(
 
 def load_transformer() -> FluxDenoiser:
     """The demo's transformer in diffusers, in float32, on the GPU if there is one."""
-    return denoiser_of(load_file(files.DATA / "transformer.safetensors"))
+    return denoiser_of(load_file(files.TRANSFORMER))
 
 
 def denoiser_of(weights: Mapping[str, Tensor]) -> FluxDenoiser:

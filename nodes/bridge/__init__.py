@@ -5,7 +5,7 @@ from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, precision_note, prune_model, save_model
 from .compare import Drawing, compare_models, image_features, text_features
 from .data import calibration, dataset, encoded_captions, make_data, previews
-from .demo import DemoVAE, demo_clip, demo_data
+from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
     data_folder,
@@ -65,6 +65,7 @@ __all__ = [
     "demo_clip",
     "demo_data",
     "demo_teacher",
+    "demo_transformer",
     "denoiser",
     "describe_memory",
     "describe_route",

@@ -14,7 +14,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...distill_core.demo import grammar
-from ...distill_core.demo.autoencoder import ScenesAutoencoder
+from ...distill_core.demo.autoencoder import COPIES, NUM_CHANNELS, ScenesAutoencoder, copied, mean_of_copies
+from ...distill_core.demo.files import TRANSFORMER
 from ...distill_core.demo.teacher import load_dataset
 from ...distill_core.demo.text import CONTEXT_WIDTH, ScenesTextEncoder
 from ...distill_core.networks.architecture import Architecture
@@ -81,14 +82,29 @@ class DemoClipModel(nn.Module):
         return self.load_state_dict(state_dict, strict=False)
 
 
+class CopyingAutoencoder(nn.Module):
+    """The demo's autoencoder for its transformer, with the latents that ComfyUI's loaders expect of a Flux.1."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.latent_format = ScenesAutoencoder.bundled(), comfy.latent_formats.Flux()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.latent_format.process_out(copied(self.own.encode(pixels)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.own.decode(mean_of_copies(self.latent_format.process_in(latents)))
+
+
 class DemoVAE(comfy.sd.VAE):
     """The demo's autoencoder as a VAE."""
 
-    def __init__(self):
+    def __init__(self, transformer: bool = False):
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
-        self.first_stage_model = ScenesAutoencoder.bundled().to(self.vae_dtype)
+        autoencoder = CopyingAutoencoder() if transformer else ScenesAutoencoder.bundled()
+        self.first_stage_model = autoencoder.to(self.vae_dtype)
         self.downscale_ratio = self.upscale_ratio = 8
-        self.latent_channels = 4
+        self.latent_channels = NUM_CHANNELS * (COPIES if transformer else 1)
         self.memory_used_encode = lambda shape, dtype: 100 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: 4000 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
         offload = comfy.model_management.vae_offload_device()
@@ -101,9 +117,15 @@ def demo_clip() -> comfy.sd.CLIP:
     return comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClipModel))
 
 
-def demo_data() -> tuple[list[dict], list]:
+def demo_transformer() -> ModelPatcher:
+    """The bundled transformer as a MODEL, as ComfyUI's own loader opens it."""
+    return comfy.sd.load_diffusion_model(str(TRANSFORMER), model_options={"dtype": torch.float32})
+
+
+def demo_data(transformer: bool = False) -> tuple[list[dict], list]:
     """LATENT and CONDITIONING lists as from "Make Training Dataset": one entry for each scene."""
     (bucket,) = load_dataset().buckets
-    latents = [{"samples": latent[None]} for latent in bucket.latents]
+    samples = comfy.latent_formats.Flux().process_out(copied(bucket.latents)) if transformer else bucket.latents
+    latents = [{"samples": latent[None]} for latent in samples]
     conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in bucket.contexts]
     return latents, conditioning

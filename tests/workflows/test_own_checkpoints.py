@@ -184,7 +184,7 @@ def without_text_encoders_and_vae(graph):
             outputs[1]["links"] = node["outputs"][0]["links"]
             for link in graph["links"]:
                 link[2] = 1 if link[1] == node["id"] else link[2]
-            node |= {"type": "DistillLoadDemoTeacher", "outputs": outputs, "widgets_values": []}
+            node |= {"type": "DistillLoadDemoTeacher", "outputs": outputs, "widgets_values": ["unet"]}
         elif node["type"] == "VAEDecode":
             name = {"name": "filename_prefix", "type": "STRING", "widget": {"name": "filename_prefix"}, "link": None}
             node |= {"type": "SaveLatent", "inputs": [node["inputs"][0], name], "outputs": [], "widgets_values": [next(rows)]}

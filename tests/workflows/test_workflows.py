@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from distill_core.demo.grammar import Group, Scene
 from distill_core.demo.judge import ScenesJudge
+from distill_core.networks.network import open_network
 from distill_core.routing.experts import Experts
 
 from .. import comfyui
@@ -82,6 +83,23 @@ def test_quickstart_runs_to_a_student_that_draws_scenes(server):
     # Its pictures are what the teacher's are, those of the pruned model are not.
     assert share_of_right(pictures(server, "teacher")) >= 0.85 and share_of_right(pictures(server, "distilled")) >= 0.85
     assert share_of_right(pictures(server, "pruned")) <= 0.5
+
+
+def test_a_transformer_is_cut_and_taught_again(server, tmp_path):
+    """With fewer steps than it ships with."""
+    graph = json.loads((WORKFLOWS / "heal_scenes.json").read_text("utf-8"))
+    (train,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainStep")
+    values = train["widgets_values"]
+    assert values[1:4] == [300, 300, 64] and values[-1] == 100
+    values[1:4], values[-1] = [40, 40, 16], 20
+    (tmp_path / "heal_scenes.json").write_text(json.dumps(graph))
+    run(tmp_path / "heal_scenes.json", server)
+    (saved,) = (server.output / "diffusion_models").glob("scenes_transformer_student_*.safetensors")
+    assert open_network(saved).architecture.depths == {"double": 4, "single": 5}
+    assert share_of_right(pictures(server, "heal_scenes_whole")) >= 0.85
+    assert share_of_right(pictures(server, "heal_scenes_cut")) <= 0.5
+    whole, cut, healed = (pictures(server, f"heal_scenes_{name}") for name in ("whole", "cut", "healed"))
+    assert (healed - whole).abs().mean() < 0.8 * (cut - whole).abs().mean()
 
 
 def test_a_small_model_begins_and_a_big_one_finishes(server):
