@@ -22,7 +22,7 @@ from ..distill_core.networks.files import open_unet
 from ..distill_core.networks.name_map import NameMap
 from ..distill_core.pruning.plan import PruningPlan
 from ..distill_core.training.live import Live
-from ..distill_core.training.loop import NOTHING_FOLDED, Progress, check_lesson, check_trajectories, distill
+from ..distill_core.training.loop import FEATURES_OF_UNETS, NOTHING_FOLDED, Progress, check_lesson, check_trajectories, distill
 from ..distill_core.training.memory import Forecast
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.previews import Previews
@@ -205,10 +205,9 @@ class Healing:
 
     def check(self, folder: Path) -> None:
         """``ValueError`` before any work is done."""
-        if self.settings.weighted_objective.feature:
-            raise ValueError(
-                "features of transformers cannot be compared yet; choose the objective output, or set feature_weight to 0 in the recipe"
-            )
+        objective = self.settings.weighted_objective
+        if objective.feature and objective.layers != "blocks":
+            raise ValueError(FEATURES_OF_UNETS.format(self.settings.objective))
         if self.settings.learns_locally and not self.student.mapping_from(self.teacher).folded:
             raise ValueError(NOTHING_FOLDED)
         check_base_settings(self.settings)

@@ -110,6 +110,15 @@ class Denoiser:
         return {}
 
     @property
+    def kept_blocks(self) -> Mapping[str, str]:
+        """Blocks of a teacher whose hidden states its student should have, on one network -> the student's that make them."""
+        return {}
+
+    def tapped(self, value: Any) -> Tensor:
+        """Of what a module returns, or is given, what `tap` collects: the first tensor."""
+        return value[0] if isinstance(value, tuple) else getattr(value, "sample", value)
+
+    @property
     def running(self) -> Callable[..., Any]:
         """What is called to predict."""
         return self.network if self.forward is None else self.forward
@@ -201,8 +210,7 @@ def tap(denoiser: Denoiser, names: Iterable[str], *, of_input: bool = False) -> 
 
     def listen(name: str):
         def hook(module, inputs, output):
-            value = inputs if of_input else output
-            seen[name] = value[0] if isinstance(value, tuple) else getattr(value, "sample", value)
+            seen[name] = denoiser.tapped(inputs if of_input else output)
 
         return denoiser.module(name).register_forward_hook(hook)
 

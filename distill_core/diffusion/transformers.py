@@ -46,6 +46,16 @@ class TransformerDenoiser(Denoiser):
         return {} if self.mapping is None else self.mapping.folded
 
     @property
+    def kept_blocks(self) -> Mapping[str, str]:
+        blocks = () if self.transformer is None else self.transformer.in_order
+        return {self.runs[block][1] if block in self.runs else block: block for block in blocks if block not in self.skipped}
+
+    def tapped(self, value: Any) -> Tensor:
+        """All tokens (B, L, D) of what a block returns, those of one stream after those of another."""
+        streams = value if isinstance(value, tuple) else (value,)
+        return torch.cat([stream for stream in streams if stream is not None], dim=1)
+
+    @property
     def lora_names(self) -> dict[str, str]:
         layers = (path for path, module in self.network.named_modules() if hasattr(module, "weight"))
         own = (

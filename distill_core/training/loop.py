@@ -50,6 +50,7 @@ NOTHING_FOLDED = (
     "the student's plan folds no run of blocks, so none can learn by itself; fold some, as in the plan 'fold single 5-7', or set "
     "local_steps to 0 and choose the objective output"
 )
+FEATURES_OF_UNETS = "objective {} compares layers of UNets; for a transformer choose blocks, output or local"
 PUBLISHED_EXAMPLES, PUBLISHED_EPOCHS = 212_776, 60  # BK-SDM: 50,000 steps of batch 256
 
 
@@ -226,8 +227,13 @@ class Training:
             raise ValueError(NOTHING_FOLDED)
         if not self.objective.feature:
             return {}
-        mapping = name_map(teacher.architecture, self.plan) if self.plan else NameMap.identity(teacher.architecture)
-        layers = self.objective.feature_layers(teacher.architecture, self.student.architecture, mapping)
+        if self.objective.layers == "blocks":
+            layers = dict(self.student.kept_blocks)
+        elif self.student.architecture is None:
+            raise ValueError(FEATURES_OF_UNETS.format(self.settings.objective))
+        else:
+            mapping = name_map(teacher.architecture, self.plan) if self.plan else NameMap.identity(teacher.architecture)
+            layers = self.objective.feature_layers(teacher.architecture, self.student.architecture, mapping)
         if not layers:
             raise ValueError(
                 f"objective {self.settings.objective} compares {self.objective.layers}, but this student has none; choose another"
@@ -318,6 +324,8 @@ class Training:
         if not objective.only_local:
             from_teacher = self._teach(step, inputs, scale) if objective.uses_teacher else None
             outputs = student_outputs(student, self._ours, inputs, self.layers, self.autocast)
+            for seen in self._theirs.values():
+                seen.clear()  # what the student left there, if both are one network
             if self.done == 0:
                 for name, feature in outputs.features.items():
                     if torch.is_grad_enabled() and not feature.requires_grad:
@@ -468,8 +476,10 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
     """
     if not settings.uses_teacher:
         return
-    if settings.learns_locally and teacher:
-        raise ValueError("only folded blocks of transformers learn locally; set local_steps to 0 and choose another objective")
+    if teacher and settings.of_blocks:
+        raise ValueError(
+            "the objectives blocks and local, and local_steps, are for transformers; for UNets choose another objective, and local_steps 0"
+        )
     if teacher and student and student.num_parameters > teacher.num_parameters:
         raise ValueError(
             f"student and teacher do not match: they are swapped, as the student has {student.num_parameters:,} parameters and "

@@ -40,7 +40,7 @@ class Objective:
     feature_loss: str = "squared"
     """How features and hidden states are compared: a key of `losses.FEATURE_LOSSES`."""
     layers: str = "stages"
-    """Where features are compared: a key of `feature_layers.FEATURE_LAYERS`."""
+    """Where features are compared: a key of `feature_layers.FEATURE_LAYERS`, or ``blocks`` for those of a transformer that stay."""
 
     def __post_init__(self):
         for name, weight in self.weights.items():
@@ -116,6 +116,8 @@ OBJECTIVES = {
     "laptop-diff": Objective(task=1.0, output=1.0, feature=1.0, feature_loss="normalised"),
     # blocks that stand for runs of blocks, each by itself (PPCL, arXiv 2511.16156)
     "local": Objective(local=1.0, feature_loss="directions"),
+    # the teacher's output, and the hidden states after every block of a transformer that stays
+    "blocks": Objective(output=1.0, feature=0.1, feature_loss="normalised", layers="blocks"),
     # only the teacher's output
     "output": Objective(output=1.0),
     # the same, guided (Golnari 2023, arXiv 2312.06899)

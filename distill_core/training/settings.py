@@ -31,8 +31,8 @@ class TrainingSettings:
         "bk-sdm",
         "What the student learns from. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: the same "
         "plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. laptop-diff: "
-        "features of equal weight. output: only the teacher's output, as for transformers. local: each folded block by itself, for "
-        "transformers. guidance: the teacher's output, with guidance. task: plain fine-tuning without a teacher.",
+        "features of equal weight. output: only the teacher's output. For transformers choose output; blocks: the same plus the hidden states after every "
+        "block; or local: each folded block by itself. guidance: the teacher's output, with guidance. task: plain fine-tuning without a teacher.",
         choices=OBJECTIVES,
     )
     task_weight: float | None = setting(None, "Weight of the loss against the images.", unset=_OWN, within=_WEIGHTS)
@@ -233,6 +233,11 @@ class TrainingSettings:
     def learns_locally(self) -> bool:
         """Whether there are steps in which single blocks learn by themselves."""
         return bool(self.local_steps or self.weighted_objective.local)
+
+    @property
+    def of_blocks(self) -> bool:
+        """Whether it compares what blocks of a transformer make."""
+        return self.learns_locally or self.weighted_objective.layers == "blocks"
 
     @property
     def uses_teacher(self) -> bool:

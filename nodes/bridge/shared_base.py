@@ -93,7 +93,7 @@ class UNetDenoiser(ModelDenoiser):
 
     layout = "ldm"
     lora_names, inner_blocks, path = Denoiser.lora_names, Denoiser.inner_blocks, Denoiser.path
-    named_parameters = Denoiser.named_parameters
+    named_parameters, tapped, kept_blocks = Denoiser.named_parameters, Denoiser.tapped, Denoiser.kept_blocks
 
 
 def shared_base(model: Model) -> ModelDenoiser:

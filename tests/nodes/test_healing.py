@@ -159,7 +159,7 @@ def test_a_transformer_makes_its_own_data(server, small_flux):
 
 def test_what_cannot_be_taught_says_why(server, small_flux):
     for changes, message in (
-        ({"objective": "bk-sdm"}, "features of transformers cannot be compared yet; choose the objective output"),
+        ({"objective": "bk-sdm"}, "objective bk-sdm compares layers of UNets; for a transformer choose blocks, output or local"),
         ({"teacher_2": ["whole", 0]}, "a transformer learns from one teacher, with which it shares its weights"),
         ({"student": ["whole", 0]}, "the student has all blocks of its teacher, so there is nothing to learn"),
         ({"student": ["heal again", 0]}, "the student holds other weights than its teacher"),

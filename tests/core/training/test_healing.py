@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
+from distill_core.data.dataset import draw
 from distill_core.diffusion.conditioning import Label
 from distill_core.diffusion.transformers import FluxDenoiser, from_patches, patches
 from distill_core.lora.layers import WithoutLora
@@ -189,6 +190,48 @@ def test_a_whole_student_is_distilled_from_its_teacher(tmp_path):
     assert fell(run.metrics(), "output")
     saved = load_file(run.result_file)
     assert all(torch.equal(saved[name], weight) for name, weight in student.network.state_dict().items())
+
+
+def test_hidden_states_are_compared_after_every_block_that_stays(tmp_path):
+    base = small_flux()
+    student = cut(base)
+    assert student.kept_blocks == {
+        "transformer_blocks.0": "transformer_blocks.0",
+        "transformer_blocks.2": "transformer_blocks.1",  # the end of the run it stands for
+        "transformer_blocks.3": "transformer_blocks.3",
+        "single_transformer_blocks.0": "single_transformer_blocks.0",
+        "single_transformer_blocks.3": "single_transformer_blocks.2",
+        "single_transformer_blocks.4": "single_transformer_blocks.4",
+    }
+    alone = small_flux(3, 3)
+    alone.network.load_state_dict(student.mapping.apply(base.network.state_dict()))
+    made = {}
+    for of, denoiser, blocks in (("teacher", base, student.kept_blocks), ("student", alone, student.mapping.table)):
+        for block in blocks if of == "teacher" else (block for block in student.mapping.table if "blocks" in block):
+            own = block if of == "teacher" else student.mapping.table[block]
+            denoiser.network.get_submodule(own).register_forward_hook(
+                lambda module, args, output, key=(of, block): made.update({key: torch.cat(output, 1)})
+            )
+    run = heal(small_flux(), tmp_path / "run", objective="blocks", total_steps=1, caption_dropout=0.0, accumulation_steps=1)
+    (row,) = run.metrics()
+    batch = draw(pictures(), 0, base.schedule, run.settings.drawing)
+    with torch.no_grad():
+        answers = [denoiser(batch.x_t, batch.t, batch.context, batch.label) for denoiser in (base, alone)]
+    expected = {}
+    for theirs, ours in student.kept_blocks.items():
+        there, here = made["teacher", theirs], made["student", ours]
+        square = there.square().flatten(1).mean(1)
+        expected[f"feature/{ours}"] = ((here - there).square().flatten(1).mean(1) / square).mean().item()
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-9), name
+    output = (answers[0] - answers[1]).square().mean().item()
+    assert row["output"] == pytest.approx(output, rel=1e-4)
+    assert row["total"] == pytest.approx(output + 0.1 * sum(expected.values()), rel=1e-4)
+
+
+def test_objectives_of_unets_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="objective ssd-1b compares layers of UNets; for a transformer choose blocks"):
+        heal(small_flux(), tmp_path / "run", objective="ssd-1b")
 
 
 def test_what_folds_nothing_cannot_learn_locally(tmp_path):
