@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from distill_core.demo import files, grammar
-from distill_core.demo.autoencoder import ScenesAutoencoder
+from distill_core.demo.autoencoder import ScenesAutoencoder, copied, mean_of_copies
 from distill_core.demo.drawing import RGB, as_images, draw, draw_all
 from distill_core.demo.encoders import ScenesEncoders
 from distill_core.demo.grammar import CATEGORIES, COLORS, OBJECTS, Group, Scene, prompts, random_scenes, tokenize
@@ -15,8 +15,10 @@ from distill_core.demo.judge import ScenesJudge, asked_of
 from distill_core.demo.score import all_prompts, judged, score, spread
 from distill_core.demo.teacher import DATA_SEED, load_dataset, load_denoiser, teacher_file
 from distill_core.demo.text import CONTEXT_WIDTH, ScenesTextEncoder
+from distill_core.demo.transformer import load_transformer, load_transformer_dataset
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.networks.build import build_unet
+from distill_core.networks.network import open_network
 from distill_core.pruning.plan import name_map, preset
 
 
@@ -204,6 +206,32 @@ def test_the_teacher_draws_what_it_is_asked_for_held_out_or_not():
     assert list(by_category) == ["count", "color", "position", "binding"] and all(
         len(right) == 8 for right in by_category.values()
     )
+
+
+def test_the_transformer_is_shaped_like_flux_and_small():
+    file = open_network(files.TRANSFORMER)
+    assert file.architecture.title == "Flux.1" and file.architecture.depths == {"double": 4, "single": 8}
+    assert files.TRANSFORMER.stat().st_size <= 10_000_000
+
+
+def test_each_latent_channel_comes_four_times_and_the_transformer_reads_their_mean():
+    latents = torch.randn(2, 4, 8, 8)
+    assert copied(latents).shape == (2, 16, 8, 8) and torch.equal(copied(latents)[:, 4:8], latents[:, 1:2].expand(2, 4, 8, 8))
+    torch.testing.assert_close(mean_of_copies(copied(latents)), latents)
+    transformer, examples = load_transformer(), load_transformer_dataset(50).read(0, torch.tensor([3, 7]))
+    assert torch.equal(mean_of_copies(examples.latents), load_dataset(50).read(0, torch.tensor([3, 7])).latents)
+    apart = torch.randn(2, 16, 8, 8)
+    apart -= copied(mean_of_copies(apart))  # of mean 0 over copies
+    asked = torch.tensor([100, 800]), examples.contexts, examples.label
+    answer = transformer(examples.latents, *asked)
+    assert torch.equal(answer, copied(mean_of_copies(answer)))
+    torch.testing.assert_close(transformer(examples.latents + apart, *asked), answer, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_transformer_draws_what_it_is_asked_for_held_out_or_not():
+    found = judged(load_transformer(), num_prompts=8, seed=3, guidance=3.0, transformer=True)
+    assert found.score("trained").overall >= 0.8 and found.score("held out").overall >= 0.75
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""The shipped workflows, run unchanged by comfy-cli on a real server."""
+"""The shipped workflows, run by comfy-cli on a real server, unchanged but for the steps of some.
+
+Those that begin with the student of the quickstart find its run complete.
+"""
 
 import json
 import re
