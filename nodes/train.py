@@ -268,15 +268,18 @@ def train_on_base(
     last = min(run.settings.total_steps, run.step + num_steps)
     previews = bridge.previews(data, vae, model) if run.settings.sample_every_steps else None
     watch = Watch(run.folder.name, run.step, last, node_id, previews)
-    if forecast := bridge.forecast_shared_base(model, teacher, data, run.settings):
-        tell_memory(forecast, bridge.free_bytes(model), node_id)
+    forecast = bridge.forecast_shared_base(model, teacher, data, run.settings)
     with contextlib.ExitStack() as stack:
         stack.callback(bridge.release_memory)
         base = stack.enter_context(bridge.opened_base(model))
         load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else without_lora(base)
         stack.enter_context(bridge.with_gradients(base))
         student = replace(base, mapping=mapping)
-        if forecast is None:
+        if forecast is None and teacher is None:
+            forecast = bridge.forecast_base(base, mapping, data, run.settings)
+        if forecast:
+            tell_memory(forecast, bridge.free_bytes(model), node_id)
+        else:
             told = bridge.describe_memory(student, run.settings)
             log.info("%s", told)
             bridge.show_text(told, node_id)

@@ -69,7 +69,8 @@ class TransformerDenoiser(Denoiser):
         if self.transformer is None or not self.transformer.of.learns:
             known = ", ".join(family.title for family in FAMILIES.values() if family.learns)
             raise ValueError(f"gradient_checkpointing works only for UNets and {known}; set it to false in the recipe")
-        return [block for block in self.transformer.in_order if block not in self.skipped]
+        kept = [block for block in self.transformer.in_order if block not in self.skipped]
+        return kept + self.transformer.refiners
 
     def path(self, name: str) -> str:
         return name

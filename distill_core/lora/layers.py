@@ -78,7 +78,7 @@ class Lora:
             _check_columns(cast("_Weighted", denoiser.module(layer)))
         denoiser.network.requires_grad_(False)
         paths = [denoiser.path(layer) for layer in self.layers]
-        config = LoraConfig(r=rank, lora_alpha=self.alpha, target_modules=paths)
+        config = LoraConfig(r=rank, lora_alpha=self.alpha, **_just(denoiser.network, paths))
         with torch.random.fork_rng(devices=[]):  # peft fills matrices from the global generator; ours come below
             inject_adapter_in_model(config, denoiser.network, NAME)
         for name, parameter in self.parameters().items():
@@ -234,7 +234,7 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> None:
     parts = {layer: _parts(stored, names[layer]) for layer in layers}
     ranks = {denoiser.path(layer): found["lora_down"].shape[0] for layer, found in parts.items()}
     alphas = {denoiser.path(layer): found["alpha"].item() for layer, found in parts.items() if "alpha" in found}
-    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks | alphas)
+    config = LoraConfig(rank_pattern=ranks, alpha_pattern=ranks | alphas, **_just(denoiser.network, list(ranks)))
     with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several are intended
         inject_adapter_in_model(config, denoiser.network, name)
@@ -246,6 +246,16 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> None:
                 _decompose(module, name)
                 _take(found["dora_scale"], module.dora_scale[name], f"{path}: {names[layer]}.dora_scale")
     denoiser.network.requires_grad_(False)
+
+
+def _just(network: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
+    """What tells peft to change these layers of a network: it also takes others whose paths end like one of them."""
+    wanted, also = {*paths}, []
+    for path, _ in network.named_modules():
+        parts = path.split(".")
+        if path not in wanted and any(".".join(parts[start:]) in wanted for start in range(1, len(parts))):
+            also.append(path)
+    return {"target_modules": list(paths), "exclude_modules": also}
 
 
 def _parts(stored: Mapping[str, StoredTensor], name: str) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from .step import StepInputs, student_outputs, teacher_outputs
 RESERVE = 0.05
 """Share of the free memory kept for what is not counted."""
 LatentShape = tuple[int, int, int]
+AnyDenoiser = TypeVar("AnyDenoiser", bound=Denoiser)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -498,7 +499,7 @@ def without_contents(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def emptied(denoiser: Denoiser) -> Denoiser:
+def emptied(denoiser: AnyDenoiser) -> AnyDenoiser:
     """The denoiser itself, with its weights replaced by fake tensors."""
     for module in denoiser.network.modules():
         for name, weight in list(module.named_parameters(recurse=False)):

@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from ...distill_core.base.sizes import gib
 from ...distill_core.base.storage import fingerprint
 from ...distill_core.data.cache import CachedDataset
-from ...distill_core.data.dataset import Dataset
+from ...distill_core.data.dataset import Dataset, largest_example
 from ...distill_core.data.teacher_data import Making, draw_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.diffusion.out_of_place import out_of_place
 from ...distill_core.diffusion.transformers import TransformerDenoiser
 from ...distill_core.lora.layers import trained_shapes
+from ...distill_core.networks.name_map import NameMap
 from ...distill_core.networks.transformers.architecture import FAMILIES
-from ...distill_core.training.memory import STATE_BYTES, Forecast
+from ...distill_core.training.base_memory import Base, on_meta
+from ...distill_core.training.memory import STATE_BYTES, Forecast, MemorySettings
 from ...distill_core.training.settings import TrainingSettings
 from .model import Model
 from .training import PLAIN_ATTENTION, forecast_memory
@@ -237,6 +239,35 @@ def forecast_shared_base(model: Model, teacher: Model | None, data: Dataset, rec
     return forecast_memory([model], model, None, data, recipe, shares_base=True)
 
 
+def forecast_base(base: ModelDenoiser, mapping: NameMap | None, data: Dataset, settings: TrainingSettings) -> Forecast | None:
+    """The memory of a training step if a transformer learns from itself; None for families whose step cannot be simulated.
+
+    mapping: to the student that learns.
+    """
+    if base.transformer is None or not base.transformer.of.learns:
+        return None
+
+    def unfilled() -> TransformerDenoiser:
+        shell = twin(base.shell, parameter=on_meta)
+        return replace(base, network=shell.diffusion_model, shell=shell)
+
+    example = largest_example(data)
+    _, channels, height, width = example.latents.shape
+    what = Base(
+        unfilled,
+        mapping,
+        sum(weight.nbytes for weight in base.network.parameters()),
+        (example.contexts.shape[1], example.contexts.shape[2]),
+        None if example.label is None else example.label.pooled.shape[1],
+        with_gradients,
+    )
+    asked = MemorySettings(training=settings, shares_base=True, device=base.device.type)
+    try:
+        return what.forecast(asked, (channels, height, width))
+    except (RuntimeError, NotImplementedError):  # an operation that has no version without contents
+        return None
+
+
 def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
     """What a step needs besides activations: the weights as they are held, and what is trained, by exact count."""
     weights = sum(weight.nbytes for weight in base.network.parameters())
@@ -246,24 +277,29 @@ def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
     return f"the model takes {gib(weights)}, the LoRA with its gradients and optimizer {gib(learnt)}; activations come on top"
 
 
-def twin(module: _Module, seen: dict[int, Any] | None = None) -> _Module:
+def twin(
+    module: _Module, seen: dict[int, Any] | None = None, parameter: Callable[[Tensor], nn.Parameter] | None = None
+) -> _Module:
     """An alias of a module: a new module on the same weights that lets gradients through to layers added to it.
 
     Its weights share memory with the given module's. They are frozen, and ordinary tensors even if the given ones were made in
-    inference mode. Layers and hooks added to it do not affect the given module. Call it outside inference mode.
+    inference mode. Layers and hooks added to it do not affect the given module. Call it outside inference mode. parameter: makes
+    each weight in another way.
     """
-    seen = {} if seen is None else seen
+    seen, parameter = {} if seen is None else seen, parameter or _frozen_alias
     if id(module) in seen:
         return seen[id(module)]
     own = seen[id(module)] = module.__new__(type(module))
     own.__dict__ = {name: copy.copy(value) if isinstance(value, (dict, list)) else value for name, value in vars(module).items()}
     own.__dict__.pop("forward", None)  # left by a LoRA in bypass mode, it would compute with the given module's weights
-    own._parameters = {
-        name: p if p is None else nn.Parameter(_alias(p), requires_grad=False) for name, p in module._parameters.items()
-    }
+    own._parameters = {name: p if p is None else parameter(p) for name, p in module._parameters.items()}
     own._buffers = {name: buffer if buffer is None else _alias(buffer) for name, buffer in module._buffers.items()}
-    own._modules = {name: child if child is None else twin(child, seen) for name, child in module._modules.items()}
+    own._modules = {name: child if child is None else twin(child, seen, parameter) for name, child in module._modules.items()}
     return own
+
+
+def _frozen_alias(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(_alias(weight), requires_grad=False)
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -185,7 +185,8 @@ def _asked_in_double(family):
         filled(model.diffusion_model)
     shell = shared_base.twin(model)
     shapes = {name: tuple(weight.shape) for name, weight in shell.diffusion_model.state_dict().items()}
-    names = transformers.Transformer(transformers.FAMILIES[family], shapes).in_order
+    transformer = transformers.Transformer(transformers.FAMILIES[family], shapes)
+    names = transformer.refiners + transformer.in_order
     question = {
         key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for key, value in asked(shell).items()

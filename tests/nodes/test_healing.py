@@ -36,6 +36,16 @@ def test_a_folded_block_is_compared_with_its_run_as_a_plain_computation_has_it(f
     assert {family for family, off in told.items() if off["streams"] == 2} == {"qwen-image", "sd3"}
 
 
+def test_what_fits_is_forecast_at_true_shape(found):
+    told = found("forecasting.of_true_shape")
+    for model, (whole, local) in {"Flux.1 dev": (24e9, 16e9), "Z-Image": (12e9, 12e9)}.items():
+        for way, most in (("output", whole), ("local", local)):
+            moment, parts, counted = told[model]["fp8"][way]
+            assert parts["student weights"] == counted["student weights"], (model, way)
+            assert counted["student weights"] < sum(parts.values()) < most, (model, way, parts)
+            assert moment == ("a local step" if way == "local" else "the student's forward and backward pass")
+
+
 def test_captions_of_several_lengths_are_learnt_apart(found):
     told = found("healing.data")
     assert told["buckets"] == [[2, 5], [3, 7]] and told["kept apart"] == [True, True]

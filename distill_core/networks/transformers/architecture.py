@@ -91,6 +91,12 @@ class Transformer:
         """Numbers of the blocks in a list."""
         return sorted(int(block.rpartition(".")[2]) for block in self.blocks if block.startswith(f"{path}."))
 
+    @property
+    def refiners(self) -> list[str]:
+        """Blocks that no plan names, such as ``noise_refiner.0``."""
+        found = {".".join(name.split(".")[:2]) for name in self.shapes if name.split(".")[0] in self.of.refiners}
+        return sorted(found)
+
     def check_whole(self) -> None:
         """``ValueError`` unless there are enough blocks, and all of a list hold the same parameters."""
         for path, blocks in self.lists.items():

@@ -70,6 +70,8 @@ class Family:
     """Tensors of its files that are no parameters."""
     marker: tuple[str, object, str] | None = None
     """Tensor of a file that sets something, which a network in memory knows by its config alone: key and value there, name here."""
+    refiners: tuple[str, ...] = ()
+    """Lists of blocks that no plan names, and that hold activations as others do."""
     beside: str = ""
     """List with an entry for each block, of one list of blocks after another, and perhaps more: ``caption_projection``."""
     entries_in: str = ""

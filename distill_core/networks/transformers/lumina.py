@@ -6,6 +6,7 @@ from dataclasses import replace
 from .family import BlockList, Family, Shape
 
 _MARKS = ("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight")
+_REFINERS = "noise_refiner", "context_refiner"
 _LAYERS = BlockList("layer", "layers", "n_layers", least=1)
 
 
@@ -21,6 +22,7 @@ FAMILIES = (
         (_LAYERS,),
         spread=("ffn_norm1.weight", 0.42),
         learns=True,
+        refiners=_REFINERS,
         diffusers=("ZImageTransformer2DModel",),
         belongs=lambda shapes: _width(shapes) == 3840 and "dec_net.cond_embed.weight" not in shapes,
     ),
@@ -31,6 +33,7 @@ FAMILIES = (
         (replace(_LAYERS, depth_key="num_layers"),),
         belongs=lambda shapes: _width(shapes) == 2304,
         learns=True,
+        refiners=_REFINERS,
         diffusers=("Lumina2Transformer2DModel",),
     ),
 )

@@ -17,9 +17,11 @@ from distill_core.networks.transformers.architecture import FAMILIES, Transforme
 from distill_core.networks.transformers.flux_spelling import to_comfyui, to_diffusers
 from distill_core.pruning.plan import name_map
 from distill_core.pruning.plan_text import read_plan
+from distill_core.training.base_memory import Base, on_meta
 from distill_core.training.local import hidden_states, local_terms
 from distill_core.training.loop import distill
 from distill_core.training.losses import FEATURE_LOSSES
+from distill_core.training.memory import MemorySettings
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 
@@ -155,6 +157,15 @@ def test_folded_blocks_learn_alone_and_then_the_student_as_a_whole(tmp_path):
     assert ["output" in row for row in both] == [False] * 3 + [True] * 5
 
 
+def test_no_block_that_is_skipped_has_a_lora(tmp_path):
+    """The last layer is called as one of every single block is."""
+    base = small_flux()
+    heal(base, tmp_path / "run", total_steps=1)
+    changed = {name.split(".lora_")[0] for name, _ in base.network.named_parameters() if ".lora_" in name}
+    assert {"proj_out", "single_transformer_blocks.0.proj_out"} <= changed
+    assert not [name for name in changed if ".".join(name.split(".")[:2]) in cut(base).mapping.removed]
+
+
 @pytest.mark.parametrize("how", [{"local_steps": 4}, {"objective": "local"}, {}], ids=["local first", "local", "output"])
 def test_stopped_and_resumed_it_is_as_if_nothing_had_happened(tmp_path, how):
     whole = heal(small_flux(), tmp_path / "whole", **how)
@@ -227,6 +238,36 @@ def test_hidden_states_are_compared_after_every_block_that_stays(tmp_path):
     output = (answers[0] - answers[1]).square().mean().item()
     assert row["output"] == pytest.approx(output, rel=1e-4)
     assert row["total"] == pytest.approx(output + 0.1 * sum(expected.values()), rel=1e-4)
+
+
+def test_the_forecast_counts_weights_exactly_and_says_what_saves_memory():
+    base = small_flux()
+    mapping, held = cut(base).mapping, sum(weight.nbytes for weight in base.network.parameters())
+
+    def unfilled():
+        empty = small_flux()
+        for module in empty.network.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, on_meta(weight))
+        return empty
+
+    def total(**settings):
+        how = dict(objective="output", batch_size=64, lora_rank=4, lora_targets=("*",)) | settings
+        asked = MemorySettings(training=TrainingSettings(**how), shares_base=True, device="cpu")
+        return Base(unfilled, mapping, held, (3, 8), 8).forecast(asked, (4, 16, 16))
+
+    plain = total()
+    linears = (
+        module
+        for path, module in base.network.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".".join(path.split(".")[:2]) not in mapping.removed
+    )
+    counted = held + 4 * sum(4 * (linear.in_features + linear.out_features) for linear in linears)
+    assert dict(plain.parts)["student weights"] == counted
+    assert total(gradient_checkpointing=True).total_bytes < 0.6 * plain.total_bytes < total(objective="blocks").total_bytes
+    assert total(objective="local").moment == "a local step" and total(objective="local").total_bytes < plain.total_bytes
+    assert total(local_steps=3).total_bytes == plain.total_bytes
+    assert "gradient_checkpointing on" in plain.describe_shortage(plain.total_bytes // 2)
 
 
 def test_objectives_of_unets_are_refused(tmp_path):
