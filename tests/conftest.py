@@ -1,5 +1,6 @@
 """What all tests stand under, no network above all, and small UNets of the real shape."""
 
+import json
 import os
 import signal
 import subprocess
@@ -51,19 +52,37 @@ def comfyui_path():
 
 @pytest.fixture(scope="session")
 def in_comfyui(comfyui_path, tmp_path_factory):
-    """Run a function of in_comfyui.py by the Python of ComfyUI."""
+    """Run a function of in_comfyui.py by the Python of ComfyUI, each in a process of its own.
+
+    All are forks of one that has loaded ComfyUI, but those that ask what loading does.
+    """
+    folder = tmp_path_factory.mktemp("in_comfyui")
+    tried, says = folder / "tried.log", folder / "says.txt"
+    environment = comfyui.offline_environment(tried)
+    command = [comfyui.python(comfyui_path), str(comfyui.ROOT / "tests" / "nodes" / "in_comfyui.py"), str(comfyui_path)]
+    loaded = None
 
     def run(function, *arguments):
-        script = comfyui.ROOT / "tests" / "nodes" / "in_comfyui.py"
-        command = [comfyui.python(comfyui_path), script, comfyui_path, function, *arguments]
-        tried = tmp_path_factory.mktemp("tried") / "tried.log"
-        environment = comfyui.offline_environment(tried)
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        nonlocal loaded
+        arguments = [str(argument) for argument in arguments]
+        if function.startswith("loading.") or not hasattr(os, "fork"):
+            done = subprocess.run([*command, function, *arguments], capture_output=True, text=True, env=environment)
+            code, text = done.returncode, done.stderr
+        else:
+            if loaded is None:
+                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                loaded = subprocess.Popen(command, text=True, env=environment, **pipes)
+            says.unlink(missing_ok=True)
+            print(json.dumps([function, arguments, str(says)]), file=loaded.stdin, flush=True)
+            code, text = int(loaded.stdout.readline() or 1), says.read_text() if says.exists() else "ComfyUI did not start"
+        assert code == 0, text[-3000:]
         assert not tried.exists(), tried.read_text()
-        return done.stderr
+        return text
 
-    return run
+    yield run
+    if loaded is not None:
+        loaded.stdin.close()
+        loaded.wait(30)
 
 
 SMALL = dict(

@@ -1,12 +1,15 @@
 """Run by the Python of ComfyUI, in a process of its own: ``in_comfyui.py COMFYUI FUNCTION ARGUMENTS...``.
 
-FUNCTION is one of this file, or ``module.function`` of a file beside it.
+FUNCTION is one of this file, or ``module.function`` of a file beside it. ``in_comfyui.py COMFYUI`` alone loads ComfyUI once,
+and then runs each function that it is asked for in a fork of itself; see `serve`.
 """
 
 import importlib
 import json
 import logging
+import os
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,9 +223,39 @@ def progress(out):
     Path(out).write_text(json.dumps([shown, bars, cancelled]))
 
 
-if __name__ == "__main__":
-    comfyui, function, *arguments = sys.argv[1:]
-    start(comfyui)
+def call(function, arguments):
     module, _, name = function.rpartition(".")
     found = importlib.import_module(module) if module else sys.modules[__name__]
     getattr(found, name)(*arguments)
+
+
+def serve():
+    """Read lines of JSON, ``[function, arguments, file for what it says]``, and answer each with the exit code, when it is done."""
+    import nodes  # noqa: F401  # most of the time that a start takes
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what ComfyUI prints is no answer
+    for line in sys.stdin:
+        function, arguments, says = json.loads(line)
+        if not (child := os.fork()):
+            os.dup2(os.open(says, os.O_WRONLY | os.O_CREAT), 2)
+            code = 1
+            try:
+                call(function, arguments)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    comfyui, *asked = sys.argv[1:]
+    start(comfyui)
+    if asked:
+        call(asked[0], asked[1:])
+    else:
+        serve()
