@@ -12,8 +12,8 @@ class LoadDemoTeacher(io.ComfyNode):
             node_id="DistillLoadDemoTeacher",
             display_name="Load Demo Teacher",
             category="distill",
-            description="A small model of emoji scenes, shaped like Stable Diffusion or like Flux, with its text encoder, VAE and training data. Use it "
-            "to see a whole distillation in minutes, on any computer, with nothing to download. Prompts name one or two objects, "
+            description="A small model of emoji scenes, shaped like Stable Diffusion or like Flux, with its text encoder, VAE and "
+            "training data. Use it to see a whole distillation in minutes, on any computer, with nothing to download. Prompts name one or two objects, "
             'their number, color and place, and a style: "two red apples left of a cat, flat". Images are 64 by 64 pixels.',
             search_aliases=["demo", "scenes", "emoji", "example model", "distill demo"],
             inputs=[

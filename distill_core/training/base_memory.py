@@ -6,6 +6,7 @@ The step is simulated with the network itself, its weights without contents.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -56,8 +57,8 @@ class Base:
     opened: Callable[[Any], AbstractContextManager] = lambda denoiser: contextlib.nullcontext()
     """What must be open around a pass, so that gradients come through."""
 
-    def forecast(self, settings: MemorySettings, latent_shape: LatentShape, enough: float | None = None) -> Forecast:
-        """Memory of a step at its worst moment; see `memory.forecast`."""
+    def forecast(self, settings: MemorySettings, latent_shape: LatentShape, enough: float = math.inf) -> Forecast:
+        """Memory of a step at its worst moment. enough: if the update alone needs more bytes, the other moments are skipped."""
         training = settings.training
         shapes = [weight.shape for weight in self._network(training, lora=True).network.parameters() if weight.requires_grad]
         num_trained = sum(shape.numel() for shape in shapes)
@@ -67,16 +68,15 @@ class Base:
             "moving average": 4 * num_trained if training.ema_decay else 0,
         })  # fmt: skip
         gradients = Counter({"gradients": 4 * num_trained})
-        moments = {
-            "the update of the weights": always + gradients + Counter({"working memory": update_bytes(shapes, training)}),
-        }
-        whole = not training.weighted_objective.only_local
-        if whole:
+        update = "the update of the weights"
+        moments = {update: always + gradients + Counter({"working memory": update_bytes(shapes, training)})}
+        measured = moments[update].total() <= enough
+        if measured and not training.weighted_objective.only_local:
             from_teacher, of_student = self._whole(settings, latent_shape)
             adding_up = gradients if training.accumulation_steps > 1 else Counter()
             moments["the teacher's forward pass"] = always + adding_up + from_teacher
             moments["the student's forward and backward pass"] = always + of_student
-        if training.learns_locally:
+        if measured and training.learns_locally:
             moments["a local step"] = always + self._local(settings, latent_shape)
         worst = max(moments, key=lambda moment: moments[moment].total())
         parts = tuple(Part(name, moments[worst][name]) for name in PARTS)

@@ -249,6 +249,8 @@ def forecast_base(base: ModelDenoiser, mapping: NameMap | None, data: Dataset, s
 
     def unfilled() -> TransformerDenoiser:
         shell = twin(base.shell, parameter=on_meta)
+        for module in shell.modules():  # to where the step is simulated
+            module._buffers.update({name: buffer.cpu() for name, buffer in module._buffers.items() if buffer is not None})
         return replace(base, network=shell.diffusion_model, shell=shell)
 
     example = largest_example(data)

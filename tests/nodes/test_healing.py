@@ -99,6 +99,7 @@ def test_a_cut_transformer_is_taught_saved_and_opened_by_the_stock_loader(server
         assert result.succeeded, result.error
     found = losses(server, "healed")
     assert len(found) == 12 and sum(found[-3:]) < 0.8 * sum(found[:3])
+    assert "The most memory is needed in the student's forward and backward pass" in server.log.read_text()
     student = newest(server, "diffusion_models/healed_*.safetensors")
     plan = plan_in(open_network(student).metadata)
     assert plan.name == "keep double 0,3 fold single 1-3" and plan.fold == {"single": ((1, 3),)}
