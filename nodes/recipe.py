@@ -57,6 +57,7 @@ class DistillationRecipe(io.ComfyNode):
                 setting_input("keep_best", advanced=True),
                 setting_input("guidance", step=0.5, advanced=True, optional=True, more="Shared-Base LoRA has its own setting."),
                 setting_input("local_loss", advanced=True, optional=True),
+                setting_input("phases", advanced=True, optional=True, more="Shared-Base LoRA has its own setting."),
             ],
             outputs=[RecipeSettings.Output(display_name="recipe", tooltip="For Distill Train Step.")],
         )

@@ -301,7 +301,9 @@ def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
     curve = bridge.to_image(plots.loss_curve(metrics, title(run)))
     bridge.newest_step(run.folder.name)  # so that the next call notices if they are gone
     state = "complete" if run.complete else "queue again to go on"
-    bridge.show_text(f"step {run.step} of {run.settings.total_steps}: {state}", node_id)
+    sampling = ", ".join(f"{name} {value}" for name, value in run.settings.sampling.items())
+    hint = f"\nSample with {sampling}" if sampling else ""
+    bridge.show_text(f"step {run.step} of {run.settings.total_steps}: {state}{hint}", node_id)
     return {"loss": [row["total"] for row in metrics]}, curve
 
 

@@ -1,12 +1,13 @@
 """Discrete noise schedules, and exact conversions between prediction types.
 
 Time convention of the whole library: ``t = 0`` is the least noisy timestep, ``t = num_timesteps - 1`` the noisiest, and
-``x_t = alpha_t * x0 + sigma_t * eps``. Diffusion preserves variance, ``alpha_t**2 + sigma_t**2 = 1`` (Ho et al. 2020,
-arXiv 2006.11239, Eq. 4); rectified flow takes the straight line, ``alpha_t + sigma_t = 1`` (Liu et al. 2022, arXiv 2209.03003).
+``x_t = alpha_t * x0 + sigma_t * eps``; ``t = -1`` is clean data, alpha 1 and sigma 0. Diffusion preserves variance,
+``alpha_t**2 + sigma_t**2 = 1`` (Ho et al. 2020, arXiv 2006.11239, Eq. 4); rectified flow takes the straight line, ``alpha_t + sigma_t = 1`` (Liu et al. 2022, arXiv 2209.03003).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ class Coefficients(NamedTuple):
 
     alpha: Tensor
     sigma: Tensor
+
+
+CLEAN = -1
+"""The timestep of clean data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +68,15 @@ class NoiseSchedule:
         return self.noise_ratio[t.cpu()].pow(-2).float().to(t.device)
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """Coefficients at integer timesteps ``t`` (B,), in the dtype and device of ``like`` (B, ...)."""
+        """Coefficients at integer timesteps ``t`` (B,), `CLEAN` or above, in the dtype and device of ``like`` (B, ...)."""
         shape = -1, *[1] * (like.ndim - 1)
         # Rounded on the CPU: not every device has float64.
-        return Coefficients(
-            *(table[t.cpu()].reshape(shape).to(like.dtype).to(like.device) for table in (self.alphas, self.sigmas))
-        )
+        return Coefficients(*(table[t.cpu() - CLEAN].reshape(shape).to(like.dtype).to(like.device) for table in self._with_clean))
+
+    @functools.cached_property
+    def _with_clean(self) -> tuple[Tensor, Tensor]:
+        """alphas and sigmas, those of clean data first."""
+        return torch.cat([self.alphas.new_ones(1), self.alphas]), torch.cat([self.sigmas.new_zeros(1), self.sigmas])
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha_t x0 + sigma_t eps`` for clean ``x0`` and unit noise ``eps``, both (B, ...)."""
@@ -171,6 +179,16 @@ def convert(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, sou
         return output
     theirs, ours, now = prediction(source), prediction(target), schedule.at(t, x_t)
     return ours.target(theirs.to_x0(output, x_t, now), theirs.to_eps(output, x_t, now), now)
+
+
+def ddim_step(output: Tensor, x_t: Tensor, t: Tensor, end: Tensor, schedule: NoiseSchedule, source: str) -> Tensor:
+    """``alpha_end x0 + sigma_end eps`` (B, ...), by the x0 and eps of a prediction at ``x_t`` (Song et al. 2021, arXiv 2010.02502, Eq. 12).
+
+    t, end: timesteps (B,), end at most t and `CLEAN` or above. source: a key of `PREDICTIONS`. Where end is t, it is ``x_t`` but for
+    rounding.
+    """
+    kind, now, then = prediction(source), schedule.at(t, x_t), schedule.at(end, x_t)
+    return then.alpha * kind.to_x0(output, x_t, now) + then.sigma * kind.to_eps(output, x_t, now)
 
 
 def x0_gain(name: str, schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 CHART_WIDTH_IN = 9.5
 TIMESTEPS, LEAST_DISTANCE = 1000, 1e-12
 REMOVED_COLOR, KEPT_COLOR = "#e45756", "#9ecae9"
-TERM_COLORS = {"task": "#4c78a8", "output": "#f58518", "feature": "#54a24b", "local": "#b279a2", "total": "#333333"}
+TERM_COLORS = {
+    "task": "#4c78a8",
+    "output": "#f58518",
+    "feature": "#54a24b",
+    "local": "#b279a2",
+    "consistency": "#17a2a2",
+    "total": "#333333",
+}
 
 
 def figure(width_in: float, height_in: float) -> Figure:

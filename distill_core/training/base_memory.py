@@ -65,7 +65,7 @@ class Base:
         always = Counter({
             "student weights": self.held_bytes + 4 * num_trained,
             "optimizer": sum(map(STATE_BYTES[training.optimizer], shapes)),
-            "moving average": 4 * num_trained if training.ema_decay else 0,
+            "moving average": training.num_averages * 4 * num_trained,
         })  # fmt: skip
         gradients = Counter({"gradients": 4 * num_trained})
         update = "the update of the weights"

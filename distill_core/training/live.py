@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .loop import Progress
 
 MAX_POINTS = 1000
-TERMS = ("total", "task", "output", "feature", "local", "validation")
+TERMS = ("total", "task", "output", "feature", "local", "consistency", "validation")
 SECONDS_BETWEEN = 1.0
 
 

@@ -24,9 +24,11 @@ from ..diffusion.schedule import prediction
 from ..networks.architecture import Architecture
 from ..networks.name_map import NameMap
 from ..pruning.plan import PruningPlan, name_map
+from .consistency import Course, course, jump, landing
 from .ema import EMA
 from .exports import trained
 from .local import local_terms
+from .losses import pseudo_huber_loss
 from .memory import MemorySettings, changes
 from .objective import Objective, Outputs
 from .optim import Optimizer
@@ -139,7 +141,7 @@ def _distill(
                 ):
                     with training.exported():
                         folder, taught_by = run.folder / "samples", teachers.at(step)
-                        previews.draw(folder, done, student, taught_by, baked=run.settings.guidance, write=processes.main)
+                        previews.draw(folder, done, student, taught_by, run.settings, write=processes.main)
                 on_step(Progress(done, run.settings.total_steps, row, (time.monotonic() - started) / (done - first)))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(_what_to_lower(run.settings, processes)) from error
@@ -207,6 +209,7 @@ class Training:
                 rounding=settings.rounds,
             )
             self.average = EMA(self.parameters, settings.ema_decay) if settings.ema_decay else None
+            self.target = EMA(self.parameters, settings.target_decay) if self.objective.consistency else None
             self._restore()
             self.layers = self._feature_layers(self.teachers.at(self.done)) if settings.uses_teacher else {}
             self._ours = stack.enter_context(tap(self.student, self.layers.values()))
@@ -244,7 +247,7 @@ class Training:
         """Names of all metrics, in order."""
         layers = [f"feature/{name}" for name in self.layers.values()]
         layers += [f"local/{block}" for block in self.student.runs if self.settings.learns_locally]
-        losses = [name for name in ("task", "output") if self.objective.weights[name]]
+        losses = [name for name in ("task", "output", "consistency") if self.objective.weights[name]]
         losses += dict.fromkeys(name.split("/")[0] for name in layers)
         extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.scaler.is_enabled()
         validation = ["validation"] * bool(self.settings.validate_every_steps)
@@ -288,8 +291,8 @@ class Training:
         with _uninterrupted():
             if math.isfinite(values["norm"]):
                 self.optimizer.step(self.learning_rate(step), self._rounding(step))
-                if self.average is not None:
-                    self.average.update(self.parameters, step)
+                for lagging in filter(None, (self.average, self.target)):
+                    lagging.update(self.parameters, step)
             self.optimizer.zero_grad()
             if self.scaler.is_enabled():
                 self.scaler.update()
@@ -323,6 +326,7 @@ class Training:
             terms = local_terms(student, self.teachers.at(step), inputs, objective.feature_loss, self.autocast)
         if not objective.only_local:
             from_teacher = self._teach(step, inputs, scale) if objective.uses_teacher else None
+            aimed = self._aim(from_teacher, inputs, batch.t) if objective.consistency else None
             outputs = student_outputs(student, self._ours, inputs, self.layers, self.autocast)
             for seen in self._theirs.values():
                 seen.clear()  # what the student left there, if both are one network
@@ -331,6 +335,9 @@ class Training:
                     if torch.is_grad_enabled() and not feature.requires_grad:
                         raise RuntimeError(f"feature layer {name} has no gradient, so its loss would train nothing")
             terms |= objective.terms(kind.target(x0, eps, coefficients), outputs, from_teacher)
+            if aimed is not None:
+                way, aim = aimed
+                terms["consistency"] = pseudo_huber_loss(jump(student, outputs.prediction, x_t, way), aim)
         weights = example_weights(self.settings.weighting, student.prediction, student.schedule, t, self.settings.snr_gamma)
         return terms, weights * objective.total(terms)
 
@@ -345,6 +352,32 @@ class Training:
             self._theirs[number] = self._stack.enter_context(tap(teacher, self.layers))
         features = self._theirs[number]
         return teacher_outputs(teacher, features, inputs, self.layers, self.student, null=self.dataset.null, scale=scale)
+
+    def _aim(self, from_teacher: Outputs | None, inputs: StepInputs, t: Tensor) -> tuple[Course, Tensor]:
+        """Where states at timesteps (B,) go that the student jumps from, and where it should land."""
+        assert from_teacher is not None and self.target is not None  # the objective has both
+        settings = self.settings
+        way = course(
+            t,
+            self.student.schedule,
+            phases=settings.phases,
+            solver_steps=settings.solver_steps,
+            lowest=settings.drawing.within[0] if settings.drawing.within else 0,
+        )
+        with self._lent(self.target.weights):
+            return way, landing(self.student, from_teacher.prediction, inputs, way, self.autocast)
+
+    @contextlib.contextmanager
+    def _lent(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While open, the student computes with other values of what is trained; none are copied."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
 
     def _readable(self, measured: list[dict[str, Tensor]], t: Tensor, norm: Tensor) -> dict[str, float]:
         """Means over the batch as numbers, with one device synchronisation; also the sum over feature layers."""
@@ -410,8 +443,8 @@ class Training:
                 network.train()
 
     def _put_on(self, strengths: Tensor | None) -> None:
-        """Set the LoRA strength of each example of a batch if a range of scales is learnt; None for full strength."""
-        if self.settings.guidance_min is not None:
+        """Set the LoRA strength of each example of a batch if it chooses the scale; None for full strength."""
+        if self.settings.strength_is_scale:
             cast("Lora", self.trained).strengths = strengths
 
     @torch.no_grad()
@@ -431,6 +464,8 @@ class Training:
             tensors = {f"optimizer/{name}": whole(tensor) for name, tensor in tensors.items()}
             if self.average or self.optimizer.averages:
                 tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
+            if self.target:
+                tensors |= {f"target/{name}": weight for name, weight in self.target.weights.items()}
             rest = {"optimizer": rest, "scaler": self.scaler.state_dict()}
             with self.optimizer.exported():
                 exported = self.average.weights if self.average else self.parameters
@@ -462,6 +497,8 @@ class Training:
         self._put({name: shared_like(weight, self.parameters[name]) for name, weight in (own or state.weights).items()})
         if self.average:
             self.average.load(state.weights)
+        if self.target:
+            self.target.load({name.removeprefix("target/"): t for name, t in state.tensors.items() if name.startswith("target/")})
         optimizer = {n.removeprefix("optimizer/"): t for n, t in state.tensors.items() if n.startswith("optimizer/")}
         self.optimizer.load(optimizer, state.rest["optimizer"])
         self.scaler.load_state_dict(state.rest["scaler"])
@@ -472,7 +509,7 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
     """Raise ``ValueError`` if a student has nothing to learn: it is larger than its teacher, or the same model.
 
     same: whether all teachers predict exactly what the student predicts before training. Such a student can still learn
-    guidance; a LoRA or an expert for a range of timesteps can also learn the data, if the task loss counts.
+    guidance, or to sample in fewer steps; a LoRA or an expert for a range of timesteps can also learn the data, if the task loss counts.
     """
     if not settings.uses_teacher:
         return
@@ -486,7 +523,7 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
             f"the teacher {teacher.num_parameters:,}; give the full model as teacher and the pruned one as student"
         )
     specialises = settings.weighted_objective.task and (settings.lora_rank or settings.timestep_range)
-    if same and settings.guidance == 1 and not specialises:
+    if same and settings.guidance == 1 and not (specialises or settings.weighted_objective.consistency):
         raise ValueError(
             "student and teacher are the same model, so there is nothing to learn; prune the student, give another teacher, set "
             'guidance above 1 with objective "guidance", or fine-tune with objective "task"'

@@ -42,6 +42,18 @@ def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return squared_error(student, teacher) * teacher.shape[-1]
 
 
+HUBER = 1e-3
+
+
+def pseudo_huber_loss(student: Tensor, target: Tensor) -> Tensor:
+    """``sqrt(d^2 + c^2) - c``, mean over the elements d of the difference, c = 0.001: an absolute error, smooth at 0.
+
+    As latent consistency models are trained (Luo et al. 2023, arXiv 2310.04378, their program).
+    """
+    difference = (student.float() - target.float()).flatten(1)
+    return ((difference.square() + HUBER**2).sqrt() - HUBER).mean(1)
+
+
 FEATURE_LOSSES: dict[str, Loss] = {
     "squared": feature_loss,
     "normalised": normalised_feature_loss,

@@ -46,6 +46,7 @@ from ..networks.name_map import NameMap
 from ..networks.quantised import QUANTISED, computes, is_linear, kept_bytes
 from ..pruning.plan import PruningPlan, name_map
 from .exports import trained
+from .losses import pseudo_huber_loss
 from .objective import Outputs
 from .optim import OPTIMIZERS
 from .settings import TrainingSettings
@@ -343,7 +344,7 @@ class _Step:
             "student weights": (kept_bytes(self.student.shapes, settings.student_dtype) + of_lora) // share,
             "gradients": self._gradients(settings) if settings.num_processes > share else 0,  # sent between processes
             "optimizer": sum(map(STATE_BYTES[training.optimizer], self.trained_shapes)) // share,
-            "moving average": 4 * self.num_trained // share if training.ema_decay else 0,
+            "moving average": training.num_averages * 4 * self.num_trained // share,
         })  # fmt: skip
 
     def _gradients(self, settings: MemorySettings) -> int:
@@ -554,6 +555,8 @@ def student_loss(
     outputs = student_outputs(student, features, inputs, layers, autocast)
     target = torch.zeros_like(inputs[0], dtype=torch.float32)
     terms = training.weighted_objective.terms(target, outputs, from_teacher)
+    if training.weighted_objective.consistency:
+        terms["consistency"] = pseudo_huber_loss(outputs.prediction, target)
     return training.weighted_objective.total(terms).mean()
 
 

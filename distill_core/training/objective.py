@@ -37,6 +37,9 @@ class Objective:
     local: float = 0.0
     """Weight of the distance of blocks to what the teacher makes, in the run of blocks they stand for, of the same hidden states; see
     `local`."""
+    consistency: float = 0.0
+    """Weight of the distance of the student's jumps to those of its lagged copy one step further along the teacher's path; see
+    `consistency`."""
     feature_loss: str = "squared"
     """How features and hidden states are compared: a key of `losses.FEATURE_LOSSES`."""
     layers: str = "stages"
@@ -52,16 +55,22 @@ class Objective:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each loss by its name."""
-        return {"task": self.task, "output": self.output, "feature": self.feature, "local": self.local}
+        return {
+            "task": self.task,
+            "output": self.output,
+            "feature": self.feature,
+            "local": self.local,
+            "consistency": self.consistency,
+        }
 
     @property
     def uses_teacher(self) -> bool:
-        return bool(self.output or self.feature or self.local)
+        return bool(self.output or self.feature or self.local or self.consistency)
 
     @property
     def only_local(self) -> bool:
         """Whether nothing is compared but single blocks, so that a student as a whole does not run."""
-        return not (self.task or self.output or self.feature)
+        return not (self.task or self.output or self.feature or self.consistency)
 
     def with_weights(self, *, task: float | None, output: float | None, feature: float | None) -> Objective:
         """A copy with other weights where they are given."""
@@ -77,7 +86,7 @@ class Objective:
         return FEATURE_LAYERS[self.layers](teacher, student, mapping) if self.feature else {}
 
     def terms(self, target: Tensor, student: Outputs, teacher: Outputs | None) -> dict[str, Tensor]:
-        """Every term of the loss, (B,) each: ``task``, ``output``, ``feature/down.0.downsample``, ...
+        """Terms of the loss that compare outputs, (B,) each: ``task``, ``output``, ``feature/down.0.downsample``, ...
 
         Removes features from both outputs once they are compared, so that only their difference stays in memory for the
         backward pass.
@@ -85,9 +94,8 @@ class Objective:
         terms: dict[str, Tensor] = {}
         if self.task:
             terms["task"] = task_loss(student.prediction, target)
-        if not self.uses_teacher:
+        if teacher is None:
             return terms
-        assert teacher is not None
         if self.output:
             terms["output"] = output_loss(student.prediction, teacher.prediction)
         if self.feature:
@@ -122,6 +130,8 @@ OBJECTIVES = {
     "output": Objective(output=1.0),
     # the same, guided (Golnari 2023, arXiv 2312.06899)
     "guidance": Objective(output=1.0),
+    # jumps along the teacher's guided path (Luo et al. 2023, arXiv 2310.04378; Wang et al. 2024, arXiv 2405.18407)
+    "consistency": Objective(consistency=1.0),
     # plain fine-tuning, no teacher
     "task": Objective(task=1.0),
 }

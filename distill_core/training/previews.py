@@ -16,6 +16,9 @@ from ..base.storage import atomic
 from ..diffusion.conditioning import Caption, conditions
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sampling import sample
+from .settings import TrainingSettings
+
+_PLAIN = TrainingSettings()
 
 
 @dataclass(kw_only=True)
@@ -41,26 +44,39 @@ class Previews:
         check_settings(self)
 
     def draw(
-        self, folder: Path, step: int, student: Denoiser, teacher: Denoiser, *, baked: float = 1.0, write: bool = True
+        self,
+        folder: Path,
+        step: int,
+        student: Denoiser,
+        teacher: Denoiser,
+        training: TrainingSettings = _PLAIN,
+        *,
+        write: bool = True,
     ) -> None:
         """Write ``folder/00000500.png``: the teacher's images above, the student's below.
 
-        baked: guidance scale that the student has learnt; unless it is 1, the teacher samples with it and the student without
-        guidance. write: False for a process that only takes part because the student is sharded.
+        training: what the student learns; if it learns guidance, the teacher samples with that and the student without, and if it learns
+        to sample in a few steps, it samples in as many. write: False for a process that only takes part because the student is sharded.
         """
+        learnt = training.guidance != 1
         if self._by_teacher is None:
-            self._by_teacher = self._images(teacher, self.guidance if baked == 1 else baked)
-        path = folder / f"{step:08d}.png"
+            self._by_teacher = self._images(teacher, training.guidance if learnt else self.guidance, self.num_steps)
+        path, few = folder / f"{step:08d}.png", training.weighted_objective.consistency
         rows = {
-            "teacher": self._by_teacher,
-            f"student, step {step}": self._images(student, self.guidance if baked == 1 else 1.0),
+            f"teacher, {self.num_steps} steps" if few else "teacher": self._by_teacher,
+            f"student, step {step}" + (f", {training.phases} steps" if few else ""): self._images(
+                student,
+                1.0 if learnt else self.guidance,
+                training.phases if few else self.num_steps,
+                noised_anew=bool(few and training.phases == 1),
+            ),
         }
         if write:
             with atomic(path, overwrite=True) as made:
                 image_rows(rows).save(made, format="png")
             self.latest = path
 
-    def _images(self, denoiser: Denoiser, guidance: float) -> Tensor:
+    def _images(self, denoiser: Denoiser, guidance: float, num_steps: int, noised_anew: bool = False) -> Tensor:
         noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))
         height, width = (8 * side for side in self.latent_shape[1:])
         context, label, null = conditions(self.captions, self.null, (height, width))
@@ -70,7 +86,8 @@ class Previews:
             null,
             noise=noise,
             label=label,
-            num_steps=self.num_steps,
+            num_steps=num_steps,
             guidance=guidance,
+            anew=generator(self.seed, 1, "previews") if noised_anew else None,
         )
         return self.decode(latents.cpu()).float().cpu()

@@ -44,6 +44,11 @@ class Processes:
         self.part_size(settings.batch_size, settings.accumulation_steps)
         if self.shards:
             possible = {"optimizer": ("adamw",), "precision": ("fp32", "bf16"), "weight_dtype": ("fp32",), "lora_rank": (0,)}
+            if settings.weighted_objective.consistency:
+                raise ValueError(
+                    f"objective {settings.objective} cannot be used with a student that is sharded over processes (--use_fsdp); launch "
+                    "without it"
+                )
             for name, values in possible.items():
                 if (value := getattr(settings, name)) not in values:
                     raise ValueError(

@@ -272,8 +272,10 @@ class Run:
         about = {"distill.step": str(step), "distill.inputs": json.dumps(self.inputs.to_mapping())}
         if self.settings.guidance != 1:
             about["distill.guidance"] = str(float(self.settings.guidance))
-        if self.settings.guidance_min is not None:
-            about["distill.guidance_min"] = str(float(self.settings.guidance_min))
+        if self.settings.sampling:
+            about["distill.sampler"] = json.dumps(self.settings.sampling)
+        if self.settings.strength_is_scale:
+            about["distill.guidance_min"] = str(float(self.settings.scales[0]))
         return about
 
     def _best(self, count: int) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +33,8 @@ class TrainingSettings:
         "What the student learns from. bk-sdm: images, the teacher's output and the outputs of its stages. segmind: the same "
         "plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. laptop-diff: "
         "features of equal weight. output: only the teacher's output. For transformers choose output; blocks: the same plus the hidden states after every "
-        "block; or local: each folded block by itself. guidance: the teacher's output, with guidance. task: plain fine-tuning without a teacher.",
+        "block; or local: each folded block by itself. guidance: the teacher's output, with guidance. consistency: to sample in a few "
+        "steps. task: plain fine-tuning without a teacher.",
         choices=OBJECTIVES,
     )
     task_weight: float | None = setting(None, "Weight of the loss against the images.", unset=_OWN, within=_WEIGHTS)
@@ -75,15 +77,31 @@ class TrainingSettings:
     guidance: float = setting(
         1.0,
         "Guidance scale of the teacher's predictions; the student learns them in one pass, for cfg 1. 1 = no guidance. Needs the "
-        "empty caption and the objective guidance.",
+        "empty caption and the objective guidance or consistency.",
         within=GUIDANCE,
     )
     guidance_min: float | None = setting(
         None,
         "A LoRA learns all scales from here to guidance, and its strength chooses one: strength 1 gives guidance, strength "
-        "(cfg - 1) / (guidance - 1) gives cfg.",
+        "(cfg - 1) / (guidance - 1) gives cfg. With the objective consistency it learns their mean.",
         unset="one scale, guidance",
         within=GUIDANCE,
+    )
+    phases: int = setting(
+        4,
+        "Parts of the sampling in each of which the objective consistency learns to jump to the end: sample with as many steps. With 1 "
+        "it learns to jump to the image from everywhere, for the sampler lcm.",
+        within=(1, 1000),
+    )
+    solver_steps: int = setting(
+        50,
+        "Steps in which the teacher would sample, for the objective consistency; it learns across one of them at a time.",
+        within=(1, 1000),
+    )
+    target_decay: float = setting(
+        0.95,
+        "How slowly the copy of the student that the objective consistency aims at follows it: the decay of an EMA.",
+        within=(0, 0.999999),
     )
 
     batch_size: int = setting(64, "Images per step. Lower it if memory runs out.", within=BATCH)
@@ -173,6 +191,7 @@ class TrainingSettings:
         self._check_validation()
         self._check_weights()
         self._check_guidance()
+        self._check_consistency()
 
     def _check_batches(self) -> None:
         if self.batch_size % self.accumulation_steps:
@@ -199,6 +218,18 @@ class TrainingSettings:
         if self.lora_dora and not self.lora_rank:
             raise ValueError("lora_dora needs a LoRA; set lora_rank above 0, or lora_dora to false")
 
+    def _check_consistency(self) -> None:
+        if not self.weighted_objective.consistency:
+            return
+        if self.weighting != UNWEIGHTED:
+            raise ValueError(
+                f'objective {self.objective} has a weight of its own for each timestep; set weighting to "{UNWEIGHTED}"'
+            )
+        if self.rounds:
+            raise ValueError(f"objective {self.objective} needs weight_dtype fp32, or a LoRA: set lora_rank above 0")
+        if self.solver_steps < self.phases:
+            raise ValueError(f"solver_steps must be at least phases, got {self.solver_steps} and {self.phases}")
+
     def _check_guidance(self) -> None:
         if self.weighted_objective.feature and self.guidance != 1:  # raises first if all weights are 0
             raise ValueError(
@@ -209,7 +240,7 @@ class TrainingSettings:
                 "guidance_min must be below guidance and needs a LoRA, whose strength sets the scale: set lora_rank above 0; "
                 f"got scales {self.guidance_min:g} to {self.guidance:g}, rank {self.lora_rank}"
             )
-        if self.lora_dora and self.guidance_min is not None:
+        if self.lora_dora and self.strength_is_scale:
             raise ValueError(
                 "DoRA does not scale linearly with strength, so it cannot be combined with guidance_min; "
                 "turn dora off (lora_dora in a recipe), or remove guidance_min to learn one scale"
@@ -247,6 +278,25 @@ class TrainingSettings:
     def scales(self) -> tuple[float, float]:
         """Smallest and largest guidance scale the student learns."""
         return self.guidance if self.guidance_min is None else self.guidance_min, self.guidance
+
+    @property
+    def sampling(self) -> Mapping[str, str]:
+        """What a sampler must be set to for the result, as ComfyUI's KSampler names it; empty if that is free."""
+        few = self.weighted_objective.consistency
+        chosen = (
+            {"steps": str(self.phases), "sampler": "lcm" if self.phases == 1 else "euler", "scheduler": "simple"} if few else {}
+        )
+        return chosen | ({"cfg": "1"} if self.guidance != 1 else {})
+
+    @property
+    def num_averages(self) -> int:
+        """Averages of the trained weights that are kept beside them."""
+        return bool(self.ema_decay) + bool(self.weighted_objective.consistency)
+
+    @property
+    def strength_is_scale(self) -> bool:
+        """Whether the strength of a LoRA chooses the guidance scale: it is then trained at that of each example."""
+        return self.guidance_min is not None and not self.weighted_objective.consistency
 
     @property
     def compute_dtype(self) -> str:

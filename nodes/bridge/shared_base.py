@@ -274,7 +274,7 @@ def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
     """What a step needs besides activations: the weights as they are held, and what is trained, by exact count."""
     weights = sum(weight.nbytes for weight in base.network.parameters())
     shapes = trained_shapes(base, settings.lora_rank, settings.lora_targets)
-    copies = 3 if settings.ema_decay else 2  # weights, gradients, and perhaps their average, in float32
+    copies = 2 + settings.num_averages  # weights, gradients and averages, in float32
     learnt = sum(4 * copies * shape.numel() + STATE_BYTES[settings.optimizer](shape) for shape in shapes)
     return f"the model takes {gib(weights)}, the LoRA with its gradients and optimizer {gib(learnt)}; activations come on top"
 

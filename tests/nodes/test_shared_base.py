@@ -7,12 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from distill_core.base.storage import read_header
+from distill_core.demo.teacher import load_denoiser, teacher_file
+from distill_core.demo.text import ScenesTextEncoder
+from distill_core.diffusion.sampling import sample
+from distill_core.lora.layers import attach
 
 from .graphs import PROMPT, newest, recipe, rows, sampled, teacher_data, until
 
 BAKE = {
     "model": ["teacher", 0], "captions": ["teacher", 4], "null_caption": ["empty", 0], "latents": ["teacher", 3],
-    "total_steps": 6, "guidance": 3.0, "rank": 4, "steps_per_queue": 6, "batch_size": 4, "learning_rate": 1e-2,
+    "total_steps": 6, "objective": "guidance", "phases": 4, "guidance": 3.0, "rank": 4, "steps_per_queue": 6, "batch_size": 4, "learning_rate": 1e-2,
     "lr_schedule": "constant", "seed": 0, "width": 64, "height": 64, "images_per_caption": 1, "sampler_steps": 4,
     "trajectory_states": 2, "guidance_min": 0.0, "alpha": 0.0, "layers": "*attn*", "warmup_steps": 0, "save_every_steps": 100,
 }  # fmt: skip
@@ -112,6 +116,57 @@ def test_stock_save_and_load_lora_give_the_same_images(dora, server):
     assert torch.equal(drawn(server, "lora loaded"), drawn(server, run_name))
     assert any(name.endswith(".dora_scale") for name in load_file(target)) == dora
     assert "lora key not loaded" not in server.log.read_text()[begun:] and "NOT LOADED" not in server.log.read_text()[begun:]
+
+
+def test_a_lora_for_few_steps_draws_the_same_in_stock_nodes_the_core_and_diffusers(server):
+    few = {"cfg": 1.0, "steps": 4, "sampler_name": "euler", "scheduler": "simple"}
+    folder, _ = baked(server, "few steps", objective="consistency", nodes=sampled(["bake", 1], "in few steps", **few))
+    file = folder / "checkpoints" / "00000006" / "lora.safetensors"
+    told = read_header(file).metadata
+    assert json.loads(told["distill.sampler"]) == {"steps": "4", "sampler": "euler", "scheduler": "simple", "cfg": "1"}
+    target = server.base / "models" / "loras" / "few.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(file.read_bytes())
+    load = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["teacher", 0], "lora_name": "few.safetensors", "strength_model": 1.0},
+    }
+    result = server.run({**PROMPT, "load": load, **sampled(["load", 0], "in few by stock", **few)})
+    assert result.succeeded, result.error
+    by_stock = drawn(server, "in few by stock")
+    assert torch.equal(by_stock, drawn(server, "in few steps")) and not torch.allclose(
+        by_stock, drawn(server, "few steps"), atol=1e-2
+    )
+    by_core, by_diffusers = of_the_core(file, by_stock.shape, phases=4), of_diffusers(file, by_stock.shape, phases=4)
+    assert torch.allclose(by_core, by_stock, atol=1e-3) and torch.allclose(by_diffusers, by_stock, atol=1e-3)
+
+
+def of_the_core(file, shape, phases):
+    denoiser, (context, _) = load_denoiser(teacher_file()), captions()
+    attach(denoiser, file, "few")
+    noise = torch.randn(shape, generator=torch.manual_seed(0))
+    return sample(denoiser, context.expand(len(noise), -1, -1), None, noise=noise, num_steps=phases, guidance=1.0)
+
+
+def of_diffusers(file, shape, phases):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    unet, (context, _) = load_denoiser(teacher_file()).network, captions()
+    state, alphas = StableDiffusionPipeline.lora_state_dict(file, unet_config=unet.config)
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(phases)
+    x = torch.randn(shape, generator=torch.manual_seed(0))
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            predicted = unet(x, t, context.expand(len(x), -1, -1)).sample
+        x = scheduler.step(predicted, t, x).prev_sample
+    return x
+
+
+def captions():
+    return ScenesTextEncoder.bundled().captions(["a cat, flat", ""])
 
 
 def test_without_latents_the_model_draws_its_own_data(server):

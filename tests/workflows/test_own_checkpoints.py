@@ -131,11 +131,14 @@ def test_guidance_baked_into_a_lora(run_short, server, files):
     assert list((server.output / "loras").glob("sd15_guided_*.safetensors"))
 
 
-def test_half_an_sdxl(run_short, server):
+def test_half_an_sdxl_and_a_whole_one_in_four_steps(run_short, server):
     """Narrow, for memory; its text encoders are of the real size."""
     teacher = standins.narrow_sdxl()
     path = checkpoint(server, "sd_xl_base_1.0.safetensors", standins.unet(teacher), standins.sdxl_clips())
     assert {"sdxl_teacher", "sdxl_pruned", "sdxl_distilled"} <= run_short("prune_distil_sdxl")
+    of_lora = {"DistillRecipe": {"weight_dtype": "fp32", "optimizer": "adamw"}, "DistillSharedBaseLoRA": {"rank": 2}}
+    assert {"sdxl_turbo_model", "sdxl_turbo_lora", "sdxl_turbo_plain"} <= run_short("turbo_lora_sdxl", **of_lora)
+    assert list((server.output / "loras").glob("sdxl_turbo_*.safetensors"))
     path.unlink()
     (saved,) = (server.output / "checkpoints").glob("my_ssd_1b_*.safetensors")
     student = open_unet(saved)

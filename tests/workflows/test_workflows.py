@@ -127,6 +127,23 @@ def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server):
     assert list((server.output / "loras").glob("scenes_guided_200_steps_*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "name,slow,fast", [("turbo_lora_scenes", "turbo_model", "turbo_lora"), ("small_and_fast", "fast_teacher", "fast_small")]
+)
+def test_four_evaluations_draw_what_forty_do(name, slow, fast, server, tmp_path):
+    """With fewer steps than it ships with."""
+    graph = json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
+    (learning,) = (node for node in graph["nodes"] if node["type"] == "DistillSharedBaseLoRA")
+    values = learning["widgets_values"]
+    assert values[1:4] == [150, "consistency", 4] and values[6] == 150
+    values[1] = values[6] = 40
+    (tmp_path / f"{name}.json").write_text(json.dumps(graph))
+    run(tmp_path / f"{name}.json", server)
+    assert share_of_right(pictures(server, slow)) >= 0.85 and share_of_right(pictures(server, fast)) >= 0.75
+    (sampler,) = (node for node in graph["nodes"] if node["type"] == "KSampler" and node["widgets_values"][2:4] == [4, 1.0])
+    assert sampler["widgets_values"][4:6] == ["euler", "simple"]
+
+
 def test_a_student_learns_a_style_of_ones_own(server):
     run(WORKFLOWS / "fine_tune_scenes.json", server)
     before, after = pictures(server, "scenes_student"), pictures(server, "scenes_fine_tuned")

@@ -8,7 +8,7 @@ import { app } from "../../../scripts/app.js";
 import { bars, element, lines, short } from "./plot.js";
 
 const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainExperts: false };
-const TERMS = ["total", "task", "output", "feature", "local", "validation"];
+const TERMS = ["total", "task", "output", "feature", "local", "consistency", "validation"];
 const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the server
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
@@ -27,6 +27,7 @@ const TRANSLATED = {
     "output": "输出",
     "feature": "特征",
     "local": "局部",
+    "consistency": "一致性",
     "validation": "验证",
     "step {0}": "第 {0} 步",
     "step {0} of {1}": "第 {0} 步，共 {1} 步",

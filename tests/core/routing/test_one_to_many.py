@@ -287,10 +287,11 @@ def test_one_base_and_an_adapter_for_each_range(joint_steps, dora, training, tmp
     assert [p.read_bytes() for p in again.experts.files] == [p.read_bytes() for p in experts.files]
 
 
-def test_adapters_of_ranges_learn_the_guidance_of_their_own_base(small_teacher, training, tmp_path):
+@pytest.mark.parametrize("objective", ["guidance", "consistency"])
+def test_adapters_of_ranges_learn_from_their_own_base(objective, small_teacher, training, tmp_path):
     """The base is the teacher, and stays it; each adapter is a run of its own on it."""
     pytest.importorskip("peft")
-    recipe = replace(RECIPE, objective="guidance", guidance=3.0, caption_dropout=0.0, lora_rank=2, learning_rate=1e-2)
+    recipe = replace(RECIPE, objective=objective, phases=2, guidance=3.0, caption_dropout=0.0, lora_rank=2, learning_rate=1e-2)
     made, seen = [], []
 
     def make(teacher, plan):

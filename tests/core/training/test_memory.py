@@ -578,3 +578,19 @@ def test_it_fits(family, plan, memory_gib, published):
     assert 0.5 * memory_gib * GIB < told.total_bytes < (1 - RESERVE) * memory_gib * GIB
     plain = settings_of(settings, optimizer="adamw", precision="fp32", teacher_dtype="fp32")
     assert told.again(plain, told.latent_shape, enough=memory_gib * GIB).total_bytes > memory_gib * GIB
+
+
+def test_few_steps_need_what_guidance_needs_and_one_more_lora(tiny):
+    layers = pytest.importorskip("distill_core.lora.layers")
+    networks = {"teacher": tiny.teacher.architecture, "student": tiny.teacher.architecture, "plan": None}
+    lora = {"guidance": 3.0, "lora_rank": 4, "lora_targets": ("*",)}
+    of_guidance, of_few = (
+        dict(
+            forecast(
+                **networks, settings=replace(settings_of(BASE, objective=objective, **lora), shares_base=True), **SIZES
+            ).parts
+        )
+        for objective in ("guidance", "consistency")
+    )
+    one_more = 4 * sum(shape.numel() for shape in layers.trained_shapes(tiny.teacher, 4, ("*",)))
+    assert of_few == of_guidance | {"moving average": one_more} and of_guidance["moving average"] == 0 < one_more
