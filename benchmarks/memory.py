@@ -70,6 +70,10 @@ CASES = [
          TrainingSettings(batch_size=8, accumulation_steps=2, precision="bf16", gradient_checkpointing=True)),
     Case("workflow bake_guidance_sd15", "sd1", None,
          TrainingSettings(batch_size=8, objective="guidance", guidance=7.5, caption_dropout=0.0, lora_rank=32, lora_targets=("*attn*",))),
+    *(Case(f"a LoRA on {family}, objective {objective}", family, None,
+           TrainingSettings(batch_size=8, accumulation_steps=8, objective=objective, guidance=7.5, caption_dropout=0.0, lora_rank=64,
+                            lora_targets=("*attn*",), gradient_checkpointing=True))
+      for family in ("sd1", "sdxl") for objective in ("guidance", "consistency")),
 ]  # fmt: skip
 
 

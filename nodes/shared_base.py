@@ -84,7 +84,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. 16 to 64 is usual; higher learns "
                              "more and makes a larger file."),
                 *pace_inputs("0.0001 for Stable Diffusion, 0.002 for the demo.", default=1e-4),
-                seed_input(SEED_OF_TRAINING),
+                seed_input(SEED_OF_TRAINING, advanced=True),
                 *size_inputs(),
                 # rarely changed
                 io.Int.Input("images_per_caption", default=1, min=1, max=10_000, advanced=True, tooltip="Images made for each "

@@ -234,7 +234,7 @@ def test_what_is_given_out_is_judged_at_full_strength(small_teacher, small_data,
     class Previews:
         latest = None
 
-        def draw(self, folder, step, student, teacher, **options):
+        def draw(self, folder, step, student, teacher, training, **options):
             with torch.no_grad():
                 seen.append(student(*asked))
 
