@@ -77,7 +77,7 @@ class SharedBaseLoRA(io.ComfyNode):
                                "prediction in one pass, for cfg 1. consistency: also to jump far along the way from noise to image, to "
                                "sample in as many steps as phases says."),
                 io.Int.Input("phases", default=4, min=1, max=16, tooltip="For consistency: the number of steps to sample with later. 4 and 8 are "
-                             "usual; with 1 it learns to jump to the image from everywhere, for the sampler lcm."),
+                             "usual; with 1 it learns to jump to the image from everywhere, for the sampler lcm with 2 to 8 steps."),
                 io.Float.Input("guidance", default=7.5, min=1.0, max=100.0, step=0.1, round=0.01, tooltip="The cfg to learn: the "
                                "value you sample with today. 7.5 for Stable Diffusion, 3 for the demo. 1 = no guidance; consistency then keeps cfg "
                                "and negative prompts."),

@@ -64,10 +64,10 @@ class Previews:
         path, few = folder / f"{step:08d}.png", training.weighted_objective.consistency
         rows = {
             f"teacher, {self.num_steps} steps" if few else "teacher": self._by_teacher,
-            f"student, step {step}" + (f", {training.phases} steps" if few else ""): self._images(
+            f"student, step {step}" + (f", {training.few_steps} steps" if few else ""): self._images(
                 student,
                 1.0 if learnt else self.guidance,
-                training.phases if few else self.num_steps,
+                training.few_steps if few else self.num_steps,
                 noised_anew=bool(few and training.phases == 1),
             ),
         }

@@ -19,6 +19,8 @@ LR_SCHEDULES = ("constant", "cosine", "linear")
 WEIGHT_DTYPES = ("fp32", "bf16")
 TEACHER_MODES = ("sequence", "mixture")
 TRACKERS = ("tensorboard", "wandb")
+LCM_STEPS = 4
+"""Usual for latent consistency models (Luo et al. 2023, arXiv 2310.04378)."""
 _WEIGHTS = (0, 1_000_000)
 _OWN = "the objective's own"
 
@@ -90,7 +92,7 @@ class TrainingSettings:
     phases: int = setting(
         4,
         "Parts of the sampling in each of which the objective consistency learns to jump to the end: sample with as many steps. With 1 "
-        "it learns to jump to the image from everywhere, for the sampler lcm.",
+        "it learns to jump to the image from everywhere, for the sampler lcm with 2 to 8 steps.",
         within=(1, 1000),
     )
     solver_steps: int = setting(
@@ -284,9 +286,16 @@ class TrainingSettings:
         """What a sampler must be set to for the result, as ComfyUI's KSampler names it; empty if that is free."""
         few = self.weighted_objective.consistency
         chosen = (
-            {"steps": str(self.phases), "sampler": "lcm" if self.phases == 1 else "euler", "scheduler": "simple"} if few else {}
+            {"steps": str(self.few_steps), "sampler": "lcm" if self.phases == 1 else "euler", "scheduler": "simple"}
+            if few
+            else {}
         )
         return chosen | ({"cfg": "1"} if self.guidance != 1 else {})
+
+    @property
+    def few_steps(self) -> int:
+        """Steps to sample with after the objective consistency: one for each phase, and a few for a single one."""
+        return LCM_STEPS if self.phases == 1 else self.phases
 
     @property
     def num_averages(self) -> int:

@@ -113,3 +113,18 @@ def test_the_prediction_decides_the_sample(small_teacher, inputs):
                for kind in ("eps", "v", "x0")]  # fmt: skip
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     assert prediction("x0")
+
+
+def test_with_noise_anew_it_is_the_sampling_of_consistency_models(small_teacher, inputs):
+    noise, context = inputs
+    options = dict(null=None, noise=noise, num_steps=3, guidance=1.0)
+    drawn = sample(small_teacher, context, **options, anew=torch.Generator().manual_seed(5))
+    random, x, schedule = torch.Generator().manual_seed(5), noise, small_teacher.schedule
+    for t, end in ((999, 666), (666, 332), (332, None)):  # as `timesteps` has them
+        with torch.no_grad():
+            eps = small_teacher(x, torch.tensor([t, t]), context)
+        x0 = (x - schedule.sigmas[t].float() * eps) / schedule.alphas[t].float()
+        fresh = torch.randn(noise.shape, generator=random)
+        x = x0 if end is None else schedule.alphas[end].float() * x0 + schedule.sigmas[end].float() * fresh
+    assert timesteps(schedule, 3).tolist() == [999, 666, 332]
+    torch.testing.assert_close(drawn, x)

@@ -174,3 +174,19 @@ def test_local_steps_come_before_the_objective():
 ])  # fmt: skip
 def test_the_total_may_change_where_no_step_depends_on_it(settings, several, free):
     assert ("total_steps" in TrainingSettings(**settings).may_change(several)) == free
+
+
+@pytest.mark.parametrize(
+    "settings,sampling",
+    [
+        ({}, {}),
+        ({"objective": "guidance", "guidance": 3.0}, {"cfg": "1"}),
+        ({"objective": "consistency"}, {"steps": "4", "sampler": "euler", "scheduler": "simple"}),
+        (
+            {"objective": "consistency", "phases": 1, "guidance": 3.0},
+            {"steps": "4", "sampler": "lcm", "scheduler": "simple", "cfg": "1"},
+        ),
+    ],
+)
+def test_settings_say_how_the_result_is_sampled(settings, sampling):
+    assert TrainingSettings(**settings).sampling == sampling
