@@ -25,6 +25,7 @@ from distill_core.demo.teacher import load_dataset, load_denoiser, sampled, teac
 from distill_core.diffusion.denoiser import Denoiser, DiffusersDenoiser
 from distill_core.diffusion.schedule import scaled_linear
 from distill_core.evaluation.metrics import output_error
+from distill_core.lora.layers import WithoutLora
 from distill_core.networks.build import build_unet
 from distill_core.pruning.plan import PruningPlan
 from distill_core.pruning.prune import prune
@@ -77,6 +78,16 @@ def train(
     training = TrainingSettings(**settings_of(steps, seed) | changes)
     with tempfile.TemporaryDirectory() as folder:
         distill(Run(Path(folder) / "run", training), student=student, teacher=teacher, plan=plan, dataset=dataset)
+
+
+def with_lora(dataset: Dataset, **changes) -> DiffusersDenoiser:
+    """The teacher's network with a LoRA on every layer, trained against the same network without; ``changes`` are of its settings."""
+    student = teacher()
+    settings = dict(caption_dropout=0.0, lora_targets=("*",), lr_schedule="cosine", warmup_steps=20, weight_decay=0.0)
+    training = TrainingSettings(**settings | {"save_every_steps": changes["total_steps"]} | changes)
+    with tempfile.TemporaryDirectory() as folder:
+        distill(Run(Path(folder) / "run", training), student=student, teacher=WithoutLora(student), plan=None, dataset=dataset)
+    return student
 
 
 def settings_of(steps: int, seed: int) -> dict[str, Any]:

@@ -10,11 +10,9 @@ figures are kept in ``results/guidance.jsonl`` as they come, so that an interrup
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import demo_students as demo
@@ -27,10 +25,6 @@ from distill_core.demo.judge import ScenesJudge
 from distill_core.demo.score import KINDS, all_prompts
 from distill_core.demo.teacher import sampled_latents
 from distill_core.diffusion.denoiser import Denoiser
-from distill_core.lora.layers import WithoutLora
-from distill_core.training.loop import distill
-from distill_core.training.run import Run
-from distill_core.training.settings import TrainingSettings
 
 GUIDED, UNGUIDED = "teacher, guided", "teacher, one pass"
 
@@ -89,16 +83,11 @@ def _draw(denoiser: Denoiser, scenes: list[Scene], seed: int, guidance: float) -
 
 def _student(how: Lora, seed: int, arguments: argparse.Namespace) -> Denoiser:
     """The teacher's network with a LoRA on it that was trained against the same network without."""
-    student, least = demo.teacher(), 1.0 if how.each_scale else None
+    least = 1.0 if how.each_scale else None
     dataset = demo.teacher_made(seed, arguments.guidance, least)["states"] if how.states else demo.real_scenes()
-    training = TrainingSettings(objective="guidance", guidance=arguments.guidance, guidance_min=least, caption_dropout=0.0,
-                                lora_rank=arguments.rank, lora_targets=("*",), total_steps=arguments.steps, batch_size=demo.BATCH_SIZE,
-                                learning_rate=arguments.rate, lr_schedule="cosine", warmup_steps=20, weight_decay=0.0, seed=seed,
-                                save_every_steps=arguments.steps)  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", training)
-        distill(run, student=student, teacher=WithoutLora(student), plan=None, dataset=dataset)
-    return student
+    return demo.with_lora(dataset, objective="guidance", guidance=arguments.guidance, guidance_min=least, seed=seed,
+                          lora_rank=arguments.rank, total_steps=arguments.steps, batch_size=demo.BATCH_SIZE,
+                          learning_rate=arguments.rate)  # fmt: skip
 
 
 def _report(found: Mapping[str, Sequence[Mapping[str, Any]]], arguments: argparse.Namespace) -> list[str]:

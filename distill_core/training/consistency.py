@@ -11,7 +11,7 @@ Times are as in `schedule`: phases end at `CLEAN` or at a timestep from which a 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,6 @@ from torch import Tensor
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import CLEAN, NoiseSchedule, ddim_step
 from .step import StepInputs, ask
-
-_PLAIN = nullcontext()
 
 
 class Course(NamedTuple):
@@ -48,9 +46,7 @@ def course(t: Tensor, schedule: NoiseSchedule, *, phases: int, solver_steps: int
 
 
 @torch.no_grad()
-def landing(
-    target: Denoiser, predicted: Tensor, inputs: StepInputs, way: Course, autocast: AbstractContextManager = _PLAIN
-) -> Tensor:
+def landing(target: Denoiser, predicted: Tensor, inputs: StepInputs, way: Course, autocast: AbstractContextManager) -> Tensor:
     """Where the student should land, (B, C, H, W), float32.
 
     target: the student's lagged copy. predicted: the teacher's prediction for the inputs, of the student's type. autocast: what the

@@ -362,7 +362,7 @@ class Training:
             self.student.schedule,
             phases=settings.phases,
             solver_steps=settings.solver_steps,
-            lowest=settings.drawing.within[0] if settings.drawing.within else 0,
+            lowest=settings.timestep_range[0] if settings.timestep_range else 0,
         )
         with self._lent(self.target.weights):
             return way, landing(self.student, from_teacher.prediction, inputs, way, self.autocast)

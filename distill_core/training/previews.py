@@ -18,8 +18,6 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.sampling import sample
 from .settings import TrainingSettings
 
-_PLAIN = TrainingSettings()
-
 
 @dataclass(kw_only=True)
 class Previews:
@@ -49,7 +47,7 @@ class Previews:
         step: int,
         student: Denoiser,
         teacher: Denoiser,
-        training: TrainingSettings = _PLAIN,
+        training: TrainingSettings,
         *,
         write: bool = True,
     ) -> None:
@@ -61,13 +59,13 @@ class Previews:
         learnt = training.guidance != 1
         if self._by_teacher is None:
             self._by_teacher = self._images(teacher, training.guidance if learnt else self.guidance, self.num_steps)
-        path, few = folder / f"{step:08d}.png", training.weighted_objective.consistency
+        path, few = folder / f"{step:08d}.png", training.few_steps
         rows = {
             f"teacher, {self.num_steps} steps" if few else "teacher": self._by_teacher,
-            f"student, step {step}" + (f", {training.few_steps} steps" if few else ""): self._images(
+            f"student, step {step}" + (f", {few} steps" if few else ""): self._images(
                 student,
                 1.0 if learnt else self.guidance,
-                training.few_steps if few else self.num_steps,
+                few or self.num_steps,
                 noised_anew=bool(few and training.phases == 1),
             ),
         }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Denoiser
+from .objective import OBJECTIVES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,12 +44,16 @@ class Processes:
         """Raise ``ValueError`` for settings that these processes cannot share."""
         self.part_size(settings.batch_size, settings.accumulation_steps)
         if self.shards:
-            possible = {"optimizer": ("adamw",), "precision": ("fp32", "bf16"), "weight_dtype": ("fp32",), "lora_rank": (0,)}
-            if settings.weighted_objective.consistency:
-                raise ValueError(
-                    f"objective {settings.objective} cannot be used with a student that is sharded over processes (--use_fsdp); launch "
-                    "without it"
-                )
+            unswapped = tuple(
+                name for name, objective in OBJECTIVES.items() if not objective.consistency
+            )  # whose weights stay in place
+            possible = {
+                "objective": unswapped,
+                "optimizer": ("adamw",),
+                "precision": ("fp32", "bf16"),
+                "weight_dtype": ("fp32",),
+                "lora_rank": (0,),
+            }
             for name, values in possible.items():
                 if (value := getattr(settings, name)) not in values:
                     raise ValueError(

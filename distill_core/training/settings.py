@@ -284,17 +284,16 @@ class TrainingSettings:
     @property
     def sampling(self) -> Mapping[str, str]:
         """What a sampler must be set to for the result, as ComfyUI's KSampler names it; empty if that is free."""
-        few = self.weighted_objective.consistency
-        chosen = (
-            {"steps": str(self.few_steps), "sampler": "lcm" if self.phases == 1 else "euler", "scheduler": "simple"}
-            if few
-            else {}
-        )
+        chosen = {}
+        if self.few_steps:
+            chosen = {"steps": str(self.few_steps), "sampler": "lcm" if self.phases == 1 else "euler", "scheduler": "simple"}
         return chosen | ({"cfg": "1"} if self.guidance != 1 else {})
 
     @property
-    def few_steps(self) -> int:
-        """Steps to sample with after the objective consistency: one for each phase, and a few for a single one."""
+    def few_steps(self) -> int | None:
+        """Steps to sample with after the objective consistency: one for each phase, and a few for a single one. None after others."""
+        if not self.weighted_objective.consistency:
+            return None
         return LCM_STEPS if self.phases == 1 else self.phases
 
     @property
