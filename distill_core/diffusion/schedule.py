@@ -7,7 +7,6 @@ Time convention of the whole library: ``t = 0`` is the least noisy timestep, ``t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,13 +69,10 @@ class NoiseSchedule:
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
         """Coefficients at integer timesteps ``t`` (B,), `CLEAN` or above, in the dtype and device of ``like`` (B, ...)."""
         shape = -1, *[1] * (like.ndim - 1)
+        index, is_clean = t.cpu().clamp(min=0), t.cpu() == CLEAN
+        tables = self.alphas[index].masked_fill(is_clean, 1), self.sigmas[index].masked_fill(is_clean, 0)
         # Rounded on the CPU: not every device has float64.
-        return Coefficients(*(table[t.cpu() - CLEAN].reshape(shape).to(like.dtype).to(like.device) for table in self._with_clean))
-
-    @functools.cached_property
-    def _with_clean(self) -> tuple[Tensor, Tensor]:
-        """alphas and sigmas, those of clean data first."""
-        return torch.cat([self.alphas.new_ones(1), self.alphas]), torch.cat([self.sigmas.new_zeros(1), self.sigmas])
+        return Coefficients(*(table.reshape(shape).to(like.dtype).to(like.device) for table in tables))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha_t x0 + sigma_t eps`` for clean ``x0`` and unit noise ``eps``, both (B, ...)."""

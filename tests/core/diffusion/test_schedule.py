@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill_core.diffusion.schedule import (
+    CLEAN,
     PREDICTIONS,
     convert,
     flow,
@@ -90,3 +92,18 @@ def test_a_table_that_is_no_schedule_is_refused():
 def test_unknown_prediction_lists_the_choices():
     with pytest.raises(ValueError, match="eps.*v.*x0"):
         prediction("epsilon")
+
+
+def test_clean_data_is_a_timestep_before_the_first():
+    schedule = scaled_linear()
+    alpha, sigma = schedule.at(torch.tensor([CLEAN, 0, 999]), torch.empty(3, 1, dtype=torch.float64))
+    assert (alpha[0], sigma[0]) == (1, 0)
+    assert torch.equal(alpha[1:, 0], schedule.alphas[[0, 999]]) and torch.equal(sigma[1:, 0], schedule.sigmas[[0, 999]])
+
+
+def test_a_schedule_asked_by_a_forecast_keeps_its_contents():
+    """A forecast runs the network on tensors without contents; the run after it asks the same schedule."""
+    schedule = scaled_linear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        schedule.at(torch.zeros(1, dtype=torch.long), torch.zeros(1))
+    assert float(schedule.at(torch.tensor([0]), torch.zeros(1)).alpha) == float(schedule.alphas[0].float())
