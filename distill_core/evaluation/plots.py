@@ -32,6 +32,10 @@ TERM_COLORS = {
     "feature": "#54a24b",
     "local": "#b279a2",
     "consistency": "#17a2a2",
+    "dmd": "#e45756",
+    "diversity": "#eeca3b",
+    "fake": "#9d755d",
+    "cosine_distance": "#ff9da6",
     "total": "#333333",
 }
 

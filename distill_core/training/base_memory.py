@@ -25,12 +25,12 @@ from .exports import trained
 from .local import local_terms
 from .memory import (
     PARTS,
-    STATE_BYTES,
     Forecast,
     LatentShape,
     Ledger,
     MemorySettings,
     Part,
+    beside_weights,
     emptied,
     student_pass,
     teacher_pass,
@@ -62,11 +62,7 @@ class Base:
         training = settings.training
         shapes = [weight.shape for weight in self._network(training, lora=True).network.parameters() if weight.requires_grad]
         num_trained = sum(shape.numel() for shape in shapes)
-        always = Counter({
-            "student weights": self.held_bytes + 4 * num_trained,
-            "optimizer": sum(map(STATE_BYTES[training.optimizer], shapes)),
-            "moving average": training.num_averages * 4 * num_trained,
-        })  # fmt: skip
+        always = Counter({"student weights": self.held_bytes + 4 * num_trained}) + beside_weights(shapes, training)
         gradients = Counter({"gradients": 4 * num_trained})
         update = "the update of the weights"
         moments = {update: always + gradients + Counter({"working memory": update_bytes(shapes, training)})}

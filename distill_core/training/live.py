@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from .loop import Progress
 
 MAX_POINTS = 1000
-TERMS = ("total", "task", "output", "feature", "local", "consistency", "validation")
+TERMS = (
+    "total",
+    "task",
+    "output",
+    "feature",
+    "local",
+    "consistency",
+    "dmd",
+    "diversity",
+    "fake",
+    "cosine_distance",
+    "validation",
+)
 SECONDS_BETWEEN = 1.0
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -19,25 +20,27 @@ from ..base.precision import DTYPES
 from ..base.seeding import generator
 from ..base.storage import fingerprint
 from ..data.dataset import Batch, Dataset, draw, held_out_batches, num_examples
+from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, check_trainable, checkpointing, tap
 from ..diffusion.schedule import prediction
 from ..networks.architecture import Architecture
 from ..networks.name_map import NameMap
 from ..pruning.plan import PruningPlan, name_map
 from .consistency import Course, course, jump, landing
+from .dmd import Draws, FakeScore, Matching, drawn
 from .ema import EMA
 from .exports import trained
+from .learner import Learner, lent
 from .local import local_terms
 from .losses import pseudo_huber_loss
 from .memory import MemorySettings, changes
 from .objective import Objective, Outputs
-from .optim import Optimizer
 from .previews import Previews
 from .processes import ALONE, Processes
 from .run import Run, State
 from .settings import TrainingSettings
 from .sharding import shared_like, whole
-from .step import StepInputs, student_outputs, teacher_outputs
+from .step import StepInputs, ask, student_outputs, teacher_outputs
 from .teachers import Teachers
 from .trackers import open_trackers
 from .weighting import example_weights
@@ -166,8 +169,7 @@ class Training:
         if settings.guidance != 1 and dataset.null is None:
             raise ValueError("guidance needs the empty caption, which this dataset lacks; connect null_caption")
         check_trajectories(settings, dataset)
-        in_fp16 = settings.precision == "fp16" or student.computes_in_fp16
-        self.scaler = torch.amp.GradScaler(student.device.type, enabled=in_fp16)
+        self.in_fp16 = settings.precision == "fp16" or student.computes_in_fp16
         compute = settings.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
         self.done, self.sound = 0, True  # sound: no update was interrupted, all weights are finite
@@ -201,15 +203,12 @@ class Training:
                 self.student.forward = torch.compile(network)
             self.processes.share(self.student)
             self.parameters = self.trained.parameters()
-            self.optimizer = Optimizer(
-                settings.optimizer,
-                self.parameters,
-                learning_rate=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                rounding=settings.rounds,
-            )
+            self.learner = Learner(self.parameters, settings, scaled=self.in_fp16)
+            self.optimizer = self.learner.optimizer
             self.average = EMA(self.parameters, settings.ema_decay) if settings.ema_decay else None
-            self.target = EMA(self.parameters, settings.target_decay) if self.objective.consistency else None
+            jumps = settings.objective_at(self.run.step).consistency
+            self.target = EMA(self.parameters, settings.target_decay) if jumps else None
+            self.fake = FakeScore(self.parameters, settings, scaled=self.in_fp16) if self.objective.dmd else None
             self._restore()
             self.layers = self._feature_layers(self.teachers.at(self.done)) if settings.uses_teacher else {}
             self._ours = stack.enter_context(tap(self.student, self.layers.values()))
@@ -247,9 +246,15 @@ class Training:
         """Names of all metrics, in order."""
         layers = [f"feature/{name}" for name in self.layers.values()]
         layers += [f"local/{block}" for block in self.student.runs if self.settings.learns_locally]
-        losses = [name for name in ("task", "output", "consistency") if self.objective.weights[name]]
+        used = self.settings.objectives
+        losses = [
+            name
+            for name in ("task", "output", "consistency", "dmd", "diversity")
+            if any(objective.weights[name] for objective in used)
+        ]
         losses += dict.fromkeys(name.split("/")[0] for name in layers)
-        extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.scaler.is_enabled()
+        losses += ["fake", "cosine_distance"] * bool(self.objective.dmd)
+        extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.learner.scaler.is_enabled()
         validation = ["validation"] * bool(self.settings.validate_every_steps)
         return ["step", "lr", "total", *losses, "norm", *extra, *validation, *layers, *self._bins]
 
@@ -266,38 +271,114 @@ class Training:
 
     def step(self, step: int) -> dict[str, float]:
         """Train one step, counted from 0; returns its metrics."""
+        objective = self.settings.objective_at(step)
+        if not objective.dmd:
+            return self._student_step(step, objective)
+        with _uninterrupted():  # the fake score never goes ahead of the student
+            of_fake = self._fake_step(step)
+            if step >= self.settings.first_drawn_step:
+                return self._student_step(step, objective) | of_fake
+            self.done = step + 1
+            return {"total": of_fake["fake"], **of_fake}
+
+    def _student_step(self, step: int, objective: Objective) -> dict[str, float]:
         batch = self._batch(step)
-        parts = self.settings.accumulation_steps
-        size = self.processes.part_size(self.settings.batch_size, parts)
+        draws = self._drawn(batch, step) if objective.dmd else None
         measured = []
-        for i in range(parts):
-            start = (i * self.processes.count + self.processes.rank) * size
-            part = batch.part(slice(start, start + size))
-            with self.processes.accumulating(self.student, more=i + 1 < parts):
-                terms, total = self.losses(part, step, self.settings.objective_at(step))
-                self.scaler.scale(total.mean() / parts).backward()
+        for i, which in enumerate(self._parts()):
+            more = i + 1 < self.settings.accumulation_steps
+            with self.processes.accumulating(self.student, more=more):
+                terms, total = self.losses(batch.part(which), step, objective, draws and draws.part(which))
+                self.learner.backward(total.mean() / self.settings.accumulation_steps)
             measured.append({"total": total.detach(), **{name: value.detach() for name, value in terms.items()}})
         del terms, total
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer.parts[0])
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
-        values = self._readable(measured, batch.t, norm)
+        values = self._readable(measured, None if objective.dmd else batch.t, self.learner.clip())
         self._check_finite(values, step)
         if len(self.teachers) > 1:
             values["teacher"] = self.teachers.number_at(step)
-        if self.scaler.is_enabled():
-            values["scale"] = self.scaler.get_scale()
+        if self.learner.scaler.is_enabled():
+            values["scale"] = self.learner.scaler.get_scale()
         self.sound = False
         with _uninterrupted():
-            if math.isfinite(values["norm"]):
-                self.optimizer.step(self.learning_rate(step), self._rounding(step))
+            if self.learner.update(values["norm"], self.learning_rate(step), self._rounding(step)):
                 for lagging in filter(None, (self.average, self.target)):
                     lagging.update(self.parameters, step)
-            self.optimizer.zero_grad()
-            if self.scaler.is_enabled():
-                self.scaler.update()
+            if step + 1 < self.settings.total_steps and not self.settings.objective_at(step + 1).consistency:
+                self.target = None  # nothing aims at it any more
             self.done, self.sound = step + 1, True
         return values
+
+    def _fake_step(self, step: int) -> dict[str, float]:
+        """The updates of the fake score in a step, each with captions and noise of its own; returns its mean loss."""
+        assert self.fake is not None  # the objective has one
+        drawing = self.settings.drawing._replace(seed=generator(self.settings.seed, 0, "fake score").initial_seed())
+        updates, losses = self.settings.fake_updates, list[Tensor]()
+        for number in range(step * updates, (step + 1) * updates):
+            batch = draw(self.dataset, number, self.student.schedule, drawing)
+            draws = self._drawn(batch, number, of_fake=True)
+            for which in self._parts():
+                matching, part = self._matching(batch.part(which), step), draws.part(which)
+                drawings = matching.drawings(part, self.student.device)
+                loss = partial(self._fake_loss, matching, drawings, part)
+                losses.append(self.fake.add_gradients(loss))
+            norm = self.fake.update(self.learning_rate(step))
+            if self.fake.learner.overflowed(norm):
+                raise FloatingPointError(_not_finite("the gradient of the fake score", step))
+        mean = torch.cat(losses).mean().item() * self.settings.accumulation_steps
+        if not math.isfinite(mean):
+            raise FloatingPointError(_not_finite("the loss of the fake score", step))
+        return {"fake": mean}
+
+    def _fake_loss(self, matching: Matching, drawings: Tensor, draws: Draws) -> Tensor:
+        return matching.denoising_loss(drawings, draws) / self.settings.accumulation_steps
+
+    def _drawn(self, batch: Batch, number: int, of_fake: bool = False) -> Draws:
+        """Random numbers of a batch for `dmd`. The fake score sees what the steps after the first draw."""
+        return drawn(
+            batch.x0.shape,
+            self.student.schedule,
+            phases=self.settings.phases,
+            first=1 if of_fake else 0,
+            seed=self.settings.seed,
+            turn=number,
+            purpose="fake score's draws" if of_fake else "draws",
+        )
+
+    def _matching(self, batch: Batch, step: int) -> Matching:
+        """The student and both scores, for the captions of a batch."""
+        assert self.fake is not None  # the objective has one
+        device, settings = self.student.device, self.settings
+        context, label = batch.context.to(device), batch.label
+        scale = settings.guidance if batch.scale is None else batch.scale
+
+        def inputs(x: Tensor, t: Tensor, examples: Tensor) -> StepInputs:
+            its_label = None if label is None else Label(*(entry[examples] for entry in label))
+            return x, t.to(device), context[examples.to(device)], its_label
+
+        def student(x: Tensor, t: Tensor, examples: Tensor) -> Tensor:
+            with self.autocast:
+                return ask(self.student, inputs(x, t, examples)).float()
+
+        def real(x: Tensor, t: Tensor, examples: Tensor) -> Tensor:
+            each = scale[examples] if isinstance(scale, Tensor) else scale
+            return self._teach(step, inputs(x, t, examples), each).prediction.float()
+
+        return Matching(
+            student=student,
+            real=real,
+            as_fake=self.fake.on,
+            schedule=self.student.schedule,
+            prediction=self.student.prediction,
+            phases=settings.phases,
+            anchor_steps=settings.anchor_steps,
+        )
+
+    def _parts(self) -> list[slice]:
+        """This process's parts of a batch, which it computes one after another."""
+        parts = self.settings.accumulation_steps
+        size = self.processes.part_size(self.settings.batch_size, parts)
+        starts = ((i * self.processes.count + self.processes.rank) * size for i in range(parts))
+        return [slice(start, start + size) for start in starts]
 
     def _batch(self, step: int) -> Batch:
         """The batch of a step; the next one is prepared in the background."""
@@ -314,8 +395,26 @@ class Training:
         seed = generator(self.settings.seed, step, "rounding").initial_seed()
         return torch.Generator(self.student.device).manual_seed(seed)
 
-    def losses(self, batch: Batch, step: int, objective: Objective) -> tuple[dict[str, Tensor], Tensor]:
-        """Every term of the loss, and the weighted loss of each example, (B,) each."""
+    def losses(
+        self, batch: Batch, step: int, objective: Objective, draws: Draws | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Every term of the loss and what is measured beside it, and the weighted loss of each example, (B,) each.
+
+        draws: random numbers for `dmd`, if the objective has it.
+        """
+        terms = dict[str, Tensor]()
+        if objective.compares or objective.local:
+            terms = self._compared(batch, step, objective)
+        weights = example_weights(
+            self.settings.weighting, self.student.prediction, self.student.schedule, batch.t, self.settings.snr_gamma
+        )
+        if draws is not None:
+            terms |= self._matching(batch, step).losses(draws, self.student.device)
+        total = objective.total(terms)
+        return terms, weights.to(total) * total
+
+    def _compared(self, batch: Batch, step: int, objective: Objective) -> dict[str, Tensor]:
+        """Terms of the loss at noised examples, (B,) each."""
         student, device = self.student, self.student.device
         x0, eps, x_t, t, context = (tensor.to(device, non_blocking=True) for tensor in batch[:5])
         kind, coefficients = prediction(student.prediction), student.schedule.at(batch.t, x0)
@@ -324,7 +423,7 @@ class Training:
         inputs, terms = (x_t, t, context, batch.label), dict[str, Tensor]()
         if objective.local:
             terms = local_terms(student, self.teachers.at(step), inputs, objective.feature_loss, self.autocast)
-        if not objective.only_local:
+        if objective.compares:
             from_teacher = self._teach(step, inputs, scale) if objective.uses_teacher else None
             aimed = self._aim(from_teacher, inputs, batch.t) if objective.consistency else None
             outputs = student_outputs(student, self._ours, inputs, self.layers, self.autocast)
@@ -338,8 +437,7 @@ class Training:
             if aimed is not None:
                 way, aim = aimed
                 terms["consistency"] = pseudo_huber_loss(jump(student, outputs.prediction, x_t, way), aim)
-        weights = example_weights(self.settings.weighting, student.prediction, student.schedule, t, self.settings.snr_gamma)
-        return terms, weights * objective.total(terms)
+        return terms
 
     def _teach(self, step: int, inputs: StepInputs, scale: float | Tensor) -> Outputs:
         """The outputs of the teacher of a step."""
@@ -364,23 +462,14 @@ class Training:
             solver_steps=settings.solver_steps,
             lowest=settings.timestep_range[0] if settings.timestep_range else 0,
         )
-        with self._lent(self.target.weights):
+        with lent(self.parameters, self.target.weights):
             return way, landing(self.student, from_teacher.prediction, inputs, way, self.autocast)
 
-    @contextlib.contextmanager
-    def _lent(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """While open, the student computes with other values of what is trained; none are copied."""
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
-        try:
-            for name, parameter in self.parameters.items():
-                parameter.data = weights[name]
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = own[name]
+    def _readable(self, measured: list[dict[str, Tensor]], t: Tensor | None, norm: Tensor) -> dict[str, float]:
+        """Means over the batch as numbers, with one device synchronisation; also the sum over feature layers.
 
-    def _readable(self, measured: list[dict[str, Tensor]], t: Tensor, norm: Tensor) -> dict[str, float]:
-        """Means over the batch as numbers, with one device synchronisation; also the sum over feature layers."""
+        t: timesteps of the examples, for the loss by timestep; None where it has none.
+        """
         names = list(measured[0])
         table = torch.stack([torch.cat([part[name].float() for part in measured]) for name in names])  # (terms, examples)
         table = self.processes.gathered(table, len(measured))
@@ -392,13 +481,12 @@ class Training:
             if (term := name.split("/")[0]) != name:
                 summed[term] = summed.get(term, 0) + value
         bins: dict[str, list[float]] = {}
-        for timestep, total in zip(t.tolist(), totals, strict=True):
+        for timestep, total in [] if t is None else zip(t.tolist(), totals, strict=True):
             bins.setdefault(self._bins[timestep * len(self._bins) // self.student.schedule.num_timesteps], []).append(total)
         return {**values, **summed, "norm": norm, **{name: sum(part) / len(part) for name, part in bins.items()}}
 
     def _check_finite(self, values: Mapping[str, float], step: int) -> None:
         """Raise ``FloatingPointError`` naming the term and block; the loss scaler handles gradients that overflow."""
-        way_out = "start a new run with a lower learning rate"
         if not math.isfinite(values["total"]):
             terms = (
                 (n, v)
@@ -407,13 +495,9 @@ class Training:
             )
             culprit = next((name for name, value in terms if not math.isfinite(value)), "total")
             self.sound = False  # the previous step damaged the weights; the last checkpoint stays
-            raise FloatingPointError(
-                f"the loss is not finite at step {step + 1} ({culprit}); the run keeps its last checkpoint; {way_out}"
-            )
-        if not math.isfinite(values["norm"]) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
-            raise FloatingPointError(
-                f"the gradient is not finite at step {step + 1}; the run keeps every step before it; {way_out}"
-            )
+            raise FloatingPointError(_not_finite(f"the loss ({culprit})", step, keeps="its last checkpoint"))
+        if self.learner.overflowed(values["norm"]):
+            raise FloatingPointError(_not_finite("the gradient", step))
 
     @torch.no_grad()
     def validate(self, step: int) -> float:
@@ -460,13 +544,15 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint."""
         if self.keeps:
-            tensors, rest = self.optimizer.state()
-            tensors = {f"optimizer/{name}": whole(tensor) for name, tensor in tensors.items()}
+            tensors, rest = self.learner.state()
+            tensors = _under("optimizer", tensors)
             if self.average or self.optimizer.averages:
                 tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
             if self.target:
-                tensors |= {f"target/{name}": weight for name, weight in self.target.weights.items()}
-            rest = {"optimizer": rest, "scaler": self.scaler.state_dict()}
+                tensors |= _under("target", self.target.weights)
+            if self.fake:
+                of_fake, rest["fake"] = self.fake.state()
+                tensors |= _under("fake", of_fake)
             with self.optimizer.exported():
                 exported = self.average.weights if self.average else self.parameters
                 state = State(self.done, {name: whole(weight.detach()) for name, weight in exported.items()}, tensors, rest)
@@ -493,16 +579,28 @@ class Training:
 
     def _take(self, state: State) -> None:
         """Load the weights, the optimizer and the rest of a checkpoint."""
-        own = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
-        self._put({name: shared_like(weight, self.parameters[name]) for name, weight in (own or state.weights).items()})
+        own = _of("weights", state.tensors) or state.weights
+        self._put({name: shared_like(weight, self.parameters[name]) for name, weight in own.items()})
         if self.average:
             self.average.load(state.weights)
         if self.target:
-            self.target.load({name.removeprefix("target/"): t for name, t in state.tensors.items() if name.startswith("target/")})
-        optimizer = {n.removeprefix("optimizer/"): t for n, t in state.tensors.items() if n.startswith("optimizer/")}
-        self.optimizer.load(optimizer, state.rest["optimizer"])
-        self.scaler.load_state_dict(state.rest["scaler"])
+            self.target.load(_of("target", state.tensors))
+        if self.fake:
+            self.fake.load(_of("fake", state.tensors), state.rest["fake"])
+        self.learner.load(_of("optimizer", state.tensors), state.rest)
         self.done = state.step
+
+
+def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def _not_finite(what: str, step: int, keeps: str = "every step before it") -> str:
+    return f"{what} is not finite at step {step + 1}; the run keeps {keeps}; start a new run with a lower learning rate"
 
 
 def check_lesson(settings: TrainingSettings, teacher: Architecture | None, student: Architecture | None, same: bool) -> None:
@@ -523,7 +621,7 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
             f"the teacher {teacher.num_parameters:,}; give the full model as teacher and the pruned one as student"
         )
     specialises = settings.weighted_objective.task and (settings.lora_rank or settings.timestep_range)
-    if same and settings.guidance == 1 and not (specialises or settings.weighted_objective.consistency):
+    if same and settings.guidance == 1 and not (specialises or settings.weighted_objective.few_steps):
         raise ValueError(
             "student and teacher are the same model, so there is nothing to learn; prune the student, give another teacher, set "
             'guidance above 1 with objective "guidance", or fine-tune with objective "task"'

@@ -54,6 +54,17 @@ def pseudo_huber_loss(student: Tensor, target: Tensor) -> Tensor:
     return ((difference.square() + HUBER**2).sqrt() - HUBER).mean(1)
 
 
+def matching_loss(drawing: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """A loss whose gradient moves a drawing from where the fake score sees it to where the real one does, (B,); all (B, C, H, W).
+
+    ``|x - stop(x - (fake - real) / mean |x - real|)|^2 / 2``, so that the gradient of each example has the same size, whatever its
+    noise (Yin et al. 2024, arXiv 2311.18828, Eq. 7 and 8). Its value says nothing about quality.
+    """
+    drawing = drawing.float()
+    size = (drawing.detach() - real).abs().flatten(1).mean(1).clamp(min=1e-12).reshape(-1, *[1] * (drawing.ndim - 1))
+    return 0.5 * squared_error(drawing, drawing.detach() - (fake - real) / size)
+
+
 FEATURE_LOSSES: dict[str, Loss] = {
     "squared": feature_loss,
     "normalised": normalised_feature_loss,

@@ -46,7 +46,7 @@ from ..networks.name_map import NameMap
 from ..networks.quantised import QUANTISED, computes, is_linear, kept_bytes
 from ..pruning.plan import PruningPlan, name_map
 from .exports import trained
-from .losses import pseudo_huber_loss
+from .losses import matching_loss, pseudo_huber_loss
 from .objective import Outputs
 from .optim import OPTIMIZERS
 from .settings import TrainingSettings
@@ -106,6 +106,18 @@ def update_bytes(shapes: Iterable[torch.Size], training: TrainingSettings) -> in
     if training.rounds:  # float32 copies of a tensor and its gradient, and four of that size to round it
         return 6 * max(sizes)
     return sum(sizes) if training.optimizer in _COPY_ALL else 2 * max(sizes)
+
+
+def beside_weights(shapes: Iterable[torch.Size], training: TrainingSettings) -> Counter[str]:
+    """Bytes beside trained weights of some shapes from the first step to the last, by kind."""
+    shapes = list(shapes)
+    state, copy = sum(map(STATE_BYTES[training.optimizer], shapes)), 4 * sum(shape.numel() for shape in shapes)
+    has_fake = bool(training.weighted_objective.dmd)
+    return Counter({
+        "optimizer": state,
+        "moving average": training.num_averages * copy,
+        "fake score": has_fake * (copy + state),
+    })  # fmt: skip
 
 
 # --- settings, and what to change -----------------------------------------------------------------------------------
@@ -210,11 +222,12 @@ PARTS = (
     "gradients",
     "optimizer",
     "moving average",
+    "fake score",
     "kept activations",
     "working memory",
 )
 """Names of the parts. Features: the teacher's layer outputs that losses compare. Half-precision weights: copies made by
-autocast. Kept activations: saved for the student's backward pass. Working memory: everything else at that moment."""
+autocast. Fake score: of the objective dmd, with its optimizer. Kept activations: saved for the student's backward pass. Working memory: everything else at that moment."""
 
 
 class Part(NamedTuple):
@@ -343,9 +356,7 @@ class _Step:
             "teacher weights": teachers,
             "student weights": (kept_bytes(self.student.shapes, settings.student_dtype) + of_lora) // share,
             "gradients": self._gradients(settings) if settings.num_processes > share else 0,  # sent between processes
-            "optimizer": sum(map(STATE_BYTES[training.optimizer], self.trained_shapes)) // share,
-            "moving average": training.num_averages * 4 * self.num_trained // share,
-        })  # fmt: skip
+        }) + Counter({kind: of_kind // share for kind, of_kind in beside_weights(self.trained_shapes, training).items()})  # fmt: skip
 
     def _gradients(self, settings: MemorySettings) -> int:
         itemsize = DTYPES["bf16" if settings.training.rounds else "fp32"].itemsize
@@ -557,6 +568,8 @@ def student_loss(
     terms = training.weighted_objective.terms(target, outputs, from_teacher)
     if training.weighted_objective.consistency:
         terms["consistency"] = pseudo_huber_loss(outputs.prediction, target)
+    if training.weighted_objective.dmd:
+        terms["dmd"] = matching_loss(outputs.prediction, target, target)
     return training.weighted_objective.total(terms).mean()
 
 

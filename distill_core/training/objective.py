@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -40,6 +40,10 @@ class Objective:
     consistency: float = 0.0
     """Weight of the distance of the student's jumps to those of its lagged copy one step further along the teacher's path; see
     `consistency`."""
+    dmd: float = 0.0
+    """Weight of the distance of the student's drawings to where the real score would move them; see `dmd`."""
+    diversity: float = 0.0
+    """Weight of the distance of the student's first sampling step to the teacher's path; it only counts beside ``dmd``."""
     feature_loss: str = "squared"
     """How features and hidden states are compared: a key of `losses.FEATURE_LOSSES`."""
     layers: str = "stages"
@@ -61,25 +65,33 @@ class Objective:
             "feature": self.feature,
             "local": self.local,
             "consistency": self.consistency,
+            "dmd": self.dmd,
+            "diversity": self.diversity,
         }
 
     @property
     def uses_teacher(self) -> bool:
-        return bool(self.output or self.feature or self.local or self.consistency)
+        return bool(self.output or self.feature or self.local or self.few_steps)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the student predicts for noised examples, so that its outputs are compared."""
+        return bool(self.task or self.output or self.feature or self.consistency)
 
     @property
     def only_local(self) -> bool:
         """Whether nothing is compared but single blocks, so that a student as a whole does not run."""
-        return not (self.task or self.output or self.feature or self.consistency)
+        return not (self.compares or self.dmd)
 
-    def with_weights(self, *, task: float | None, output: float | None, feature: float | None) -> Objective:
-        """A copy with other weights where they are given."""
-        return replace(
-            self,
-            task=self.task if task is None else task,
-            output=self.output if output is None else output,
-            feature=self.feature if feature is None else feature,
-        )
+    @property
+    def few_steps(self) -> bool:
+        """Whether the student learns to sample in a few steps."""
+        return bool(self.consistency or self.dmd)
+
+    def with_weights(self, **weights: float | None) -> Objective:
+        """A copy with other weights, by the names of the losses, where they are not None."""
+        given: dict[str, Any] = {name: weight for name, weight in weights.items() if weight is not None}
+        return replace(self, **given)
 
     def feature_layers(self, teacher: Architecture, student: Architecture, mapping: NameMap) -> dict[str, str]:
         """Teacher layer -> student layer whose outputs are compared; empty if features are not compared."""
@@ -106,7 +118,8 @@ class Objective:
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Loss of each example, (B,): the weighted sum of its terms."""
-        total = sum(self.weights[name.split("/")[0]] * values for name, values in terms.items())
+        weights = self.weights | {"cosine_distance": 0.0}  # which is measured beside the losses
+        total = sum(weights[name.split("/")[0]] * values for name, values in terms.items())
         assert isinstance(total, Tensor)  # an objective has at least one loss
         return total
 
@@ -132,6 +145,8 @@ OBJECTIVES = {
     "guidance": Objective(output=1.0),
     # jumps along the teacher's guided path (Luo et al. 2023, arXiv 2310.04378; Wang et al. 2024, arXiv 2405.18407)
     "consistency": Objective(consistency=1.0),
+    # what the student draws, as the teacher would (Yin et al. 2024, arXiv 2405.14867; weight of Wu et al. 2026, arXiv 2602.03139)
+    "dmd": Objective(dmd=1.0, diversity=0.05),
     # plain fine-tuning, no teacher
     "task": Objective(task=1.0),
 }

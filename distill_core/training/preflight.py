@@ -11,7 +11,7 @@ import torch
 from ..base.disk import check_room, check_writable
 from ..base.packages import check_installed
 from ..base.precision import DTYPES
-from .memory import STATE_BYTES
+from .memory import beside_weights
 from .optim import OPTIMIZERS
 from .run import RECIPE, Run, started
 from .settings import TrainingSettings
@@ -59,8 +59,8 @@ def check_checkpoints(folder: Path, settings: TrainingSettings, shapes: Mapping[
 
 
 def checkpoint_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings) -> int:
-    """Size of one checkpoint: the student, the optimizer state, and the trained weights beside their EMA."""
+    """Size of one checkpoint: the trained weights, the optimizer state, and what else is kept beside them."""
     sizes = [torch.Size(shape) for shape in shapes.values()]
     weights = DTYPES[settings.weight_dtype].itemsize * sum(size.numel() for size in sizes)
-    averaged = bool(settings.ema_decay) or settings.optimizer == "schedulefree"
-    return (1 + averaged) * weights + sum(map(STATE_BYTES[settings.optimizer], sizes))
+    exported_apart = settings.optimizer == "schedulefree" and not settings.ema_decay
+    return (1 + exported_apart) * weights + beside_weights(sizes, settings).total()

@@ -43,9 +43,13 @@ class Processes:
     def check(self, settings: TrainingSettings) -> None:
         """Raise ``ValueError`` for settings that these processes cannot share."""
         self.part_size(settings.batch_size, settings.accumulation_steps)
+        if self.count > 1 and settings.weighted_objective.dmd:
+            raise ValueError(
+                f"objective {settings.objective} trains in one process; launch one, or choose the objective consistency"
+            )
         if self.shards:
             unswapped = tuple(
-                name for name, objective in OBJECTIVES.items() if not objective.consistency
+                name for name, objective in OBJECTIVES.items() if not objective.few_steps
             )  # whose weights stay in place
             possible = {
                 "objective": unswapped,

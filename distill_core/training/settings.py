@@ -36,12 +36,18 @@ class TrainingSettings:
         "plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. laptop-diff: "
         "features of equal weight. output: only the teacher's output. For transformers choose output; blocks: the same plus the hidden states after every "
         "block; or local: each folded block by itself. guidance: the teacher's output, with guidance. consistency: to sample in a few "
-        "steps. task: plain fine-tuning without a teacher.",
+        "steps. dmd: the same by what it draws itself, sharper and slower to train. task: plain fine-tuning without a teacher.",
         choices=OBJECTIVES,
     )
     task_weight: float | None = setting(None, "Weight of the loss against the images.", unset=_OWN, within=_WEIGHTS)
     output_weight: float | None = setting(None, "Weight of the distance to the teacher's output.", unset=_OWN, within=_WEIGHTS)
     feature_weight: float | None = setting(None, "Weight of the distance to the teacher's features.", unset=_OWN, within=_WEIGHTS)
+    diversity_weight: float | None = setting(
+        None,
+        "Weight of the objective dmd's distance of the first sampling step to the teacher's path.",
+        unset=_OWN,
+        within=_WEIGHTS,
+    )
     local_steps: int = setting(
         0,
         "Steps at the beginning in which each folded block of a transformer learns by itself what its run of blocks does; the "
@@ -79,20 +85,20 @@ class TrainingSettings:
     guidance: float = setting(
         1.0,
         "Guidance scale of the teacher's predictions; the student learns them in one pass, for cfg 1. 1 = no guidance. Needs the "
-        "empty caption and the objective guidance or consistency.",
+        "empty caption and the objective guidance, consistency or dmd.",
         within=GUIDANCE,
     )
     guidance_min: float | None = setting(
         None,
         "A LoRA learns all scales from here to guidance, and its strength chooses one: strength 1 gives guidance, strength "
-        "(cfg - 1) / (guidance - 1) gives cfg. With the objective consistency it learns their mean.",
+        "(cfg - 1) / (guidance - 1) gives cfg. With the objectives consistency and dmd it learns their mean.",
         unset="one scale, guidance",
         within=GUIDANCE,
     )
     phases: int = setting(
         4,
-        "Parts of the sampling in each of which the objective consistency learns to jump to the end: sample with as many steps. With 1 "
-        "it learns to jump to the image from everywhere, for the sampler lcm with 2 to 8 steps.",
+        "Steps to sample with after the objectives consistency and dmd. With 1, consistency learns to jump to the image from everywhere, "
+        "for the sampler lcm with 2 to 8 steps.",
         within=(1, 1000),
     )
     solver_steps: int = setting(
@@ -104,6 +110,29 @@ class TrainingSettings:
         0.95,
         "How slowly the copy of the student that the objective consistency aims at follows it: the decay of an EMA.",
         within=(0, 0.999999),
+    )
+    consistency_steps: int = setting(
+        0,
+        "Steps at the beginning in which the student learns consistency before the objective dmd takes over, so that it draws something "
+        "from the start; their learning rate is consistency_rate times as high.",
+        within=OR_NONE,
+    )
+    consistency_rate: float = setting(
+        10.0, "Learning rate of the consistency_steps, in parts of learning_rate.", within=(1e-3, 1e3)
+    )
+    fake_updates: int = setting(
+        4, "Updates of the fake score, which learns what the student draws, in each step of the objective dmd.", within=(1, 100)
+    )
+    fake_warmup: int = setting(
+        12,
+        "First steps of the objective dmd in which only the fake score learns, so that it knows what the student draws.",
+        within=OR_NONE,
+    )
+    anchor_steps: int = setting(
+        6,
+        "Steps of the teacher from noise to half of its path, where the objective dmd leads the first step of the student so that its images "
+        "stay as various as the teacher's.",
+        within=(1, 500),
     )
 
     batch_size: int = setting(64, "Images per step. Lower it if memory runs out.", within=BATCH)
@@ -193,7 +222,7 @@ class TrainingSettings:
         self._check_validation()
         self._check_weights()
         self._check_guidance()
-        self._check_consistency()
+        self._check_few_steps()
 
     def _check_batches(self) -> None:
         if self.batch_size % self.accumulation_steps:
@@ -220,8 +249,9 @@ class TrainingSettings:
         if self.lora_dora and not self.lora_rank:
             raise ValueError("lora_dora needs a LoRA; set lora_rank above 0, or lora_dora to false")
 
-    def _check_consistency(self) -> None:
-        if not self.weighted_objective.consistency:
+    def _check_few_steps(self) -> None:
+        objective = self.weighted_objective
+        if not objective.few_steps:
             return
         if self.weighting != UNWEIGHTED:
             raise ValueError(
@@ -231,6 +261,25 @@ class TrainingSettings:
             raise ValueError(f"objective {self.objective} needs weight_dtype fp32, or a LoRA: set lora_rank above 0")
         if self.solver_steps < self.phases:
             raise ValueError(f"solver_steps must be at least phases, got {self.solver_steps} and {self.phases}")
+        if objective.dmd:
+            self._check_dmd()
+
+    def _check_dmd(self) -> None:
+        if self.phases < 2:
+            raise ValueError(
+                "objective dmd needs phases of 2 or more: its first step keeps images various, the others make them sharp"
+            )
+        if self.timestep_range:
+            raise ValueError(
+                "objective dmd learns from whole samplings, so it cannot train an expert for a timestep_range; choose the objective consistency"
+            )
+        if self.validate_every_steps:
+            raise ValueError("objective dmd has no validation loss; set validate_every_steps and validation_share to 0")
+        if self.total_steps <= self.first_drawn_step:
+            raise ValueError(
+                f"total_steps {self.total_steps} end before the student learns by the objective dmd; raise them above "
+                f"{self.first_drawn_step}, the sum of local_steps or consistency_steps and fake_warmup"
+            )
 
     def _check_guidance(self) -> None:
         if self.weighted_objective.feature and self.guidance != 1:  # raises first if all weights are 0
@@ -254,13 +303,27 @@ class TrainingSettings:
         objective = OBJECTIVES[self.objective]
         if objective.local:
             objective = replace(objective, feature_loss=self.local_loss)
-        return objective.with_weights(task=self.task_weight, output=self.output_weight, feature=self.feature_weight)
+        return objective.with_weights(
+            task=self.task_weight, output=self.output_weight, feature=self.feature_weight, diversity=self.diversity_weight
+        )
 
     def objective_at(self, step: int) -> Objective:
         """What a step, counted from 0, learns from."""
         if step < self.local_steps:
             return replace(OBJECTIVES["local"], feature_loss=self.local_loss)
+        if step < self.consistency_steps and self.weighted_objective.dmd:
+            return OBJECTIVES["consistency"]
         return self.weighted_objective
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """Everything a run learns from, one after another."""
+        return [self.objective_at(step) for step in sorted({0, self.local_steps, self.consistency_steps})]
+
+    @property
+    def first_drawn_step(self) -> int:
+        """The first step in which the student learns from its own drawings by the objective dmd."""
+        return max(self.local_steps, self.consistency_steps) + self.fake_warmup
 
     @property
     def learns_locally(self) -> bool:
@@ -291,20 +354,20 @@ class TrainingSettings:
 
     @property
     def few_steps(self) -> int | None:
-        """Steps to sample with after the objective consistency: one for each phase, and a few for a single one. None after others."""
-        if not self.weighted_objective.consistency:
+        """Steps to sample with after the objectives consistency and dmd: one for each phase, and a few for a single one. None after others."""
+        if not self.weighted_objective.few_steps:
             return None
         return LCM_STEPS if self.phases == 1 else self.phases
 
     @property
     def num_averages(self) -> int:
         """Averages of the trained weights that are kept beside them."""
-        return bool(self.ema_decay) + bool(self.weighted_objective.consistency)
+        return bool(self.ema_decay) + any(objective.consistency for objective in self.objectives)
 
     @property
     def strength_is_scale(self) -> bool:
         """Whether the strength of a LoRA chooses the guidance scale: it is then trained at that of each example."""
-        return self.guidance_min is not None and not self.weighted_objective.consistency
+        return self.guidance_min is not None and not self.weighted_objective.few_steps
 
     @property
     def compute_dtype(self) -> str:
@@ -332,7 +395,11 @@ class TrainingSettings:
         )
 
     def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at a step, counted from 0."""
+        """Learning rate of a step, counted from 0, in parts of the peak."""
+        rate = self.consistency_rate if self.consistency_steps > step and self.weighted_objective.dmd else 1.0
+        return rate * self._lr_share(step)
+
+    def _lr_share(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -31,7 +31,7 @@ from ...distill_core.lora.layers import trained_shapes
 from ...distill_core.networks.name_map import NameMap
 from ...distill_core.networks.transformers.architecture import FAMILIES
 from ...distill_core.training.base_memory import Base, on_meta
-from ...distill_core.training.memory import STATE_BYTES, Forecast, MemorySettings
+from ...distill_core.training.memory import Forecast, MemorySettings, beside_weights
 from ...distill_core.training.settings import TrainingSettings
 from .model import Model
 from .training import PLAIN_ATTENTION, forecast_memory
@@ -274,8 +274,7 @@ def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
     """What a step needs besides activations: the weights as they are held, and what is trained, by exact count."""
     weights = sum(weight.nbytes for weight in base.network.parameters())
     shapes = trained_shapes(base, settings.lora_rank, settings.lora_targets)
-    copies = 2 + settings.num_averages  # weights, gradients and averages, in float32
-    learnt = sum(4 * copies * shape.numel() + STATE_BYTES[settings.optimizer](shape) for shape in shapes)
+    learnt = sum(8 * shape.numel() for shape in shapes) + beside_weights(shapes, settings).total()  # 8: gradients too, in float32
     return f"the model takes {gib(weights)}, the LoRA with its gradients and optimizer {gib(learnt)}; activations come on top"
 
 
