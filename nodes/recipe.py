@@ -58,6 +58,8 @@ class DistillationRecipe(io.ComfyNode):
                 setting_input("guidance", step=0.5, advanced=True, optional=True, more="Shared-Base LoRA has its own setting."),
                 setting_input("local_loss", advanced=True, optional=True),
                 setting_input("phases", advanced=True, optional=True, more="Shared-Base LoRA has its own setting."),
+                setting_input("fake_updates", advanced=True, optional=True),
+                setting_input("dmd_rate", step=0.01, advanced=True, optional=True),
             ],
             outputs=[RecipeSettings.Output(display_name="recipe", tooltip="For Distill Train Step.")],
         )

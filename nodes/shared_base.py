@@ -13,6 +13,7 @@ from ..distill_core.training.settings import TrainingSettings
 from . import bridge
 from .inputs import (
     SEED_OF_TRAINING,
+    STEPS,
     RecipeSettings,
     keeping_inputs,
     pace_inputs,
@@ -23,7 +24,7 @@ from .inputs import (
 )
 from .train import check_base_settings, last_step, show_run, train_on_base
 
-OBJECTIVES = ("guidance", "consistency")
+OBJECTIVES = ("guidance", "consistency", "dmd")
 LORA_SETTINGS = ("rank", "alpha", "layers")
 DATA_SETTINGS = ("width", "height", "images_per_caption", "sampler_steps", "trajectory_states")
 
@@ -36,7 +37,7 @@ class SharedBaseLoRA(io.ComfyNode):
             display_name="Shared-Base LoRA",
             category="distill",
             description="Trains a LoRA that makes your own model faster. guidance: one pass gives what guidance gives in two; sample at "
-            "cfg 1, almost twice as fast. consistency: the same in a few steps, about ten times as fast. Teacher and student share the "
+            "cfg 1, almost twice as fast. consistency and dmd: the same in a few steps, about ten times as fast. Teacher and student share the "
             "same weights, so training needs the memory of one model. "
             "Each execution trains some steps of a named run; queue again to continue. Cancel at any time: every finished step "
             "is kept. Without latents the model makes its own training data.",
@@ -51,6 +52,8 @@ class SharedBaseLoRA(io.ComfyNode):
                 "few steps",
                 "faster",
                 "consistency distillation",
+                "DMD2",
+                "distribution matching",
                 "train lora",
                 "cfg 1",
                 "LoRA-enhanced distillation",
@@ -75,12 +78,13 @@ class SharedBaseLoRA(io.ComfyNode):
                 *run_inputs("baked"),
                 io.Combo.Input("objective", options=list(OBJECTIVES), default="guidance", tooltip="What the LoRA learns. guidance: to give the guided "
                                "prediction in one pass, for cfg 1. consistency: also to jump far along the way from noise to image, to "
-                               "sample in as many steps as phases says."),
-                io.Int.Input("phases", default=4, min=1, max=16, tooltip="For consistency: the number of steps to sample with later. 4 and 8 are "
-                             "usual; with 1 it learns to jump to the image from everywhere, for the sampler lcm with 2 to 8 steps."),
+                               "sample in as many steps as phases says. dmd: the same by what it draws itself, without images; sharper, and several "
+                               "times slower to train."),
+                io.Int.Input("phases", default=4, min=1, max=16, tooltip="For consistency and dmd: the number of steps to sample with later. 4 and 8 are "
+                             "usual; with 1 consistency learns to jump to the image from everywhere, for the sampler lcm with 2 to 8 steps."),
                 io.Float.Input("guidance", default=7.5, min=1.0, max=100.0, step=0.1, round=0.01, tooltip="The cfg to learn: the "
-                               "value you sample with today. 7.5 for Stable Diffusion, 3 for the demo. 1 = no guidance; consistency then keeps cfg "
-                               "and negative prompts."),
+                               "value you sample with today. 7.5 for Stable Diffusion, 3 for the demo. 1 = no guidance; consistency and dmd then keep "
+                               "cfg and negative prompts."),
                 io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA. 16 to 64 is usual; higher learns "
                              "more and makes a larger file."),
                 *pace_inputs("0.0001 for Stable Diffusion, 0.002 for the demo.", default=1e-4),
@@ -95,8 +99,8 @@ class SharedBaseLoRA(io.ComfyNode):
                              "sampling of each image, to train on; at most sampler_steps. 0 trains on added noise instead."),
                 io.Float.Input("guidance_min", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01, advanced=True,
                                tooltip="0: the LoRA learns one scale. 1 or more: it learns all scales from here to guidance, and its strength "
-                               "chooses one: strength 1 gives guidance, strength (cfg - 1) / (guidance - 1) gives cfg. With consistency it "
-                               "learns their mean."),
+                               "chooses one: strength 1 gives guidance, strength (cfg - 1) / (guidance - 1) gives cfg. With consistency and "
+                               "dmd it learns their mean."),
                 io.Float.Input("alpha", default=0.0, min=0.0, max=1e6, step=1.0, round=0.01, advanced=True, tooltip="LoRA "
                                "alpha; scale = alpha / rank. 0 = alpha equals rank."),
                 io.String.Input("layers", default="*attn*", advanced=True, tooltip="Name patterns of the layers that get a LoRA, "
@@ -105,6 +109,9 @@ class SharedBaseLoRA(io.ComfyNode):
                 io.Boolean.Input("dora", default=False, optional=True, advanced=True, tooltip="Train a DoRA: a LoRA that also "
                                  "learns a magnitude for each input of a layer. Slower, and needs more memory. Cannot be "
                                  "combined with guidance_min."),
+                io.Int.Input("consistency_steps", default=500, min=0, max=STEPS[1], optional=True, advanced=True, tooltip="For dmd: steps at the "
+                             "beginning in which the LoRA learns consistency, so that it draws something from the start. dmd takes over after them, "
+                             "at a tenth of the learning rate."),
             ],
             outputs=[
                 io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The LoRA as trained so far, for Save LoRA Weights "
@@ -149,6 +156,8 @@ class SharedBaseLoRA(io.ComfyNode):
         with torch.inference_mode(False), torch.enable_grad():
             if teacher is not None:
                 check_lesson(recipe, None, None, same=bridge.predict_alike([model, teacher]))
+            if latents is None and not recipe.uses_images:
+                latents = [bridge.blank_latents(model, of_data["width"], of_data["height"], bridge.num_captions(captions, model))]
             if latents is None:
                 data = _drawn(teacher or model, captions, null_caption, recipe, of_data, folder, node_id)
             else:
@@ -173,12 +182,14 @@ class SharedBaseLoRA(io.ComfyNode):
 
 def _of_lora(settings: dict) -> dict:
     """This node's settings as training settings."""
-    keeps_cfg = settings["objective"] == "consistency" and settings["guidance"] == 1  # so the empty caption is learnt as well
+    keeps_cfg = settings["objective"] != "guidance" and settings["guidance"] == 1  # so the empty caption is learnt as well
+    begins_with = settings.pop("consistency_steps", 0) if settings["objective"] == "dmd" else 0
     rank, alpha, layers = (settings.pop(name) for name in LORA_SETTINGS)
     dora = settings.pop("dora", False)
     return settings | {
         **dict.fromkeys(("task_weight", "output_weight", "feature_weight")),  # the objective's defaults
         "caption_dropout": 0.1 if keeps_cfg else 0.0,
+        "consistency_steps": begins_with,
         "guidance_min": settings["guidance_min"] or None,
         "lora_rank": rank,
         "lora_alpha": alpha or None,

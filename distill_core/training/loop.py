@@ -638,7 +638,7 @@ def _same(teacher: Denoiser, student: Denoiser) -> bool:
 
 def check_trajectories(settings: TrainingSettings, dataset: Dataset) -> None:
     """Raise ``ValueError`` if the stored trajectories were sampled with another guidance than the run learns."""
-    if dataset.timesteps is None or settings.guidance == 1:
+    if dataset.timesteps is None or settings.guidance == 1 or not settings.uses_images:
         return
     drawn, wanted = dataset.scales, settings.scales
     if settings.guidance_min is None and drawn is None:  # older data do not store it

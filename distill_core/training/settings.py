@@ -114,11 +114,13 @@ class TrainingSettings:
     consistency_steps: int = setting(
         0,
         "Steps at the beginning in which the student learns consistency before the objective dmd takes over, so that it draws something "
-        "from the start; their learning rate is consistency_rate times as high.",
+        "from the start.",
         within=OR_NONE,
     )
-    consistency_rate: float = setting(
-        10.0, "Learning rate of the consistency_steps, in parts of learning_rate.", within=(1e-3, 1e3)
+    dmd_rate: float = setting(
+        0.1,
+        "Learning rate of the objective dmd, in parts of learning_rate: it needs a lower one than others. That of the fake score is twice as high.",
+        within=(1e-4, 1e4),
     )
     fake_updates: int = setting(
         4, "Updates of the fake score, which learns what the student draws, in each step of the objective dmd.", within=(1, 100)
@@ -321,6 +323,11 @@ class TrainingSettings:
         return [self.objective_at(step) for step in sorted({0, self.local_steps, self.consistency_steps})]
 
     @property
+    def uses_images(self) -> bool:
+        """Whether it learns at images with noise; otherwise only from captions, and what it draws of them."""
+        return not all(objective.dmd and not objective.compares for objective in self.objectives)
+
+    @property
     def first_drawn_step(self) -> int:
         """The first step in which the student learns from its own drawings by the objective dmd."""
         return max(self.local_steps, self.consistency_steps) + self.fake_warmup
@@ -396,7 +403,7 @@ class TrainingSettings:
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of a step, counted from 0, in parts of the peak."""
-        rate = self.consistency_rate if self.consistency_steps > step and self.weighted_objective.dmd else 1.0
+        rate = self.dmd_rate if self.objective_at(step).dmd else 1.0
         return rate * self._lr_share(step)
 
     def _lr_share(self, step: int) -> float:

@@ -4,7 +4,7 @@ from .asking import examples_of
 from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, precision_note, prune_model, save_model
 from .compare import Drawing, compare_models, image_features, text_features
-from .data import calibration, dataset, encoded_captions, make_data, previews
+from .data import blank_latents, calibration, dataset, encoded_captions, make_data, num_captions, previews
 from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
@@ -55,6 +55,7 @@ __all__ = [
     "Model",
     "Progress",
     "predict_alike",
+    "blank_latents",
     "boundary_sigmas",
     "calibration",
     "check_healing",
@@ -85,6 +86,7 @@ __all__ = [
     "make_student",
     "memory_in_use",
     "newest_step",
+    "num_captions",
     "opened_base",
     "output_path",
     "image_features",

@@ -57,6 +57,17 @@ def encoded_captions(positive: list, null_caption: list, model: Model) -> tuple[
     return captions, null
 
 
+def num_captions(positive: list, model: Model) -> int:
+    """How many captions ComfyUI's list holds."""
+    return len(_captions(positive, model))
+
+
+def blank_latents(model: Model, width: int, height: int, count: int) -> dict:
+    """A LATENT without pictures, for training that needs none. width, height: in pixels."""
+    height, width = (side // model.pixels_per_latent for side in (height, width))
+    return {"samples": torch.zeros(count, _reads(model).channels, height, width)}
+
+
 def _check_one_length(captions: list[_Encoded], way_out: str = "") -> None:
     """``ValueError`` for captions of a transformer that cannot stand in for one another."""
     if len({len(caption.context) for caption in captions}) > 1:

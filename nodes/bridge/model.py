@@ -54,6 +54,11 @@ class Model:
             raise ValueError(f"this MODEL ({self.kind}) cannot be pruned or distilled here: {error}") from error
 
     @property
+    def pixels_per_latent(self) -> int:
+        """How many times smaller its latents are than pictures, on each side: Flux.2's are a sixteenth, most others an eighth."""
+        return getattr(self.patcher.model.latent_format, "spacial_downscale_ratio", 8)
+
+    @property
     def kind(self) -> str:
         """ComfyUI's name for what it is."""
         return type(self.patcher.model).__name__

@@ -118,25 +118,28 @@ def test_stock_save_and_load_lora_give_the_same_images(dora, server):
     assert "lora key not loaded" not in server.log.read_text()[begun:] and "NOT LOADED" not in server.log.read_text()[begun:]
 
 
-def test_a_lora_for_few_steps_draws_the_same_in_stock_nodes_the_core_and_diffusers(server):
+AS_DMD = {"objective": "dmd", "consistency_steps": 2, "total_steps": 18, "steps_per_queue": 18}
+
+
+@pytest.mark.parametrize("how", [{"objective": "consistency"}, AS_DMD], ids=["consistency", "dmd"])
+def test_a_lora_for_few_steps_draws_the_same_in_stock_nodes_the_core_and_diffusers(how, server):
     few = {"cfg": 1.0, "steps": 4, "sampler_name": "euler", "scheduler": "simple"}
-    folder, _ = baked(server, "few steps", objective="consistency", nodes=sampled(["bake", 1], "in few steps", **few))
-    file = folder / "checkpoints" / "00000006" / "lora.safetensors"
+    folder, _ = baked(server, f"few steps {how['objective']}", **how, nodes=sampled(["bake", 1], "in few steps", **few))
+    (file,) = folder.glob("checkpoints/*/lora.safetensors")
     told = read_header(file).metadata
     assert json.loads(told["distill.sampler"]) == {"steps": "4", "sampler": "euler", "scheduler": "simple", "cfg": "1"}
-    target = server.base / "models" / "loras" / "few.safetensors"
+    target = server.base / "models" / "loras" / f"few by {how['objective']}.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(file.read_bytes())
     load = {
         "class_type": "LoraLoaderModelOnly",
-        "inputs": {"model": ["teacher", 0], "lora_name": "few.safetensors", "strength_model": 1.0},
+        "inputs": {"model": ["teacher", 0], "lora_name": target.name, "strength_model": 1.0},
     }
-    result = server.run({**PROMPT, "load": load, **sampled(["load", 0], "in few by stock", **few)})
+    prefix = f"by stock {how['objective']}"
+    result = server.run({**PROMPT, "load": load, **sampled(["load", 0], prefix, **few)})
     assert result.succeeded, result.error
-    by_stock = drawn(server, "in few by stock")
-    assert torch.equal(by_stock, drawn(server, "in few steps")) and not torch.allclose(
-        by_stock, drawn(server, "few steps"), atol=1e-2
-    )
+    by_stock, in_more_steps = drawn(server, prefix), drawn(server, f"few steps {how['objective']}")
+    assert torch.equal(by_stock, drawn(server, "in few steps")) and not torch.allclose(by_stock, in_more_steps, atol=1e-2)
     by_core, by_diffusers = of_the_core(file, by_stock.shape, phases=4), of_diffusers(file, by_stock.shape, phases=4)
     assert torch.allclose(by_core, by_stock, atol=1e-3) and torch.allclose(by_diffusers, by_stock, atol=1e-3)
 
@@ -167,6 +170,15 @@ def of_diffusers(file, shape, phases):
 
 def captions():
     return ScenesTextEncoder.bundled().captions(["a cat, flat", ""])
+
+
+def test_dmd_from_the_start_needs_no_images(server):
+    how = AS_DMD | {"consistency_steps": 0, "total_steps": 14, "steps_per_queue": 14, "without": ["latents"]}
+    folder, _ = baked(server, "no images", captions=["prompt", 0], **how)
+    assert not (server.output / "distill_data" / "no images").exists()
+    learnt = [row["step"] for row in rows(folder) if "dmd" in row]
+    assert learnt == [13, 14]  # after twelve in which only the fake score learns
+    assert len(rows(folder)) == 14 and all(row["fake"] > 0 for row in rows(folder))
 
 
 def test_without_latents_the_model_draws_its_own_data(server):

@@ -31,7 +31,7 @@ from .test_consistency import replace_of, weights_of
 pytest.importorskip("peft")
 from distill_core.lora.layers import WithoutLora  # noqa: E402
 
-RECIPE = TrainingSettings(objective="dmd", guidance=3.0, caption_dropout=0.0, total_steps=8, batch_size=8, learning_rate=1e-3, phases=4,
+RECIPE = TrainingSettings(objective="dmd", guidance=3.0, caption_dropout=0.0, total_steps=8, batch_size=8, learning_rate=1e-2, phases=4,
                 fake_updates=2, fake_warmup=1, anchor_steps=3, lora_rank=4, save_every_steps=100)  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_the_fake_score_learns_to_denoise_what_the_student_draws(small_teacher, 
         slopes = torch.autograd.grad(torch.stack(losses).mean(), list(theirs.values()))
         assert values["fake"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
         for (name, weight), slope in zip(training.fake._own.items(), slopes, strict=True):
-            expected = before[name] - FAKE_RATE * recipe.learning_rate * slope
+            expected = before[name] - FAKE_RATE * recipe.dmd_rate * recipe.learning_rate * slope
             torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-8)
 
 
@@ -269,9 +269,9 @@ def test_parts_of_a_batch_are_the_batch(demo, tmp_path):
 
 
 def test_the_consistency_steps_are_those_of_that_objective(small_teacher, small_data, tmp_path):
-    """At the higher learning rate; afterwards nothing lags behind."""
-    recipe = replace(RECIPE, consistency_steps=2, consistency_rate=5.0)
-    alike = replace(RECIPE, objective="consistency", learning_rate=5 * recipe.learning_rate, consistency_steps=0)
+    """At the full learning rate; afterwards nothing lags behind."""
+    recipe = replace(RECIPE, consistency_steps=2)
+    alike = replace(RECIPE, objective="consistency", consistency_steps=0)
     ours, theirs = (opened(copied(small_teacher), small_data, each, tmp_path / each.objective) for each in (recipe, alike))
     with ours.open(), theirs.open():
         for step in range(2):
