@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,22 @@ def train(
         distill(Run(Path(folder) / "run", training), student=student, teacher=teacher, plan=plan, dataset=dataset)
 
 
-def with_lora(dataset: Dataset, **changes) -> DiffusersDenoiser:
-    """The teacher's network with a LoRA on every layer, trained against the same network without; ``changes`` are of its settings."""
-    student = teacher()
+def with_lora(dataset: Dataset, base: DiffusersDenoiser | None = None, **changes) -> DiffusersDenoiser:
+    """A network, the teacher's unless another is given, with a LoRA on every layer that learnt from the network without it.
+
+    ``changes`` are of its settings.
+    """
+    student = base or teacher()
     settings = dict(caption_dropout=0.0, lora_targets=("*",), lr_schedule="cosine", warmup_steps=20, weight_decay=0.0)
     training = TrainingSettings(**settings | {"save_every_steps": changes["total_steps"]} | changes)
     with tempfile.TemporaryDirectory() as folder:
         distill(Run(Path(folder) / "run", training), student=student, teacher=WithoutLora(student), plan=None, dataset=dataset)
     return student
+
+
+def clock(denoiser: Denoiser) -> Callable[[], float]:
+    """Seconds of work: on a CPU those of this process, which other work on the machine does not lengthen."""
+    return time.process_time if denoiser.device.type == "cpu" else time.perf_counter
 
 
 def settings_of(steps: int, seed: int) -> dict[str, Any]:

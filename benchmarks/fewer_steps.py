@@ -1,14 +1,14 @@
 """What reaches the quality of plain distillation in half the steps: ``python benchmarks/fewer_steps.py``.
 
 Each recipe trains students of the demo, most for half the steps of the plain one; seconds are those of training
-alone, on a CPU the process's own, which other work on the machine does not lengthen. Writes ``results/fewer_steps.md``, every figure measured in that run; figures are kept in ``results/fewer_steps.jsonl``
-as they come, so that an interrupted benchmark goes on.
+alone, on a CPU the process's own, which other work on the machine does not lengthen. Writes ``results/fewer_steps.md``,
+every figure measured in that run; figures are kept in ``results/fewer_steps.jsonl`` as they come, so that an interrupted
+benchmark goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,8 +63,8 @@ def main() -> None:
 
 def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     recipe, original, plan, data = RECIPES[name], demo.teacher(), preset(arguments.preset), demo.real_scenes()
-    clock = time.process_time if original.device.type == "cpu" else time.perf_counter
-    student, started = demo.pruned_student(original, plan), clock()
+    student, clock = demo.pruned_student(original, plan), demo.clock(original)
+    started = clock()
     demo.train(
         student,
         original,
