@@ -32,6 +32,7 @@ from .memory import (
     Part,
     beside_weights,
     emptied,
+    passes,
     student_pass,
     teacher_pass,
     update_bytes,
@@ -68,17 +69,16 @@ class Base:
         moments = {update: always + gradients + Counter({"working memory": update_bytes(shapes, training)})}
         measured = moments[update].total() <= enough
         if measured and not training.weighted_objective.only_local:
-            from_teacher, of_student = self._whole(settings, latent_shape)
+            from_teacher, *of_student = self._whole(settings, latent_shape)
             adding_up = gradients if training.accumulation_steps > 1 else Counter()
-            moments["the teacher's forward pass"] = always + adding_up + from_teacher
-            moments["the student's forward and backward pass"] = always + of_student
+            moments |= passes(training, always, adding_up + from_teacher, *of_student)
         if measured and training.learns_locally:
             moments["a local step"] = always + self._local(settings, latent_shape)
         worst = max(moments, key=lambda moment: moments[moment].total())
         parts = tuple(Part(name, moments[worst][name]) for name in PARTS)
         return Forecast(moment=worst, parts=parts, settings=settings, latent_shape=latent_shape, again=self.forecast)
 
-    def _whole(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
+    def _whole(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter, Counter]:
         training = settings.training
         teacher, student = (self._network(training, lora=on) for on in (False, True))
         with without_contents(FakeTensorMode(allow_non_fake_inputs=True)), self.opened(teacher), self.opened(student):
@@ -86,7 +86,7 @@ class Base:
             layers = dict(student.kept_blocks) if training.weighted_objective.feature else {}
             inputs = self._inputs(settings, latent_shape)
             most, outputs = teacher_pass(teacher, layers, inputs, guided=training.guidance != 1)
-            return most, student_pass(student, layers, inputs, outputs, replace(training, optimizer="adamw", ema_decay=0.0))
+            return most, *student_pass(student, layers, inputs, outputs, replace(training, optimizer="adamw", ema_decay=0.0))
 
     def _local(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
         training, student = settings.training, self._network(settings.training, lora=True)

@@ -1,14 +1,15 @@
 """Forecast of the device memory a run needs, part by part, before its first step, and advice if that is too much.
 
 The forecast simulates one step with torch's fake tensors, which have a shape but no data, and counts the bytes of every
-tensor from its creation until it is freed. Memory peaks at one of three moments, and the forecast reports the largest peak:
+tensor from its creation until it is freed. Memory peaks at one of some moments, and the forecast reports the largest peak:
 
 - the teacher's forward pass: its activations, which live only until the next layers have read them;
 - the student's forward and backward pass: activations saved for backward, gradients as they are computed, and temporary
   memory of an operation or of a recomputed block;
+- with the objective dmd, the comparison of what the student drew by both scores, while its activations wait;
 - the update: all gradients, and the optimiser's temporary tensors.
 
-Weights, the optimiser state and the EMA are present at all three moments, and so are gradients if several micro-batches
+Weights, the optimiser state and the EMA are present at all moments, and so are gradients if several micro-batches
 accumulate. Keep a reserve for what is not counted: the driver's own memory, and the workspace of convolutions.
 
 The forecast needs no GPU and reads no weights: diffusers builds the networks without weights, and the step is simulated on
@@ -106,6 +107,22 @@ def update_bytes(shapes: Iterable[torch.Size], training: TrainingSettings) -> in
     if training.rounds:  # float32 copies of a tensor and its gradient, and four of that size to round it
         return 6 * max(sizes)
     return sum(sizes) if training.optimizer in _COPY_ALL else 2 * max(sizes)
+
+
+def passes(
+    training: TrainingSettings, always: Counter[str], of_teacher: Counter[str], of_student: Counter[str], between: Counter[str]
+) -> dict[str, Counter[str]]:
+    """Bytes at the moments of a step that run the networks.
+
+    of_teacher, of_student: of the pass of each, beside what is there always. between: of the student, from forward to backward.
+    """
+    moments = {
+        "the teacher's forward pass": always + of_teacher,
+        "the student's forward and backward pass": always + of_student,
+    }
+    if training.weighted_objective.dmd:
+        moments["the comparison of a drawing by both scores"] = always + of_teacher + between
+    return moments
 
 
 def beside_weights(shapes: Iterable[torch.Size], training: TrainingSettings) -> Counter[str]:
@@ -340,8 +357,8 @@ class _Step:
         always, update = self._always(settings), "the update of the weights"
         moments = {update: always + self._in_update(settings)}
         if moments[update].total() <= enough:
-            moments["the teacher's forward pass"] = always + self._in_teacher_pass(settings, latent_shape)
-            moments["the student's forward and backward pass"] = always + self._in_student_pass(settings, latent_shape)
+            of_teacher, of_student = self._in_teacher_pass(settings, latent_shape), self._in_student_pass(settings, latent_shape)
+            moments |= passes(settings.training, always, of_teacher, *of_student)
         worst = max(moments, key=lambda moment: moments[moment].total())
         parts = tuple(Part(name, moments[worst][name]) for name in PARTS)
         return Forecast(moment=worst, parts=parts, settings=settings, latent_shape=latent_shape, again=self.forecast)
@@ -392,11 +409,12 @@ class _Step:
         activations, _ = self._teacher_pass(settings.micro_batch, computes(settings.teacher_dtype), latent_shape)
         return activations + Counter({"teacher weights": comes, "gradients": adding_up, "teacher activations": widened})
 
-    def _in_student_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
+    def _in_student_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
+        """At its worst, and between forward and backward."""
         training = replace(settings.training, optimizer="adamw", ema_decay=0.0)
         walked = MemorySettings(training=training, teacher_dtype=computes(settings.teacher_dtype), device=settings.device,
                                 num_processes=settings.num_processes, shares_base=settings.shares_base)  # fmt: skip
-        most = self._student_pass(walked, latent_shape).copy()
+        most, between = map(Counter.copy, self._student_pass(walked, latent_shape))
         if settings.student_dtype in QUANTISED:  # widened again for the backward pass
             most["working memory"] += self._widened(settings.student_dtype)
         if settings.student_dtype == "fp8":  # backward keeps the widened weights of every layer
@@ -404,7 +422,7 @@ class _Step:
         if settings.shards:
             most["gradients"] //= settings.num_processes
             most["working memory"] += 4 * _num_gathered(self._unfilled_student(training, training.weight_dtype))
-        return most
+        return most, between
 
     # --- simulated passes
 
@@ -421,7 +439,7 @@ class _Step:
             inputs = inputs_of(network, latent_shape, self.num_tokens, micro_batch)
             return teacher_pass(emptied(network), self.layers, inputs, guided=self.guided)
 
-    def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> Counter:
+    def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
         _, from_teacher = self._teacher_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
         network = self._unfilled_student(settings.training, settings.student_dtype)
         with without_contents(self.mode):
@@ -584,8 +602,8 @@ def teacher_pass(
 
 def student_pass(
     student: Denoiser, layers: Mapping[str, str], inputs: StepInputs, from_teacher: Outputs | None, training: TrainingSettings
-) -> Counter:
-    """Peak bytes of a student's forward and backward pass, including the teacher's outputs."""
+) -> tuple[Counter, Counter]:
+    """Peak bytes of a student's forward and backward pass, including the teacher's outputs; and bytes between both."""
     student.network.train()
     with contextlib.ExitStack() as stack:
         if training.gradient_checkpointing:
@@ -603,5 +621,6 @@ def student_pass(
         with ledger.keeping():
             loss = student_loss(student, layers, inputs, training, features, from_teacher)
         del from_teacher
+        between = ledger.alive.copy()
         loss.backward()
-        return ledger.most
+        return ledger.most, between

@@ -594,3 +594,36 @@ def test_few_steps_need_what_guidance_needs_and_one_more_lora(tiny):
     )
     one_more = 4 * sum(shape.numel() for shape in layers.trained_shapes(tiny.teacher, 4, ("*",)))
     assert of_few == of_guidance | {"moving average": one_more} and of_guidance["moving average"] == 0 < one_more
+
+
+def test_dmd_needs_a_second_lora_that_is_trained_too(tiny):
+    layers = pytest.importorskip("distill_core.lora.layers")
+    told = tiny.forecast(objective="dmd", lora_rank=4, lora_targets=("*",), consistency_steps=0)
+    shapes = layers.trained_shapes(tiny.student, 4, ("*",))
+    assert dict(told.parts)["fake score"] == sum(4 * shape.numel() + STATE_BYTES["adamw"](shape) for shape in shapes)
+    assert dict(told.parts)["moving average"] == 0
+    begins = tiny.forecast(told.settings, objective="dmd", consistency_steps=10)
+    assert dict(begins.parts)["moving average"] == 4 * sum(shape.numel() for shape in shapes)
+
+
+def test_the_student_waits_while_both_scores_see_what_it_drew(tiny):
+    pytest.importorskip("peft")
+    asked = {
+        "objective": "dmd",
+        "guidance": 3.0,
+        "lora_rank": 4,
+        "batch_size": 8,
+        "device": "cpu",
+        "gradient_checkpointing": True,
+    }
+    told = tiny.forecast(**asked)
+    assert told.moment == "the comparison of a drawing by both scores"
+    student, recipe = ready(tiny.student, told.settings.training), told.settings.training
+    inputs = inputs_of(student, **SIZES, micro_batch=8)
+    with checkpointing(student), Ledger([*student.network.parameters(), *tiny.teacher.network.parameters()]) as ledger:
+        loss = student_loss(student, {}, inputs, recipe, {}, None)
+        taught(tiny.teacher, {}, inputs, guided=True)
+        seen = ledger.most.total()
+        del loss
+    resident = sum(dict(told.parts)[name] for name in ("teacher weights", "student weights", "optimizer", "fake score"))
+    assert told.total_bytes - resident == pytest.approx(seen, rel=0.02)
