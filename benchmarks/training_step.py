@@ -35,12 +35,12 @@ from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.evaluation.catalog import NUM_TOKENS, TEACHER_CONFIGS
 from distill_core.networks.architecture import Architecture
 from distill_core.pruning.plan import preset
-from distill_core.training.loop import Training
 from distill_core.training.memory import Ledger
 from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
+from distill_core.training.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAN = preset("bk-sdm-small")
@@ -157,7 +157,7 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
     bare_bytes = _peak(lambda: _bare_sum(teacher, student, optimizer, batch), teacher, student, optimizer)
     del optimizer
 
-    training = Training(Run(folder / "run", recipe), student, Teachers.single(teacher, recipe), PLAN, dataset, ALONE)
+    training = Trainer(Run(folder / "run", recipe), student, Teachers.single(teacher, recipe), PLAN, dataset, ALONE)
     with training.open():
         (optimizer,), step = training.optimizer.parts, partial(next, map(training.step, range(recipe.total_steps)))
         step_bytes = _peak(step, teacher, student, optimizer)

@@ -31,7 +31,8 @@ from .pruning.prune import pruned_file
 from .recipe import DEMO, Recipe, TeacherSettings
 from .routing.one_to_many import OneToMany, Start
 from .training.checkpoints import own
-from .training.loop import Progress, check_lesson, distill
+from .training.lesson import check_lesson
+from .training.loop import Progress, distill
 from .training.memory import Forecast, MemorySettings, forecast
 from .training.preflight import check_experts_run, check_run
 from .training.previews import Previews

@@ -12,8 +12,8 @@ from ..distill_core.evaluation import plots
 from ..distill_core.networks.files import open_unet
 from ..distill_core.routing.experts import MANIFEST, Experts
 from ..distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
+from ..distill_core.training.lesson import check_lesson
 from ..distill_core.training.live import metrics_of
-from ..distill_core.training.loop import check_lesson
 from ..distill_core.training.preflight import check_experts_run
 from ..distill_core.training.run import Inputs
 from ..distill_core.training.settings import TrainingSettings

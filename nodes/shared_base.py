@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..distill_core.base.storage import fingerprint, read_header
 from ..distill_core.data.dataset import Dataset
 from ..distill_core.data.teacher_data import Making
-from ..distill_core.training.loop import check_lesson, check_trajectories
+from ..distill_core.training.lesson import check_lesson, check_trajectories
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import TrainingSettings

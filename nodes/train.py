@@ -21,8 +21,9 @@ from ..distill_core.lora.layers import without_lora
 from ..distill_core.networks.files import open_unet
 from ..distill_core.networks.name_map import NameMap
 from ..distill_core.pruning.plan import PruningPlan
+from ..distill_core.training.lesson import FEATURES_OF_UNETS, NOTHING_FOLDED, check_lesson, check_trajectories
 from ..distill_core.training.live import Live
-from ..distill_core.training.loop import FEATURES_OF_UNETS, NOTHING_FOLDED, Progress, check_lesson, check_trajectories, distill
+from ..distill_core.training.loop import Progress, distill
 from ..distill_core.training.memory import Forecast
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.previews import Previews

@@ -22,11 +22,11 @@ from ..diffusion.denoiser import DiffusersDenoiser
 from ..networks.architecture import Architecture
 from ..networks.build import build_unet
 from ..pruning.plan import PruningPlan
-from ..training.loop import Training
 from ..training.processes import ALONE
 from ..training.run import Run
 from ..training.settings import TrainingSettings
 from ..training.teachers import Teachers
+from ..training.trainer import Trainer
 from .measuring import seconds_of, watched_memory
 
 WARM_UPS = 1  # the first step makes the optimizer's state
@@ -87,7 +87,7 @@ def training_cost(
 ) -> TrainingCost:
     """Train for ``training.total_steps``: one step to warm up, one for its memory, and the rest timed."""
     with tempfile.TemporaryDirectory() as folder:
-        loop = Training(Run(Path(folder) / "run", training), student, teachers, plan, data, ALONE)
+        loop = Trainer(Run(Path(folder) / "run", training), student, teachers, plan, data, ALONE)
         with loop.open():
             for step in range(WARM_UPS):
                 loop.step(step)

@@ -15,11 +15,12 @@ from distill_core.diffusion.schedule import CLEAN, PREDICTIONS, ddim_step, flow,
 from distill_core.networks.model_sampling import ModelSampling
 from distill_core.training.checkpoints import TRAINING, checkpoints_in
 from distill_core.training.consistency import course
-from distill_core.training.loop import Training, distill
+from distill_core.training.loop import distill
 from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
+from distill_core.training.trainer import Trainer
 
 from ...students import student_of
 from ..lora.test_layers import copied
@@ -68,7 +69,7 @@ def test_a_jump_to_where_it_starts_stays_whatever_the_network_predicts(predictio
 def opened(base, data, recipe, folder, student=None):
     student = student or base
     teacher = WithoutLora(base) if student is base else base
-    return Training(
+    return Trainer(
         Run(folder, recipe), student, Teachers.single(teacher, recipe), PLAN if student is not base else None, data, ALONE
     )
 

@@ -15,13 +15,14 @@ from distill_core.diffusion.schedule import flow
 from distill_core.networks.model_sampling import ModelSampling
 from distill_core.training.checkpoints import TRAINING, checkpoints_in
 from distill_core.training.dmd import FAKE_RATE, drawn
-from distill_core.training.loop import Training, distill
+from distill_core.training.loop import distill
 from distill_core.training.losses import matching_loss
 from distill_core.training.objective import OBJECTIVES
 from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
+from distill_core.training.trainer import Trainer
 
 from ...students import student_of
 from ..lora.test_layers import copied
@@ -38,7 +39,7 @@ RECIPE = TrainingSettings(objective="dmd", guidance=3.0, caption_dropout=0.0, to
 def opened(base, data, recipe, folder, student=None):
     student = student or base
     teacher = WithoutLora(base) if student is base else base
-    return Training(
+    return Trainer(
         Run(folder, recipe), student, Teachers.single(teacher, recipe), PLAN if student is not base else None, data, ALONE
     )
 

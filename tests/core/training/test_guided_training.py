@@ -13,11 +13,12 @@ from distill_core.diffusion.schedule import scaled_linear
 from distill_core.networks.model_sampling import ModelSampling
 from distill_core.pruning.plan import preset
 from distill_core.training.checkpoints import checkpoints_in
-from distill_core.training.loop import Training, distill
+from distill_core.training.loop import distill
 from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
+from distill_core.training.trainer import Trainer
 
 from ...students import student_of
 from ..lora.test_layers import copied, filled
@@ -261,7 +262,7 @@ def test_gradients_that_pass_through_float16_are_scaled(small_teacher, small_dat
         base = copied(small_teacher)
         base.network.to(dtype)
         recipe = replace(RECIPE, precision=precision)
-        training = Training(
+        training = Trainer(
             Run(tmp_path / f"{dtype} {precision}", recipe), base, Teachers.single(base, recipe), None, small_data, ALONE
         )
         assert training.scaler.is_enabled() == (torch.float16 in (dtype, {"fp16": torch.float16}.get(precision)))

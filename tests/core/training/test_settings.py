@@ -145,16 +145,13 @@ def test_a_damaged_file_is_one_sentence(text, tmp_path):
 
 
 def test_weights_override_the_objectives_own():
-    aim = TrainingSettings(objective="laptop-diff", task_weight=0.0, feature_weight=3.0).weighted_objective
-    used = {name: weight for name, weight in aim.weights.items() if weight}
-    assert used == {"output": 1.0, "feature": 3.0} and aim.feature_loss == "normalised"
-    assert TrainingSettings(objective="task", output_weight=0.5).weighted_objective.weights == {
-        "task": 1.0,
-        "output": 0.5,
-        "feature": 0.0,
-        "local": 0.0,
-        "consistency": 0.0,
-    }
+    def used(**settings):
+        return {name: weight for name, weight in TrainingSettings(**settings).weighted_objective.weights.items() if weight}
+
+    assert used(objective="laptop-diff", task_weight=0.0, feature_weight=3.0) == {"output": 1.0, "feature": 3.0}
+    assert TrainingSettings(objective="laptop-diff", task_weight=0.0).weighted_objective.feature_loss == "normalised"
+    assert used(objective="task", output_weight=0.5) == {"task": 1.0, "output": 0.5}
+    assert used(objective="dmd", diversity_weight=0.0) == {"dmd": 1.0}
 
 
 def test_local_steps_come_before_the_objective():

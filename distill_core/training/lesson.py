@@ -1,0 +1,81 @@
+"""What a student can learn from which teachers and data."""
+
+from __future__ import annotations
+
+from ..base.storage import fingerprint
+from ..data.dataset import Dataset
+from ..diffusion.denoiser import Denoiser
+from ..networks.architecture import Architecture
+from .settings import TrainingSettings
+
+NOTHING_FOLDED = (
+    "the student's plan folds no run of blocks, so none can learn by itself; fold some, as in the plan 'fold single 5-7', or set "
+    "local_steps to 0 and choose the objective output"
+)
+FEATURES_OF_UNETS = "objective {} compares layers of UNets; for a transformer choose blocks, output or local"
+
+
+def check_lesson(settings: TrainingSettings, teacher: Architecture | None, student: Architecture | None, same: bool) -> None:
+    """Raise ``ValueError`` if a student has nothing to learn: it is larger than its teacher, or the same model.
+
+    same: whether all teachers predict exactly what the student predicts before training. Such a student can still learn
+    guidance, or to sample in fewer steps; a LoRA or an expert for a range of timesteps can also learn the data, if the task loss counts.
+    """
+    if not settings.uses_teacher:
+        return
+    if teacher and settings.of_blocks:
+        raise ValueError(
+            "the objectives blocks and local, and local_steps, are for transformers; for UNets choose another objective, and local_steps 0"
+        )
+    if teacher and student and student.num_parameters > teacher.num_parameters:
+        raise ValueError(
+            f"student and teacher do not match: they are swapped, as the student has {student.num_parameters:,} parameters and "
+            f"the teacher {teacher.num_parameters:,}; give the full model as teacher and the pruned one as student"
+        )
+    specialises = settings.weighted_objective.task and (settings.lora_rank or settings.timestep_range)
+    if same and settings.guidance == 1 and not (specialises or settings.weighted_objective.few_steps):
+        raise ValueError(
+            "student and teacher are the same model, so there is nothing to learn; prune the student, give another teacher, set "
+            'guidance above 1 with objective "guidance", or fine-tune with objective "task"'
+        )
+
+
+def predict_the_same(teacher: Denoiser, student: Denoiser) -> bool:
+    """Whether two models predict the same: equal weights, or one network with the LoRA off in the teacher."""
+    if teacher.sampling != student.sampling or teacher.skipped != student.skipped:
+        return False
+    theirs, ours = (dict(denoiser.network.named_parameters()) for denoiser in (teacher, student))
+    return teacher.network is student.network or (theirs.keys() == ours.keys() and fingerprint(theirs) == fingerprint(ours))
+
+
+def check_trajectories(settings: TrainingSettings, dataset: Dataset) -> None:
+    """Raise ``ValueError`` if the stored trajectories were sampled with another guidance than the run learns."""
+    if dataset.timesteps is None or settings.guidance == 1 or not settings.uses_images:
+        return
+    drawn, wanted = dataset.scales, settings.scales
+    if settings.guidance_min is None and drawn is None:  # older data do not store it
+        return
+    if drawn is None or (drawn[0] < drawn[1]) != (wanted[0] < wanted[1]) or drawn[0] < wanted[0] or drawn[1] > wanted[1]:
+        theirs = "one unknown guidance" if drawn is None else f"guidance {_scales(drawn)}"
+        raise ValueError(
+            f"the stored trajectories were sampled with {theirs}, but this run learns guidance {_scales(wanted)}; create them "
+            "again, or set trajectory_states to 0"
+        )
+
+
+def _scales(scales: tuple[float, float]) -> str:
+    least, largest = scales
+    return f"{largest:g}" if least == largest else f"{least:g} to {largest:g}"
+
+
+def check_belong_together(student: Denoiser, teacher: Denoiser) -> None:
+    """Raise ``ValueError`` if student and teacher cannot take the same inputs."""
+    theirs, ours = (
+        (denoiser.latent_channels, denoiser.architecture and denoiser.architecture.context_width)
+        for denoiser in (teacher, student)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"teacher and student must take the same latents and captions, got {theirs[0]} and {ours[0]} latent channels, "
+            f"caption widths {theirs[1]} and {ours[1]}; use models of one family"
+        )
