@@ -8,7 +8,21 @@ import { app } from "../../../scripts/app.js";
 import { bars, element, lines, short } from "./plot.js";
 
 const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainExperts: false };
-const TERMS = ["total", "task", "output", "feature", "local", "consistency", "validation"];
+// What the chart draws, and in which colour; the last named lies below. total has the colour of text.
+const TERMS = {
+  total: null,
+  task: "#3f7fe8",
+  output: "#e0651a",
+  feature: "#1f9d55",
+  local: "#b5179e",
+  consistency: "#17a2a2",
+  dmd: "#e45756",
+  diversity: "#c9a227",
+  fake: "#9d755d",
+  cosine_distance: "#3f7fe8",
+  validation: "#9560e8",
+};
+const SAY_NOTHING = ["total", "dmd"]; // of a run by dmd; they are hidden until asked for
 const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the server
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
@@ -28,6 +42,10 @@ const TRANSLATED = {
     "feature": "特征",
     "local": "局部",
     "consistency": "一致性",
+    "dmd": "分布匹配",
+    "diversity": "多样性",
+    "fake": "伪分数",
+    "cosine_distance": "余弦距离",
     "validation": "验证",
     "step {0}": "第 {0} 步",
     "step {0} of {1}": "第 {0} 步，共 {1} 步",
@@ -83,11 +101,10 @@ const STYLE = `
 .distill-chart svg .bar { fill: color-mix(in srgb, #3f7fe8 75%, var(--input-text)); }
 .distill-chart svg .cursor { stroke: var(--input-text); opacity: 0.5; }
 .distill-chart .series-total { --series: var(--input-text); }
-.distill-chart .series-task { --series: color-mix(in srgb, #3f7fe8 75%, var(--input-text)); }
-.distill-chart .series-output { --series: color-mix(in srgb, #e0651a 75%, var(--input-text)); }
-.distill-chart .series-feature { --series: color-mix(in srgb, #1f9d55 75%, var(--input-text)); }
-.distill-chart .series-local { --series: color-mix(in srgb, #b5179e 75%, var(--input-text)); }
-.distill-chart .series-validation { --series: color-mix(in srgb, #9560e8 75%, var(--input-text)); }
+${Object.entries(TERMS)
+  .filter(([, colour]) => colour)
+  .map(([term, colour]) => `.distill-chart .series-${term} { --series: color-mix(in srgb, ${colour} 75%, var(--input-text)); }`)
+  .join("\n")}
 `;
 
 /** A text in the language of the front end, with `{0}`, `{1}` filled in. */
@@ -136,6 +153,7 @@ class Chart {
     this.view = "Loss";
     this.log = true;
     this.leftOut = new Set();
+    this.leftOutOf = null; // the run that terms were hidden for because they say nothing
     this.loading = false;
     this._build();
     this.clear();
@@ -156,7 +174,7 @@ class Chart {
     this.logButton = toggle(say("Log scale"), true, () => this._set({ log: !this.log }));
     this.tabs.append(...this.viewButtons, html("span", { class: "space" }), this.logButton);
     this.termButtons = new Map(
-      TERMS.map((term) => {
+      Object.keys(TERMS).map((term) => {
         const swatch = html("span", { class: `swatch series-${term}` });
         const value = html("span");
         const button = toggle(` ${say(term)} `, true, () => this._toggleTerm(term), { "aria-label": say(term) }, swatch);
@@ -337,6 +355,10 @@ class Chart {
 
   draw() {
     if (this.element.hidden || !this.isOpen) return;
+    if (this.columns.mean.cosine_distance && this.leftOutOf !== this.loadedName) {
+      this.leftOutOf = this.loadedName;
+      for (const term of SAY_NOTHING) this.leftOut.add(term);
+    }
     for (const [place, button] of this.viewButtons.entries()) {
       button.setAttribute("aria-pressed", this.view === ["Loss", "By timestep", "Samples"][place]);
     }
@@ -371,7 +393,8 @@ class Chart {
 
   _series() {
     const { mean, min, max } = this.columns;
-    return TERMS.toReversed()
+    return Object.keys(TERMS)
+      .toReversed()
       .filter((name) => mean[name] && !this.leftOut.has(name))
       .map((name) => ({ name, mean: mean[name], min: min[name], max: max[name] }));
   }
