@@ -52,7 +52,7 @@ class Row(NamedTuple):
         if self.objective != "dmd":
             return shared
         begins = steps // 2  # by consistency
-        return shared | {"consistency_steps": begins, "total_steps": begins + arguments.dmd_steps, "dmd_rate": DMD_RATE}
+        return shared | DMD | {"consistency_steps": begins, "total_steps": begins + arguments.dmd_steps}
 
 
 TEACHER = "teacher, 20 guided steps"
@@ -75,8 +75,8 @@ ROWS = {
 }
 STUDENT, STUDENT_STEPS, STUDENT_RATE = "bk-sdm-base", 400, 1e-3
 """The student's plan, how long it was distilled, and at which learning rate."""
-DMD_RATE = 0.3
-"""In parts of the learning rate of consistency."""
+DMD = {"dmd_rate": 1.0, "fake_updates": 2}
+"""What the demo, small as it is, learns faster by than models of true size would."""
 
 
 def main() -> None:
