@@ -159,7 +159,7 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
 
     training = Trainer(Run(folder / "run", recipe), student, Teachers.single(teacher, recipe), PLAN, dataset, ALONE)
     with training.open():
-        (optimizer,), step = training.optimizer.parts, partial(next, map(training.step, range(recipe.total_steps)))
+        (optimizer,), step = training.learner.optimizer.parts, partial(next, map(training.step, range(recipe.total_steps)))
         step_bytes = _peak(step, teacher, student, optimizer)
         with torch.no_grad(), tap(teacher, training.layers) as features:
             teacher(*_on_device(batch))

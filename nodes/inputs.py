@@ -7,6 +7,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..distill_core.base.settings import STEPS, limits_of
+from ..distill_core.training.objective import OBJECTIVES
 from ..distill_core.training.settings import TrainingSettings
 
 RecipeSettings = io.Custom("DISTILL_RECIPE")
@@ -26,7 +27,7 @@ def setting_input(name: str, kind: type = TrainingSettings, *, more: str = "", *
         **options,
     }
     if limits.choices:
-        return io.Combo.Input(name, options=list(limits.choices), **options)
+        return io.Combo.Input(name, **{"options": list(limits.choices)} | options)
     if hint is bool:
         return io.Boolean.Input(name, **options)
     if limits.within is not None:
@@ -77,7 +78,11 @@ def learning_inputs() -> list[io.Input]:
     """Inputs that set how a student learns."""
     return [
         *pace_inputs("0.00005 for Stable Diffusion, 0.003 for the demo.", default=5e-5),
-        setting_input("objective"),
+        setting_input(
+            "objective",
+            options=[name for name, objective in OBJECTIVES.items() if not objective.dmd],
+            more="dmd is in Shared-Base LoRA.",
+        ),
         seed_input(SEED_OF_TRAINING),
         setting_input("caption_dropout", step=0.01, advanced=True, more="Needs null_caption."),
         *keeping_inputs(),

@@ -78,7 +78,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 *run_inputs("baked"),
                 io.Combo.Input("objective", options=list(OBJECTIVES), default="guidance", tooltip="What the LoRA learns. guidance: to give the guided "
                                "prediction in one pass, for cfg 1. consistency: also to jump far along the way from noise to image, to "
-                               "sample in as many steps as phases says. dmd: the same by what it draws itself, without images; sharper, and several "
+                               "sample in as many steps as phases says. dmd: the same from its own samples, without images; several "
                                "times slower to train."),
                 io.Int.Input("phases", default=4, min=1, max=16, tooltip="For consistency and dmd: the number of steps to sample with later. 4 and 8 are "
                              "usual; with 1 consistency learns to jump to the image from everywhere, for the sampler lcm with 2 to 8 steps."),
@@ -110,8 +110,8 @@ class SharedBaseLoRA(io.ComfyNode):
                                  "learns a magnitude for each input of a layer. Slower, and needs more memory. Cannot be "
                                  "combined with guidance_min."),
                 io.Int.Input("consistency_steps", default=500, min=0, max=STEPS[1], optional=True, advanced=True, tooltip="For dmd: steps at the "
-                             "beginning in which the LoRA learns consistency, so that it draws something from the start. dmd takes over after them, "
-                             "at a tenth of the learning rate."),
+                             "beginning in which the LoRA learns consistency, so that dmd, which takes over after them at a tenth of the learning "
+                             "rate, starts from usable images."),
             ],
             outputs=[
                 io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="The LoRA as trained so far, for Save LoRA Weights "
@@ -149,7 +149,7 @@ class SharedBaseLoRA(io.ComfyNode):
         if teacher is None and recipe.objective == "guidance" and recipe.guidance == 1:
             raise ValueError(
                 "with guidance 1 a model has nothing to learn from itself; set guidance to your cfg, connect a teacher, or choose the "
-                "objective consistency"
+                "objective consistency or dmd"
             )
         folder = bridge.run_folder(run_name[0])
         check_run(folder, recipe, {})

@@ -69,7 +69,7 @@ class NoiseSchedule:
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
         """Coefficients at integer timesteps ``t`` (B,), `CLEAN` or above, in the dtype and device of ``like`` (B, ...)."""
         shape = -1, *[1] * (like.ndim - 1)
-        index, is_clean = t.cpu().clamp(min=0), t.cpu() == CLEAN
+        index, is_clean = (t := t.cpu()).clamp(min=0), t == CLEAN
         tables = self.alphas[index].masked_fill(is_clean, 1), self.sigmas[index].masked_fill(is_clean, 0)
         # Rounded on the CPU: not every device has float64.
         return Coefficients(*(table.reshape(shape).to(like.dtype).to(like.device) for table in tables))

@@ -96,7 +96,7 @@ def training_cost(
             weights = {weight for denoiser in networks for weight in denoiser.network.parameters()}
             lasting = [
                 tensor
-                for tensor in (*weights, *loop.optimizer.state()[0].values())
+                for tensor in (*weights, *loop.learner.optimizer.state()[0].values())
                 if tensor.device.type == student.device.type  # an offloaded teacher's are elsewhere
             ]
             with watched_memory(student.device, lasting) as peak:

@@ -148,6 +148,10 @@ class OneToMany:
             )
         if training.timestep_range:
             raise ValueError("timestep_range cannot be set for several experts, as each has its own; remove it")
+        if training.weighted_objective.dmd:
+            raise ValueError(
+                "experts cannot learn by the objective dmd, which needs whole samplings; choose the objective consistency"
+            )
         if training.sample_every_steps:
             raise ValueError("sample_every_steps needs a student for all timesteps; set it to 0 for several experts")
         if len(self.plans) > 1 and (training.lora_rank or self.settings.measured):

@@ -6,7 +6,7 @@ tensor from its creation until it is freed. Memory peaks at one of some moments,
 - the teacher's forward pass: its activations, which live only until the next layers have read them;
 - the student's forward and backward pass: activations saved for backward, gradients as they are computed, and temporary
   memory of an operation or of a recomputed block;
-- with the objective dmd, the comparison of what the student drew by both scores, while its activations wait;
+- with the objective dmd, the comparison of the student's samples by both scores, while its activations wait;
 - the update: all gradients, and the optimiser's temporary tensors.
 
 Weights, the optimiser state and the EMA are present at all moments, and so are gradients if several micro-batches
@@ -121,7 +121,10 @@ def passes(
         "the student's forward and backward pass": always + of_student,
     }
     if training.weighted_objective.dmd:
-        moments["the comparison of a drawing by both scores"] = always + of_teacher + between
+        between = Counter(
+            {kind: num_bytes for kind, num_bytes in between.items() if kind != "gradients"}
+        )  # the teacher's has them
+        moments["the comparison of a sample by both scores"] = always + of_teacher + between
     return moments
 
 
@@ -418,7 +421,8 @@ class _Step:
         if settings.student_dtype in QUANTISED:  # widened again for the backward pass
             most["working memory"] += self._widened(settings.student_dtype)
         if settings.student_dtype == "fp8":  # backward keeps the widened weights of every layer
-            most["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
+            for moment in (most, between):
+                moment["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
         if settings.shards:
             most["gradients"] //= settings.num_processes
             most["working memory"] += 4 * _num_gathered(self._unfilled_student(training, training.weight_dtype))

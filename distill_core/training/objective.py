@@ -41,9 +41,9 @@ class Objective:
     """Weight of the distance of the student's jumps to those of its lagged copy one step further along the teacher's path; see
     `consistency`."""
     dmd: float = 0.0
-    """Weight of the distance of the student's drawings to where the real score would move them; see `dmd`."""
+    """Weight of the distance of the student's samples to where the real score would move them; see `dmd`."""
     diversity: float = 0.0
-    """Weight of the distance of the student's first sampling step to the teacher's path; it only counts beside ``dmd``."""
+    """Weight of the distance of the student's first sampling step to the teacher's path, beside ``dmd``; 0 trains it by ``dmd``."""
     feature_loss: str = "squared"
     """How features and hidden states are compared: a key of `losses.FEATURE_LOSSES`."""
     layers: str = "stages"
@@ -55,6 +55,12 @@ class Objective:
                 raise ValueError(f"the weight of the {name} loss must be a finite number of at least 0, got {weight}")
         if not any(self.weights.values()):
             raise ValueError("an objective needs at least one loss with a weight above 0")
+        if self.diversity and not self.dmd:
+            raise ValueError("diversity_weight is for the objective dmd; remove it, or choose that objective")
+        if self.dmd and self.compares:
+            raise ValueError(
+                "the objective dmd learns from samples alone; set task_weight, output_weight and feature_weight to 0, or remove them"
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -118,8 +124,7 @@ class Objective:
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Loss of each example, (B,): the weighted sum of its terms."""
-        weights = self.weights | {"cosine_distance": 0.0}  # which is measured beside the losses
-        total = sum(weights[name.split("/")[0]] * values for name, values in terms.items())
+        total = sum(self.weights[name.split("/")[0]] * values for name, values in terms.items())
         assert isinstance(total, Tensor)  # an objective has at least one loss
         return total
 
@@ -145,7 +150,7 @@ OBJECTIVES = {
     "guidance": Objective(output=1.0),
     # jumps along the teacher's guided path (Luo et al. 2023, arXiv 2310.04378; Wang et al. 2024, arXiv 2405.18407)
     "consistency": Objective(consistency=1.0),
-    # what the student draws, as the teacher would (Yin et al. 2024, arXiv 2405.14867; weight of Wu et al. 2026, arXiv 2602.03139)
+    # its own few-step samples as the teacher would draw them (Yin et al. 2024, arXiv 2405.14867; weight of Wu et al. 2026, arXiv 2602.03139)
     "dmd": Objective(dmd=1.0, diversity=0.05),
     # plain fine-tuning, no teacher
     "task": Objective(task=1.0),

@@ -36,7 +36,7 @@ class TrainingSettings:
         "plus the mid block, less weight on the teacher. ssd-1b: every layer, for SDXL. koala: self-attention. laptop-diff: "
         "features of equal weight. output: only the teacher's output. For transformers choose output; blocks: the same plus the hidden states after every "
         "block; or local: each folded block by itself. guidance: the teacher's output, with guidance. consistency: to sample in a few "
-        "steps. dmd: the same by what it draws itself, sharper and slower to train. task: plain fine-tuning without a teacher.",
+        "steps. dmd: the same from its own samples, for LoRAs; slower to train. task: plain fine-tuning without a teacher.",
         choices=OBJECTIVES,
     )
     task_weight: float | None = setting(None, "Weight of the loss against the images.", unset=_OWN, within=_WEIGHTS)
@@ -113,27 +113,26 @@ class TrainingSettings:
     )
     consistency_steps: int = setting(
         0,
-        "Steps at the beginning in which the student learns consistency before the objective dmd takes over, so that it draws something "
-        "from the start.",
+        "Steps at the beginning in which the student learns consistency, so that the objective dmd, which takes over after them, starts "
+        "from usable images.",
         within=OR_NONE,
     )
     dmd_rate: float = setting(
         0.1,
-        "Learning rate of the objective dmd, in parts of learning_rate: it needs a lower one than others. That of the fake score is twice as high.",
+        "Learning rate of the objective dmd, as a multiple of learning_rate: it needs a lower one than others. The fake score has twice "
+        "that rate.",
         within=(1e-4, 1e4),
     )
     fake_updates: int = setting(
-        4, "Updates of the fake score, which learns what the student draws, in each step of the objective dmd.", within=(1, 100)
+        4,
+        "Updates of the fake score, which learns what the student's samples look like, in each step of the objective dmd.",
+        within=(1, 100),
     )
-    fake_warmup: int = setting(
-        12,
-        "First steps of the objective dmd in which only the fake score learns, so that it knows what the student draws.",
-        within=OR_NONE,
-    )
+    fake_warmup_steps: int = setting(12, "First steps of the objective dmd, in which only the fake score learns.", within=OR_NONE)
     anchor_steps: int = setting(
         6,
-        "Steps of the teacher from noise to half of its path, where the objective dmd leads the first step of the student so that its images "
-        "stay as various as the teacher's.",
+        "Steps of the teacher from noise to the middle of its path, where the objective dmd leads the student's first step so that "
+        "images stay as varied as the teacher's.",
         within=(1, 500),
     )
 
@@ -253,6 +252,8 @@ class TrainingSettings:
 
     def _check_few_steps(self) -> None:
         objective = self.weighted_objective
+        if self.consistency_steps and not objective.dmd:
+            raise ValueError("consistency_steps are for the objective dmd; remove them, or choose that objective")
         if not objective.few_steps:
             return
         if self.weighting != UNWEIGHTED:
@@ -261,7 +262,7 @@ class TrainingSettings:
             )
         if self.rounds:
             raise ValueError(f"objective {self.objective} needs weight_dtype fp32, or a LoRA: set lora_rank above 0")
-        if self.solver_steps < self.phases:
+        if any(each.consistency for each in self.objectives) and self.solver_steps < self.phases:
             raise ValueError(f"solver_steps must be at least phases, got {self.solver_steps} and {self.phases}")
         if objective.dmd:
             self._check_dmd()
@@ -269,18 +270,22 @@ class TrainingSettings:
     def _check_dmd(self) -> None:
         if self.phases < 2:
             raise ValueError(
-                "objective dmd needs phases of 2 or more: its first step keeps images various, the others make them sharp"
+                "objective dmd needs phases of 2 or more: its first step keeps images varied, the others make them sharp"
             )
         if self.timestep_range:
             raise ValueError(
-                "objective dmd learns from whole samplings, so it cannot train an expert for a timestep_range; choose the objective consistency"
+                "objective dmd learns from whole samplings, so it cannot train an expert for a range of timesteps; choose the "
+                "objective consistency"
             )
         if self.validate_every_steps:
             raise ValueError("objective dmd has no validation loss; set validate_every_steps and validation_share to 0")
-        if self.total_steps <= self.first_drawn_step:
+        if self.total_steps <= self.first_dmd_step:
+            others = {"local steps": self.local_steps, "steps of consistency": self.consistency_steps}
+            before = [f"{steps} {kind}" for kind, steps in others.items() if steps == self._dmd_begins and steps][-1:]
+            before += [f"{self.fake_warmup_steps} in which only the fake score learns"]
             raise ValueError(
-                f"total_steps {self.total_steps} end before the student learns by the objective dmd; raise them above "
-                f"{self.first_drawn_step}, the sum of local_steps or consistency_steps and fake_warmup"
+                f"total_steps must be above {self.first_dmd_step} for the objective dmd: {' and '.join(before)} come first; got "
+                f"{self.total_steps}"
             )
 
     def _check_guidance(self) -> None:
@@ -327,10 +332,19 @@ class TrainingSettings:
         """Whether it learns at images with noise; otherwise only from captions, and what it draws of them."""
         return not all(objective.dmd and not objective.compares for objective in self.objectives)
 
+    def jumps_from(self, step: int) -> bool:
+        """Whether a step from this one on learns consistency, which needs a lagged copy of the student."""
+        changes = {step, self.local_steps, self.consistency_steps}
+        return any(self.objective_at(later).consistency for later in changes if step <= later < self.total_steps)
+
     @property
-    def first_drawn_step(self) -> int:
-        """The first step in which the student learns from its own drawings by the objective dmd."""
-        return max(self.local_steps, self.consistency_steps) + self.fake_warmup
+    def _dmd_begins(self) -> int:
+        return max(self.local_steps, self.consistency_steps)
+
+    @property
+    def first_dmd_step(self) -> int:
+        """The first step in which the student learns by the objective dmd."""
+        return self._dmd_begins + self.fake_warmup_steps
 
     @property
     def learns_locally(self) -> bool:

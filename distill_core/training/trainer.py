@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,7 +24,7 @@ from .consistency import Course, course, jump, landing
 from .dmd import Draws, FakeScore, Matching, drawn
 from .ema import EMA
 from .exports import trained
-from .learner import Learner, lent
+from .learner import Learner, lent, of, under
 from .lesson import (
     FEATURES_OF_UNETS,
     NOTHING_FOLDED,
@@ -101,9 +100,8 @@ class Trainer:
             self.processes.share(self.student)
             self.parameters = self.trained.parameters()
             self.learner = Learner(self.parameters, settings, scaled=self.in_fp16)
-            self.optimizer = self.learner.optimizer
             self.average = EMA(self.parameters, settings.ema_decay) if settings.ema_decay else None
-            jumps = settings.objective_at(self.run.step).consistency
+            jumps = settings.jumps_from(self.run.step)
             self.target = EMA(self.parameters, settings.target_decay) if jumps else None
             self.fake = FakeScore(self.parameters, settings, scaled=self.in_fp16) if self.objective.dmd else None
             self._restore()
@@ -112,7 +110,7 @@ class Trainer:
             try:
                 yield
             finally:
-                self.optimizer.zero_grad()
+                self.learner.optimizer.zero_grad()
                 self._theirs.clear()
                 self._put_on(None)
                 network.eval().requires_grad_(False)
@@ -171,9 +169,9 @@ class Trainer:
         objective = self.settings.objective_at(step)
         if not objective.dmd:
             return self._student_step(step, objective)
-        with uninterrupted():  # the fake score never goes ahead of the student
+        with uninterrupted():
             of_fake = self._fake_step(step)
-            if step >= self.settings.first_drawn_step:
+            if step >= self.settings.first_dmd_step:
                 return self._student_step(step, objective) | of_fake
             self.done = step + 1
             return {"total": of_fake["fake"], **of_fake}
@@ -200,53 +198,59 @@ class Trainer:
             if self.learner.update(values["norm"], self.learning_rate(step), self._rounding(step)):
                 for lagging in filter(None, (self.average, self.target)):
                     lagging.update(self.parameters, step)
-            if step + 1 < self.settings.total_steps and not self.settings.objective_at(step + 1).consistency:
-                self.target = None  # nothing aims at it any more
+            if not self.settings.jumps_from(step + 1):
+                self.target = None
             self.done, self.sound = step + 1, True
         return values
 
     def _fake_step(self, step: int) -> dict[str, float]:
-        """The updates of the fake score in a step, each with captions and noise of its own; returns its mean loss."""
+        """The fake score's updates of a step, each with its own captions and noise; returns its mean loss.
+
+        Those made before an error in this step are not made again.
+        """
         assert self.fake is not None  # the objective has one
         drawing = self.settings.drawing._replace(seed=generator(self.settings.seed, 0, "fake score").initial_seed())
-        updates, losses = self.settings.fake_updates, list[Tensor]()
-        for number in range(step * updates, (step + 1) * updates):
+        first, end = (each * self.settings.fake_updates for each in (step, step + 1))
+        losses = []
+        for number in range(max(first, self.fake.num_updates), end):
             batch = draw(self.dataset, number, self.student.schedule, drawing)
             draws = self._drawn(batch, number, of_fake=True)
             for which in self._parts():
-                matching, part = self._matching(batch.part(which), step), draws.part(which)
-                drawings = matching.drawings(part, self.student.device)
-                loss = partial(self._fake_loss, matching, drawings, part)
-                losses.append(self.fake.add_gradients(loss))
+                matching, part = self._matching(batch.part(which), draws.part(which), step), draws.part(which)
+                samples = matching.samples(part, self.student.device)
+                with self.fake.on():
+                    loss = matching.denoising_loss(samples, part).mean() / self.settings.accumulation_steps
+                    self.fake.learner.backward(loss)
+                losses.append(loss.detach())
+            self.fake.num_updates = number
             norm = self.fake.update(self.learning_rate(step))
+            mean = torch.stack(losses).mean().item() * self.settings.accumulation_steps
+            if not math.isfinite(mean):
+                self.sound = False  # the student draws what is not finite
+                raise FloatingPointError(_not_finite("the loss of the fake score", step, keeps="its last checkpoint"))
             if self.fake.learner.overflowed(norm):
                 raise FloatingPointError(_not_finite("the gradient of the fake score", step))
-        mean = torch.cat(losses).mean().item() * self.settings.accumulation_steps
-        if not math.isfinite(mean):
-            raise FloatingPointError(_not_finite("the loss of the fake score", step))
-        return {"fake": mean}
-
-    def _fake_loss(self, matching: Matching, drawings: Tensor, draws: Draws) -> Tensor:
-        return matching.denoising_loss(drawings, draws) / self.settings.accumulation_steps
+        return {"fake": mean} if losses else {}
 
     def _drawn(self, batch: Batch, number: int, of_fake: bool = False) -> Draws:
-        """Random numbers of a batch for `dmd`. The fake score sees what the steps after the first draw."""
+        """Random numbers of a batch for `dmd`. The fake score learns from the samples that it judges."""
         return drawn(
             batch.x0.shape,
             self.student.schedule,
             phases=self.settings.phases,
-            first=1 if of_fake else 0,
+            first=1 if of_fake and self.objective.diversity else 0,
             seed=self.settings.seed,
-            turn=number,
+            batch=number,
             purpose="fake score's draws" if of_fake else "draws",
         )
 
-    def _matching(self, batch: Batch, step: int) -> Matching:
+    def _matching(self, batch: Batch, draws: Draws, step: int) -> Matching:
         """The student and both scores, for the captions of a batch."""
         assert self.fake is not None  # the objective has one
         device, settings = self.student.device, self.settings
         context, label = batch.context.to(device), batch.label
-        scale = settings.guidance if batch.scale is None else batch.scale
+        least, largest = settings.scales
+        scale = largest if least == largest else least + (largest - least) * draws.share
 
         def inputs(x: Tensor, t: Tensor, examples: Tensor) -> StepInputs:
             its_label = None if label is None else Label(*(entry[examples] for entry in label))
@@ -263,11 +267,11 @@ class Trainer:
         return Matching(
             student=student,
             real=real,
-            as_fake=self.fake.on,
+            switched=self.fake.on,
             schedule=self.student.schedule,
             prediction=self.student.prediction,
             phases=settings.phases,
-            anchor_steps=settings.anchor_steps,
+            anchor_steps=settings.anchor_steps if self.objective.diversity else 0,
         )
 
     def _parts(self) -> list[slice]:
@@ -287,7 +291,7 @@ class Trainer:
         return draw(self.dataset, step, self.student.schedule, self.settings.drawing)
 
     def _rounding(self, step: int) -> torch.Generator | None:
-        if not self.optimizer.rounding:
+        if not self.learner.optimizer.rounding:
             return None
         seed = generator(self.settings.seed, step, "rounding").initial_seed()
         return torch.Generator(self.student.device).manual_seed(seed)
@@ -299,16 +303,15 @@ class Trainer:
 
         draws: random numbers for `dmd`, if the objective has it.
         """
-        terms = dict[str, Tensor]()
-        if objective.compares or objective.local:
-            terms = self._compared(batch, step, objective)
+        if draws is None:
+            terms, measured = self._compared(batch, step, objective), dict[str, Tensor]()
+        else:
+            terms, measured = self._matching(batch, draws, step).losses(draws, self.student.device)
         weights = example_weights(
             self.settings.weighting, self.student.prediction, self.student.schedule, batch.t, self.settings.snr_gamma
         )
-        if draws is not None:
-            terms |= self._matching(batch, step).losses(draws, self.student.device)
         total = objective.total(terms)
-        return terms, weights.to(total) * total
+        return terms | measured, weights.to(total) * total
 
     def _compared(self, batch: Batch, step: int, objective: Objective) -> dict[str, Tensor]:
         """Terms of the loss at noised examples, (B,) each."""
@@ -367,8 +370,9 @@ class Trainer:
 
         t: timesteps of the examples, for the loss by timestep; None where it has none.
         """
-        names = list(measured[0])
-        table = torch.stack([torch.cat([part[name].float() for part in measured]) for name in names])  # (terms, examples)
+        names, none = list(dict.fromkeys(name for part in measured for name in part)), [part["total"] * 0 for part in measured]
+        columns = ([part.get(name, zeros).float() for part, zeros in zip(measured, none, strict=True)] for name in names)
+        table = torch.stack([torch.cat(column) for column in columns])  # (terms, examples)
         table = self.processes.gathered(table, len(measured))
         *means, norm = torch.cat([table.mean(1), table[0], norm.reshape(1).float()]).tolist()
         means, totals = means[: len(names)], means[len(names) :]
@@ -414,7 +418,7 @@ class Trainer:
         """While open, the network has the exported weights and is in eval mode."""
         network = self.student.network.eval()
         self._put_on(None)
-        with self.optimizer.exported():
+        with self.learner.optimizer.exported():
             own = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
             self._put(self.average.weights if self.average else {})
             try:
@@ -442,15 +446,15 @@ class Trainer:
         """Write a checkpoint."""
         if self.keeps:
             tensors, rest = self.learner.state()
-            tensors = _under("optimizer", tensors)
-            if self.average or self.optimizer.averages:
+            tensors = under("optimizer", tensors)
+            if self.average or self.learner.optimizer.averages:
                 tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
             if self.target:
-                tensors |= _under("target", self.target.weights)
+                tensors |= under("target", self.target.weights)
             if self.fake:
                 of_fake, rest["fake"] = self.fake.state()
-                tensors |= _under("fake", of_fake)
-            with self.optimizer.exported():
+                tensors |= under("fake", of_fake)
+            with self.learner.optimizer.exported():
                 exported = self.average.weights if self.average else self.parameters
                 state = State(self.done, {name: whole(weight.detach()) for name, weight in exported.items()}, tensors, rest)
                 if self.processes.main:
@@ -476,24 +480,16 @@ class Trainer:
 
     def _take(self, state: State) -> None:
         """Load the weights, the optimizer and the rest of a checkpoint."""
-        own = _of("weights", state.tensors) or state.weights
+        own = of("weights", state.tensors) or state.weights
         self._put({name: shared_like(weight, self.parameters[name]) for name, weight in own.items()})
         if self.average:
             self.average.load(state.weights)
         if self.target:
-            self.target.load(_of("target", state.tensors))
+            self.target.load(of("target", state.tensors))
         if self.fake:
-            self.fake.load(_of("fake", state.tensors), state.rest["fake"])
-        self.learner.load(_of("optimizer", state.tensors), state.rest)
+            self.fake.load(of("fake", state.tensors), state.rest["fake"])
+        self.learner.load(of("optimizer", state.tensors), state.rest)
         self.done = state.step
-
-
-def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _of(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
 
 
 def _not_finite(what: str, step: int, keeps: str = "every step before it") -> str:

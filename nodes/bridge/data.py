@@ -63,7 +63,7 @@ def num_captions(positive: list, model: Model) -> int:
 
 
 def blank_latents(model: Model, width: int, height: int, count: int) -> dict:
-    """A LATENT without pictures, for training that needs none. width, height: in pixels."""
+    """A LATENT without images, for training that needs none. width, height: in pixels."""
     height, width = (side // model.pixels_per_latent for side in (height, width))
     return {"samples": torch.zeros(count, _reads(model).channels, height, width)}
 

@@ -55,7 +55,7 @@ class Model:
 
     @property
     def pixels_per_latent(self) -> int:
-        """How many times smaller its latents are than pictures, on each side: Flux.2's are a sixteenth, most others an eighth."""
+        """How many times smaller its latents are than images, on each side: Flux.2's are a sixteenth, most others an eighth."""
         return getattr(self.patcher.model.latent_format, "spacial_downscale_ratio", 8)
 
     @property

@@ -19,7 +19,7 @@ const TERMS = {
   dmd: "#e45756",
   diversity: "#c9a227",
   fake: "#9d755d",
-  cosine_distance: "#3f7fe8",
+  cosine_distance: "#ff9da6",
   validation: "#9560e8",
 };
 const SAY_NOTHING = ["total", "dmd"]; // of a run by dmd; they are hidden until asked for

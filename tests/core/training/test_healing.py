@@ -166,7 +166,17 @@ def test_no_block_that_is_skipped_has_a_lora(tmp_path):
     assert not [name for name in changed if ".".join(name.split(".")[:2]) in cut(base).mapping.removed]
 
 
-@pytest.mark.parametrize("how", [{"local_steps": 4}, {"objective": "local"}, {}], ids=["local first", "local", "output"])
+FEW = {"phases": 2, "solver_steps": 4, "fake_warmup_steps": 0, "fake_updates": 1, "anchor_steps": 1}
+WAYS = {
+    "local first": {"local_steps": 4},
+    "local": {"objective": "local"},
+    "output": {},
+    "local, then consistency": {"local_steps": 4, "objective": "consistency", **FEW},
+    "local, consistency, then dmd": {"local_steps": 2, "consistency_steps": 5, "objective": "dmd", **FEW},
+}
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 def test_stopped_and_resumed_it_is_as_if_nothing_had_happened(tmp_path, how):
     whole = heal(small_flux(), tmp_path / "whole", **how)
 

@@ -617,7 +617,7 @@ def test_the_student_waits_while_both_scores_see_what_it_drew(tiny):
         "gradient_checkpointing": True,
     }
     told = tiny.forecast(**asked)
-    assert told.moment == "the comparison of a drawing by both scores"
+    assert told.moment == "the comparison of a sample by both scores"
     student, recipe = ready(tiny.student, told.settings.training), told.settings.training
     inputs = inputs_of(student, **SIZES, micro_batch=8)
     with checkpointing(student), Ledger([*student.network.parameters(), *tiny.teacher.network.parameters()]) as ledger:
