@@ -29,7 +29,7 @@ from .losses import matching_loss, task_loss
 from .settings import TrainingSettings
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``network(x, t, examples)``: its prediction for states (B, C, H, W) at timesteps (B,) with the captions of examples (B,), float32."""
+"""``network(x, t, examples)``: a prediction for states (B, C, H, W) at timesteps (B,), with the captions of examples (B,); float32."""
 FAKE_RATE = 2.0
 """Learning rate of the fake score, as a multiple of the student's."""
 
@@ -145,7 +145,7 @@ class Matching:
         return noise, path[-1]
 
     def _velocity_error(self, difference: Tensor, t: Tensor, end: Tensor) -> Tensor:
-        """Squared error (B,) of the velocity from t to ``end``, where the state is off by a difference; in rectified flow, of ``eps - x0``."""
+        """Squared error (B,) of the velocity from t to ``end``, where states are off by a difference; for flows of ``eps - x0``."""
         now, then = self.schedule.at(t, difference), self.schedule.at(end, difference)
         velocity = difference / (now.sigma * then.alpha - now.alpha * then.sigma)
         return velocity.square().flatten(1).mean(1)
@@ -155,7 +155,7 @@ class Matching:
 
     @torch.no_grad()
     def _scores(self, sample: Tensor, t: Tensor, eps: Tensor, examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents by the real and by the fake score of a sample with noise, and the cosine distance of their velocities, (B,)."""
+        """Clean latents of a sample with noise by the real and by the fake score, and their velocities' cosine distance, (B,)."""
         x_t = self.schedule.add_noise(sample, eps, t)
         real = self.real(x_t, t, examples)
         with self.switched():

@@ -16,7 +16,10 @@ from .sharding import whole
 
 
 class Learner:
-    """Parameters of one device by name, and what a run's settings do with their gradients. scaled: whether losses are scaled, for fp16."""
+    """Parameters of one device by name, and what a run's settings do with their gradients.
+
+    scaled: whether losses are scaled, for fp16.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, *, scaled: bool):
         self.parameters, self._max_norm = dict(parameters), settings.max_grad_norm
@@ -45,7 +48,10 @@ class Learner:
         return not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1)
 
     def update(self, norm: float, learning_rate: float, random: torch.Generator | None = None) -> bool:
-        """Apply the gradients if their norm is finite, and clear them; returns whether they were. random: as for `Optimizer.step`."""
+        """Apply the gradients if their norm is finite, and clear them; returns whether they were applied.
+
+        random: as for `Optimizer.step`.
+        """
         sound = math.isfinite(norm)
         if sound:
             self.optimizer.step(learning_rate, random)

@@ -247,7 +247,8 @@ PARTS = (
     "working memory",
 )
 """Names of the parts. Features: the teacher's layer outputs that losses compare. Half-precision weights: copies made by
-autocast. Fake score: of the objective dmd, with its optimizer. Kept activations: saved for the student's backward pass. Working memory: everything else at that moment."""
+autocast. Fake score: of the objective dmd, with its optimizer. Kept activations: saved for the student's backward pass.
+Working memory: everything else at that moment."""
 
 
 class Part(NamedTuple):

@@ -150,7 +150,8 @@ OBJECTIVES = {
     "guidance": Objective(output=1.0),
     # jumps along the teacher's guided path (Luo et al. 2023, arXiv 2310.04378; Wang et al. 2024, arXiv 2405.18407)
     "consistency": Objective(consistency=1.0),
-    # its own few-step samples as the teacher would draw them (Yin et al. 2024, arXiv 2405.14867; weight of Wu et al. 2026, arXiv 2602.03139)
+    # its own few-step samples as the teacher would draw them (Yin et al. 2024, arXiv 2405.14867)
+    # the weight of diversity is that of Wu et al. 2026, arXiv 2602.03139
     "dmd": Objective(dmd=1.0, diversity=0.05),
     # plain fine-tuning, no teacher
     "task": Objective(task=1.0),

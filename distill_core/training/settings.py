@@ -375,7 +375,7 @@ class TrainingSettings:
 
     @property
     def few_steps(self) -> int | None:
-        """Steps to sample with after the objectives consistency and dmd: one for each phase, and a few for a single one. None after others."""
+        """Steps to sample with after the objectives consistency and dmd, None after others: one for each phase, a few for a single one."""
         if not self.weighted_objective.few_steps:
             return None
         return LCM_STEPS if self.phases == 1 else self.phases

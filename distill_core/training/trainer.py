@@ -174,7 +174,7 @@ class Trainer:
             if step >= self.settings.first_dmd_step:
                 return self._student_step(step, objective) | of_fake
             self.done = step + 1
-            return {"total": of_fake["fake"], **of_fake}
+            return {"total": of_fake.get("fake", math.nan), **of_fake}
 
     def _student_step(self, step: int, objective: Objective) -> dict[str, float]:
         batch = self._batch(step)
