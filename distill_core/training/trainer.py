@@ -396,7 +396,7 @@ class Trainer:
             )
             culprit = next((name for name, value in terms if not math.isfinite(value)), "total")
             self.sound = False  # the previous step damaged the weights; the last checkpoint stays
-            raise FloatingPointError(_not_finite(f"the loss ({culprit})", step, keeps="its last checkpoint"))
+            raise FloatingPointError(_not_finite("the loss", step, f" ({culprit})", keeps="its last checkpoint"))
         if self.learner.overflowed(values["norm"]):
             raise FloatingPointError(_not_finite("the gradient", step))
 
@@ -492,5 +492,5 @@ class Trainer:
         self.done = state.step
 
 
-def _not_finite(what: str, step: int, keeps: str = "every step before it") -> str:
-    return f"{what} is not finite at step {step + 1}; the run keeps {keeps}; start a new run with a lower learning rate"
+def _not_finite(what: str, step: int, where: str = "", keeps: str = "every step before it") -> str:
+    return f"{what} is not finite at step {step + 1}{where}; the run keeps {keeps}; start a new run with a lower learning rate"
