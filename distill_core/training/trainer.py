@@ -227,9 +227,11 @@ class Trainer:
             mean = torch.stack(losses).mean().item() * self.settings.accumulation_steps
             if not math.isfinite(mean):
                 self.sound = False  # the student draws what is not finite
-                raise FloatingPointError(_not_finite("the loss of the fake score", step, keeps="its last checkpoint"))
+                raise FloatingPointError(
+                    _not_finite("the loss of the fake score is not finite", step, keeps="its last checkpoint")
+                )
             if self.fake.learner.overflowed(norm):
-                raise FloatingPointError(_not_finite("the gradient of the fake score", step))
+                raise FloatingPointError(_not_finite("the gradient of the fake score is not finite", step))
         return {"fake": mean} if losses else {}
 
     def _drawn(self, batch: Batch, number: int, of_fake: bool = False) -> Draws:
@@ -396,9 +398,9 @@ class Trainer:
             )
             culprit = next((name for name, value in terms if not math.isfinite(value)), "total")
             self.sound = False  # the previous step damaged the weights; the last checkpoint stays
-            raise FloatingPointError(_not_finite("the loss", step, f" ({culprit})", keeps="its last checkpoint"))
+            raise FloatingPointError(_not_finite("the loss is not finite", step, f" ({culprit})", keeps="its last checkpoint"))
         if self.learner.overflowed(values["norm"]):
-            raise FloatingPointError(_not_finite("the gradient", step))
+            raise FloatingPointError(_not_finite("the gradient is not finite", step))
 
     @torch.no_grad()
     def validate(self, step: int) -> float:
@@ -493,4 +495,4 @@ class Trainer:
 
 
 def _not_finite(what: str, step: int, where: str = "", keeps: str = "every step before it") -> str:
-    return f"{what} is not finite at step {step + 1}{where}; the run keeps {keeps}; start a new run with a lower learning rate"
+    return f"{what} at step {step + 1}{where}; the run keeps {keeps}; start a new run with a lower learning rate"
