@@ -265,7 +265,7 @@ def test_gradients_that_pass_through_float16_are_scaled(small_teacher, small_dat
         training = Trainer(
             Run(tmp_path / f"{dtype} {precision}", recipe), base, Teachers.single(base, recipe), None, small_data, ALONE
         )
-        assert training.scaler.is_enabled() == (torch.float16 in (dtype, {"fp16": torch.float16}.get(precision)))
+        assert training.in_fp16 == (torch.float16 in (dtype, {"fp16": torch.float16}.get(precision)))
 
 
 def test_a_model_has_nothing_to_learn_of_itself(small_teacher, small_data, tmp_path):
