@@ -25,6 +25,7 @@ from .inputs import (
 from .train import check_base_settings, last_step, show_run, train_on_base
 
 OBJECTIVES = ("guidance", "consistency", "dmd")
+CONSISTENCY_STEPS = 500
 LORA_SETTINGS = ("rank", "alpha", "layers")
 DATA_SETTINGS = ("width", "height", "images_per_caption", "sampler_steps", "trajectory_states")
 
@@ -109,7 +110,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 io.Boolean.Input("dora", default=False, optional=True, advanced=True, tooltip="Train a DoRA: a LoRA that also "
                                  "learns a magnitude for each input of a layer. Slower, and needs more memory. Cannot be "
                                  "combined with guidance_min."),
-                io.Int.Input("consistency_steps", default=500, min=0, max=STEPS[1], optional=True, advanced=True, tooltip="For dmd: steps at the "
+                io.Int.Input("consistency_steps", default=CONSISTENCY_STEPS, min=0, max=STEPS[1], optional=True, advanced=True, tooltip="For dmd: steps at the "
                              "beginning in which the LoRA learns consistency, so that dmd, which takes over after them at a tenth of the learning "
                              "rate, starts from usable images."),
             ],
@@ -183,13 +184,13 @@ class SharedBaseLoRA(io.ComfyNode):
 def _of_lora(settings: dict) -> dict:
     """This node's settings as training settings."""
     keeps_cfg = settings["objective"] != "guidance" and settings["guidance"] == 1  # so the empty caption is learnt as well
-    begins_with = settings.pop("consistency_steps", 0) if settings["objective"] == "dmd" else 0
+    begins_with = settings.pop("consistency_steps", CONSISTENCY_STEPS)
     rank, alpha, layers = (settings.pop(name) for name in LORA_SETTINGS)
     dora = settings.pop("dora", False)
     return settings | {
         **dict.fromkeys(("task_weight", "output_weight", "feature_weight")),  # the objective's defaults
         "caption_dropout": 0.1 if keeps_cfg else 0.0,
-        "consistency_steps": begins_with,
+        "consistency_steps": begins_with if settings["objective"] == "dmd" else 0,
         "guidance_min": settings["guidance_min"] or None,
         "lora_rank": rank,
         "lora_alpha": alpha or None,

@@ -141,12 +141,9 @@ class Trainer:
         """Names of all metrics, in order."""
         layers = [f"feature/{name}" for name in self.layers.values()]
         layers += [f"local/{block}" for block in self.student.runs if self.settings.learns_locally]
-        used = self.settings.objectives
-        losses = [
-            name
-            for name in ("task", "output", "consistency", "dmd", "diversity")
-            if any(objective.weights[name] for objective in used)
-        ]
+        of_layers = ("feature", "local")
+        used = {name for objective in self.settings.objectives for name, weight in objective.weights.items() if weight}
+        losses = [name for name in self.objective.weights if name in used and name not in of_layers]
         losses += dict.fromkeys(name.split("/")[0] for name in layers)
         losses += ["fake", "cosine_distance"] * bool(self.objective.dmd)
         extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.learner.scaler.is_enabled()

@@ -152,8 +152,7 @@ class Chart {
     this.drawsSamples = drawsSamples;
     this.view = "Loss";
     this.log = true;
-    this.leftOut = new Set();
-    this.leftOutOf = null; // the run that terms were hidden for because they say nothing
+    this.toggled = new Set(); // terms that were clicked an odd number of times
     this.loading = false;
     this._build();
     this.clear();
@@ -209,8 +208,13 @@ class Chart {
   }
 
   _toggleTerm(term) {
-    if (!this.leftOut.delete(term)) this.leftOut.add(term);
+    if (!this.toggled.delete(term)) this.toggled.add(term);
     this.draw();
+  }
+
+  _isLeftOut(term) {
+    const saysNothing = SAY_NOTHING.includes(term) && Boolean(this.columns.mean.cosine_distance);
+    return this.toggled.has(term) !== saysNothing;
   }
 
   // --- data
@@ -355,10 +359,6 @@ class Chart {
 
   draw() {
     if (this.element.hidden || !this.isOpen) return;
-    if (this.columns.mean.cosine_distance && this.leftOutOf !== this.loadedName) {
-      this.leftOutOf = this.loadedName;
-      for (const term of SAY_NOTHING) this.leftOut.add(term);
-    }
     for (const [place, button] of this.viewButtons.entries()) {
       button.setAttribute("aria-pressed", this.view === ["Loss", "By timestep", "Samples"][place]);
     }
@@ -395,7 +395,7 @@ class Chart {
     const { mean, min, max } = this.columns;
     return Object.keys(TERMS)
       .toReversed()
-      .filter((name) => mean[name] && !this.leftOut.has(name))
+      .filter((name) => mean[name] && !this._isLeftOut(name))
       .map((name) => ({ name, mean: mean[name], min: min[name], max: max[name] }));
   }
 
@@ -416,7 +416,7 @@ class Chart {
     for (const [term, { button, value }] of this.termButtons) {
       const values = this.columns.mean[term];
       button.hidden = !values;
-      button.setAttribute("aria-pressed", !this.leftOut.has(term));
+      button.setAttribute("aria-pressed", !this._isLeftOut(term));
       let place = index;
       while (place > 0 && values?.[place] == null) place--;
       value.textContent = values?.[place] == null ? "" : short(values[place]);

@@ -74,6 +74,13 @@ def opened(base, data, recipe, folder, student=None):
     )
 
 
+def predicting(prediction, denoiser):
+    """A denoiser as if it had been trained to predict so."""
+    flows = prediction == "flow"
+    sampling = ModelSampling(prediction=prediction, noise="flow" if flows else "discrete")
+    return replace(denoiser, sampling=sampling, noise_levels=flow() if flows else None)
+
+
 def plainly(teacher, target, student, prediction, null, batch, scale, phases, stride):
     """The loss as the papers have it, an example at a time: numbers in place of tables and masks."""
     alphas = [
@@ -129,12 +136,7 @@ def plainly(teacher, target, student, prediction, null, batch, scale, phases, st
 def test_the_loss_and_its_slope_are_those_of_the_papers(prediction, phases, guidance, small_teacher, small_data, tmp_path):
     scale, least = guidance
     # In float64: near 0 the loss bends within 0.001, so that rounding would turn its slope.
-    flows = prediction == "flow"
-    asked = {
-        "sampling": ModelSampling(prediction=prediction, noise="flow" if flows else "discrete"),
-        "noise_levels": flow() if flows else None,
-    }
-    base, alone = (replace(copied(small_teacher), **asked) for _ in range(2))
+    base, alone = (predicting(prediction, copied(small_teacher)) for _ in range(2))
     for denoiser in (base, alone):
         denoiser.network.double()
     recipe = replace(RECIPE, phases=phases, guidance=scale, guidance_min=least, batch_size=8, total_steps=3)

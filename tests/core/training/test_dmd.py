@@ -11,37 +11,25 @@ from distill_core.base.storage import read_header
 from distill_core.data.dataset import draw
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
 from distill_core.diffusion.sampling import timesteps
-from distill_core.diffusion.schedule import flow
-from distill_core.networks.model_sampling import ModelSampling
 from distill_core.training.checkpoints import TRAINING, checkpoints_in
 from distill_core.training.dmd import FAKE_RATE, drawn
 from distill_core.training.loop import OutOfMemory, distill
 from distill_core.training.losses import matching_loss
 from distill_core.training.objective import OBJECTIVES
-from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
 from distill_core.training.settings import TrainingSettings
-from distill_core.training.teachers import Teachers
 from distill_core.training.trainer import Trainer
 
 from ...students import student_of
 from ..lora.test_layers import copied
 from .runs import PLAN
-from .test_consistency import replace_of, weights_of
+from .test_consistency import opened, predicting, replace_of, weights_of
 
 pytest.importorskip("peft")
 from distill_core.lora.layers import WithoutLora  # noqa: E402
 
 RECIPE = TrainingSettings(objective="dmd", guidance=3.0, caption_dropout=0.0, total_steps=8, batch_size=8, learning_rate=1e-2, phases=4,
                 fake_updates=2, fake_warmup_steps=1, anchor_steps=3, lora_rank=4, save_every_steps=100)  # fmt: skip
-
-
-def opened(base, data, recipe, folder, student=None):
-    student = student or base
-    teacher = WithoutLora(base) if student is base else base
-    return Trainer(
-        Run(folder, recipe), student, Teachers.single(teacher, recipe), PLAN if student is not base else None, data, ALONE
-    )
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +129,7 @@ def plainly(teacher, student, fake, prediction, null, batch, draws, recipe):
 def test_the_loss_and_its_slope_are_those_of_the_papers(prediction, phases, guidance, weight, demo, tmp_path):
     data = load_dataset(24)
     scale, least = guidance
-    flows = prediction == "flow"
-    asked = {
-        "sampling": ModelSampling(prediction=prediction, noise="flow" if flows else "discrete"),
-        "noise_levels": flow() if flows else None,
-    }
-    base, alone = (replace(copied(demo), **asked) for _ in range(2))
+    base, alone = (predicting(prediction, copied(demo)) for _ in range(2))
     for denoiser in (base, alone):
         denoiser.network.double()  # as the plain computation
     recipe = replace(RECIPE, phases=phases, guidance=scale, guidance_min=least, diversity_weight=weight)
