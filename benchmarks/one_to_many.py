@@ -3,8 +3,9 @@
 One, two and four experts of one size, so that a sampling step costs the same; as many training steps for each student,
 and one student trained for as long as four together. Then, at equal total steps: what experts begin as, where the
 boundaries are, and one base with an adapter per range in place of whole experts. Writes ``results/one_to_many.md``,
-every figure measured in that run. Figures are kept in ``results/one_to_many.jsonl`` as they come, and unfinished runs in
-``results/one_to_many.runs``, so that an interrupted benchmark goes on; the finished one deletes both.
+every figure measured in that run. ``--steps 1000`` with the first four rows asks the same of students that were trained for
+longer, and writes ``results/one_to_many_1000.md``. Figures are kept in ``results/one_to_many.jsonl`` as they come, and
+unfinished runs in ``results/one_to_many.runs``, so that an interrupted benchmark goes on; the finished one deletes both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import demo_students as demo
@@ -27,8 +29,7 @@ from distill_core.routing.router import ExpertDenoiser
 from distill_core.training.run import Inputs
 from distill_core.training.settings import TrainingSettings
 
-RUNS = RESULTS / "one_to_many.runs"
-NUM_BINS = 10
+NUM_BINS, NUM_STEPS = 10, 200
 
 
 class Row(NamedTuple):
@@ -84,15 +85,17 @@ class Figures(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of a student (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="training steps of a student (default: %(default)s)")
     arguments = demo.parsed(parser)
-    kept, students = demo.kept("one_to_many", arguments), Students(arguments)
-    measured = kept.measure(ROWS, arguments.seeds, lambda name, seed: students.figures(name, seed)._asdict())
-    found = {name: [Figures(**figures) for figures in of_seeds] for name, of_seeds in measured.items()}
-    publish("one_to_many", _report(found, arguments))
+    name = "one_to_many" if arguments.steps == NUM_STEPS else f"one_to_many_{arguments.steps}"
+    kept, students = demo.kept(name, arguments), Students(arguments, RESULTS / f"{name}.runs")
+    measured = kept.measure(arguments.rows or ROWS, arguments.seeds, lambda row, seed: students.figures(row, seed)._asdict())
+    found = {row: [Figures(**figures) for figures in of_seeds] for row, of_seeds in measured.items()}
+    publish(name, _report(found, arguments))
     kept.finish()
-    shutil.rmtree(RUNS, ignore_errors=True)
+    shutil.rmtree(students.folder, ignore_errors=True)
 
 
 # --- experts
@@ -101,8 +104,8 @@ def main() -> None:
 class Students:
     """The demo's teacher and data, and experts of them."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments, self.unit = arguments, arguments.steps
+    def __init__(self, arguments: argparse.Namespace, folder: Path):
+        self.arguments, self.unit, self.folder = arguments, arguments.steps, folder
         self.teacher, self.plan, self.dataset = demo.teacher(), preset(arguments.preset), demo.real_scenes()
 
     def figures(self, name: str, seed: int) -> Figures:
@@ -131,7 +134,7 @@ class Students:
     def training(self, name: str, row: Row, seed: int) -> OneToMany:
         joint, each = row.steps(self.unit)
         return OneToMany(
-            RUNS / f"{name.replace(' ', '_')}_{seed}",
+            self.folder / f"{name.replace(' ', '_')}_{seed}",
             ExpertsSettings(count=row.count, split=row.split, joint_steps=joint),
             TrainingSettings(**demo.settings_of(max(1, each), seed), **row.lora),
             starts=[Start(self.plan, partial(demo.pruned_student, self.teacher, self.plan))],
@@ -200,26 +203,31 @@ def _report(found: dict[str, list[Figures]], arguments: argparse.Namespace) -> l
         return table(columns, (row(label, name, other) for name, label in labels.items()))
 
     main_rows, each_bin = [ONE, TWO, FOUR, LONG], 1000 // NUM_BINS
+    parts = [
+        (main_rows, f"Experts at equal cost per sampling step, {unit} training steps behind each but the last:",
+         lambda: rows({name: name for name in main_rows}, ONE)),
+        (main_rows, "Output error over timesteps:",
+         lambda: table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))],
+                       map(bins, main_rows))),
+        ([APART, FOUR, HALF], "What four experts begin as, by as many steps in total:",
+         lambda: rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps",
+                       HALF: "the same, for half of all steps"}, APART)),
+        ([HALF, LOG_SNR, ERROR], "What is even between their boundaries:",
+         lambda: [*rows({HALF: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, HALF), "",
+                  *table(["what is even", "boundaries, seed by seed where they differ"],
+                         [["timesteps", boundaries(HALF)], ["log-SNR", boundaries(LOG_SNR)],
+                          ["error of the one student", boundaries(ERROR)]])]),
+        ([HALF, LORA], "One base and an adapter for each range in place of whole experts:",
+         lambda: rows({HALF: "four whole experts", LORA: _adapter_words()}, HALF)),
+    ]  # fmt: skip
     return [
-        f"Experts at equal cost per sampling step, {unit} training steps behind each but the last:", "",
-        *rows({name: name for name in main_rows}, ONE), "",
-        "Output error over timesteps:", "",
-        *table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))], map(bins, main_rows)), "",
-        "What four experts begin as, by as many steps in total:", "",
-        *rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps", HALF: "the same, for half of all steps"},
-              APART), "",
-        "What is even between their boundaries:", "",
-        *rows({HALF: "timesteps", LOG_SNR: "log-SNR", ERROR: "error of the one student"}, HALF), "",
-        *table(["what is even", "boundaries, seed by seed where they differ"],
-               [["timesteps", boundaries(HALF)], ["log-SNR", boundaries(LOG_SNR)], ["error of the one student", boundaries(ERROR)]]), "",
-        "One base and an adapter for each range in place of whole experts:", "",
-        *rows({HALF: "four whole experts", LORA: _adapter_words()}, HALF), "",
+        *(line for needed, title, lines in parts if found.keys() >= set(needed) for line in (title, "", *lines(), "")),
         f"Experts of {arguments.preset}, batch {demo.BATCH_SIZE}, real scenes, all by the same settings; steps are those of one student "
         "over all timesteps, then of each in its range, and in each part the learning rate falls to 0. Output error: mean squared "
         "distance to the teacher's answer, the noise being of no training step, "
         f"{demo.ERROR_BATCHES * demo.BATCH_SIZE} examples in each of {NUM_BINS} bins of timesteps (`metrics.output_error`), and differences "
         f"seed by seed. {demo.words(arguments)}",
-    ]  # fmt: skip
+    ]
 
 
 def _adapter_words() -> str:

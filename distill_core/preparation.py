@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from .base.storage import fingerprint
 from .data.cache import CachedDataset, encode
 from .data.dataset import Dataset, largest_example, num_examples
 from .data.encoders import DiffusersEncoders, Encoders, warn_of_cut
-from .data.images import folder, hugging_face, sizes
-from .data.teacher_data import Making, make_dataset
+from .data.images import Size, folder, hugging_face, sizes
+from .data.teacher_data import Making, caption_dataset, make_dataset
 from .demo.encoders import ScenesEncoders
 from .demo.teacher import teacher_file
 from .diffusion.denoiser import Denoiser, DiffusersDenoiser, Load, check_trainable
@@ -203,7 +203,12 @@ class Data:
         """The training data: images are encoded, or drawn by the teacher, unless the cache holds them already."""
         data, cache = self.recipe.data, self.recipe.path(self.recipe.data.cache)
         if data.prompts is not None:
-            return self._made(data.prompts, cache, on_item)
+            prompts = lines(read_text(self.recipe.path(data.prompts), MAX_LIST_BYTES))
+            return (
+                self._made(prompts, cache, on_item)
+                if self.recipe.training.uses_images
+                else self._captions(prompts, cache, on_item)
+            )
         if data.images is not None:
             images = folder(self.recipe.path(data.images))
         elif data.dataset is not None:
@@ -221,13 +226,34 @@ class Data:
             on_item=partial(on_item, "encoding"),
         )
 
-    def _made(self, prompts: str, cache: Path, on_item: OnItem) -> Dataset:
-        data = self.recipe.data
-        (size, *others) = sizes(data.resolution)
+    def _captions(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
+        """Prompts without images, in the size that samples are drawn in."""
+        return caption_dataset(
+            self.encoders,
+            prompts,
+            self._latent_shape(self._one_size),
+            self._one_size,
+            cache,
+            batch_size=self.recipe.data.encode_batch_size,
+            on_caption=partial(on_item, "encoding"),
+        )
+
+    @property
+    def _one_size(self) -> Size:
+        resolution = self.recipe.data.resolution
+        (size, *others) = sizes(resolution)
         if others:
-            raise ValueError(f"[data]: teacher-made images must all have one size, got resolution {data.resolution!r}")
+            raise ValueError(f"[data]: teacher-made images must all have one size, got resolution {resolution!r}")
+        return size
+
+    def _latent_shape(self, size: Size) -> tuple[int, int, int]:
+        channels = self.models.teacher_files[0].architecture.channels("conv_in")[0]
+        return channels, size[0] // 8, size[1] // 8
+
+    def _made(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
+        data = self.recipe.data
         making = Making(
-            size=size,
+            size=self._one_size,
             guidance=data.guidance,
             guidance_min=self.recipe.training.guidance_min if data.trajectory_states else None,
             num_steps=data.sampler_steps,
@@ -240,7 +266,7 @@ class Data:
             partial(self.models.teacher, self.models.teacher_settings[0], file),
             self.models.fingerprints[0],
             self.encoders,
-            lines(read_text(self.recipe.path(prompts), MAX_LIST_BYTES)),
+            prompts,
             making,
             cache,
             schedule=self.models.schedule,
@@ -257,12 +283,10 @@ class Data:
             raise ValueError("[samples]: prompts is missing; give prompts, or set sample_every_steps to 0")
         warn_of_cut(samples.prompts, self.encoders)
         *captions, null = self.encoders.captions([*samples.prompts, ""])
-        height, width = sizes(samples.resolution)[0]
-        channels = self.models.teacher_files[0].architecture.channels("conv_in")[0]
         return Previews(
             captions=captions,
             null=null,
-            latent_shape=(channels, height // 8, width // 8),
+            latent_shape=self._latent_shape(sizes(samples.resolution)[0]),
             decode=self.encoders.decode,
             guidance=samples.guidance,
             num_steps=samples.steps,

@@ -1,4 +1,4 @@
-"""Training data without a set of images: the teacher generates it from a list of prompts."""
+"""Training data without a set of images: a list of prompts, from which the teacher generates them, or prompts alone."""
 
 from __future__ import annotations
 
@@ -130,23 +130,64 @@ def make_dataset(
     batches stay. ``ValueError`` without prompts.
     """
     check_range("batch_size", batch_size, BATCH)
+    with writing(folder, dtype=dtype) as writer:
+        captions, null = _encoded(writer, encoders, prompts, batch_size, on_caption)
+        return _drawn(
+            writer, load_teacher, teacher_fingerprint, captions, null, making, schedule, batch_size, on_item, one_length
+        )
+
+
+def caption_dataset(
+    encoders: TextEncoders,
+    prompts: Sequence[str],
+    latent_shape: tuple[int, int, int],
+    size: Size,
+    folder: Path | str,
+    *,
+    batch_size: int = 8,
+    dtype: str = "fp16",
+    on_caption: Callable[[int, int], None] = ignore,
+) -> CachedDataset:
+    """Dataset on disk of prompts without images, for training that needs none: all have one latent of zeros, (C, H, W).
+
+    size: height and width in pixels that SDXL is told. Otherwise as `make_dataset`.
+    """
+    check_range("batch_size", batch_size, BATCH)
+    with writing(folder, dtype=dtype) as writer:
+        captions, null = _encoded(writer, encoders, prompts, batch_size, on_caption)
+        blank = key("blank", *latent_shape, writer.dtype)
+        if not writer.has(blank):
+            writer.add_latent(blank, torch.zeros(latent_shape))
+        sizes = _sizes(writer.caption(null), size)
+        return writer.finish([Entry(blank, text, sizes) for _, text in captions], null)
+
+
+def _encoded(
+    writer: CacheWriter,
+    encoders: TextEncoders,
+    prompts: Sequence[str],
+    batch_size: int,
+    on_caption: Callable[[int, int], None],
+) -> tuple[list[tuple[str, str]], str]:
+    """Prompts, each with the key of its caption, and the key of the empty caption; those not written yet are encoded."""
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise ValueError("a teacher-made dataset needs at least one prompt")
-    with writing(folder, dtype=dtype) as writer:
-        texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
-        missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
-        warn_of_cut(missing, encoders)
-        for start in range(0, len(missing), batch_size):
-            part = missing[start : start + batch_size]
-            for prompt, caption in zip(part, encoders.captions(part), strict=True):
-                writer.add_text(texts[prompt], caption)
-            on_caption(start + len(part), len(missing))
-        writer.flush()
-        captions = [(prompt, texts[prompt]) for prompt in prompts]
-        return _drawn(
-            writer, load_teacher, teacher_fingerprint, captions, texts[""], making, schedule, batch_size, on_item, one_length
-        )
+        raise ValueError("there are no prompts; give at least one")
+    texts = {prompt: text_key(prompt, encoders.fingerprint, writer.dtype) for prompt in ["", *prompts]}
+    missing = [prompt for prompt, name in texts.items() if not writer.has(name)]
+    warn_of_cut(missing, encoders)
+    for start in range(0, len(missing), batch_size):
+        part = missing[start : start + batch_size]
+        for prompt, caption in zip(part, encoders.captions(part), strict=True):
+            writer.add_text(texts[prompt], caption)
+        on_caption(start + len(part), len(missing))
+    writer.flush()
+    return [(prompt, texts[prompt]) for prompt in prompts], texts[""]
+
+
+def _sizes(caption: Caption, size: Size) -> tuple[int, ...] | None:
+    """What SDXL is told of an image's size; None for models that are not told."""
+    return None if caption.pooled is None else (*size, 0, 0, *size)
 
 
 def draw_dataset(
@@ -216,7 +257,7 @@ def _drawn(
     """
     null, total = writer.caption(null_text), len(captions) * making.num_per_prompt
     _check_room(writer, total, making)
-    sizes = (*making.size, 0, 0, *making.size) if null.pooled is not None else None
+    sizes = _sizes(null, making.size)
     entries: list[Entry] = []
     waiting: list[_Job] = []
     teacher = None

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill_core.cli import main
+from distill_core.data.cache import CachedDataset
 from distill_core.data.images import sizes
 from distill_core.networks.files import open_unet
 from distill_core.preparation import Data, prepare
@@ -301,18 +303,58 @@ def test_recipes_are_listed_by_their_first_line(capsys):
 
 
 LONG = [("total_steps = 4", "total_steps = 40"), ("save_every_steps = 2", "save_every_steps = 3\nema_decay = 0.9")]
+FEW_STEPS = """[training]
+objective = "dmd"
+phases = 2
+fake_updates = 2
+fake_warmup_steps = 2
+lora_rank = 2
+guidance = 2.0
+caption_dropout = 0.0"""
+TURBO = [
+    ('[student]\npreset = "bk-sdm-base"\n', ""),
+    ("[training]", f"{FEW_STEPS}\nconsistency_steps = 5"),
+    ("total_steps = 4", "total_steps = 12"),
+    ("save_every_steps = 2", "save_every_steps = 3"),
+]
+
+
+def test_prompts_alone_are_enough_where_no_image_is_learnt_from(tmp_path, capsys):
+    pytest.importorskip("peft")
+    (tmp_path / "prompts.txt").write_text("a cat, flat\ntwo dogs, shaded\n")
+    path = write(tmp_path, TURBO[0], ("[training]", FEW_STEPS), ("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2"))
+    assert main(["train", str(path)]) == 0
+    assert "drawing" not in capsys.readouterr().err
+    dataset = CachedDataset.open(tmp_path / "cache")
+    assert sum(dataset.bucket_sizes) == 2 and dataset.timesteps is None
+    examples = dataset.read(0, torch.arange(2))
+    assert examples.latents.shape == (2, 4, 8, 8) and not examples.latents.any()
+    assert not torch.equal(*examples.contexts)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(made):
-    job = write(made, *LONG, ('run = "run"', 'run = "whole"'), name="whole.toml")
+    return _whole(made, "whole", LONG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_turbo(made):
+    pytest.importorskip("peft")
+    return _whole(made, "whole_turbo", TURBO)
+
+
+def _whole(made, name, changes):
+    """The run of a job with these changes."""
+    job = write(made, *changes, ('run = "run"', f'run = "{name}"'), name=f"{name}.toml")
     assert main(["train", str(job), "--json"]) == 0
-    return made / "whole"
+    return made / name
 
 
-def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folder, uninterrupted):
+@pytest.mark.parametrize(("changes", "whole"), [(LONG, "uninterrupted"), (TURBO, "uninterrupted_turbo")], ids=["bk-sdm", "dmd"])
+def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(changes, whole, folder, request):
     """Kill -9 within half a second of a new step, twice; then it goes through."""
-    job, moment, kills = write(folder, *LONG), random.Random(0), 0
+    whole = request.getfixturevalue(whole)
+    job, moment, kills = write(folder, *changes), random.Random(0), 0
     for last in (False, False, True):
         process = launch(folder, str(job), "--resume")
         if not last:
@@ -322,9 +364,12 @@ def test_killed_at_any_moment_and_resumed_it_is_as_if_nothing_had_happened(folde
         error = process.communicate(timeout=300)[1]
         assert process.returncode in (0, -signal.SIGKILL), error
         kills += process.returncode != 0
-    assert kills == 2 and checkpoints_in(folder / "run")[-1].name == "00000040"
-    assert same(weights(folder / "run"), weights(uninterrupted))
-    assert (folder / "run" / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+    last, expected = checkpoints_in(folder / "run")[-1], checkpoints_in(whole)[-1]
+    assert kills == 2 and last.name == expected.name
+    written = sorted(path.name for path in expected.glob("*.safetensors"))
+    assert written and sorted(path.name for path in last.glob("*.safetensors")) == written
+    assert all(same(load_file(last / name), load_file(expected / name)) for name in written)
+    assert (folder / "run" / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
 
 
 def _wait_for_a_step(process, metrics):

@@ -235,20 +235,31 @@ def same(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "whole"])
-@pytest.mark.parametrize("consistency_steps", [0, 3])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(lora_rank, consistency_steps, small_teacher, small_data, tmp_path):
-    recipe = replace(RECIPE, lora_rank=lora_rank, consistency_steps=consistency_steps)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"consistency_steps": 3},
+        {"lora_rank": 0},
+        {"lora_rank": 0, "consistency_steps": 3, "optimizer": "schedulefree", "lr_schedule": "constant"},
+        {"lora_dora": True},
+        {"precision": "fp16", "accumulation_steps": 2, "consistency_steps": 3},
+    ],
+    ids=["lora", "consistency first", "whole", "schedule-free", "dora", "fp16"],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(changes, small_teacher, small_data, tmp_path):
+    recipe = replace(RECIPE, **changes)
+    if recipe.optimizer == "schedulefree":
+        pytest.importorskip("schedulefree")
     whole = run_to(None, tmp_path / "whole", recipe, small_teacher, small_data)
     for stop in (1, 2, 1, 2, None):  # before, at and after each change of objective
         stopped = run_to(stop, tmp_path / "stopped", recipe, small_teacher, small_data)
     assert same(whole.result_file, stopped.result_file)
     assert same(*(checkpoints_in(run.folder)[-1] / TRAINING for run in (whole, stopped)))
-    assert whole.metrics() == stopped.metrics()
+    assert str(whole.metrics()) == str(stopped.metrics())  # where fp16 overflows, the norm is no number
     last = whole.metrics()[-1]
-    assert {"dmd", "diversity", "fake", "cosine_distance"} <= last.keys() and ("consistency" in whole.metrics()[0]) == bool(
-        consistency_steps
-    )
+    assert {"dmd", "diversity", "fake", "cosine_distance"} <= last.keys()
+    assert ("consistency" in whole.metrics()[0]) == bool(recipe.consistency_steps)
 
 
 def test_after_an_error_in_the_middle_of_a_step_it_goes_on_as_if_there_had_been_none(
