@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import demo_students as demo
 import torch
 from report import mean_and_margin, publish, table, with_margin
+from torch import Tensor
 
 from distill_core.data.dataset import Drawing, draw
 from distill_core.demo.transformer import denoiser_of, load_transformer, load_transformer_dataset
 from distill_core.diffusion.transformers import FluxDenoiser
 from distill_core.lora.layers import without_lora
+from distill_core.networks.name_map import NameMap
 from distill_core.networks.transformers.flux_spelling import to_comfyui
 from distill_core.pruning.plan import name_map, pruned
 from distill_core.pruning.plan_text import read_plan
@@ -55,14 +57,17 @@ class Lesson(NamedTuple):
     """Share of the steps in which folded blocks learn by themselves, at the beginning."""
     share: float = 1.0
     """Of the steps of others."""
+    mean: bool = False
+    """Folded blocks begin as the mean of their run in place of its middle block."""
 
 
 def lora(objective: str, rank: int, rate: float) -> dict[str, Any]:
     return dict(objective=objective, lora_rank=rank, lora_targets=("*",), learning_rate=rate, weight_decay=0.0)
 
 
-CUT, LOCAL, OUTPUT, BOTH, SHORT, WHOLE = (
+CUT, LOCAL, OUTPUT, BOTH, SHORT, WHOLE, MEAN = (
     "cut only", "local", "shared weights", "local, then shared weights", "the same in half the steps", "all weights",
+    "all weights, begun as the mean of each run",
 )  # fmt: skip
 
 
@@ -73,7 +78,8 @@ def lessons(arguments: argparse.Namespace) -> dict[str, Lesson]:
         OUTPUT: Lesson(of_output),
         BOTH: Lesson(of_output, local=0.5),
         SHORT: Lesson(of_output, local=0.5, share=0.5),
-        WHOLE: Lesson(dict(objective="output", learning_rate=arguments.rate_of_all, weight_decay=0.0), whole=True),
+        WHOLE: (whole := Lesson(dict(objective="output", learning_rate=arguments.rate_of_all, weight_decay=0.0), whole=True)),
+        MEAN: whole._replace(mean=True),
     }
 
 
@@ -179,12 +185,26 @@ def _taught(lesson: Lesson, student: FluxDenoiser, teacher: FluxDenoiser, data, 
     if lesson.whole:
         mapping = student.mapping
         assert mapping is not None
-        student = denoiser_of(to_comfyui(mapping.apply(student.network.state_dict())))
+        weights = student.network.state_dict()
+        if lesson.mean:
+            weights |= _means(mapping, weights)
+        student = denoiser_of(to_comfyui(mapping.apply(weights)))
     else:
         teacher = without_lora(replace(student, mapping=None))()
     with tempfile.TemporaryDirectory() as folder:
         distill(Run(Path(folder) / "run", settings), student=student, teacher=teacher, plan=None, dataset=data)
     return student
+
+
+def _means(mapping: NameMap, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of folded blocks, each the mean over its run."""
+    found = {}
+    for block, (first, last) in mapping.folded.items():
+        path, _, start = first.rpartition(".")
+        run = [f"{path}.{number}" for number in range(int(start), int(last.rpartition(".")[2]) + 1)]
+        for name in (name for name in weights if name.startswith(f"{block}.")):
+            found[name] = torch.stack([weights[one + name.removeprefix(block)] for one in run]).mean(0)
+    return found
 
 
 if __name__ == "__main__":

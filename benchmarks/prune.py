@@ -3,7 +3,7 @@
 SDXL needs 13 GB of disk; a transformer the size of its file and twice that of its student, and a ComfyUI, which tells its shape
 (`tests/comfyui.py`). Memory is the peak of the process that does it; time is compared with a plain copy of as many bytes of the
 same file, made in the same run, read from the disk and flushed to it as the student is, the two taking turns to be first. Writes
-``results/prune.md``; with names, ``results/prune_transformers.md``.
+``results/prune.md``; with names, their rows of ``results/prune_transformers.md``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 RESULTS, TESTS = HERE / "results", HERE.parent / "tests"
 PRESETS = {
     "Flux.1 dev": "flux-1-lite",
+    "Flux.2 dev": "keep double 0-7 single 0-23,47",
     "Flux.2 klein 4B": "klein-4b-small",
     "Flux.2 klein 9B": "klein-9b-small",
     "Z-Image": "z-image-small",
@@ -43,27 +44,36 @@ def main() -> None:
     parser.add_argument(
         "--plan", help="another plan for all of them, where the disk has no room for the usual student and its copy"
     )
+    parser.add_argument("--fp8", action="store_true", help="weights in fp8, half the size, in place of bf16")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    lines = [
-        "| command | size | seconds | peak memory | plain copy | of the copy's time |",
-        "|---|---|---|---|---|---|",
+    head = [
+        "| command | size | seconds | peak memory | plain copy | of the copy's time | rounds |",
+        "|---|---|---|---|---|---|---|",
     ]
+    note = "Medians of rounds in turn; seconds include starting Python."
     out = RESULTS / ("prune_transformers.md" if arguments.names else "prune.md")
+    there = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    rows = {_command(line): line for line in there if line.startswith("| `")}
     for name in arguments.names or [SDXL]:
-        lines += _rows(name, arguments.plan or ("ssd-1b" if name == SDXL else PRESETS[name]), arguments.rounds)
-        note = f"Medians of {arguments.rounds} rounds in turn; seconds include starting Python."
-        out.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")  # as each ends: later ones may find no room
+        plan = arguments.plan or ("ssd-1b" if name == SDXL else PRESETS[name])
+        rows |= {_command(line): line for line in _rows(name, plan, arguments.rounds, "fp8" if arguments.fp8 else "")}
+        # As each ends: later ones may find no room.
+        out.write_text("\n".join([*head, *rows.values(), "", note]) + "\n", encoding="utf-8")
     print(out.read_text(encoding="utf-8"), end="")
 
 
-def _rows(name: str, plan: str, rounds: int) -> list[str]:
+def _command(row: str) -> str:
+    return row.split(" | ")[0]
+
+
+def _rows(name: str, plan: str, rounds: int, dtype: str) -> list[str]:
     how = ["--plan", plan] if plan.startswith(("keep ", "fold ")) else ["--preset", plan]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         teacher, student, copy = (folder / f"{kind}.safetensors" for kind in ("teacher", "student", "copy"))
         # In a process of its own: a child's peak memory begins with that of its parent.
-        subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher)], check=True)
+        subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher), dtype], check=True)
         prune: list[tuple[float, int]] = []
         plain: list[float] = []
         inspect: list[tuple[float, int]] = []
@@ -85,10 +95,11 @@ def _rows(name: str, plan: str, rounds: int) -> list[str]:
             inspect.append(_run("inspect", teacher))
         whole = teacher.stat().st_size
     seconds, of_copy = statistics.median(s for s, _ in prune), statistics.median(plain)
+    name += f" in {dtype}" * bool(dtype)
     return [
         f"| `distill prune` {name} by {plan} | {size / 1e9:.2f} GB of {whole / 1e9:.2f} | {seconds:.1f} | {_peak(prune)} | "
-        f"{of_copy:.1f} s | {seconds / of_copy:.2f} |",
-        f"| `distill inspect` {name} | header only | {statistics.median(s for s, _ in inspect):.2f} | {_peak(inspect)} | | |",
+        f"{of_copy:.1f} s | {seconds / of_copy:.2f} | {rounds} |",
+        f"| `distill inspect` {name} | header only | {statistics.median(s for s, _ in inspect):.2f} | {_peak(inspect)} | | | {rounds} |",
     ]
 
 
@@ -129,7 +140,7 @@ def _copy(source: Path, target: Path, size: int) -> float:
     return seconds
 
 
-def _make_teacher(name: str, path: Path) -> None:
+def _make_teacher(name: str, path: Path, dtype_word: str) -> None:
     import torch
 
     from distill_core.base.storage import write_tensors
@@ -141,7 +152,8 @@ def _make_teacher(name: str, path: Path) -> None:
         names, dtype = LAYOUTS["ldm"].from_canonical(shapes), torch.float16
         shapes = {f"model.diffusion_model.{names[parameter]}": shape for parameter, shape in shapes.items()}
     else:
-        shapes, dtype = _true_shapes(name, path.with_suffix(".json")), torch.bfloat16
+        shapes = _true_shapes(name, path.with_suffix(".json"))
+        dtype = torch.float8_e4m3fn if dtype_word else torch.bfloat16
     # One tensor's memory serves all: what is in the weights makes no difference.
     noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values())).to(dtype)
     write_tensors(path, {parameter: noise[: torch.Size(shape).numel()].reshape(shape) for parameter, shape in shapes.items()})
@@ -159,4 +171,4 @@ def _true_shapes(name: str, out: Path) -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    _make_teacher(sys.argv[2], Path(sys.argv[3])) if sys.argv[1:2] == ["--make-teacher"] else main()
+    _make_teacher(sys.argv[2], Path(sys.argv[3]), sys.argv[4]) if sys.argv[1:2] == ["--make-teacher"] else main()
