@@ -16,8 +16,10 @@ import demo_students as demo
 from report import mean_and_margin, publish, table, with_margin
 
 from distill_core.pruning.plan import preset, preset_names
+from distill_core.training.settings import REFIT_EXAMPLES
 
 PLAIN_RATE = 1e-3
+REFIT = {"refit_examples": REFIT_EXAMPLES, "learning_rate": 3 * PLAIN_RATE}
 
 
 class Recipe(NamedTuple):
@@ -39,6 +41,10 @@ RECIPES = {
     "without the task": Recipe({"task_weight": 0.0}),
     "output and features x 4": Recipe({"output_weight": 4.0, "feature_weight": 4.0}),
     "average": Recipe({"ema_decay": 0.99}),
+    "refit": Recipe({"refit_examples": REFIT_EXAMPLES}),
+    "refit, rate x 3": Recipe(REFIT),
+    "refit, rate x 3, a quarter": Recipe(REFIT, share=0.25),
+    "refit, rate x 3, normalised features": Recipe(REFIT | {"objective": "laptop-diff"}),
 }
 
 

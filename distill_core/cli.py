@@ -381,7 +381,7 @@ def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="plan to prune with (default: %(default)s)"
     )
-    command.add_argument("--steps", type=_at_least(1), default=300, help="distillation steps (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), default=200, help="distillation steps (default: %(default)s)")
     command.add_argument(
         "--prompts", type=_at_least(1), default=12, help="prompts of each category to judge models by (default: %(default)s)"
     )

@@ -363,7 +363,7 @@ class Prepared:
         only: int | None = None,
         on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        """Train to the end. only, on_stage: for several experts, as in `OneToMany.train`."""
+        """Train to the end. only: for several experts, as in `OneToMany.train`. on_stage: called with what begins."""
         if isinstance(self.run, OneToMany):
             self.run.train(only, on_step=on_step, on_stage=on_stage)
             return
@@ -378,6 +378,7 @@ class Prepared:
             dataset=self.dataset,
             previews=self.data.previews(),
             on_step=on_step,
+            on_refit=lambda done, total: on_stage("refitting" if done < total else "training"),
             processes=self.models.processes,
         )
 

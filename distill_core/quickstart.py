@@ -24,7 +24,7 @@ from .pruning.plan import preset
 from .pruning.prune import pruned_file
 from .training.loop import distill
 from .training.run import Inputs, Run
-from .training.settings import TrainingSettings
+from .training.settings import REFIT_EXAMPLES, TrainingSettings
 
 SHOWN_OF_EACH = 2  # pictures of each category in the report
 OPTIMIZATION: dict[str, Any] = dict(learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20, weight_decay=1e-3)
@@ -37,7 +37,7 @@ class Settings:
     """Settings of a quickstart; the defaults take a few minutes on two CPU cores."""
 
     preset: str = setting("bk-sdm-base", "Plan to prune with.")
-    train_steps: int = setting(300, "Distillation steps.", within=STEPS)
+    train_steps: int = setting(200, "Distillation steps.", within=STEPS)
     batch_size: int = setting(64, "Scenes per distillation step.", within=BATCH)
     num_prompts: int = setting(12, "Prompts of each category, trained and held out, to judge a model by.", within=(1, 10_000))
     sample_steps: int = setting(20, "Sampler steps per picture.", within=SAMPLER_STEPS)
@@ -87,6 +87,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         batch_size=settings.batch_size,
         seed=settings.seed,
         save_every_steps=100,
+        refit_examples=REFIT_EXAMPLES,
         **OPTIMIZATION,
     )
     run = Run(out / "run", training, Inputs(plan=plan.name, data=dataset.fingerprint))

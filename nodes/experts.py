@@ -18,7 +18,7 @@ from ..distill_core.training.preflight import check_experts_run
 from ..distill_core.training.run import Inputs
 from ..distill_core.training.settings import TrainingSettings
 from . import bridge
-from .inputs import data_inputs, learning_inputs, setting_input
+from .inputs import data_inputs, learning_inputs, refit_input, setting_input
 from .train import Watch, log, tell_memory
 
 _default = ExpertsSettings()
@@ -65,6 +65,7 @@ class TrainTimestepExperts(io.ComfyNode):
                     tooltip=limits_of(ExpertsSettings)["boundaries"].words,
                 ),
                 setting_input("overlap", ExpertsSettings, advanced=True),
+                refit_input(),
             ],
             outputs=[
                 io.Model.Output(

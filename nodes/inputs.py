@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..distill_core.base.settings import STEPS, limits_of
 from ..distill_core.training.objective import OBJECTIVES
-from ..distill_core.training.settings import TrainingSettings
+from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
 
 RecipeSettings = io.Custom("DISTILL_RECIPE")
 SEED_OF_TRAINING = limits_of(TrainingSettings)["seed"].words
@@ -87,6 +87,11 @@ def learning_inputs() -> list[io.Input]:
         setting_input("caption_dropout", step=0.01, advanced=True, more="Needs null_caption."),
         *keeping_inputs(),
     ]
+
+
+def refit_input() -> io.Input:
+    """The input for a start in closed form."""
+    return setting_input("refit_examples", default=REFIT_EXAMPLES, optional=True, advanced=True)
 
 
 def pace_inputs(usual_rates: str, default: float) -> list[io.Input]:

@@ -31,7 +31,7 @@ from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import TrainingSettings
 from ..distill_core.training.teachers import Teachers
 from . import bridge
-from .inputs import data_inputs, learning_inputs, run_inputs, run_outputs, setting_input
+from .inputs import data_inputs, learning_inputs, refit_input, run_inputs, run_outputs, setting_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -85,6 +85,7 @@ class DistillTrainStep(io.ComfyNode):
                     "learns more and needs more memory. The saved student has it merged.",
                 ),
                 setting_input("local_steps", optional=True, advanced=True),
+                refit_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="student", tooltip="The student as trained so far: an ordinary MODEL."),
@@ -178,6 +179,7 @@ class WholeStudent:
                 num_steps=num_steps,
                 previews=previews,
                 on_step=watch,
+                on_refit=bridge.Progress(node_id, "examples for the refit").at,
             )
         finally:
             bridge.release_memory()

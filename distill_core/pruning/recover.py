@@ -37,7 +37,7 @@ class AffineMap:
         return x + x @ weight + bias
 
 
-class _Moments:
+class Moments:
     """Sums over rows (x, 1) of a part's input and d of what it adds to it."""
 
     xx: Tensor | None = None
@@ -46,8 +46,20 @@ class _Moments:
 
     def add(self, x: Tensor, d: Tensor) -> None:
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        self.xx, self.xd = (new if old is None else old + new for old, new in ((self.xx, x.T @ x), (self.xd, x.T @ d)))
-        self.dd += d.square().sum().item()
+        xx, xd = ((x.T @ rows).to("cpu", torch.float64) for rows in (x, d))
+        self.xx, self.xd = (new if old is None else old + new for old, new in ((self.xx, xx), (self.xd, xd)))
+        self.dd += d.square().sum(dtype=torch.float64).item()
+
+    def __bool__(self) -> bool:
+        """Whether it holds any rows."""
+        return self.xx is not None
+
+    def __add__(self, other: Moments) -> Moments:
+        """The sums over the rows of both, neither being empty."""
+        assert self.xx is not None and self.xd is not None and other.xx is not None and other.xd is not None
+        both = Moments()
+        both.xx, both.xd, both.dd = self.xx + other.xx, self.xd + other.xd, self.dd + other.dd
+        return both
 
     def fitted(self, ridge: float) -> Tensor:
         """The map from (x, 1) to d, (C + 1, C); its constant is free."""
@@ -69,7 +81,7 @@ def affine_maps(denoiser: Denoiser, batches: Sequence[tuple], spans: Iterable[Sp
     counts. A span whose output has another shape than its input has no map, nor has any if there is only one example.
     """
     spans = list(dict.fromkeys(spans))
-    halves: dict[Span, tuple[_Moments, _Moments]] = {span: (_Moments(), _Moments()) for span in spans}
+    halves: dict[Span, tuple[Moments, Moments]] = {span: (Moments(), Moments()) for span in spans}
     firsts, lasts = ({span[i] for span in spans} for i in range(2))
     number = 0
     with tap(denoiser, lasts) as outputs, tap(denoiser, firsts, of_input=True) as inputs:
@@ -80,19 +92,27 @@ def affine_maps(denoiser: Denoiser, batches: Sequence[tuple], spans: Iterable[Sp
                 if x.ndim == 4:
                     x = x[:, : y.shape[1]]
                 if x.shape == y.shape:
-                    for i, (rows, leaving) in enumerate(zip(_rows(x), _rows(y), strict=True)):
+                    for i, (rows, leaving) in enumerate(zip(rows_of(x), rows_of(y), strict=True)):
                         halves[first, last][(number + i) % 2].add(rows, leaving - rows)
             number += len(batch[0])
-    return {span: _maps(*both) for span, both in halves.items() if all(half.xx is not None for half in both)}
+    return {span: _maps(*both) for span, both in halves.items() if all(both)}
 
 
-def _maps(even: _Moments, odd: _Moments) -> list[AffineMap]:
-    pairs = {ridge: (odd.fitted(ridge), even.fitted(ridge)) for ridge in RIDGES}
-    best = min(pairs.values(), key=lambda pair: even.left_over(pair[0]) + odd.left_over(pair[1]))
-    return [AffineMap(fitted[:-1].float(), fitted[-1].float()) for fitted in best]
+def _maps(even: Moments, odd: Moments) -> list[AffineMap]:
+    ridge = best_ridge(even, odd)
+    return [AffineMap(fitted[:-1].float(), fitted[-1].float()) for fitted in (odd.fitted(ridge), even.fitted(ridge))]
 
 
-def _rows(activations: Tensor) -> Tensor:
-    """Activations (B, C, H, W) or (B, N, C) as (B, N, C), in float64 where the device has it."""
-    exact = activations.to(torch.float32 if activations.device.type == "mps" else torch.float64)
+def best_ridge(even: Moments, odd: Moments) -> float:
+    """The strength with which maps that are fitted to one half of the examples serve the other half best."""
+
+    def missed(ridge: float) -> float:
+        return even.left_over(odd.fitted(ridge)) + odd.left_over(even.fitted(ridge))
+
+    return min(RIDGES, key=missed)
+
+
+def rows_of(activations: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Activations (B, C, H, W) or (B, N, C) as (B, N, C), in a precision that the device has."""
+    exact = activations.to(torch.float32 if activations.device.type == "mps" else dtype)
     return exact.flatten(2).transpose(1, 2) if exact.ndim == 4 else exact

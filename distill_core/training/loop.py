@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..base.interrupts import uninterrupted
+from ..base.storage import ignore
 from ..data.dataset import Dataset, num_examples
 from ..diffusion.denoiser import Denoiser
 from ..pruning.plan import PruningPlan
@@ -52,13 +53,15 @@ def distill(
     num_steps: int | None = None,
     previews: Previews | None = None,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    on_refit: Callable[[int, int], None] = ignore,
     processes: Processes = ALONE,
 ) -> None:
     """Train the student for ``num_steps`` more steps, or until the run is complete.
 
     Trains the student's network in place; teachers are only read. ``plan`` is the plan that pruned the teacher to the
     student, None if both have the same shape. ``on_step`` is called after each step; any exception it raises (such as a
-    cancel) ends the training, and the run keeps every completed step. Raises `OutOfMemory`, ``FloatingPointError`` for a
+    cancel) ends the training, and the run keeps every completed step. ``on_refit(done, total)`` is called before each part of the
+    examples by which a student is refitted, and after the last. Raises `OutOfMemory`, ``FloatingPointError`` for a
     loss or gradient that is not finite, and ``ValueError`` if student, teachers or data do not match.
     """
     teachers = teacher if isinstance(teacher, Teachers) else Teachers.single(teacher, run.settings)
@@ -67,7 +70,7 @@ def distill(
         return
     with run.training():
         processes.wait()  # until the main process has checked the run's folder
-        _distill(run, student, teachers, plan, dataset, num_steps, previews, on_step, processes)
+        _distill(run, student, teachers, plan, dataset, num_steps, previews, on_step, on_refit, processes)
 
 
 def _distill(
@@ -79,9 +82,10 @@ def _distill(
     num_steps: int | None,
     previews: Previews | None,
     on_step: Callable[[Progress], None],
+    on_refit: Callable[[int, int], None],
     processes: Processes,
 ) -> None:
-    trainer, first = Trainer(run, student, teachers, plan, dataset, processes), run.step
+    trainer, first = Trainer(run, student, teachers, plan, dataset, processes, on_refit), run.step
     last = min(run.settings.total_steps, first + (run.settings.total_steps if num_steps is None else num_steps))
     _warn_if_seen_too_often(num_examples(dataset), run.settings.total_steps * run.settings.batch_size)
     started = time.monotonic()

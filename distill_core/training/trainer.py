@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, cast
 
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from ..base.interrupts import uninterrupted
 from ..base.precision import DTYPES
 from ..base.seeding import generator
+from ..base.storage import ignore
 from ..data.dataset import Batch, Dataset, draw, held_out_batches
 from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, check_trainable, checkpointing, tap
 from ..diffusion.schedule import prediction
 from ..networks.name_map import NameMap
 from ..pruning.plan import PruningPlan, name_map
+from ..pruning.refit import refit
 from .consistency import Course, course, jump, landing
 from .dmd import Draws, FakeScore, Matching, drawn
 from .ema import EMA
@@ -46,6 +49,7 @@ from .weighting import example_weights
 if TYPE_CHECKING:
     from ..lora.layers import Lora
 
+log = logging.getLogger("distill")
 NUM_TIMESTEP_BINS = 10
 MAX_VALIDATION_BATCHES = 8
 
@@ -54,11 +58,18 @@ class Trainer:
     """The state of a run while it trains."""
 
     def __init__(
-        self, run: Run, student: Denoiser, teachers: Teachers, plan: PruningPlan | None, dataset: Dataset, processes: Processes
+        self,
+        run: Run,
+        student: Denoiser,
+        teachers: Teachers,
+        plan: PruningPlan | None,
+        dataset: Dataset,
+        processes: Processes,
+        on_refit: Callable[[int, int], None] = ignore,
     ):
         settings = run.settings
         self.run, self.settings, self.student, self.teachers = run, settings, student, teachers
-        self.plan, self.dataset, self.processes = plan, dataset, processes
+        self.plan, self.dataset, self.processes, self.on_refit = plan, dataset, processes, on_refit
         self.objective = settings.weighted_objective  # after the local steps
         if student.noise_levels is None:  # otherwise the caller has checked the model already
             check_trainable(student.architecture, student.sampling)
@@ -87,6 +98,8 @@ class Trainer:
             if not self.run.step:
                 same = len(self.teachers) == 1 and predict_the_same(teacher, self.student)
                 check_lesson(settings, teacher.architecture, self.student.architecture, same)
+                if settings.refits and self.plan is not None and self.student.architecture is not None:
+                    self._refit(teacher, name_map(teacher.architecture, self.plan))
         network.train()
         self.trained = trained(self.student, settings, self.plan)
         with contextlib.ExitStack() as stack:
@@ -114,6 +127,25 @@ class Trainer:
                 self._theirs.clear()
                 self._put_on(None)
                 network.eval().requires_grad_(False)
+
+    def _refit(self, teacher: Denoiser, mapping: NameMap) -> None:
+        """Let the layers before the cuts make up for the removed blocks, as `refit` does, by the run's first examples."""
+        num_examples, size = self.settings.refit_examples, self.settings.batch_size
+
+        def asked() -> Iterator[StepInputs]:
+            for start in range(0, num_examples, size):
+                batch = self._draw(start // size)
+                for first in range(0, min(size, num_examples - start), part := size // self.settings.accumulation_steps):
+                    self.on_refit(start + first, num_examples)
+                    few = batch.part(slice(first, min(first + part, num_examples - start)))
+                    yield few.x_t.to(teacher.device), few.t.to(teacher.device), few.context.to(teacher.device), few.label
+            self.on_refit(num_examples, num_examples)
+
+        made = refit(self.student, teacher, mapping, asked())
+        for cut, change in made.items():
+            log.info(
+                "%s makes up for %.0f %% of what the removed blocks up to %s add", cut.layer, 100 * change.explained, cut.end
+            )
 
     def _feature_layers(self, teacher: Denoiser) -> dict[str, str]:
         """Teacher module -> student module whose outputs are compared; ``ValueError`` if the networks do not match."""
