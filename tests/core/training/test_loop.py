@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_core.data.dataset import Bucket, LatentDataset
+from distill_core.base.storage import read_header
+from distill_core.data.dataset import Bucket, LatentDataset, draw
 from distill_core.diffusion.conditioning import Caption
 from distill_core.diffusion.schedule import flow, prediction
 from distill_core.networks.files import open_unet
 from distill_core.networks.model_sampling import ModelSampling
+from distill_core.pruning.plan import name_map
+from distill_core.pruning.refit import refit
 from distill_core.training.loop import OutOfMemory, distill
 from distill_core.training.previews import Previews
 from distill_core.training.run import Run
@@ -52,7 +55,7 @@ def difference(a, b):
      {"optimizer": "schedulefree"}, {"learning_rate": 2e-3}, {"lr_schedule": "linear"}, {"warmup_steps": 2}, {"weight_decay": 0.5},
      {"max_grad_norm": 0.01, "optimizer": "adafactor"}, {"ema_decay": 0.9}, {"precision": "bf16"}, {"precision": "fp16"},
      {"weight_dtype": "bf16"}, {"seed": 4}, {"validation_share": 0.25, "validate_every_steps": 2},
-     {"weighting": "min-snr", "snr_gamma": 1.0}, {"timestep_range": (0, 300)}],
+     {"weighting": "min-snr", "snr_gamma": 1.0}, {"timestep_range": (0, 300)}, {"refit_examples": 6}],
     ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
 )  # fmt: skip
 def test_a_setting_changes_what_is_learnt(change, tmp_path, small_teacher, data, plain):
@@ -66,6 +69,55 @@ def test_a_setting_changes_what_is_learnt(change, tmp_path, small_teacher, data,
     parts, _ = train(tmp_path / "parts", small_teacher, data, recipe)
     assert difference(weights(parts), weights(whole)) == 0
     assert parts.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_refit_sees_the_first_examples_of_the_run_and_comes_before_the_first_step(parts, tmp_path, small_teacher, data):
+    recipe, student = replace(RECIPE, refit_examples=6, accumulation_steps=parts), student_of(small_teacher, PLAN)
+    batches = [draw(data, number, student.schedule, recipe.drawing) for number in range(2)]
+    expected = student_of(small_teacher, PLAN)
+    examples = [(batch.x_t, batch.t, batch.context, batch.label) for batch in (batches[0], batches[1].part(slice(2)))]
+    refit(expected, small_teacher, name_map(small_teacher.architecture, PLAN), examples)
+
+    told, before = [], {}
+
+    def on_refit(done, total):
+        told.append((done, total))
+        before.update({name: weight.detach().clone() for name, weight in student.named_parameters().items()})
+
+    run, _ = train(tmp_path / "run", small_teacher, data, recipe, student=student, num_steps=1, on_refit=on_refit)
+    assert told == [*((done, 6) for done in range(0, 6, 4 // parts)), (6, 6)]
+    # A step of AdamW moves a weight by the learning rate at most, and its decay.
+    pairs = {name: (weight, student.named_parameters()[name]) for name, weight in expected.named_parameters().items()}
+    assert all((ours - theirs).abs().max() < 1.1 * recipe.learning_rate for theirs, ours in pairs.values())
+    assert difference(before, dict(expected.named_parameters())) > 10 * recipe.learning_rate
+    told.clear()
+    train(tmp_path / "run", small_teacher, data, recipe, on_refit=on_refit)
+    assert not told and Run(tmp_path / "run", recipe).complete
+
+
+def test_a_cancelled_refit_leaves_nothing_behind(tmp_path, small_teacher, data):
+    recipe = replace(RECIPE, refit_examples=6)
+
+    def cancel(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", small_teacher, data, recipe, on_refit=cancel)
+    cancelled, _ = train(tmp_path / "run", small_teacher, data, recipe)
+    whole, _ = train(tmp_path / "whole", small_teacher, data, recipe)
+    assert difference(weights(cancelled), weights(whole)) == 0
+
+
+def test_a_lora_and_a_student_without_a_teacher_are_not_refitted(tmp_path, small_teacher, data):
+    pytest.importorskip("peft")
+    for number, changes in enumerate(({"lora_rank": 2}, {"objective": "task"})):
+        runs = [
+            train(tmp_path / f"{number} {n}", small_teacher, data, replace(RECIPE, refit_examples=n, **changes))[0]
+            for n in (0, 6)
+        ]
+        a, b = ({name: t.read() for name, t in read_header(run.result_file).tensors.items()} for run in runs)
+        assert a.keys() == b.keys() and difference(a, b) == 0
 
 
 def test_snr_gamma_is_the_cap_of_min_snr(tmp_path, small_teacher, data):
