@@ -16,7 +16,7 @@ from ..distill_core.training.lesson import check_lesson
 from ..distill_core.training.live import metrics_of
 from ..distill_core.training.preflight import check_experts_run
 from ..distill_core.training.run import Inputs
-from ..distill_core.training.settings import TrainingSettings
+from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
 from . import bridge
 from .inputs import data_inputs, learning_inputs, refit_input, setting_input
 from .train import Watch, log, tell_memory
@@ -102,7 +102,7 @@ class TrainTimestepExperts(io.ComfyNode):
         cls, teacher, student, latents, captions, run_name, steps_per_queue, null_caption=None, recipe=({},), **settings
     ) -> io.NodeOutput:
         teacher, student, node_id = bridge.Model(teacher[0]), bridge.Model(student[0]), cls.hidden.unique_id
-        settings = {name: values[0] for name, values in settings.items()}
+        settings = {"refit_examples": REFIT_EXAMPLES} | {name: values[0] for name, values in settings.items()}
         of_experts = {name: settings.pop(name) for name in ("count", "split", "boundaries", "overlap", "joint_steps")}
         recipe = TrainingSettings(**settings, **recipe[0])
         if recipe.sample_every_steps:

@@ -28,7 +28,7 @@ from ..distill_core.training.memory import Forecast
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.previews import Previews
 from ..distill_core.training.run import Inputs, Run
-from ..distill_core.training.settings import TrainingSettings
+from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
 from ..distill_core.training.teachers import Teachers
 from . import bridge
 from .inputs import data_inputs, learning_inputs, refit_input, run_inputs, run_outputs, setting_input
@@ -117,6 +117,7 @@ class DistillTrainStep(io.ComfyNode):
         student, run_name, steps_per_queue = bridge.Model(student[0]), run_name[0], steps_per_queue[0]
         teachers = [bridge.Model(model) for model in (teacher[0], *teacher_2, *teacher_3)]
         rank = settings.pop("lora_rank", (DEFAULT_RANK,))[0]
+        settings.setdefault("refit_examples", (REFIT_EXAMPLES,))
         settings = {name: values[0] for name, values in settings.items()} | recipe[0]
         lesson = (
             Healing(teachers, student, settings, rank)

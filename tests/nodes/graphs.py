@@ -20,6 +20,7 @@ TRAIN = {
     "teacher": ["teacher", 0], "student": ["prune", 0], "latents": ["teacher", 3], "captions": ["teacher", 4],
     "null_caption": ["empty", 0], "total_steps": 6, "steps_per_queue": 3, "batch_size": 4, "learning_rate": 1e-3,
     "lr_schedule": "cosine", "objective": "bk-sdm", "seed": 0, "caption_dropout": 0.1, "warmup_steps": 0, "save_every_steps": 2,
+    "refit_examples": 0,
 }  # fmt: skip
 RANK = 4
 

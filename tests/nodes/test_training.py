@@ -85,6 +85,35 @@ def test_weights_are_trained_in_half_precision(precision, server):
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
 
 
+def test_a_fresh_student_is_refitted_and_a_trained_one_is_not(server):
+    def start(name, student=("prune", 0), **refit):
+        node = train(f"start {name}", **STILL | {"total_steps": 1, "batch_size": 32, "student": [*student]})
+        del node["inputs"]["refit_examples"]
+        node["inputs"] |= refit
+        return node
+
+    nodes = {
+        "pruned": start("pruned", refit_examples=0),
+        "refitted": start("refitted", refit_examples=64),
+        "default": start("default"),
+        "again": start("again", student=("refitted", 0), refit_examples=64),
+    }
+    result = server.run({**PROMPT, **nodes, **{f"save {name}": save([name, 0], "x") for name in nodes}})
+    assert result.succeeded, result.error
+    folders = {name: server.output / "distill_runs" / f"start {name}" for name in nodes}
+    weights = {name: final(folder, 1) for name, folder in folders.items()}
+
+    def changed(one, other):
+        return {name for name in weights[one] if not torch.allclose(weights[one][name], weights[other][name], rtol=0, atol=1e-6)}
+
+    layers = {name.rpartition(".")[0] for name in changed("pruned", "refitted")}
+    assert len(layers) == 6 and {layer.rpartition(".")[2] for layer in layers} == {"proj_out", "3"}  # of attentions and resnets
+    assert changed("refitted", "default") == changed("pruned", "refitted")  # by more examples
+    assert not changed("refitted", "again")
+    before, after = (rows(folders[name])[0]["output"] for name in ("pruned", "refitted"))
+    assert after < 0.6 * before
+
+
 def test_sample_images_are_drawn_while_it_trains(server):
     import numpy as np
     from PIL import Image
