@@ -26,7 +26,8 @@ from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
 
 RESULTS = Path(__file__).parent / "results"
-NUM_STEPS = 3
+NUM_STEPS, NUM_PARTS = 2, 2
+"""Further steps, and further parts of a batch, need no more memory."""
 
 
 class Case(NamedTuple):
@@ -117,7 +118,9 @@ def peak_bytes(case: Case, device: torch.device) -> int:
     teachers = Teachers.single(teacher if case.plan else WithoutLora(student), training)
     _, height, width = LATENT_SHAPES[case.family]
     data = random_data(theirs, 8, (8 * height, 8 * width), NUM_TOKENS, seed=0)
-    short = replace(training, total_steps=NUM_STEPS)
+    parts = min(NUM_PARTS, training.accumulation_steps)
+    of_part = training.batch_size // training.accumulation_steps
+    short = replace(training, total_steps=NUM_STEPS, batch_size=parts * of_part, accumulation_steps=parts)
     return training_cost(short, student=student, teachers=teachers, plan=case.plan, data=data).peak_bytes
 
 
