@@ -28,6 +28,7 @@ from distill_core.diffusion.schedule import scaled_linear
 from distill_core.evaluation.metrics import output_error
 from distill_core.lora.layers import WithoutLora
 from distill_core.networks.build import build_unet
+from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import PruningPlan
 from distill_core.pruning.prune import prune
 from distill_core.quickstart import OPTIMIZATION
@@ -78,7 +79,8 @@ def train(
     """Train a student in place by the quickstart's settings; ``changes`` are other settings of the recipe."""
     training = TrainingSettings(**settings_of(steps, seed) | changes)
     with tempfile.TemporaryDirectory() as folder:
-        distill(Run(Path(folder) / "run", training), student=student, teacher=teacher, plan=plan, dataset=dataset)
+        distill(run := Run(Path(folder) / "run", training), student=student, teacher=teacher, plan=plan, dataset=dataset)
+        student.load_state_dict(open_unet(run.result_file).state_dict)  # the average, if there is one
 
 
 def with_lora(dataset: Dataset, base: DiffusersDenoiser | None = None, **changes) -> DiffusersDenoiser:
