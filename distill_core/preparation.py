@@ -227,7 +227,7 @@ class Data:
         )
 
     def _captions(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
-        """Prompts without images, in the size that samples are drawn in."""
+        """Prompts without images, and the size in which the student draws them while it learns."""
         return caption_dataset(
             self.encoders,
             prompts,
@@ -243,7 +243,7 @@ class Data:
         resolution = self.recipe.data.resolution
         (size, *others) = sizes(resolution)
         if others:
-            raise ValueError(f"[data]: teacher-made images must all have one size, got resolution {resolution!r}")
+            raise ValueError(f"[data]: with prompts all images have one size, got resolution {resolution!r}")
         return size
 
     def _latent_shape(self, size: Size) -> tuple[int, int, int]:

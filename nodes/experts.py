@@ -155,7 +155,8 @@ def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str) -> 
         watch.stage = _words(training, stage)
 
     try:
-        training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage)
+        on_refit = bridge.Progress(node_id, "parts of the refit").at
+        training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage, on_refit=on_refit)
     finally:
         bridge.release_memory()
 

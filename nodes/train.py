@@ -180,7 +180,7 @@ class WholeStudent:
                 num_steps=num_steps,
                 previews=previews,
                 on_step=watch,
-                on_refit=bridge.Progress(node_id, "examples for the refit").at,
+                on_refit=bridge.Progress(node_id, "parts of the refit").at,
             )
         finally:
             bridge.release_memory()

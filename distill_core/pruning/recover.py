@@ -46,6 +46,8 @@ class Moments:
 
     def add(self, x: Tensor, d: Tensor) -> None:
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        if not len(x):
+            return
         xx, xd = ((x.T @ rows).to("cpu", torch.float64) for rows in (x, d))
         self.xx, self.xd = (new if old is None else old + new for old, new in ((self.xx, xx), (self.xd, xd)))
         self.dd += d.square().sum(dtype=torch.float64).item()
@@ -64,8 +66,10 @@ class Moments:
     def fitted(self, ridge: float) -> Tensor:
         """The map from (x, 1) to d, (C + 1, C); its constant is free."""
         assert self.xx is not None and self.xd is not None
-        penalty = torch.eye(len(self.xx)).to(self.xx) * (ridge * self.xx.diagonal()[:-1].mean() + 1e-12)
-        return torch.linalg.solve(self.xx + penalty, self.xd)
+        penalised = self.xx.clone()
+        penalised.diagonal()[:-1] += ridge * self.xx.diagonal()[:-1].mean() + 1e-12
+        factor, failed = torch.linalg.cholesky_ex(penalised)
+        return torch.linalg.solve(penalised, self.xd) if failed else torch.cholesky_solve(self.xd, factor)
 
     def left_over(self, fitted: Tensor) -> float:
         """Square of what a map misses of d."""
@@ -92,27 +96,33 @@ def affine_maps(denoiser: Denoiser, batches: Sequence[tuple], spans: Iterable[Sp
                 if x.ndim == 4:
                     x = x[:, : y.shape[1]]
                 if x.shape == y.shape:
-                    for i, (rows, leaving) in enumerate(zip(rows_of(x), rows_of(y), strict=True)):
-                        halves[first, last][(number + i) % 2].add(rows, leaving - rows)
+                    entering, leaving = rows_of(x), rows_of(y)
+                    for half in range(2):
+                        which = slice((half + number) % 2, None, 2)
+                        rows = entering[which].flatten(0, 1)
+                        halves[first, last][half].add(rows, leaving[which].flatten(0, 1) - rows)
             number += len(batch[0])
     return {span: _maps(*both) for span, both in halves.items() if all(both)}
 
 
 def _maps(even: Moments, odd: Moments) -> list[AffineMap]:
-    ridge = best_ridge(even, odd)
+    ridge, _ = best_ridge(even, odd)
     return [AffineMap(fitted[:-1].float(), fitted[-1].float()) for fitted in (odd.fitted(ridge), even.fitted(ridge))]
 
 
-def best_ridge(even: Moments, odd: Moments) -> float:
-    """The strength with which maps that are fitted to one half of the examples serve the other half best."""
-
-    def missed(ridge: float) -> float:
-        return even.left_over(odd.fitted(ridge)) + odd.left_over(even.fitted(ridge))
-
-    return min(RIDGES, key=missed)
+def best_ridge(even: Moments, odd: Moments, ridges: Sequence[float] = RIDGES) -> tuple[float, float]:
+    """The strength with which maps that are fitted to one half of the examples serve the other half best, and what they miss there."""
+    missed = {ridge: even.left_over(odd.fitted(ridge)) + odd.left_over(even.fitted(ridge)) for ridge in ridges}
+    best = min(missed, key=missed.__getitem__)
+    return best, missed[best]
 
 
-def rows_of(activations: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Activations (B, C, H, W) or (B, N, C) as (B, N, C), in a precision that the device has."""
-    exact = activations.to(torch.float32 if activations.device.type == "mps" else dtype)
-    return exact.flatten(2).transpose(1, 2) if exact.ndim == 4 else exact
+def rows_of(activations: Tensor) -> Tensor:
+    """Activations (B, C, H, W) or (B, N, C) as (B, N, C), in float64 where the device has it."""
+    return places(activations).to(torch.float32 if activations.device.type == "mps" else torch.float64)
+
+
+def places(activations: Tensor, most: int | None = None) -> Tensor:
+    """Activations (B, C, H, W) or (B, N, C) as (B, N, C). most: N at most, evenly spaced."""
+    rows = activations.flatten(2).transpose(1, 2) if activations.ndim == 4 else activations
+    return rows if most is None else rows[:, :: -(-rows.shape[1] // most)]

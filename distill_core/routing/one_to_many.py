@@ -23,7 +23,7 @@ from typing import NamedTuple
 from ..base.documents import numbers, read_json
 from ..base.locks import locked
 from ..base.settings import OR_NONE, check_settings, setting
-from ..base.storage import fingerprint, write_text
+from ..base.storage import fingerprint, ignore, write_text
 from ..data.dataset import Dataset
 from ..diffusion.denoiser import Denoiser, Load
 from ..diffusion.ranges import MOST_RANGES, SPLITS, TimestepRanges, balanced, read_ranges
@@ -270,17 +270,18 @@ class OneToMany:
         num_steps: int | None = None,
         on_step: Callable[[Progress], None] = lambda progress: None,
         on_stage: Callable[[str], None] = lambda stage: None,
+        on_refit: Callable[[int, int], None] = ignore,
     ) -> None:
         """Train for ``num_steps`` more steps, or to the end; when all are complete, write the folder of experts.
 
         only: index of the only expert to train (with the joint stage it starts from). ``on_stage`` is called with the name of
-        each stage before it trains, ``on_step`` with the progress over all stages; any exception they raise ends the training,
-        as in `loop.distill`.
+        each stage before it trains, ``on_step`` with the progress over all stages, ``on_refit`` with that of refitting a student; any
+        exception they raise ends the training, as in `loop.distill`.
         """
         if only is not None and not 0 <= only < len(self):
             raise ValueError(f"there is no expert {only}; choose one of 0 to {len(self) - 1}")
         with locked(self.folder) if self.processes.main else contextlib.nullcontext():
-            self._train_stages(range(len(self)) if only is None else [only], num_steps, on_step, on_stage)
+            self._train_stages(range(len(self)) if only is None else [only], num_steps, on_step, on_stage, on_refit)
 
     def _train_stages(
         self,
@@ -288,6 +289,7 @@ class OneToMany:
         num_steps: int | None,
         on_step: Callable[[Progress], None],
         on_stage: Callable[[str], None],
+        on_refit: Callable[[int, int], None],
     ) -> None:
         joint = dict.fromkeys(map(self._joint_of, numbers))
         stages = [*(stage for stage in joint if stage in self.stages), *(f"range_{number}" for number in numbers)]
@@ -296,7 +298,7 @@ class OneToMany:
             before = self.steps_of(stage)
             if before < self.stages[stage] and left > 0:
                 on_stage(stage)
-                self._train(stage, left, partial(self._tell, on_step, self.step - before))
+                self._train(stage, left, partial(self._tell, on_step, self.step - before), on_refit)
                 left -= self.steps_of(stage) - before
             if self.steps_of(stage) < self.stages[stage]:
                 return
@@ -308,7 +310,9 @@ class OneToMany:
     def _tell(self, on_step: Callable[[Progress], None], before: int, progress: Progress) -> None:
         on_step(progress._replace(step=before + progress.step, total_steps=self.total_steps))
 
-    def _train(self, stage: str, num_steps: int, on_step: Callable[[Progress], None]) -> None:
+    def _train(
+        self, stage: str, num_steps: int, on_step: Callable[[Progress], None], on_refit: Callable[[int, int], None]
+    ) -> None:
         number = self._number(stage)
         plan, make = self.starts[number]
         student = make()
@@ -330,6 +334,7 @@ class OneToMany:
             dataset=self.dataset,
             num_steps=num_steps,
             on_step=on_step,
+            on_refit=on_refit,
             processes=self.processes,
         )
 

@@ -60,9 +60,9 @@ def distill(
 
     Trains the student's network in place; teachers are only read. ``plan`` is the plan that pruned the teacher to the
     student, None if both have the same shape. ``on_step`` is called after each step; any exception it raises (such as a
-    cancel) ends the training, and the run keeps every completed step. ``on_refit(done, total)`` is called before each part of the
-    examples by which a student is refitted, and after the last. Raises `OutOfMemory`, ``FloatingPointError`` for a
-    loss or gradient that is not finite, and ``ValueError`` if student, teachers or data do not match.
+    cancel) ends the training, and the run keeps every completed step. ``on_refit(done, total)`` is called before each part of
+    refitting a student, and after the last; an exception it raises leaves the student as it was. Raises `OutOfMemory`,
+    ``FloatingPointError`` for a loss or gradient that is not finite, and ``ValueError`` if student, teachers or data do not match.
     """
     teachers = teacher if isinstance(teacher, Teachers) else Teachers.single(teacher, run.settings)
     processes.check(run.settings)
@@ -70,7 +70,10 @@ def distill(
         return
     with run.training():
         processes.wait()  # until the main process has checked the run's folder
-        _distill(run, student, teachers, plan, dataset, num_steps, previews, on_step, on_refit, processes)
+        try:
+            _distill(run, student, teachers, plan, dataset, num_steps, previews, on_step, on_refit, processes)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(_what_to_lower(run.settings, processes)) from error
 
 
 def _distill(
@@ -113,8 +116,6 @@ def _distill(
                         folder, taught_by = run.folder / "samples", teachers.at(step)
                         previews.draw(folder, done, student, taught_by, run.settings, write=processes.main)
                 on_step(Progress(done, run.settings.total_steps, row, (time.monotonic() - started) / (done - first)))
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(_what_to_lower(run.settings, processes)) from error
         finally:
             # A cancel or an error loses only the current step; a second Ctrl+C waits until the checkpoint is saved.
             with uninterrupted():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,7 +22,6 @@ from ..diffusion.denoiser import Denoiser, check_trainable, checkpointing, tap
 from ..diffusion.schedule import prediction
 from ..networks.name_map import NameMap
 from ..pruning.plan import PruningPlan, name_map
-from ..pruning.refit import refit
 from .consistency import Course, course, jump, landing
 from .dmd import Draws, FakeScore, Matching, drawn
 from .ema import EMA
@@ -40,6 +39,7 @@ from .local import local_terms
 from .losses import pseudo_huber_loss
 from .objective import Objective, Outputs
 from .processes import Processes
+from .refit import refit
 from .run import Run, State
 from .sharding import shared_like, whole
 from .step import StepInputs, ask, student_outputs, teacher_outputs
@@ -49,7 +49,6 @@ from .weighting import example_weights
 if TYPE_CHECKING:
     from ..lora.layers import Lora
 
-log = logging.getLogger("distill")
 NUM_TIMESTEP_BINS = 10
 MAX_VALIDATION_BATCHES = 8
 
@@ -99,7 +98,8 @@ class Trainer:
                 same = len(self.teachers) == 1 and predict_the_same(teacher, self.student)
                 check_lesson(settings, teacher.architecture, self.student.architecture, same)
                 if settings.refits and self.plan is not None and self.student.architecture is not None:
-                    self._refit(teacher, name_map(teacher.architecture, self.plan))
+                    self._feature_layers(teacher)  # for its checks
+                    self._refit(teacher)
         network.train()
         self.trained = trained(self.student, settings, self.plan)
         with contextlib.ExitStack() as stack:
@@ -128,24 +128,23 @@ class Trainer:
                 self._put_on(None)
                 network.eval().requires_grad_(False)
 
-    def _refit(self, teacher: Denoiser, mapping: NameMap) -> None:
+    def _refit(self, teacher: Denoiser) -> None:
         """Let the layers before the cuts make up for the removed blocks, as `refit` does, by the run's first examples."""
-        num_examples, size = self.settings.refit_examples, self.settings.batch_size
-
-        def asked() -> Iterator[StepInputs]:
-            for start in range(0, num_examples, size):
-                batch = self._draw(start // size)
-                for first in range(0, min(size, num_examples - start), part := size // self.settings.accumulation_steps):
-                    self.on_refit(start + first, num_examples)
-                    few = batch.part(slice(first, min(first + part, num_examples - start)))
-                    yield few.x_t.to(teacher.device), few.t.to(teacher.device), few.context.to(teacher.device), few.label
-            self.on_refit(num_examples, num_examples)
-
-        made = refit(self.student, teacher, mapping, asked())
-        for cut, change in made.items():
-            log.info(
-                "%s makes up for %.0f %% of what the removed blocks up to %s add", cut.layer, 100 * change.explained, cut.end
+        assert self.plan is not None
+        settings, parts = self.settings, []
+        size = self.processes.part_size(settings.batch_size, settings.accumulation_steps)
+        for start in range(0, settings.refit_examples, size):
+            number, first = divmod(start, settings.batch_size)
+            parts.append(
+                partial(self._examples, number, slice(first, first + min(size, settings.refit_examples - start)), teacher)
             )
+        refit(self.student, teacher, name_map(teacher.architecture, self.plan), parts, self.on_refit)
+
+    def _examples(self, number: int, which: slice, denoiser: Denoiser) -> StepInputs:
+        """Some noised examples of a batch, on the device of a network."""
+        batch = self._draw(number).part(which)
+        label = batch.label and batch.label.to(batch.context.to(denoiser.device))
+        return batch.x_t.to(denoiser.device), batch.t.to(denoiser.device), batch.context.to(denoiser.device), label
 
     def _feature_layers(self, teacher: Denoiser) -> dict[str, str]:
         """Teacher module -> student module whose outputs are compared; ``ValueError`` if the networks do not match."""
