@@ -54,12 +54,11 @@ class Chosen(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join((POSITIONAL, *CRITERIA, *CHANCE))} (default: all)")
     parser.add_argument("--steps", type=int, default=200, help="distillation steps (default: %(default)s)")
-    arguments = demo.parsed(parser)
+    arguments = demo.parsed(parser, (POSITIONAL, *CRITERIA, *CHANCE))
     kept = demo.kept("automatic_plan", arguments)
     original, data = demo.teacher(), demo.real_scenes()
-    plans = _plans(original, arguments.rows or (POSITIONAL, *CRITERIA, *CHANCE))
+    plans = _plans(original, arguments.rows)
 
     def figures(row: str, seed: int) -> dict[str, Any]:
         plan = plans[row].plan

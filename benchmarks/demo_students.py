@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -164,11 +164,18 @@ def error(student: Denoiser, teacher: Denoiser, dataset: Dataset) -> float:
 # --- settings and tables
 
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments, with those of every benchmark of students."""
+def parsed(parser: argparse.ArgumentParser, rows: Iterable[str] = ()) -> argparse.Namespace:
+    """Arguments, with those of every benchmark of students. rows: of its table, from which a person may choose; default: all."""
+    if rows := list(rows):
+        parser.add_argument("rows", nargs="*", help=f"of {', '.join(rows)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=24, help="of each category, trained and held out (default: %(default)s)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if rows:
+        if unknown := [row for row in arguments.rows if row not in rows]:
+            parser.error(f"unknown row {unknown[0]!r}; choose from {', '.join(rows)}")
+        arguments.rows = arguments.rows or rows
+    return arguments
 
 
 def kept(name: str, arguments: argparse.Namespace) -> Kept:

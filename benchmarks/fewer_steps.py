@@ -50,13 +50,12 @@ RECIPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(RECIPES)} (default: all)")
     parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-base", help="plan (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="steps of the plain recipe (default: %(default)s)")
-    arguments = demo.parsed(parser)
+    arguments = demo.parsed(parser, RECIPES)
     kept = demo.kept("fewer_steps", arguments)
     rows = []
-    for name, found in kept.measure(arguments.rows or RECIPES, arguments.seeds, partial(_figures, arguments)).items():
+    for name, found in kept.measure(arguments.rows, arguments.seeds, partial(_figures, arguments)).items():
         seconds, _ = mean_and_margin([figures["seconds"] for figures in found])
         errors = with_margin([figures["error"] for figures in found], ".5f")
         rows.append([name, f"{round(RECIPES[name].share * arguments.steps)}", f"{seconds:.0f}", errors, *demo.quality(found)])

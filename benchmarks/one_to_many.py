@@ -85,13 +85,12 @@ class Figures(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="training steps of a student (default: %(default)s)")
-    arguments = demo.parsed(parser)
+    arguments = demo.parsed(parser, ROWS)
     name = "one_to_many" if arguments.steps == NUM_STEPS else f"one_to_many_{arguments.steps}"
     kept, students = demo.kept(name, arguments), Students(arguments, RESULTS / f"{name}.runs")
-    measured = kept.measure(arguments.rows or ROWS, arguments.seeds, lambda row, seed: students.figures(row, seed)._asdict())
+    measured = kept.measure(arguments.rows, arguments.seeds, lambda row, seed: students.figures(row, seed)._asdict())
     found = {row: [Figures(**figures) for figures in of_seeds] for row, of_seeds in measured.items()}
     publish(name, _report(found, arguments))
     kept.finish()

@@ -81,14 +81,13 @@ DMD = {"dmd_rate": 1.0, "fake_updates": 2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
     parser.add_argument("--dmd-steps", type=int, default=100, help="of these, by dmd after half of them (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="examples of a step (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate (default: %(default)s)")
-    arguments = demo.parsed(parser)
-    kept, names = demo.kept("turbo", arguments), arguments.rows or ROWS
+    arguments = demo.parsed(parser, ROWS)
+    kept, names = demo.kept("turbo", arguments), arguments.rows
     found = kept.measure([TEACHER, *(name for name in names if name != TEACHER)], arguments.seeds, partial(_figures, arguments))
     rows = []
     for name, of_name in found.items():

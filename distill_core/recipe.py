@@ -192,8 +192,8 @@ class Recipe:
             raise ValueError(f"{path}: [student] needs a file if there is no teacher")
         if recipe.experts and recipe.experts.plans and recipe.student != StudentSettings():
             raise ValueError(f"{path}: give either a plan in [student] or plans in [experts], not both")
-        guidance = recipe.training.guidance
-        if recipe.data.prompts and recipe.data.trajectory_states and guidance not in (1, recipe.data.guidance):
+        guidance, stores = recipe.training.guidance, recipe.data.trajectory_states and recipe.training.uses_images
+        if recipe.data.prompts and stores and guidance not in (1, recipe.data.guidance):
             raise ValueError(
                 f"{path}: [training] learns guidance {guidance:g}, but [data] samples trajectories with "
                 f"{recipe.data.guidance:g}; set both to the same guidance"
