@@ -56,6 +56,13 @@ class Moments:
         """Whether it holds any rows."""
         return self.xx is not None
 
+    def to(self, device: torch.device) -> Moments:
+        """The same sums on a device that has float64."""
+        moved = Moments()
+        assert self.xx is not None and self.xd is not None
+        moved.xx, moved.xd, moved.dd = self.xx.to(device), self.xd.to(device), self.dd
+        return moved
+
     def __add__(self, other: Moments) -> Moments:
         """The sums over the rows of both, neither being empty."""
         assert self.xx is not None and self.xd is not None and other.xx is not None and other.xd is not None

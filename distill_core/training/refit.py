@@ -30,7 +30,7 @@ LAST_LAYERS = {"resnet": "conv2", "attn": "proj_out", "block": "ff.net.2"}
 NUM_PLACES = 256
 """Of an example's image that are looked at, evenly spaced."""
 RIDGES = (1e-3, 1e-2, 1e-1)
-"""Fewer than an analysis tries: in SDXL each takes seconds."""
+"""Fewer than an analysis tries: the layers of SDXL read up to 5,120 features, and each strength is a system of that size to solve."""
 
 
 class Cut(NamedTuple):
@@ -125,7 +125,7 @@ def refit(
         collected.ask(teacher, part())
     for done, cut in enumerate(found, len(parts)):
         on_part(done, total)
-        if change := collected.change(cut):
+        if change := collected.change(cut, teacher.device):
             made[cut] = change
             log.info(
                 "%s makes up for %.0f %% of what the removed blocks up to %s add", cut.layer, 100 * change.explained, cut.end
@@ -163,11 +163,15 @@ class _Collected:
                 halves[half].add(read[which].flatten(0, 1), (after - before)[which].flatten(0, 1))
         self._number += len(part[0])
 
-    def change(self, cut: Cut) -> Change | None:
-        """What to add to the layer before a cut; None if there was only one example. The moments are gone after that."""
-        even, odd = self._halves.pop(cut)
-        if not even or not odd:
+    def change(self, cut: Cut, device: torch.device) -> Change | None:
+        """What to add to the layer before a cut; None if there was only one example. The sums are gone after that.
+
+        device: where to solve, if it is fast in float64.
+        """
+        halves = self._halves.pop(cut)
+        if not all(halves):
             return None
+        even, odd = (half.to(device) for half in halves) if device.type == "cuda" else halves
         ridge, missed = best_ridge(even, odd, RIDGES)
         both = even + odd
         fitted = both.fitted(ridge)
