@@ -94,8 +94,8 @@ def test_a_transformer_is_cut_and_taught_again(server, tmp_path):
     graph = json.loads((WORKFLOWS / "heal_scenes.json").read_text("utf-8"))
     (train,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainStep")
     values = train["widgets_values"]
-    assert values[1:4] == [300, 300, 64] and values[-1] == 100
-    values[1:4], values[-1] = [40, 40, 16], 20
+    assert values[1:4] == [300, 300, 64] and values[-2] == 100
+    values[1:4], values[-2] = [40, 40, 16], 20
     (tmp_path / "heal_scenes.json").write_text(json.dumps(graph))
     run(tmp_path / "heal_scenes.json", server)
     (saved,) = (server.output / "diffusion_models").glob("scenes_transformer_student_*.safetensors")

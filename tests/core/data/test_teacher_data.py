@@ -169,7 +169,7 @@ def test_settings_that_make_nothing_are_refused(change, message):
 
 
 def test_no_prompt_is_refused(tmp_path, small_teacher):
-    with pytest.raises(ValueError, match="at least one prompt"):
+    with pytest.raises(ValueError, match="there are no prompts"):
         make(tmp_path / "c", small_teacher, prompts=["", "  "])
 
 
