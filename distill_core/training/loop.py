@@ -61,7 +61,7 @@ def distill(
     Trains the student's network in place; teachers are only read. ``plan`` is the plan that pruned the teacher to the
     student, None if both have the same shape. ``on_step`` is called after each step; any exception it raises (such as a
     cancel) ends the training, and the run keeps every completed step. ``on_refit(done, total)`` is called before each part of
-    refitting a student, and after the last; an exception it raises leaves the student as it was. Raises `OutOfMemory`,
+    refitting a student, and after the last; an exception it raises ends the training before its first step. Raises `OutOfMemory`,
     ``FloatingPointError`` for a loss or gradient that is not finite, and ``ValueError`` if student, teachers or data do not match.
     """
     teachers = teacher if isinstance(teacher, Teachers) else Teachers.single(teacher, run.settings)
