@@ -98,7 +98,8 @@ def refit(
 
     Layers that differ from the teacher's, as those of a student that was trained since, stay as they are. parts: examples, two
     at least. ``on_part(done, total)`` is called before each of them, before each cut is solved, and at the end; an exception it
-    raises before the end leaves the student as it was. ``FloatingPointError`` if the teacher's activations are not finite. Returns what was changed.
+    raises before the end leaves the student as it was. ``FloatingPointError`` if the teacher's activations are not finite.
+    Returns what was changed.
     """
     theirs, ours = teacher.named_parameters(), student.named_parameters()
 

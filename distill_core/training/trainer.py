@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -131,20 +131,18 @@ class Trainer:
     def _refit(self, teacher: Denoiser) -> None:
         """Let the layers before the cuts make up for the removed blocks, as `refit` does, by the run's first examples."""
         assert self.plan is not None
-        settings, parts = self.settings, []
-        size = self.processes.part_size(settings.batch_size, settings.accumulation_steps)
-        for start in range(0, settings.refit_examples, size):
-            number, first = divmod(start, settings.batch_size)
-            parts.append(
-                partial(self._examples, number, slice(first, first + min(size, settings.refit_examples - start)), teacher)
-            )
-        refit(self.student, teacher, name_map(teacher.architecture, self.plan), parts, self.on_refit)
+        count, of_batch = self.settings.refit_examples, self.settings.batch_size
+        size = self.processes.part_size(of_batch, self.settings.accumulation_steps)
+        drawn = lru_cache(maxsize=1)(self._draw)  # several parts are of one batch
 
-    def _examples(self, number: int, which: slice, denoiser: Denoiser) -> StepInputs:
-        """Some noised examples of a batch, on the device of a network."""
-        batch = self._draw(number).part(which)
-        label = batch.label and batch.label.to(batch.context.to(denoiser.device))
-        return batch.x_t.to(denoiser.device), batch.t.to(denoiser.device), batch.context.to(denoiser.device), label
+        def examples(start: int) -> StepInputs:
+            number, first = divmod(start, of_batch)
+            part = drawn(number).part(slice(first, first + min(size, count - start)))
+            x_t, t, context = (tensor.to(teacher.device) for tensor in (part.x_t, part.t, part.context))
+            return x_t, t, context, part.label and part.label.to(context)
+
+        parts = [partial(examples, start) for start in range(0, count, size)]
+        refit(self.student, teacher, name_map(teacher.architecture, self.plan), parts, self.on_refit)
 
     def _feature_layers(self, teacher: Denoiser) -> dict[str, str]:
         """Teacher module -> student module whose outputs are compared; ``ValueError`` if the networks do not match."""
