@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -45,6 +46,7 @@ def main() -> None:
         "--plan", help="another plan for all of them, where the disk has no room for the usual student and its copy"
     )
     parser.add_argument("--fp8", action="store_true", help="weights in fp8, half the size, in place of bf16")
+    parser.add_argument("--inspect", action="store_true", help="inspecting alone, of files with a hole in place of the weights")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     head = [
@@ -57,7 +59,9 @@ def main() -> None:
     rows = {_command(line): line for line in there if line.startswith("| `")}
     for name in arguments.names or [SDXL]:
         plan = arguments.plan or ("ssd-1b" if name == SDXL else PRESETS[name])
-        rows |= {_command(line): line for line in _rows(name, plan, arguments.rounds, "fp8" if arguments.fp8 else "")}
+        dtype = "fp8" if arguments.fp8 else ""
+        made = _inspecting(name, arguments.rounds, dtype) if arguments.inspect else _rows(name, plan, arguments.rounds, dtype)
+        rows |= {_command(line): line for line in made}
         # As each ends: later ones may find no room.
         out.write_text("\n".join([*head, *rows.values(), "", note]) + "\n", encoding="utf-8")
     print(out.read_text(encoding="utf-8"), end="")
@@ -73,7 +77,7 @@ def _rows(name: str, plan: str, rounds: int, dtype: str) -> list[str]:
         folder = Path(temporary)
         teacher, student, copy = (folder / f"{kind}.safetensors" for kind in ("teacher", "student", "copy"))
         # In a process of its own: a child's peak memory begins with that of its parent.
-        subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher), dtype], check=True)
+        subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher), dtype, "weights"], check=True)
         prune: list[tuple[float, int]] = []
         plain: list[float] = []
         inspect: list[tuple[float, int]] = []
@@ -95,12 +99,27 @@ def _rows(name: str, plan: str, rounds: int, dtype: str) -> list[str]:
             inspect.append(_run("inspect", teacher))
         whole = teacher.stat().st_size
     seconds, of_copy = statistics.median(s for s, _ in prune), statistics.median(plain)
-    name += f" in {dtype}" * bool(dtype)
     return [
-        f"| `distill prune` {name} by {plan} | {size / 1e9:.2f} GB of {whole / 1e9:.2f} | {seconds:.1f} | {_peak(prune)} | "
+        f"| `distill prune` {_stored(name, dtype)} by {plan} | {size / 1e9:.2f} GB of {whole / 1e9:.2f} | {seconds:.1f} | {_peak(prune)} | "
         f"{of_copy:.1f} s | {seconds / of_copy:.2f} | {rounds} |",
-        f"| `distill inspect` {name} | header only | {statistics.median(s for s, _ in inspect):.2f} | {_peak(inspect)} | | | {rounds} |",
+        _inspect_row(name, dtype, inspect),
     ]
+
+
+def _inspecting(name: str, rounds: int, dtype: str) -> list[str]:
+    with tempfile.TemporaryDirectory() as temporary:
+        teacher = Path(temporary) / "teacher.safetensors"
+        subprocess.run([sys.executable, __file__, "--make-teacher", name, str(teacher), dtype, ""], check=True)
+        return [_inspect_row(name, dtype, [_run("inspect", teacher) for _ in range(rounds)])]
+
+
+def _inspect_row(name: str, dtype: str, runs: list[tuple[float, int]]) -> str:
+    seconds = statistics.median(s for s, _ in runs)
+    return f"| `distill inspect` {_stored(name, dtype)} | header only | {seconds:.2f} | {_peak(runs)} | | | {len(runs)} |"
+
+
+def _stored(name: str, dtype: str) -> str:
+    return name + f" in {dtype}" * bool(dtype)
 
 
 def _peak(runs: list[tuple[float, int]]) -> str:
@@ -140,7 +159,7 @@ def _copy(source: Path, target: Path, size: int) -> float:
     return seconds
 
 
-def _make_teacher(name: str, path: Path, dtype_word: str) -> None:
+def _make_teacher(name: str, path: Path, dtype_word: str, with_weights: str) -> None:
     import torch
 
     from distill_core.base.storage import write_tensors
@@ -154,9 +173,25 @@ def _make_teacher(name: str, path: Path, dtype_word: str) -> None:
     else:
         shapes = _true_shapes(name, path.with_suffix(".json"))
         dtype = torch.float8_e4m3fn if dtype_word else torch.bfloat16
+    if not with_weights:
+        code = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
+        _write_header(path, shapes, code, dtype.itemsize)
+        return
     # One tensor's memory serves all: what is in the weights makes no difference.
     noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values())).to(dtype)
     write_tensors(path, {parameter: noise[: torch.Size(shape).numel()].reshape(shape) for parameter, shape in shapes.items()})
+
+
+def _write_header(path: Path, shapes: dict[str, list[int]], code: str, itemsize: int) -> None:
+    """A file of this shape that takes no room: its weights are a hole."""
+    entries, end = {}, 0
+    for parameter, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * itemsize
+        entries[parameter] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
 
 
 def _true_shapes(name: str, out: Path) -> dict[str, list[int]]:
@@ -171,4 +206,4 @@ def _true_shapes(name: str, out: Path) -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    _make_teacher(sys.argv[2], Path(sys.argv[3]), sys.argv[4]) if sys.argv[1:2] == ["--make-teacher"] else main()
+    _make_teacher(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:]) if sys.argv[1:2] == ["--make-teacher"] else main()

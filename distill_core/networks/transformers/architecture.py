@@ -82,7 +82,7 @@ class Transformer:
         weights = (name for name in self.shapes if name not in self.of.tables and not _QUANTISING.search(name))
         return sum(prod(self.shapes[name]) for name in weights)
 
-    @property
+    @cached_property
     def quantised(self) -> bool:
         """Whether some weights are stored with scales of their own."""
         return any(_QUANTISING.search(name) and not name.startswith("__") for name in self.shapes)
@@ -123,7 +123,7 @@ class Transformer:
         """What kind of transformer it is."""
         return self.of.title
 
-    @property
+    @cached_property
     def depths(self) -> dict[str, int]:
         """Number of blocks in each list."""
         return {blocks.word: len(self.numbers(blocks.path)) for blocks in self.of.lists}

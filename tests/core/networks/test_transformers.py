@@ -101,6 +101,31 @@ def test_a_family_that_cannot_be_cut_is_refused_with_the_reason(name):
     assert FAMILIES[name].title in str(caught.value) and "\n" not in str(caught.value)
 
 
+class Counted(dict):
+    """Counts how often all of its names are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+    def items(self):
+        self.passes += 1
+        return super().items()
+
+
+@pytest.mark.parametrize("name", CAN_BE_CUT)
+def test_a_deeper_network_is_not_gone_through_more_often(name):
+    passes = []
+    for depth in (5, 60):
+        teacher = Transformer(FAMILIES[name], Counted(shapes_of(name, dict.fromkeys(DEPTHS, depth))))
+        teacher.check_whole()
+        teacher.describe_lists()
+        passes.append(teacher.shapes.passes)
+    assert passes[0] == passes[1] < 10
+
+
 def test_other_networks_are_none_of_them(small_teacher):
     assert Transformer.find(small_teacher.architecture.shapes) is None
     assert Transformer.find({"transformer_blocks.0.attn.to_q.weight": (4, 4)}) is None
