@@ -14,12 +14,12 @@ from ..distill_core.routing.experts import MANIFEST, Experts
 from ..distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from ..distill_core.training.lesson import check_lesson
 from ..distill_core.training.live import metrics_of
-from ..distill_core.training.preflight import check_experts_run
+from ..distill_core.training.preflight import check_experts_run, disk_bytes
 from ..distill_core.training.run import Inputs
 from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
 from . import bridge
 from .inputs import data_inputs, learning_inputs, refit_input, setting_input
-from .train import Watch, log, tell_memory
+from .train import Watch, log, refit_progress, tell_needs
 
 _default = ExpertsSettings()
 
@@ -133,8 +133,11 @@ class TrainTimestepExperts(io.ComfyNode):
             if not training.complete:
                 whole = replace(recipe, lora_rank=0) if training.step < of_experts["joint_steps"] else recipe
                 forecast = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
-                tell_memory(forecast, bridge.free_bytes(student), node_id)
-                _train(training, run_name[0], steps_per_queue[0], node_id)
+                count = experts.num_experts(teacher.schedule)
+                on_disk_bytes = disk_bytes(student.architecture.shapes, recipe, count + bool(training.joint_steps))
+                on_disk_bytes = 0 if recipe.lora_rank else on_disk_bytes
+                needs = tell_needs(forecast, bridge.free_bytes(student), node_id, on_disk_bytes)
+                _train(training, run_name[0], steps_per_queue[0], node_id, needs)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
         bridge.newest_step(run_name[0])  # so that the next call notices if they are gone
@@ -146,7 +149,7 @@ class TrainTimestepExperts(io.ComfyNode):
         )
 
 
-def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str) -> None:
+def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str, needs: str) -> None:
     last = min(training.total_steps, training.step + num_steps)
     watch = Watch(run_name, training.step, last, node_id)
 
@@ -155,8 +158,7 @@ def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str) -> 
         watch.stage = _words(training, stage)
 
     try:
-        on_refit = bridge.Progress(node_id, "parts of the refit").at
-        training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage, on_refit=on_refit)
+        training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage, on_refit=refit_progress(node_id, needs))
     finally:
         bridge.release_memory()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..distill_core.training.lesson import FEATURES_OF_UNETS, NOTHING_FOLDED, ch
 from ..distill_core.training.live import Live
 from ..distill_core.training.loop import Progress, distill
 from ..distill_core.training.memory import Forecast
-from ..distill_core.training.preflight import check_run
+from ..distill_core.training.preflight import check_run, disk_bytes
 from ..distill_core.training.previews import Previews
 from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
@@ -168,7 +169,8 @@ class WholeStudent:
         previews = bridge.previews(data, vae, self.teachers[0]) if run.settings.sample_every_steps else None
         watch = Watch(run.folder.name, run.step, last, node_id, previews)
         forecast = bridge.forecast_memory(self.teachers, student, self.plan, data, run.settings)
-        tell_memory(forecast, bridge.free_bytes(student), node_id)
+        on_disk_bytes = disk_bytes(student.architecture.shapes, run.settings)
+        needs = tell_needs(forecast, bridge.free_bytes(student), node_id, on_disk_bytes)
         load = [partial(bridge.denoiser, model, student.architecture) for model in self.teachers]
         try:
             distill(
@@ -180,7 +182,7 @@ class WholeStudent:
                 num_steps=num_steps,
                 previews=previews,
                 on_step=watch,
-                on_refit=bridge.Progress(node_id, "parts of the refit").at,
+                on_refit=refit_progress(node_id, needs),
             )
         finally:
             bridge.release_memory()
@@ -282,7 +284,7 @@ def train_on_base(
         if forecast is None and teacher is None:
             forecast = bridge.forecast_base(base, mapping, data, run.settings)
         if forecast:
-            tell_memory(forecast, bridge.free_bytes(model), node_id)
+            tell_needs(forecast, bridge.free_bytes(model), node_id)
         else:
             told = bridge.describe_memory(student, run.settings)
             log.info("%s", told)
@@ -338,13 +340,33 @@ class Watch:
         self._progress.at(progress.step - self._first)
 
 
-def tell_memory(forecast: Forecast, free_bytes: int, node_id: str) -> None:
-    """Show the total on the node, with advice if it is too much, and write the parts to the log."""
+def tell_needs(forecast: Forecast, free_bytes: int, node_id: str, on_disk_bytes: int = 0) -> str:
+    """Show on the node, and return, what a step and the run's checkpoints need, with advice if it is too much.
+
+    Writes the parts to the log.
+    """
     log.info("%s", forecast.describe())
     shortage = forecast.describe_shortage(free_bytes, of_teacher=False)
     if shortage:
         log.warning("%s", shortage)
-    bridge.show_text(shortage or f"a step needs about {gib(forecast.total_bytes)} of memory", node_id)
+    told = [shortage or f"a step needs about {gib(forecast.total_bytes)} of memory"]
+    if on_disk_bytes:
+        told.append(f"the run's checkpoints take up to {gib(on_disk_bytes)} on the disk")
+    needs = "\n".join(told)
+    bridge.show_text(needs, node_id)
+    return needs
+
+
+def refit_progress(node_id: str, needs: str) -> Callable[[int, int], None]:
+    """Shows the progress of a refit on the node, and after it again what the training needs."""
+    progress = bridge.Progress(node_id, "parts of the refit")
+
+    def at(done: int, total: int) -> None:
+        progress.at(done, total)
+        if done == total:
+            bridge.show_text(needs, node_id)
+
+    return at
 
 
 def title(run: Run) -> str:

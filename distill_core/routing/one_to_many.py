@@ -6,6 +6,7 @@ stage is a `run.Run` in its own folder, so that training can stop at any step, a
 run/joint/        the student that all start from (joint_0, joint_1, ... if there are several plans)
 run/range_0/      the expert of the noisiest range, or its LoRA on the joint student
 run/ranges.json   boundaries, if they were measured
+run/stages.json   steps of each stage
 run/experts/      the result when all are complete (`experts.Experts`)
 """
 
@@ -35,6 +36,7 @@ from ..training.checkpoints import checkpoints_in, own, sound
 from ..training.loop import Progress, distill
 from ..training.processes import ALONE, Processes
 from ..training.run import Inputs, Run
+from ..training.runs import OWN_OF_EXPERTS, STAGES
 from ..training.settings import TrainingSettings
 from ..training.teachers import Teachers
 from .experts import MANIFEST, Experts, write_experts
@@ -162,7 +164,7 @@ class OneToMany:
         """Raise ``ValueError`` if the folder holds something else, or a joint student that was trained for longer."""
         names = [path.name for path in self.folder.iterdir() if path.name[0] != "."] if self.folder.exists() else []
         for name in names:
-            if name in ("experts", "ranges.json", "base.safetensors") or name.startswith(("joint", "range_", "pruned")):
+            if name in OWN_OF_EXPERTS or name.startswith(("joint", "range_", "pruned")):
                 own(self.folder / name)
         if names and not any(name.startswith(("joint", "range_", "pruned")) for name in names):
             raise ValueError(f"{self.folder} exists but is not a training of several experts; choose another name")
@@ -293,6 +295,8 @@ class OneToMany:
     ) -> None:
         joint = dict.fromkeys(map(self._joint_of, numbers))
         stages = [*(stage for stage in joint if stage in self.stages), *(f"range_{number}" for number in numbers)]
+        if self.processes.main:
+            write_text(self.folder / STAGES, json.dumps(self.stages))
         left = self.total_steps if num_steps is None else num_steps
         for stage in stages:
             before = self.steps_of(stage)

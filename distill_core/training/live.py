@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.documents import read_toml
-from .checkpoints import is_link, own
+from .checkpoints import is_link
 from .run import METRICS, RECIPE, read_metrics
+from .runs import STAGES, stage_steps, stages_in, total_steps_of
 
 if TYPE_CHECKING:
     from .loop import Progress
@@ -103,9 +104,10 @@ class Live:
 def history(folder: Path) -> dict[str, Any] | None:
     """History of the run, or of the training of several experts, in a folder; None if it has no steps yet.
 
-    ``run``, ``step``, ``total_steps`` (None if unknown), ``points``. Cached until a file changes.
+    ``run``, ``step``, ``total_steps`` (None if unknown), ``points``, and the ``stages`` of several experts: the name of each, and
+    the step after which it begins. Cached until a file changes.
     """
-    written = [folder / RECIPE, *(stage / METRICS for stage in stages_in(folder))]
+    written = [folder / RECIPE, folder / STAGES, *(stage / METRICS for stage in stages_in(folder))]
     stamps = tuple((path, stat.st_size, stat.st_mtime_ns) for path in written if (stat := _stat(path)))
     return _history(folder, stamps)
 
@@ -121,12 +123,15 @@ def _stat(path: Path) -> os.stat_result | None:
 def _history(folder: Path, stamps: tuple) -> dict[str, Any] | None:
     if not (rows := metrics_of(folder)):
         return None
-    try:
-        total_steps = read_toml(own(folder / RECIPE)).get("total_steps")
-    except (ValueError, RecursionError):  # a training of several experts, or damaged
-        total_steps = None
-    known = total_steps if type(total_steps) is int else None
-    return {"run": folder.name, "step": int(rows[-1]["step"]), "total_steps": known, "points": points(rows)}
+    steps = stage_steps(folder)
+    begins = zip(steps, accumulate(steps.values(), initial=0), strict=False)
+    return {
+        "run": folder.name,
+        "step": int(rows[-1]["step"]),
+        "total_steps": total_steps_of(folder),
+        "stages": [{"name": name, "after": after} for name, after in begins],
+        "points": points(rows),
+    }
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -141,17 +146,6 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 def metrics_by_stage(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Metrics by folder name: of a run, or of each stage of a training of several experts, in order."""
     return {path.name: rows for path in stages_in(folder) if (rows := read_metrics(path))}
-
-
-def stages_in(folder: Path) -> list[Path]:
-    """A run's folder and the folders of its stages, in order; links are ignored."""
-    found = (path for stage in ("joint*", "range_*") for path in sorted(folder.glob(stage), key=_number))
-    return [folder, *(path for path in found if not is_link(path))]
-
-
-def _number(stage: Path) -> int:
-    number = stage.name.rpartition("_")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def newest_sample(folder: Path) -> Path | None:

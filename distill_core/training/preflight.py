@@ -47,15 +47,24 @@ def check_checkpoints(folder: Path, settings: TrainingSettings, shapes: Mapping[
     """Raise ``ValueError`` if checkpoints of all weights do not fit on the disk. LoRAs are small and not checked."""
     if settings.lora_rank:
         return
-    written = ceil(settings.total_steps / settings.save_every_steps)
-    kept = min(written, settings.keep_checkpoints + settings.keep_best) + (written > 1)  # +1: the oldest goes after the next
     there = sum(path.stat().st_size for path in folder.glob("**/checkpoints/*/*.safetensors"))
     check_room(
         folder,
-        num_runs * kept * checkpoint_bytes(shapes, settings) - there,
-        f"{num_runs * kept} checkpoints",
+        disk_bytes(shapes, settings, num_runs) - there,
+        f"{num_runs * _most_kept(settings)} checkpoints",
         "free some space, or lower keep_checkpoints or keep_best",
     )
+
+
+def disk_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings, num_runs: int = 1) -> int:
+    """The most that checkpoints of all weights take on the disk while runs train, one after another."""
+    return num_runs * _most_kept(settings) * checkpoint_bytes(shapes, settings)
+
+
+def _most_kept(settings: TrainingSettings) -> int:
+    """Checkpoints of a run that exist at once: the oldest goes only after the next is written."""
+    written = ceil(settings.total_steps / settings.save_every_steps)
+    return min(written, settings.keep_checkpoints + settings.keep_best) + (written > 1)
 
 
 def checkpoint_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings) -> int:

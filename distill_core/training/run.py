@@ -35,7 +35,8 @@ log = logging.getLogger("distill")
 
 METRICS, RECIPE = "metrics.csv", "recipe.toml"
 _SETTINGS = "distill.run"
-_OWN = {"checkpoints", "samples", "tensorboard", "wandb", METRICS, RECIPE}
+OWN = {"checkpoints", "samples", "tensorboard", "wandb", METRICS, RECIPE}
+"""What a run writes into its folder."""
 
 
 class State(NamedTuple):
@@ -143,7 +144,7 @@ class Run:
         """
         self.folder, self.settings, self.inputs, self.main = Path(folder), settings, inputs, main
         self._holds = False
-        for name in _OWN:
+        for name in OWN:
             own(self.folder / name)
         if self.checkpoints:  # a run without any completed step may change
             self._check_same(started(self.folder))
@@ -153,7 +154,7 @@ class Run:
     def _others(self) -> list[str]:
         """Names in the folder that belong to no run, not even to one killed at its first write."""
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
-        return [name for name in names if name not in _OWN and not name.startswith((".", "pruned"))]
+        return [name for name in names if name not in OWN and not name.startswith((".", "pruned"))]
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:

@@ -19,10 +19,11 @@ from ...distill_core.routing.experts import MANIFEST
 from ...distill_core.training import live
 from ...distill_core.training.checkpoints import checkpoints_in
 from ...distill_core.training.run import METRICS
+from ...distill_core.training.runs import delete_run, runs_in, stages_in
 
 log = logging.getLogger("distill")
 
-RUNS_ROUTE = "/distill/runs/{name}"
+RUNS_ROUTE, RUN_ROUTE = "/distill/runs", "/distill/runs/{name}"
 OWN_FOLDERS = ("distill_runs", "distill_data")  # under the output folder; saved models and reports stay out of them
 _seen: dict[Path, int] = {}  # steps of each run at the last look
 _lost: dict[Path, int] = {}
@@ -41,10 +42,15 @@ def data_folder(name: str) -> Path:
 def _output_folder(inside: str, name: str, setting: str) -> Path:
     root = os.path.join(folder_paths.get_output_directory(), inside)
     folder = os.path.join(root, name)
-    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)  # on Windows
-    if reserved or not re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", name) or not folder_paths.is_within_directory(root, folder):
+    if not _is_plain(name) or not folder_paths.is_within_directory(root, folder):
         raise ValueError(f"{setting} {name!r} must be a plain name of letters, digits, spaces, dots, dashes and underscores")
     return Path(folder)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is one of a folder everywhere, and of none that Windows reserves."""
+    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)
+    return not reserved and bool(re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", name))
 
 
 def losses_of(run_name: str) -> dict[str, list[dict[str, float]]]:
@@ -61,7 +67,7 @@ def losses_written(run_name: str) -> list[int]:
         folder = run_folder(run_name)
     except ValueError:  # execute raises the error about the name
         return []
-    return [file.stat().st_mtime_ns for stage in live.stages_in(folder) if (file := stage / METRICS).is_file()]
+    return [file.stat().st_mtime_ns for stage in stages_in(folder) if (file := stage / METRICS).is_file()]
 
 
 def newest_step(run_name: str) -> int:
@@ -70,7 +76,7 @@ def newest_step(run_name: str) -> int:
         folder = run_folder(run_name)
     except ValueError:  # execute raises the error about the name
         return 0
-    newest = (checkpoints_in(stage)[-1:] for stage in live.stages_in(folder))
+    newest = (checkpoints_in(stage)[-1:] for stage in stages_in(folder))
     step = sum(int(checkpoint.name) for found in newest for checkpoint in found)
     if step < _seen.get(folder, 0):
         _lost[folder] = _lost.get(folder, 0) + 1
@@ -149,28 +155,45 @@ def show_text(text: str, node_id: str) -> None:
 
 
 def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> None:
-    """Send the progress of a training to the charts of all open pages; sample: its newest sample image."""
+    """Send the progress of a training, and of which prompt it is part, to the charts of all open pages.
+
+    sample: its newest sample image.
+    """
     from server import PromptServer
 
-    message = message | {"node": node_id, "sample": _image_view(sample)}
-    PromptServer.instance.send_sync("distill.progress", message)
+    server = PromptServer.instance
+    message = message | {"node": node_id, "sample": _image_view(sample), "prompt": server.last_prompt_id}
+    server.send_sync("distill.progress", message)
 
 
 def serve_runs() -> None:
-    """Serve ``GET /distill/runs/NAME`` with the data of a run's chart: 204 if there is no run yet, 404 for an invalid name."""
+    """Serve the runs to the charts.
+
+    ``GET /distill/runs``: what is on the disk, newest first, and whose name can be given to a node. ``GET /distill/runs/NAME``: the
+    data of a run's chart; 204 if there is no run yet. ``DELETE /distill/runs/NAME``: delete it; 409 with the reason if that cannot be
+    done. 404 for an invalid name.
+    """
     from aiohttp import web
     from server import PromptServer
 
     routes = getattr(PromptServer, "instance", None) and PromptServer.instance.routes
-    if routes is None or any(getattr(route, "path", None) == RUNS_ROUTE for route in routes):
+    if routes is None or any(getattr(route, "path", None) == RUN_ROUTE for route in routes):
         return
+    fresh = {"Cache-Control": "no-store"}
 
-    @routes.get(RUNS_ROUTE)
-    async def answer(request: web.Request) -> web.Response:
+    def folder_of(request: web.Request) -> Path:
         try:
-            folder = run_folder(request.match_info["name"])
+            return run_folder(request.match_info["name"])
         except ValueError:
             raise web.HTTPNotFound from None
+
+    @routes.get(RUNS_ROUTE)
+    async def list_runs(request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(_runs), headers=fresh)
+
+    @routes.get(RUN_ROUTE)
+    async def show_run(request: web.Request) -> web.Response:
+        folder = folder_of(request)
         try:
             history = await asyncio.to_thread(live.history, folder)
             message = history and history | {"sample": _image_view(live.newest_sample(folder))}
@@ -179,7 +202,32 @@ def serve_runs() -> None:
             message = None
         if message is None:
             return web.Response(status=204)
-        return web.json_response(message, headers={"Cache-Control": "no-store"})
+        return web.json_response(message, headers=fresh)
+
+    @routes.delete(RUN_ROUTE)
+    async def remove_run(request: web.Request) -> web.Response:
+        folder = folder_of(request)
+        try:
+            await asyncio.to_thread(delete_run, folder)
+        except (OSError, ValueError) as error:
+            return web.json_response({"error": str(error)}, status=409)
+        return web.Response(status=204)
+
+
+def _runs() -> list[dict[str, Any]]:
+    """The runs on the disk, as JSON."""
+    return [
+        {
+            "run": run.name,
+            "kind": run.kind,
+            "step": run.step,
+            "total_steps": run.total_steps,
+            "bytes": run.num_bytes,
+            "path": str(run.result or ""),
+        }
+        for run in runs_in(Path(folder_paths.get_output_directory()) / OWN_FOLDERS[0])
+        if _is_plain(run.name)
+    ]
 
 
 def _image_view(path: Path | None) -> dict[str, Any] | None:

@@ -191,7 +191,7 @@ def tell_memory(out):
     handler.emit = lambda record: logged.append(record.getMessage())
     for free in (bridge.free_bytes(student), 30 << 20):
         told = bridge.forecast_memory([read], student, plan, data, TrainingSettings(batch_size=4))
-        train.tell_memory(told, free, "1")
+        train.tell_needs(told, free, "1")
         found.append([free, shown.pop(), "\n".join(logged)])
     Path(out).write_text(json.dumps(found))
 

@@ -13,6 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from distill_core.base.locks import locked
 from distill_core.training.live import TERMS
 
 from .. import comfyui
@@ -22,14 +23,15 @@ from .test_locales import OTHERS
 from .test_shared_base import bake
 
 
-def asked(server, name, quote=urllib.parse.quote):
-    """Status and answer of the route for a run's name."""
+def asked(server, name, quote=urllib.parse.quote, method="GET"):
+    """Status and answer of the route for a run's name; its error instead, where it gives one."""
     address = f"http://127.0.0.1:{server.port}/distill/runs/{quote(name)}"
     try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=10) as answer:
             return answer.status, json.loads(answer.read() or "null")
     except urllib.error.HTTPError as error:
-        return error.code, None
+        text = error.read()
+        return error.code, json.loads(text)["error"] if text.startswith(b"{") else None
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,8 @@ def test_several_students_are_told_as_one_training(server):
     folder = server.output / "distill_runs" / "live experts"
     totals = [row["total"] for number in range(3) for row in rows(folder / f"range_{number}")]
     assert told["points"]["step"] == [1, 2, 3, 4, 5, 6] and told["points"]["mean"]["total"] == pytest.approx(totals, rel=1e-5)
+    assert told["total_steps"] == 6
+    assert told["stages"] == [{"name": f"range_{number}", "after": 2 * number} for number in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,39 @@ def test_nothing_else_can_be_asked_for(drawn, server):
 
 def test_a_run_that_has_not_begun_is_no_error(server):
     assert asked(server, "no such run") == (204, None)
+
+
+def listed(server):
+    return {run["run"]: run for run in server.get("distill/runs")}
+
+
+def test_the_runs_on_the_disk_are_listed(drawn, server):
+    (server.output / "distill_runs" / "no run").mkdir(exist_ok=True)
+    runs = listed(server)
+    assert "no run" not in runs and "link" not in runs
+    student = drawn / "checkpoints" / "00000005" / "student.safetensors"
+    held = sum(file.stat().st_size for file in drawn.rglob("*") if file.is_file())
+    assert runs["live view"] == {
+        "run": "live view", "kind": "student", "step": 5, "total_steps": 7, "bytes": held, "path": str(student)
+    }  # fmt: skip
+
+
+def test_a_run_is_deleted_and_nothing_else(drawn, server):
+    folder = server.output / "distill_runs" / "to delete"
+    shutil.copytree(drawn, folder)
+    (folder / "my notes.txt").write_text("keep")
+    assert asked(server, "to delete", method="DELETE") == (204, None)
+    assert [path.name for path in folder.iterdir()] == ["my notes.txt"] and "to delete" not in listed(server)
+    status, reason = asked(server, "to delete", method="DELETE")
+    assert status == 409 and "there is no run in" in reason
+    whole = lambda name: urllib.parse.quote(name, safe="")  # noqa: E731
+    assert asked(server, "../distill_runs/live view", whole, "DELETE")[0] == 404 and drawn.exists()
+
+
+def test_a_run_that_trains_is_not_deleted(drawn, server):
+    with locked(drawn):
+        status, reason = asked(server, "live view", method="DELETE")
+    assert status == 409 and "is in use by process" in reason and asked(server, "live view")[0] == 200
 
 
 def _metrics_become(content):
@@ -198,7 +235,8 @@ def test_the_curve_is_still_a_picture_for_who_uses_the_api(server):
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDGETS = ["run_name", "total_steps", "steps_per_queue", "batch_size"]  # the first of Distill Train Step, in order
-CHART = ".distill-chart:not([hidden])"
+CHART = ".distill-chart[data-run]"
+"""Of a node whose run exists."""
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +361,8 @@ def test_the_chart_is_of_the_run_that_is_named_and_of_none_where_there_is_none(p
         widget.callback(name);
     }"""
     page.evaluate(rename, "a new run")
-    page.locator(CHART).wait_for(state="hidden")
+    page.locator(CHART).wait_for(state="detached")
+    assert "No run of this name yet" in page.locator(".distill-chart .panel p:visible").inner_text()
     page.evaluate(rename, "live view")
     page.locator(CHART).wait_for()
     # Removed with its node, and the other's events with it.
@@ -331,16 +370,65 @@ def test_the_chart_is_of_the_run_that_is_named_and_of_none_where_there_is_none(p
     page.locator(CHART).wait_for(state="detached")
 
 
+def run_name(page):
+    return page.evaluate("app.graph.nodes.find((node) => node.type === 'DistillTrainStep').widgets[0].value")
+
+
+def test_a_run_is_chosen_begun_anew_and_deleted_on_the_chart(page, drawn, server):
+    shutil.copytree(drawn, server.output / "distill_runs" / "another")
+    load(page, workflow(run_name="nothing yet"))
+    page.get_by_role("button", name="Runs").click()
+    page.get_by_role("button", name="live view", exact=True).click()
+    page.locator(CHART).wait_for()
+    assert run_name(page) == "live view" and status(page) == "step 5 of 7" and len(points(page)) == 5
+
+    page.get_by_role("button", name="Runs").click()
+    row = page.locator(".distill-chart li", has_text="another")
+    assert re.fullmatch(r"step 5 of 7 · student · \d+ MiB", row.locator(".facts").inner_text())
+    row.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    row.wait_for(state="detached")
+    assert not (server.output / "distill_runs" / "another").exists() and run_name(page) == "live view"
+    page.get_by_role("button", name="New run").click()
+    assert run_name(page) == "live view-2"
+    page.locator(CHART).wait_for(state="detached")
+
+
+def test_a_training_is_stopped_on_the_chart_and_keeps_its_steps(page, server):
+    load(page, workflow(run_name="stopped", total_steps=5000, steps_per_queue=5000, batch_size=4))
+    stop = page.get_by_role("button", name="Stop and keep")
+    assert not stop.is_visible()
+    page.evaluate("app.queuePrompt(0)")
+    page.locator(f"{CHART} path.smooth.series-total").wait_for(timeout=120_000)
+    opened(page, server)  # after a reload too
+    load(page, workflow(run_name="stopped", total_steps=5000, steps_per_queue=5000, batch_size=4))
+    stop.click(timeout=30_000)
+    stop.wait_for(state="hidden", timeout=30_000)
+    kept = len(rows(server.output / "distill_runs" / "stopped"))
+    page.wait_for_function(f"text => document.querySelector('{CHART} .status').textContent === text", arg=f"step {kept} of 5000")
+    assert listed(server)["stopped"]["step"] == kept > 1
+
+
+def test_the_stages_of_several_experts_are_marked(page, server):
+    graph = json.loads((comfyui.ROOT / "workflows" / "o2mkd_scenes.json").read_text("utf-8"))
+    (trains,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainExperts")
+    trains["widgets_values"][0] = "live experts"
+    load(page, graph)
+    page.locator(CHART).wait_for(timeout=30_000)
+    assert page.locator(f"{CHART} .stage-name").all_text_contents() == ["range 1", "range 2"]
+    assert status(page) == "step 6 of 6"
+
+
 def test_everything_is_reached_by_the_keyboard(page, drawn):
     load(page, workflow(run_name="live view"))
     page.locator(CHART).wait_for(timeout=30_000)
     page.locator(f"{CHART} button").first.focus()
     reached = []
-    for _ in range(9):
+    for _ in range(10):
         reached.append(page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent"))
         page.keyboard.press("Tab")
     terms = ["total", "task", "output", "feature", "validation"]
-    assert reached == ["Loss", "By timestep", "Samples", "Log scale", *terms]
+    assert reached == ["Loss", "By timestep", "Samples", "Runs", "Log scale", *terms]
 
     task = page.get_by_role("button", name="task", exact=True)
     task.focus()
@@ -372,18 +460,23 @@ def test_the_colours_are_those_of_the_theme(page, drawn, server):
     assert colours[0] != colours[1]
 
 
+SENT = {*TERMS, "all timesteps", "student", "LoRA", "experts"}
+"""What the server says: losses, stages, kinds of runs."""
+
+
 @pytest.mark.parametrize("language", OTHERS)
 def test_every_text_of_the_chart_is_said_in_every_language(language):
-    source = (comfyui.ROOT / "web" / "js" / "distill_chart.js").read_text("utf-8")
+    scripts = [file.read_text("utf-8") for file in sorted((comfyui.ROOT / "web" / "js").glob("*.js"))]
+    (source,) = (script for script in scripts if "const TRANSLATED = {" in script)
     start = source.index("const TRANSLATED = {")
     end = source.index("\n};", start)
     (table,) = re.findall(rf"\n  {language}: {{\n(.*?)\n  }},", source[start:end], re.DOTALL)
     table = dict(re.findall(r'"(.+?)":\s*"(.+?)",(?:\n|$)', table))
-    code = source[:start] + source[end:]
-    (terms,) = re.findall(r"const TERMS = {\n(.+?)\n}", source, re.DOTALL)
+    code = "\n".join([*scripts, source[:start] + source[end:]]).replace(source, "")
+    (terms,) = re.findall(r"const TERMS = {\n(.+?)\n}", code, re.DOTALL)
     terms = re.findall(r"(\w+):", terms)
     assert set(terms) == set(TERMS)  # what the server sends
-    assert {*re.findall(r'say\(\s*"(.+?)"', code), *terms} <= table.keys()
+    assert {*re.findall(r'say\(\s*"(.+?)"', code), *SENT} - {"LoRA"} <= table.keys()
     for english, other in table.items():
-        assert f'"{english}"' in code or english in (*terms, "all timesteps"), f"{english} is not said"
+        assert f'"{english}"' in code or english in SENT, f"{english} is not said"
         assert english != other and sorted(re.findall(r"{\d}", english)) == sorted(re.findall(r"{\d}", other)), english

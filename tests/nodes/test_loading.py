@@ -23,8 +23,8 @@ def test_nothing_of_comfyui_torch_or_python_is_another_than_before(traces):
     assert set(traces["changed"]) - registered == nodes, json.dumps(traces["changed"], indent=1).replace(folder, "")
 
 
-def test_it_listens_at_one_address_alone(traces):
-    assert traces["routes"] == ["GET /distill/runs/{name}"]
+def test_it_listens_at_its_own_addresses_alone(traces):
+    assert sorted(traces["routes"]) == ["DELETE /distill/runs/{name}", "GET /distill/runs", "GET /distill/runs/{name}"]
 
 
 def test_diffusers_and_peft_wait_until_they_are_needed(traces):

@@ -1,11 +1,13 @@
-// The live view on the nodes that train: losses, loss by timestep, sample images, speed.
+// The live view on the nodes that train: losses, loss by timestep, sample images, speed, and the runs there are.
 //
-// The server sends the progress of each training in `distill.progress` events, and serves its history at /distill/runs/NAME.
-// The chart of a node shows the run that its widget run_name names. A graph saves nothing of it.
+// The server sends the progress of each training in `distill.progress` events, and serves its history at /distill/runs/NAME and a
+// list of all at /distill/runs. The chart of a node shows the run that its widget run_name names. A graph saves nothing of it.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { bars, element, lines, short } from "./plot.js";
+import { RunList } from "./runs.js";
+import { button, html, say, toggle } from "./words.js";
 
 const DRAWS_SAMPLES = { DistillTrainStep: true, DistillSharedBaseLoRA: true, DistillTrainExperts: false };
 // What the chart draws, and in which colour; the last named lies below. total has the colour of text.
@@ -27,46 +29,6 @@ const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the 
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
 
-// English text -> translation, by the name of the language's folder under locales.
-const TRANSLATED = {
-  zh: {
-    "Loss": "损失",
-    "By timestep": "按时间步",
-    "Samples": "样图",
-    "Log scale": "对数刻度",
-    "Chart view": "图表视图",
-    "Visible losses": "显示的损失项",
-    "total": "总损失",
-    "task": "任务",
-    "output": "输出",
-    "feature": "特征",
-    "local": "局部",
-    "consistency": "一致性",
-    "dmd": "分布匹配",
-    "diversity": "多样性",
-    "fake": "伪分数",
-    "cosine_distance": "余弦距离",
-    "validation": "验证",
-    "step {0}": "第 {0} 步",
-    "step {0} of {1}": "第 {0} 步，共 {1} 步",
-    "{0} steps/s": "{0} 步/秒",
-    "{0} s/step": "{0} 秒/步",
-    "{0} left": "剩余 {0}",
-    "{0} of {1} GiB": "已用 {0} / {1} GiB",
-    "{0} s": "{0} 秒",
-    "{0} min": "{0} 分",
-    "{0} h": "{0} 小时",
-    "{0} d": "{0} 天",
-    "all timesteps": "全部时间步",
-    "range {0}, timesteps {1} to {2}": "区间 {0}，时间步 {1} 至 {2}",
-    "Run {0}: {1}": "任务 {0}：{1}",
-    "Teacher above, student below, step {0}": "上为教师模型，下为学生模型，第 {0} 步",
-    "No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE.":
-      "还没有样图。要生成样图，请在蒸馏配方中设置样图间隔步数并连接 VAE。",
-    "No measurements yet.": "还没有测量值。",
-  },
-};
-
 const STYLE = `
 .distill-chart { box-sizing: border-box; display: flex; flex-direction: column; gap: 3px; min-height: ${HEIGHT - 20}px; height: 100%;
   padding: 5px; overflow: hidden; border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-input-bg);
@@ -77,6 +39,7 @@ const STYLE = `
 .distill-chart button { all: unset; box-sizing: border-box; padding: 1px 6px; border: 1px solid transparent; border-radius: 4px;
   color: var(--input-text); opacity: 0.75; cursor: pointer; white-space: nowrap; font: inherit; }
 .distill-chart button:hover { opacity: 1; }
+.distill-chart button:disabled { opacity: 0.35; cursor: default; }
 .distill-chart button[aria-pressed="true"] { opacity: 1; border-color: var(--border-color); background: var(--comfy-menu-bg); }
 .distill-chart .legend button { border-color: transparent; background: none; }
 .distill-chart .legend button[aria-pressed="false"] { opacity: 0.55; text-decoration: line-through; }
@@ -85,10 +48,20 @@ const STYLE = `
   border-radius: 2px; background: var(--series); }
 .distill-chart .panel { position: relative; flex: 1; min-height: 90px; }
 .distill-chart .panel > * { position: absolute; inset: 0; width: 100%; height: 100%; }
+.distill-chart .runs { display: flex; flex-direction: column; gap: 3px; }
+.distill-chart .runs p { margin: 0; overflow: hidden; text-overflow: ellipsis; user-select: text; }
+.distill-chart .runs ul { flex: 1; min-height: 0; margin: 0; padding: 0; overflow-y: auto; list-style: none; }
+.distill-chart .runs li { display: flex; flex-wrap: wrap; align-items: center; padding: 2px 0;
+  border-top: 1px solid var(--border-color); }
+.distill-chart .runs .name { flex: 1 0 100%; overflow: hidden; text-overflow: ellipsis; opacity: 1; }
+.distill-chart .runs .name[aria-current="true"] { font-weight: bold; background: var(--comfy-menu-bg); }
+.distill-chart .runs .facts { flex: 1; padding-left: 7px; opacity: 0.75; font-variant-numeric: tabular-nums; }
 .distill-chart .panel > img { object-fit: contain; background: none; }
 .distill-chart .panel > p { display: flex; align-items: center; justify-content: center; margin: 0; padding: 0 12px;
   box-sizing: border-box; text-align: center; white-space: normal; }
-.distill-chart .status { flex: none; min-height: 1.35em; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+.distill-chart .foot { flex: none; display: flex; align-items: center; }
+.distill-chart .foot button { border-color: var(--border-color); background: var(--comfy-menu-bg); }
+.distill-chart .status { flex: 1; min-width: 0; min-height: 1.35em; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   font-variant-numeric: tabular-nums; }
 .distill-chart svg text { fill: var(--input-text); opacity: 0.75; font-size: 10px; }
 .distill-chart svg .grid { stroke: var(--border-color); stroke-width: 1; }
@@ -99,6 +72,7 @@ const STYLE = `
 .distill-chart svg path.smooth.series-total { stroke-width: 2.4; }
 .distill-chart svg circle { fill: var(--series); }
 .distill-chart svg .bar { fill: color-mix(in srgb, #3f7fe8 75%, var(--input-text)); }
+.distill-chart svg .stage { stroke: var(--input-text); stroke-dasharray: 2 3; opacity: 0.6; }
 .distill-chart svg .cursor { stroke: var(--input-text); opacity: 0.5; }
 .distill-chart .series-total { --series: var(--input-text); }
 ${Object.entries(TERMS)
@@ -106,13 +80,6 @@ ${Object.entries(TERMS)
   .map(([term, colour]) => `.distill-chart .series-${term} { --series: color-mix(in srgb, ${colour} 75%, var(--input-text)); }`)
   .join("\n")}
 `;
-
-/** A text in the language of the front end, with `{0}`, `{1}` filled in. */
-function say(text, ...values) {
-  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? navigator.language;
-  const said = TRANSLATED[locale.split("-")[0]]?.[text] ?? text;
-  return said.replace(/\{(\d)\}/g, (_, index) => values[index]);
-}
 
 /** The current stage of a training of several experts, from the server's text. */
 function sayStage(stage) {
@@ -132,26 +99,13 @@ function sayDuration(seconds) {
   return parts.filter(([, count], place) => !place || count).map(([text, count]) => say(text, count)).join(" ");
 }
 
-function html(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-/** A button that is on or off. */
-function toggle(text, on, press, attributes = {}, ...before) {
-  const button = html("button", { type: "button", "aria-pressed": on, ...attributes }, ...before, text);
-  button.addEventListener("click", press);
-  return button;
-}
-
 class Chart {
   constructor(node, drawsSamples) {
     this.node = node;
-    this.drawsSamples = drawsSamples;
+    this.views = ["Loss", "By timestep", ...(drawsSamples ? ["Samples"] : []), "Runs"];
     this.view = "Loss";
     this.log = true;
+    this.pointer = null; // where it is over the lines, as a share of the width
     this.toggled = new Set(); // terms that were clicked an odd number of times
     this.loading = false;
     this._build();
@@ -164,13 +118,17 @@ class Chart {
     this.svg = element("svg", { role: "img" });
     this.picture = html("img", { draggable: "false" });
     this.hint = html("p");
-    this.panel = html("div", { class: "panel" }, this.svg, this.picture, this.hint);
+    this.list = new RunList((name) => this._choose(name), () => this.load());
+    this.panel = html("div", { class: "panel" }, this.svg, this.picture, this.list.element, this.hint);
     this.status = html("div", { class: "status" });
-    this.element = html("div", { class: "distill-chart" }, this.tabs, this.panel, this.legend, this.status);
+    this.foot = html("div", { class: "foot" }, this.status);
+    this.element = html("div", { class: "distill-chart" }, this.tabs, this.panel, this.legend, this.foot);
     this.resized = new ResizeObserver(() => this.draw());
-    const views = ["Loss", "By timestep", ...(this.drawsSamples ? ["Samples"] : [])];
-    this.viewButtons = views.map((view) => toggle(say(view), false, () => this._set({ view })));
+    this.viewButtons = this.views.map((view) => toggle(say(view), false, () => this._look(view)));
     this.logButton = toggle(say("Log scale"), true, () => this._set({ log: !this.log }));
+    const words = { title: say("Stops after the current step; every finished step is kept.") };
+    this.stopButton = button(say("Stop and keep"), () => this._stopTraining(), words);
+    this.foot.append(this.stopButton);
     this.tabs.append(...this.viewButtons, html("span", { class: "space" }), this.logButton);
     this.termButtons = new Map(
       Object.keys(TERMS).map((term) => {
@@ -182,7 +140,10 @@ class Chart {
         return [term, { button, value }];
       }),
     );
-    this.svg.addEventListener("pointermove", (event) => this._point(event));
+    this.svg.addEventListener("pointermove", (event) => {
+      const box = this.svg.getBoundingClientRect();
+      this._point((event.clientX - box.left) / box.width);
+    });
     this.svg.addEventListener("pointerleave", () => this._point(null));
     this.element.addEventListener("keydown", (event) => {
       if (event.key === " " || event.key === "Enter") event.stopPropagation(); // the canvas uses these keys itself
@@ -198,6 +159,7 @@ class Chart {
   /** Zooming and moving the graph works over the chart as it does beside it. */
   _passToCanvas(event, method) {
     if (window.LiteGraph?.vueNodesMode) return; // Vue nodes pass it on themselves
+    if (event.type === "wheel" && this.list.scrolls(event)) return;
     event.preventDefault();
     app.canvas[method](event);
   }
@@ -205,6 +167,24 @@ class Chart {
   _set(changes) {
     Object.assign(this, changes);
     this.draw();
+  }
+
+  _look(view) {
+    this._set({ view });
+    if (view === "Runs") this.list.load().catch(warn);
+  }
+
+  /** Let the node train and show another run. */
+  _choose(name) {
+    this._runWidget.value = name;
+    this._runWidget.callback?.(name);
+    this._set({ view: "Loss" });
+    this.node.graph?.change?.();
+  }
+
+  async _stopTraining() {
+    this._set({ stopping: true });
+    await api.interrupt(this.progress.prompt);
   }
 
   _toggleTerm(term) {
@@ -219,13 +199,14 @@ class Chart {
 
   // --- data
 
-  /** Clear all data, and hide the chart. */
+  /** Clear all data: there is no run. */
   clear() {
     this.steps = [];
+    this.stages = [];
     this.columns = { mean: {}, min: {}, max: {} };
     this.missed = [];
     this.progress = null;
-    this.running = false;
+    this.running = this.stopping = false;
     this.totalSteps = null;
     this.setPicture(null);
     this._show(false);
@@ -276,7 +257,7 @@ class Chart {
         await this._load(this.loadedName);
       }
     } catch (error) {
-      console.warn("the chart of a training could not be loaded:", error); // the shown data is still correct
+      warn(error);
     } finally {
       this.loading = false;
     }
@@ -295,6 +276,7 @@ class Chart {
     }
     this.steps = history.points.step;
     this.columns = history.points;
+    this.stages = history.stages;
     for (const points of this.missed) this._append(points);
     this.totalSteps = this.progress?.total_steps ?? history.total_steps;
     this.setPicture(history.sample);
@@ -332,8 +314,9 @@ class Chart {
   /** The training has ended, whichever way. */
   stop() {
     if (!this.running) return;
-    this.running = false;
+    this.running = this.stopping = false;
     this.load();
+    if (this.view === "Runs") this.list.load().catch(warn);
   }
 
   setPicture(sample) {
@@ -349,46 +332,54 @@ class Chart {
 
   // --- drawing
 
-  _show(shown) {
-    const changed = this.element.hidden === shown;
-    this.element.hidden = !shown;
-    if (this.widget) this.widget.hidden = !shown;
-    if (changed) this.node.setDirtyCanvas?.(true, true);
+  _show(isRun) {
+    this.isRun = isRun;
+    this.element.toggleAttribute("data-run", isRun);
     this.draw();
   }
 
   draw() {
-    if (this.element.hidden || !this.isOpen) return;
-    for (const [place, button] of this.viewButtons.entries()) {
-      button.setAttribute("aria-pressed", this.view === ["Loss", "By timestep", "Samples"][place]);
-    }
-    this.logButton.setAttribute("aria-pressed", this.log);
-    this.logButton.hidden = this.view === "Samples";
-    this.legend.hidden = this.view !== "Loss";
+    if (!this.isOpen) return;
+    for (const [place, tab] of this.viewButtons.entries()) tab.setAttribute("aria-pressed", this.view === this.views[place]);
+    const plots = this.view === "Loss" || this.view === "By timestep";
     const samples = this.view === "Samples";
+    const lists = this.view === "Runs";
+    this.logButton.setAttribute("aria-pressed", this.log);
+    this.logButton.hidden = !plots || !this.isRun;
+    this.stopButton.hidden = !this.running || !this.progress.seconds_left; // other nodes are running
+    this.stopButton.disabled = this.stopping;
+    this.legend.hidden = this.view !== "Loss";
     this.picture.hidden = !samples || !this.pictureUrl;
-    this.svg.toggleAttribute("hidden", samples);
+    this.svg.toggleAttribute("hidden", !plots);
+    this.list.element.hidden = !lists;
+    if (lists) this.list.show(this.runName, !this._isNamedElsewhere, this.running);
     this.nearest = null;
     let empty = samples && !this.pictureUrl;
-    if (!samples) {
+    if (plots) {
       const size = { width: this.panel.clientWidth || 300, height: this.panel.clientHeight || 110, log: this.log };
-      const plot = this.view === "Loss" ? lines(this.steps, this._series(), size) : bars(this._bins(), size);
+      const plot = this.view === "Loss" ? lines(this.steps, this._series(), size, this._marks()) : bars(this._bins(), size);
       this.svg.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
       this.svg.replaceChildren(...plot.elements);
       this.nearest = plot.nearest;
       empty = !plot.elements.length;
     }
     this.hint.hidden = !empty;
-    this.hint.textContent = say(
-      samples
-        ? "No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE."
-        : "No measurements yet.",
-    );
-    this._drawLegend(this.steps.length - 1);
-    this._drawStatus();
+    this.hint.textContent = this._whyEmpty(samples);
+    this._point(this.pointer);
     const newest = this.columns.mean.total?.at(-1);
     const about = `${say(this.view)}${newest == null ? "" : ` ${short(newest)}`}`;
     this.svg.setAttribute("aria-label", say("Run {0}: {1}", this.loadedName, about));
+  }
+
+  _whyEmpty(samples) {
+    if (!this.isRun) return say("No run of this name yet. Queue to start it, or choose another under Runs.");
+    if (samples) return say("No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE.");
+    return say("No measurements yet.");
+  }
+
+  /** Where the stages of several experts begin, but for the first. */
+  _marks() {
+    return this.stages.slice(1).map(({ name, after }) => ({ step: after, text: name.replace("_", " ") }));
   }
 
   _series() {
@@ -426,27 +417,34 @@ class Chart {
   _drawStatus(step = null) {
     const parts = [];
     if (step !== null) parts.push(say("step {0}", step));
-    else {
+    else if (this.isRun) {
       const done = Math.max(this.step, this.running ? this.progress.step : 0);
       parts.push(this.totalSteps ? say("step {0} of {1}", done, this.totalSteps) : say("step {0}", done));
-      if (this.running) {
-        const seconds = this.progress.seconds_per_step;
-        parts.push(seconds < 1 ? say("{0} steps/s", short(1 / seconds)) : say("{0} s/step", short(seconds)));
-        parts.push(say("{0} left", sayDuration(this.progress.seconds_left)));
-        const [used, total] = this.progress.memory.map((bytes) => (bytes / 2 ** 30).toFixed(1));
-        parts.push(say("{0} of {1} GiB", used, total));
-        if (this.progress.stage) parts.push(sayStage(this.progress.stage));
-      }
+      if (this.stopping) parts.push(say("stopping"));
+      else if (this.running) parts.push(...this._pace());
     }
     this.status.textContent = parts.join(" · ");
     this.status.title = this.status.textContent;
   }
 
-  /** Show the values of the step under the pointer in the legend. */
-  _point(event) {
+  /** Speed, time left, memory and stage, while it trains. After its last step, other nodes may still be running. */
+  _pace() {
+    const { seconds_per_step: seconds, seconds_left: left, memory, stage } = this.progress;
+    if (!left) return [];
+    const [used, total] = memory.map((bytes) => (bytes / 2 ** 30).toFixed(1));
+    return [
+      seconds < 1 ? say("{0} steps/s", short(1 / seconds)) : say("{0} s/step", short(seconds)),
+      say("{0} left", sayDuration(left)),
+      say("{0} of {1} GiB", used, total),
+      ...(stage ? [sayStage(stage)] : []),
+    ];
+  }
+
+  /** Show the values of the step under the pointer in the legend; share: of the width, null without a pointer. */
+  _point(share) {
+    this.pointer = share;
     this.svg.querySelector(".cursor")?.remove();
-    const box = this.svg.getBoundingClientRect();
-    const at = event && this.nearest?.((event.clientX - box.left) / box.width);
+    const at = share === null ? null : this.nearest?.(share);
     this._drawLegend(at ? at.index : this.steps.length - 1);
     this._drawStatus(at ? this.steps[at.index] : null);
     if (at) this.svg.append(element("line", { class: "cursor", x1: at.x, x2: at.x, y1: at.top, y2: at.bottom }));
@@ -470,6 +468,11 @@ class Chart {
 }
 
 const charts = new Set();
+
+/** Something could not be loaded; what is shown is still correct. */
+function warn(error) {
+  console.warn("the chart of a training could not be loaded:", error);
+}
 
 /** Call `then` after a method of an object, if it has one. */
 function after(object, method, then) {
@@ -502,7 +505,6 @@ app.registerExtension({
     const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT };
     chart.widget = node.addDOMWidget("distill_chart", "distill_chart", chart.element, options);
     chart.widget.serialize = false; // keeps it out of the graph; the option above keeps it out of the prompt
-    chart.widget.hidden = true;
     node.hideOutputImages = true; // the image of the curve is for users of the API
     node.onDrawBackground = () => {};
     after(node, "onAdded", () => chart.open());

@@ -17,6 +17,18 @@ export function smooth(values, span) {
   });
 }
 
+/** Labels of an axis, all in one format. */
+function labels(ticks) {
+  const sizes = ticks.map(Math.abs).filter((size) => size > 0);
+  const [least, most] = [Math.min(...sizes), Math.max(...sizes)];
+  if (most >= 1e4) {
+    const [unit, letter] = most >= 1e6 ? [1e6, "M"] : [1e3, "k"];
+    return ticks.map((tick) => (tick ? `${+(tick / unit).toPrecision(3)}${letter}` : "0"));
+  }
+  if (least < 1e-3) return ticks.map((tick) => (tick ? tick.toExponential(1) : "0"));
+  return ticks.map((tick) => String(+tick.toPrecision(3)));
+}
+
 /** `0.0312`, `1.2e-5`, `120k`. */
 export function short(value) {
   const size = Math.abs(value);
@@ -28,15 +40,21 @@ export function short(value) {
 /**
  * Lines over steps: points faint, their EMA bold, and the extremes of points that stand for several steps as a band.
  *
- * series: of `{name, mean, min, max}`, lists as long as `steps`; a class `series-<name>` gives the colour.
+ * series: of `{name, mean, min, max}`, lists as long as `steps`; a class `series-<name>` gives the colour. marks: of
+ * `{step, text}`, an upright line each.
  * Returns the elements, and `nearest`: share of the width -> index and x of the nearest point.
  */
-export function lines(steps, series, { width, height, log }) {
+export function lines(steps, series, { width, height, log }, marks = []) {
   const measured = series.flatMap(({ min, max }) => [...min, ...max]).filter((value) => value != null && (!log || value > 0));
   if (!measured.length) return { elements: [], nearest: () => null };
   const x = scale([steps[0], steps.at(-1)], [MARGIN.left, width - MARGIN.right], false);
   const axis = vertical(measured, height, log);
   const elements = [...horizontalGrid(axis, width), ...stepLabels(steps, x, width, height)];
+  for (const { step, text } of marks.filter(({ step }) => step > steps[0] && step < steps.at(-1))) {
+    const at = { x1: px(x(step)), x2: px(x(step)), y1: MARGIN.top, y2: height - MARGIN.bottom };
+    elements.push(element("line", { class: "stage", ...at }));
+    elements.push(element("text", { class: "stage-name", x: px(x(step) + 3), y: MARGIN.top + 8 }, text));
+  }
   for (const { name, mean, min, max } of series) {
     const places = mean.map((_, index) => index).filter((index) => mean[index] != null);
     const path = (values) => "M" + places.map((index) => `${px(x(steps[index]))} ${px(axis.y(values[index]))}`).join("L");
@@ -135,16 +153,19 @@ function logTicks(low, high, count) {
 }
 
 function horizontalGrid({ y, ticks }, width) {
-  return ticks.flatMap((tick) => [
+  const words = labels(ticks);
+  return ticks.flatMap((tick, place) => [
     element("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: px(y(tick)), y2: px(y(tick)) }),
-    element("text", { x: MARGIN.left - 4, y: px(y(tick) + 3.5), "text-anchor": "end" }, short(tick)),
+    element("text", { x: MARGIN.left - 4, y: px(y(tick) + 3.5), "text-anchor": "end" }, words[place]),
   ]);
 }
 
 function stepLabels(steps, x, width, height) {
   const count = Math.max(1, Math.floor((width - MARGIN.left) / TICK_DISTANCE_X));
-  const ticks = evenTicks(steps[0], steps.at(-1), count).filter(Number.isInteger);
-  return (ticks.length ? ticks : [steps[0]]).map((tick) =>
-    element("text", { x: px(x(tick)), y: height - 4, "text-anchor": x(tick) > width - 24 ? "end" : "middle" }, short(tick)),
+  const found = evenTicks(steps[0], steps.at(-1), count).filter(Number.isInteger);
+  const ticks = found.length ? found : [steps[0]];
+  const words = labels(ticks);
+  return ticks.map((tick, place) =>
+    element("text", { x: px(x(tick)), y: height - 4, "text-anchor": x(tick) > width - 24 ? "end" : "middle" }, words[place]),
   );
 }

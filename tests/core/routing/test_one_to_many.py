@@ -21,6 +21,7 @@ from distill_core.routing.experts import Experts
 from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start, has_begun
 from distill_core.routing.router import ExpertDenoiser
 from distill_core.training.run import Inputs, Run
+from distill_core.training.runs import run_in, stage_steps
 from distill_core.training.settings import TrainingSettings
 
 from ...students import student_of
@@ -199,6 +200,13 @@ def test_some_steps_at_a_time_equal_all_at_once(training, tmp_path, uninterrupte
         some.train(num_steps=3)
         assert some.step == expected
     assert alike(some, uninterrupted)
+
+
+def test_its_folder_says_all_stages_from_the_first_step_on(training, tmp_path, uninterrupted):
+    begun = training(tmp_path / "run")
+    begun.train(num_steps=1)
+    assert stage_steps(begun.folder) == begun.stages and run_in(begun.folder)[:4] == ("run", "experts", 1, 8)
+    assert run_in(uninterrupted.folder).result == uninterrupted.experts.folder
 
 
 def test_progress_is_over_all_stages(training, tmp_path):
