@@ -39,7 +39,7 @@ class BenchmarkPresets(io.ComfyNode):
                 io.Combo.Input("dtype", options=[AUTOMATIC, "fp16", "bf16", "fp32"], default=AUTOMATIC, advanced=True,
                                tooltip="Precision. automatic: fp16 on a GPU, fp32 on a CPU."),
                 io.String.Input("filename_prefix", default="distill/bench",
-                                tooltip="Name under the output folder of the picture and of the figures as JSON; a number is added. "
+                                tooltip="Name under the output folder of the chart and of the figures as JSON; a number is added. "
                                 "It never overwrites a file."),
             ],
             outputs=[

@@ -20,14 +20,20 @@ class RemapLoRAToStudent(io.ComfyNode):
             "counted.",
             search_aliases=["lora", "load lora", "lora for pruned model", "convert lora", "lycoris", "distill"],
             inputs=[
-                io.Model.Input("teacher", tooltip="The full model the LoRA was made for: the input of Prune UNet Blocks."),
                 io.Model.Input(
-                    "student", tooltip="The student: from Prune UNet Blocks, Distill Train Step or Load Distilled Model."
+                    "teacher",
+                    tooltip="The full model the LoRA was made for: the input of Prune UNet Blocks or Prune Transformer Blocks.",
+                ),
+                io.Model.Input(
+                    "student",
+                    tooltip="The student: from Prune UNet Blocks, Prune Transformer Blocks, Distill Train Step or Load Distilled "
+                    "Model.",
                 ),
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="LoRA, LoHa, LoKr or DoRA under models/loras, with the layer names of kohya, diffusers or ComfyUI.",
+                    tooltip="LoRA, LoHa, LoKr, DoRA or OFT under models/loras, with the layer names of kohya, diffusers, peft or "
+                    "ComfyUI.",
                 ),
                 io.Float.Input(
                     "strength_model",

@@ -47,13 +47,18 @@ class SaveDistilledModel(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The teacher's text encoder, for the checkpoint layout."),
                 io.Vae.Input("vae", optional=True, tooltip="The teacher's VAE, for the checkpoint layout."),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A sample image to keep in the file; the model library shows it. Not for the diffusers layout.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Path of the saved student.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix: str, dtype: str, layout: str, clip=None, vae=None) -> io.NodeOutput:
+    def execute(cls, model, filename_prefix: str, dtype: str, layout: str, clip=None, vae=None, thumbnail=None) -> io.NodeOutput:
         if layout == "checkpoint" and (clip is None or vae is None):
             raise ValueError("the checkpoint layout also needs CLIP and VAE: connect both, or choose the ldm layout")
         first, slash, rest = filename_prefix.partition("/")
@@ -61,7 +66,12 @@ class SaveDistilledModel(io.ComfyNode):
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
         path = bridge.output_path(filename_prefix, "" if layout == "diffusers" else ".safetensors")
         precision = None if dtype == AS_IT_IS else dtype
-        loading_note = bridge.save_model(bridge.Model(model), path, layout=layout, dtype=precision, clip=clip, vae=vae)
+        about = bridge.about_graph(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        if thumbnail is not None:
+            about["modelspec.thumbnail"] = bridge.thumbnail(thumbnail)
+        loading_note = bridge.save_model(
+            bridge.Model(model), path, layout=layout, dtype=precision, clip=clip, vae=vae, about=about
+        )
         note = "\n".join(filter(None, [f"Saved {path}", loading_note]))
         bridge.show_text(note, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(note))

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..base.modelspec import STALE_HASHES
 from ..networks.name_map import NameMap
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.family import Family
 from .metadata import KEY, PeftConfig, read_configs
-from .remapped import STALE_METADATA, UNET_BLOCKS, Remapped, layer_of
+from .remapped import UNET_BLOCKS, Remapped, layer_of
 from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def remap_on_blocks(
         num_dropped=len(goes),
         num_text_encoder=len(of_text),
         switched_to_ldm=False,
-        metadata={key: text for key, text in (metadata or {}).items() if key not in (*STALE_METADATA, KEY)},
+        metadata={key: text for key, text in (metadata or {}).items() if key not in (*STALE_HASHES, KEY)},
     )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from ..base.modelspec import modelspec
 from ..base.seeding import generator
 from ..base.storage import StoredTensor, read_header, write_tensors
 from ..diffusion.denoiser import Denoiser, Load
@@ -133,8 +134,7 @@ class Lora:
             **kind,
             "ss_network_dim": str(self.rank),
             "ss_network_alpha": str(self.alpha),
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.title": path.stem,
+            **modelspec(path),
             "distill.lora": json.dumps({"layers": len(self.layers)}),
         }
         write_tensors(path, tensors, {**about, **metadata})

@@ -20,8 +20,6 @@ _PLACE_OF_ADAPTER = re.compile(r"[._](?:lora|hada|lokr|oft|boft|dora|alpha|diff|
 """Where the layer ends in a key."""
 UNET_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
 """How the names of a UNet's blocks begin, in either layout."""
-STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-"""Hashes of the tensors, which no longer match."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base.documents import one_line, read_json
+from ..base.modelspec import modelspec
 from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from .architecture import Architecture
 from .diffusers_config import diffusers_config
@@ -313,11 +313,8 @@ def save_unet(
     tensors = {prefix + names[name]: weight for name, weight in state_dict.items()}
     codes = dict.fromkeys(tensors, CODES[dtype]) if dtype else {}
     header = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _MODELSPEC_ARCHITECTURES.get(architecture.family, "unet"),
+        **modelspec(path, _MODELSPEC_ARCHITECTURES.get(architecture.family, "unet")),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": Path(path).stem,
-        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **sampling.metadata(),
         **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
         **(metadata or {}),

@@ -8,6 +8,7 @@ from .data import blank_latents, calibration, dataset, encoded_captions, make_da
 from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
 from .interface import (
+    about_graph,
     data_folder,
     experts_folder,
     experts_folders,
@@ -21,6 +22,7 @@ from .interface import (
     serve_runs,
     show_text,
     tell_chart,
+    thumbnail,
     times_lost,
     to_image,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "Model",
     "Progress",
     "predict_alike",
+    "about_graph",
     "blank_latents",
     "boundary_sigmas",
     "calibration",
@@ -110,6 +113,7 @@ __all__ = [
     "experts_folders",
     "tell_chart",
     "text_features",
+    "thumbnail",
     "times_lost",
     "to_image",
     "encoded_captions",

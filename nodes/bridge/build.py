@@ -164,12 +164,15 @@ def save_model(
     dtype: str | None,
     clip: comfy.sd.CLIP | None = None,
     vae: comfy.sd.VAE | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> str:
     """Write a MODEL's network with all that is known of its origin; returns what a person must know to open the file.
 
     layout: a key of `files.FILE_LAYOUTS`; with ``checkpoint``, also CLIP and VAE. dtype: None for the precision it is held in.
+    about: more entries for the header.
     """
-    network, metadata = model.network, {} if model.origin is None else model.origin.metadata
+    network, origin = model.network, {} if model.origin is None else model.origin.metadata
+    metadata = {**origin, **(about or {})}
     if isinstance(network, Architecture):
         others = None if clip is None or vae is None or layout != "checkpoint" else vae_and_text_encoders(model, clip, vae)
         save_unet(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
+from base64 import b64encode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.cli_args import args
 from torch import Tensor
 
 from ...distill_core.base.storage import WriteError
@@ -25,6 +29,7 @@ log = logging.getLogger("distill")
 
 RUNS_ROUTE, RUN_ROUTE = "/distill/runs", "/distill/runs/{name}"
 OWN_FOLDERS = ("distill_runs", "distill_data")  # under the output folder; saved models and reports stay out of them
+THUMBNAIL_PX = 256
 _seen: dict[Path, int] = {}  # steps of each run at the last look
 _lost: dict[Path, int] = {}
 
@@ -141,6 +146,24 @@ def file_in(folder: str, name: str) -> Path:
         if folder_paths.is_within_directory(root, path) and os.path.isfile(path):
             return Path(path)
     raise ValueError(f"there is no file {name!r} under models/{folder}; press R to refresh the list")
+
+
+def about_graph(prompt: dict | None, extra: dict | None) -> dict[str, str]:
+    """The graph as entries of a file's header, by which dropping the file onto the canvas opens it; none with --disable-metadata."""
+    if args.disable_metadata:
+        return {}
+    return {name: json.dumps(value) for name, value in {"prompt": prompt, **(extra or {})}.items() if value is not None}
+
+
+def thumbnail(image: Tensor) -> str:
+    """The first of an IMAGE as ModelSpec has it: a small JPEG in a data URL."""
+    from PIL import Image
+
+    small = Image.fromarray((image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    written = BytesIO()
+    small.save(written, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(written.getvalue()).decode()}"
 
 
 def throw_if_cancelled() -> None:

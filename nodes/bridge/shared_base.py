@@ -139,7 +139,7 @@ def check_base(model: Model) -> None:
         raise ValueError("this MODEL reads more than a latent: inpainting and editing models cannot be trained here")
     if model.patcher.injections:
         raise ValueError(
-            "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA instead of Load LoRA (Bypass)"
+            "a LoRA is on this MODEL in bypass mode, which training cannot see; use Load LoRA instead of Load LoRA (Bypass) (For debugging)"
         )
 
 

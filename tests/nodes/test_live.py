@@ -1,5 +1,6 @@
 """The live view of a training: what a page is told of it, and the chart in a browser where one is installed."""
 
+import base64
 import json
 import os
 import re
@@ -62,11 +63,16 @@ def test_the_newest_sample_is_where_view_finds_it(drawn, server):
         assert answer.read() == (drawn / "samples" / "00000004.png").read_bytes()
 
 
-def test_several_students_are_told_as_one_training(server):
+@pytest.fixture(scope="module")
+def several(server):
+    """A short training of three experts: its folder."""
     prompt = {**PROMPT, "train": experts("live experts"), "x": {"class_type": "PreviewAny", "inputs": {"source": ["train", 4]}}}
     assert server.run(prompt).succeeded
-    told = asked(server, "live experts")[1]
-    folder = server.output / "distill_runs" / "live experts"
+    return server.output / "distill_runs" / "live experts"
+
+
+def test_several_students_are_told_as_one_training(server, several):
+    told, folder = asked(server, "live experts")[1], several
     totals = [row["total"] for number in range(3) for row in rows(folder / f"range_{number}")]
     assert told["points"]["step"] == [1, 2, 3, 4, 5, 6] and told["points"]["mean"]["total"] == pytest.approx(totals, rel=1e-5)
     assert told["total_steps"] == 6
@@ -409,7 +415,27 @@ def test_a_training_is_stopped_on_the_chart_and_keeps_its_steps(page, server):
     assert listed(server)["stopped"]["step"] == kept > 1
 
 
-def test_the_stages_of_several_experts_are_marked(page, server):
+def test_a_saved_student_dropped_onto_the_canvas_opens_its_graph(page, server):
+    graph = workflow(run_name="dropped", total_steps=2, steps_per_queue=2, batch_size=2)
+    (saves,) = (node for node in graph["nodes"] if node["type"] == "DistillSaveDistilledModel")
+    saves["widgets_values"][0] = "dropped/student"
+    load(page, graph)
+    page.evaluate("app.queuePrompt(0)")
+    saved = server.output / "dropped"
+    until(lambda: any(saved.glob("student_*.safetensors")), "nothing was saved", 120)
+    page.evaluate("app.graph.clear()")
+    page.evaluate(
+        """async ([name, text]) => {
+            const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            await app.handleFile(new File([bytes], name));
+        }""",
+        ["student.safetensors", base64.b64encode(next(saved.glob("student_*.safetensors")).read_bytes()).decode()],
+    )
+    page.wait_for_function("() => app.graph.nodes.some((node) => node.type === 'DistillTrainStep')")
+    assert run_name(page) == "dropped"
+
+
+def test_the_stages_of_several_experts_are_marked(page, several):
     graph = json.loads((comfyui.ROOT / "workflows" / "o2mkd_scenes.json").read_text("utf-8"))
     (trains,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainExperts")
     trains["widgets_values"][0] = "live experts"

@@ -1,7 +1,12 @@
 """Plans in the graph: by hand, made automatically, padded; and students to disk and back."""
 
+import base64
+import json
+from io import BytesIO
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from distill_core.demo.teacher import teacher_file
@@ -136,7 +141,24 @@ def test_pruning_twice_leads_residuals_all_the_way(server):
         "save": save(["again", 0], "twice"),
     })  # fmt: skip
     assert result.succeeded, result.error
-    import json
 
     skips = json.loads(open_unet(newest(server, "twice_*.safetensors")).metadata["distill.skips"])
     assert skips == {"teacher": 9, "kept": [0, 1, 3, 4, 6, 7], "mid": True}
+
+
+def test_a_saved_student_carries_its_graph_and_a_thumbnail(server):
+    prompt = {
+        **PROMPT,
+        "image": {"class_type": "EmptyImage", "inputs": {"width": 640, "height": 320, "batch_size": 2, "color": 0xFF0000}},
+        "save": save(["prune", 0], "diffusion_models/pictured", thumbnail=["image", 0]),
+    }
+    result = server.run(prompt)
+    assert result.succeeded, result.error
+    file = newest(server, "diffusion_models/pictured_*.safetensors")
+    metadata = server.get(f"view_metadata/diffusion_models?filename={file.name}")
+    assert json.loads(metadata["prompt"]) == prompt and metadata["modelspec.title"] == file.stem
+    kind, _, text = metadata["modelspec.thumbnail"].partition(",")
+    picture = Image.open(BytesIO(base64.b64decode(text)))
+    assert kind == "data:image/jpeg;base64" and picture.size == (256, 128)
+    red, green, blue = picture.getpixel((50, 50))
+    assert red > 240 and max(green, blue) < 15

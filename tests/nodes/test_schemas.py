@@ -5,6 +5,7 @@ import re
 import pytest
 
 from ..comfyui import ROOT
+from .test_locales import OTHERS
 
 NAMES = {
     "DistillLoadDemoTeacher": "Load Demo Teacher",
@@ -69,12 +70,13 @@ def test_help_pages_are_served(server):
     import urllib.request
 
     docs = f"http://127.0.0.1:{server.port}/extensions/distill-nodes/docs"
-    for name in NAMES:
-        with urllib.request.urlopen(f"{docs}/{name}.md", timeout=10) as answer:
-            page = answer.read().decode()
-        pictures = re.findall(r"!\[.+?\]\((.+?)\)", page)
-        assert page.startswith("# ") and "## Example" in page and pictures
-        for picture in pictures:
+    for page in [f"{name}{ending}.md" for name in NAMES for ending in ("", *(f"/{language}" for language in OTHERS))]:
+        with urllib.request.urlopen(f"{docs}/{page}", timeout=10) as answer:
+            assert "html" not in answer.headers["Content-Type"]  # which the front end takes for an error
+            text = answer.read().decode()
+        pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+        assert text.startswith("# ") and ("## Example" in text or "/" in page) and pictures
+        for picture in pictures:  # in every language relative to docs/, as the front end resolves them
             with urllib.request.urlopen(f"{docs}/{picture}", timeout=10) as answer:
                 assert answer.read(4) == b"\x89PNG"
 

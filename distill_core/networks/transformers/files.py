@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...base.documents import one_line, parse_json, read_json
+from ...base.modelspec import OF_ONE_FILE, modelspec
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from ..folders import CONFIG, WEIGHTS, check_place, folder_of, read_folder
 from ..residuals import Rename
@@ -267,7 +268,8 @@ def save_transformer(
         raise ValueError("the weights of a quantised transformer can only be copied; leave the precision as it is")
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     codes = dict.fromkeys(named, CODES[dtype]) if dtype else {}
-    write_tensors(path, {**(others or {}), **named}, metadata or {}, codes=codes, overwrite=overwrite, on_bytes=on_bytes)
+    header = {**modelspec(path, architecture.family), **(metadata or {})}
+    write_tensors(path, {**(others or {}), **named}, header, codes=codes, overwrite=overwrite, on_bytes=on_bytes)
 
 
 def stated(config: Mapping[str, Any]) -> dict[str, str]:
@@ -279,12 +281,12 @@ def stated(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename) -> dict[str, str]:
-    """A teacher's metadata made true of its student: lengths of lists, and the layers that are named in it.
+    """A teacher's metadata made true of its student: lengths of lists, and the layers that are named in it; not what is its alone.
 
     ComfyUI believes both before it looks at the tensors. rename: teacher's name -> student's, None for what is removed.
     ``ValueError`` if it cannot be read.
     """
-    changed = dict(metadata)
+    changed = {key: text for key, text in metadata.items() if key not in OF_ONE_FILE}
     if _CONFIG in changed:
         config = parse_json(changed[_CONFIG], "its metadata 'config'")
         if isinstance(of_network := config.get("transformer"), dict):
