@@ -26,7 +26,7 @@ from ..networks.files import UNetFile
 from . import plots, report
 from .catalog import macs_of
 from .comparison import COLUMNS, MEANINGS, Comparison, Measured
-from .measuring import device_words, in_rounds, peak_of, seconds_of
+from .measuring import device_words, each_round, peak_of, seconds_of
 from .metrics import clip_score, feature_distances, output_error
 from .trial import random_data
 
@@ -86,10 +86,10 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
     models = {name: _load(file, device, DTYPES[dtype]) for name, file in files.items()}
     asked = {name: _evaluation(model, dataset, settings.batch_size, on_evaluation) for name, model in models.items()}
     peaks = {name: peak_of(asked[name], list(model.network.parameters()), device, NUM_WARM_UPS) for name, model in models.items()}
-    seconds = in_rounds([partial(seconds_of, ask, device) for ask in asked.values()], settings.num_rounds)
+    seconds = each_round([partial(seconds_of, ask, device) for ask in asked.values()], settings.num_rounds)
     height, width = settings.size_px
     first, measured = next(iter(models.values())), []
-    for (name, model), of_a_step in zip(models.items(), seconds, strict=True):
+    for (name, model), of_rounds in zip(models.items(), seconds, strict=True):
         measured.append(
             Measured(
                 name=name,
@@ -99,7 +99,7 @@ def compare(files: Mapping[str, UNetFile], settings: Settings, on_evaluation: Ca
                     files[name].architecture, (models[name].latent_channels, height // 8, width // 8), settings.num_tokens
                 )
                 / 1e9,
-                ms_per_step=1000 * of_a_step,
+                ms_of_rounds=tuple(1000 * of_a_step for of_a_step in of_rounds),
                 peak_bytes=peaks[name],
                 distances=(0.0,) * NUM_BINS if model is first else _distances(model, first, dataset, settings, on_evaluation),
             )

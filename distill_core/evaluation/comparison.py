@@ -25,6 +25,11 @@ MEANINGS = {
 }
 
 
+UNEVEN_FROM = 1.25
+"""Highest over lowest share of the first model's time, from which the times say little."""
+UNEVEN = "The times vary too much between rounds to say more; close other programs and measure again."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Cost of one model, and distance of its predictions from the first model's."""
@@ -35,12 +40,17 @@ class Measured:
     """Size of the stored weights."""
     gmacs: float
     """Multiply-accumulates of one evaluation for one image, in units of 1e9."""
-    ms_per_step: float
+    ms_of_rounds: tuple[float, ...]
+    """Milliseconds of a step in each round; in a round all models take a turn."""
     peak_bytes: int
     """Peak memory of a step, including the model's weights."""
     distances: tuple[float, ...] | None
     """Mean squared difference from the first model's predictions in each timestep bin, least noisy first; None if the
     predictions are not comparable."""
+
+    @property
+    def ms_per_step(self) -> float:
+        return statistics.median(self.ms_of_rounds)
 
     @property
     def mean_distance(self) -> float | None:
@@ -67,16 +77,35 @@ class Comparison:
     def summary(self) -> str:
         """Result in words: one sentence per model."""
         first, *others = self.models
-        return " ".join(
+        told = [
             f"{model.name} has {model.parameters / first.parameters:.0%} of the parameters of {first.name} and takes "
-            f"{model.ms_per_step / first.ms_per_step:.0%} of its time per step."
+            f"{model.ms_per_step / first.ms_per_step:.0%} of its time per step{_spread(model, first)}."
             for model in others
-        )
+        ]
+        if any(_is_uneven(model, first) for model in others):
+            told.append(UNEVEN)
+        return " ".join(told)
 
     def facts(self) -> dict[str, Any]:
         """All figures, for scripts."""
-        rows = [asdict(model) | {"mean_distance": model.mean_distance} for model in self.models]
+        rows = [asdict(model) | {"ms_per_step": model.ms_per_step, "mean_distance": model.mean_distance} for model in self.models]
         return {"models": rows, "settings": dict(self.settings)}
+
+
+def _ratios(model: Measured, first: Measured) -> tuple[float, float]:
+    """The lowest and the highest share of the first model's time in one round."""
+    ratios = [ours / theirs for ours, theirs in zip(model.ms_of_rounds, first.ms_of_rounds, strict=True)]
+    return min(ratios), max(ratios)
+
+
+def _spread(model: Measured, first: Measured) -> str:
+    low, high = _ratios(model, first)
+    return f" ({low:.0%} to {high:.0%} in {len(model.ms_of_rounds)} rounds)" if len(model.ms_of_rounds) > 1 else ""
+
+
+def _is_uneven(model: Measured, first: Measured) -> bool:
+    low, high = _ratios(model, first)
+    return high > UNEVEN_FROM * low
 
 
 def _cells(model: Measured, first: Measured | None) -> list[str]:

@@ -15,9 +15,14 @@ from ..training.memory import Ledger
 
 
 def in_rounds(timed: Sequence[Callable[[], float]], num_rounds: int) -> list[float]:
-    """Median seconds that each function returns; every round calls all of them once, in turn."""
+    """Median seconds that each function returns, see `each_round`."""
+    return [statistics.median(seconds) for seconds in each_round(timed, num_rounds)]
+
+
+def each_round(timed: Sequence[Callable[[], float]], num_rounds: int) -> list[tuple[float, ...]]:
+    """The seconds that each function returns in every round; a round calls all of them once, in turn."""
     rounds = [[one() for one in timed] for _ in range(num_rounds)]
-    return [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+    return list(zip(*rounds, strict=True))
 
 
 def synchronize(device: torch.device) -> None:

@@ -29,7 +29,7 @@ from ...distill_core.base.settings import SEEDS, check_settings, setting
 from ...distill_core.diffusion.macs import counted_macs
 from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
 from ...distill_core.evaluation.comparison import Comparison, Measured
-from ...distill_core.evaluation.measuring import in_rounds, synchronize, watched_memory
+from ...distill_core.evaluation.measuring import each_round, synchronize, watched_memory
 from .asking import at_levels, even_levels
 from .interface import pixels_of, throw_if_cancelled, to_images
 from .progress import Progress
@@ -94,11 +94,11 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
     ]
     for artist in artists:
         artist.prepare()
-    seconds = in_rounds([artist.draw for artist in artists], drawing.num_seeds)
+    seconds = each_round([artist.draw for artist in artists], drawing.num_seeds)
     first, *_ = artists
     examples = torch.cat(first.latents)[:NUM_EXAMPLES]
     reference, measured = first.predictions(examples, first.model), []
-    for artist, of_a_step in zip(artists, seconds, strict=True):
+    for artist, of_rounds in zip(artists, seconds, strict=True):
         predictions = reference if artist is first else artist.predictions(examples, first.model)
         measured.append(
             Measured(
@@ -106,7 +106,7 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
                 parameters=artist.num_parameters,
                 weight_bytes=artist.weight_bytes,
                 gmacs=artist.macs / 1e9,
-                ms_per_step=1000 * of_a_step,
+                ms_of_rounds=tuple(1000 * of_a_step for of_a_step in of_rounds),
                 peak_bytes=artist.peak_bytes,
                 distances=None
                 if predictions is None or reference is None

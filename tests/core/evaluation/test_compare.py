@@ -145,7 +145,7 @@ def test_images_keep_their_pixels_and_their_places():
 @pytest.fixture
 def drawn():
     measured = [
-        Measured(name=name, parameters=number, weight_bytes=2 * number, gmacs=1.0, ms_per_step=2.0, peak_bytes=number,
+        Measured(name=name, parameters=number, weight_bytes=2 * number, gmacs=1.0, ms_of_rounds=(2.0,), peak_bytes=number,
                  distances=distances)
         for name, number, distances in (("<b>teacher</b>", 10, (0.0, 0.0)), ("it's & \"more\"", 5, None))
     ]  # fmt: skip
@@ -167,11 +167,29 @@ def test_a_report_is_one_file_whose_texts_are_escaped(drawn, tmp_path):
 
 
 def test_figures_are_short_and_names_are_no_formulas():
-    sizes = {"parameters": 2_567_463_684, "weight_bytes": 4_897 * 2**20, "gmacs": 6_012.4, "ms_per_step": 12_345.6}
+    sizes = {"parameters": 2_567_463_684, "weight_bytes": 4_897 * 2**20, "gmacs": 6_012.4, "ms_of_rounds": (12_345.6,)}
     large = Measured(name=r"$\frac$", peak_bytes=6_000 * 2**20, distances=(0.0,) * 10, **sizes)
     comparison = Comparison(models=(large, large), settings={})
     assert comparison.rows()[0] == [large.name, "2,567,463,684", "6,012", "12,346", "6,000", "4,897", "reference"]
     assert comparing.chart(comparison).height > 400
+
+
+@pytest.mark.parametrize(
+    "of_small,said",
+    [
+        ((6.0, 6.2, 6.6), "takes 62% of its time per step (60% to 66% in 3 rounds)."),
+        ((1.1, 6.2, 6.6), "takes 62% of its time per step (11% to 66% in 3 rounds). The times vary too much"),
+        ((6.0,), "takes 60% of its time per step."),
+    ],
+)
+def test_the_spread_of_the_times_is_told_and_a_wide_one_warned_of(of_small, said):
+    sizes = {"weight_bytes": 1, "gmacs": 1.0, "peak_bytes": 1, "distances": None}
+    large = Measured(name="large", parameters=10, ms_of_rounds=(10.0,) * len(of_small), **sizes)
+    small = Measured(name="small", parameters=5, ms_of_rounds=of_small, **sizes)
+    comparison = Comparison(models=(large, small), settings={})
+    assert comparison.summary().startswith(f"small has 50% of the parameters of large and {said}")
+    assert comparison.summary().endswith(said) or "close other programs" in comparison.summary()
+    assert comparison.facts()["models"][1]["ms_per_step"] == sorted(of_small)[len(of_small) // 2]
 
 
 def test_what_was_not_measured_is_left_out(drawn):
