@@ -212,10 +212,9 @@ def _drawn(model, captions, null_caption, recipe: TrainingSettings, settings: di
         seed=recipe.seed,
     )
     encoded = bridge.encoded_captions(captions, null_caption, model)
+    progress = bridge.Progress(node_id, "images", each=making.num_steps)
     try:
-        return bridge.draw_latents(
-            model, *encoded, making, bridge.data_folder(folder.name), recipe.batch_size, bridge.Progress(node_id, "images").at
-        )
+        return bridge.draw_latents(model, *encoded, making, bridge.data_folder(folder.name), recipe.batch_size, progress.at)
     finally:
         bridge.release_memory()
 

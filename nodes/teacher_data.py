@@ -114,7 +114,7 @@ class TeacherDataset(io.ComfyNode):
                 bridge.data_folder(name[0]),
                 batch_size[0],
                 on_caption=bridge.Progress(node_id, "prompts encoded").at,
-                on_item=bridge.Progress(node_id, "images").at,
+                on_step=bridge.Progress(node_id, "images", each=making.num_steps).at,
             )
         finally:
             bridge.release_memory()

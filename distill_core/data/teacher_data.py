@@ -83,7 +83,13 @@ class Making:
 
 
 def make_latents(
-    teacher: Denoiser, captions: Sequence[Caption], null: Caption, noise: Tensor, making: Making, scales: Tensor | None = None
+    teacher: Denoiser,
+    captions: Sequence[Caption],
+    null: Caption,
+    noise: Tensor,
+    making: Making,
+    scales: Tensor | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor | None]:
     """Latents (B, C, H, W) that the teacher generates for captions from noise, and states (B, K, C, H, W) on the way.
 
@@ -101,6 +107,7 @@ def make_latents(
         label=label,
         num_steps=making.num_steps,
         guidance=making.guidance if scales is None else scales,
+        on_step=on_step,
         on_state=lambda x_t, t: states.append(x_t.cpu()) if kept is not None and t in kept else None,
     )
     return latents.cpu(), torch.stack(states, 1) if states else None
@@ -120,20 +127,22 @@ def make_dataset(
     one_length: bool = False,
     on_caption: Callable[[int, int], None] = ignore,
     on_item: Callable[[int, int], None] = ignore,
+    on_step: Callable[[int, int], None] = ignore,
 ) -> CachedDataset:
     """Dataset on disk of images that a teacher generates for prompts; only what is not in the folder yet is generated.
 
     Each image depends only on its prompt, its number and the seed, not on the others. schedule: the teacher's. dtype: as in
     `CacheWriter`. one_length: the teacher cannot be asked for captions of different lengths at once. The teacher is loaded once
     all prompts are encoded, so that it need not share memory with the encoders, and only if there is something to generate.
-    ``on_caption(done, total)`` is called after each batch of prompts, ``on_item(done, total)`` before the first batch of images and after each. If it is interrupted or killed, finished
-    batches stay. ``ValueError`` without prompts.
+    ``on_caption(done, total)`` is called after each batch of prompts, ``on_item(done, total)`` before the first batch of images and
+    after each, ``on_step`` likewise and after each step of sampling, with the steps of all images. If it is interrupted or
+    killed, finished batches stay. ``ValueError`` without prompts.
     """
     check_range("batch_size", batch_size, BATCH)
     with writing(folder, dtype=dtype) as writer:
         captions, null = _encoded(writer, encoders, prompts, batch_size, on_caption)
         return _drawn(
-            writer, load_teacher, teacher_fingerprint, captions, null, making, schedule, batch_size, on_item, one_length
+            writer, load_teacher, teacher_fingerprint, captions, null, making, schedule, batch_size, on_item, on_step, one_length
         )
 
 
@@ -202,6 +211,7 @@ def draw_dataset(
     batch_size: int = 8,
     dtype: str = "fp16",
     on_item: Callable[[int, int], None] = ignore,
+    on_step: Callable[[int, int], None] = ignore,
 ) -> CachedDataset:
     """`make_dataset` for captions that are encoded already, and an empty caption or negative prompt."""
     check_range("batch_size", batch_size, BATCH)
@@ -214,7 +224,7 @@ def draw_dataset(
                 writer.add_text(texts[-1], caption)
         writer.flush()
         named = [(name, name) for name in texts[:-1]]
-        return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item)
+        return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item, on_step)
 
 
 class _Job(NamedTuple):
@@ -249,6 +259,7 @@ def _drawn(
     schedule: NoiseSchedule,
     batch_size: int,
     on_item: Callable[[int, int], None],
+    on_step: Callable[[int, int], None],
     one_length: bool = False,
 ) -> CachedDataset:
     """Dataset of what a teacher generates for captions that are written.
@@ -261,35 +272,51 @@ def _drawn(
     entries: list[Entry] = []
     waiting: list[_Job] = []
     teacher = None
+
+    def tell(done: int) -> None:
+        on_item(done, total)
+        on_step(done * making.num_steps, total * making.num_steps)
+
+    def draw(done: int) -> None:
+        assert teacher is not None
+        steps = ((done - len(waiting)) * making.num_steps + step * len(waiting) for step in range(1, making.num_steps))
+
+        def tell_step() -> None:
+            if (of_all := next(steps, None)) is not None:  # the last is told once the images are written
+                on_step(of_all, total * making.num_steps)
+
+        _draw(writer, teacher, waiting, null, making, tell_step)
+        waiting.clear()
+
     for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
         entries.append(Entry(job.name, job.text, sizes))
         if not writer.has(job.name):
             if teacher is None:
-                on_item(done - 1, total)
+                tell(done - 1)
                 teacher = load_teacher()
             if one_length and waiting and len(writer.caption(job.text).context) != len(writer.caption(waiting[0].text).context):
-                _draw(writer, teacher, waiting, null, making)
-                waiting = []
+                draw(done - 1)
             waiting.append(job)
         if len(waiting) == batch_size or (waiting and done == total):
-            assert teacher is not None
-            _draw(writer, teacher, waiting, null, making)
-            waiting = []
-            on_item(done, total)
+            draw(done)
+            tell(done)
         elif not waiting and (done % TELL_EVERY == 0 or done == total):
-            on_item(done, total)
+            tell(done)
     scales = making.scales if making.num_states else None
     return writer.finish(entries, null_text, making.kept(schedule), scales)
 
 
-def _draw(writer: CacheWriter, teacher: Denoiser, jobs: Sequence[_Job], null: Caption, making: Making) -> None:
+def _draw(
+    writer: CacheWriter, teacher: Denoiser, jobs: Sequence[_Job], null: Caption, making: Making, on_step: Callable[[], None]
+) -> None:
     """Generate some images and write them."""
     shape = teacher.latent_channels, *(side // 8 for side in making.size)
     noise = torch.stack([torch.randn(shape, generator=generator(making.seed, job.number, job.source)) for job in jobs])
     scales = [making.scale(job.number, job.source) for job in jobs]
     drawn = [scale for scale in scales if scale is not None]
     together = torch.stack(drawn) if drawn else None
-    latents, states = make_latents(teacher, [writer.caption(job.text) for job in jobs], null, noise, making, together)
+    captions = [writer.caption(job.text) for job in jobs]
+    latents, states = make_latents(teacher, captions, null, noise, making, together, on_step)
     for i, job in enumerate(jobs):
         writer.add_latent(job.name, latents[i], None if states is None else states[i], scales[i])
     writer.flush()

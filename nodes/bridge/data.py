@@ -246,7 +246,7 @@ def make_data(
     folder: Path,
     batch_size: int,
     on_caption: Callable[[int, int], None],
-    on_item: Callable[[int, int], None],
+    on_step: Callable[[int, int], None],
 ) -> tuple[list[dict], list, list]:
     """Images a teacher samples: one LATENT and CONDITIONING each, in the order of the prompts, and the empty prompt's CONDITIONING.
 
@@ -279,7 +279,7 @@ def make_data(
             dtype=STORED,
             one_length=is_transformer,
             on_caption=on_caption,
-            on_item=on_item,
+            on_step=on_step,
         )
     assert data.null is not None  # encoded with the prompts
     return *_in_order(data, prompts, encoders, teacher), _conditioning(data.null.context.float(), data.null.pooled)

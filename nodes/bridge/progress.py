@@ -14,10 +14,13 @@ SECONDS_BETWEEN_TEXTS = 0.5
 class Progress:
     """A bar and a line of text on a node: what is done, and the time left. `add` and `at` stop the task if it was cancelled."""
 
-    def __init__(self, node_id: str, what: str = "", total: int = 1):
-        """what: what is counted, in the plural, such as ``images``; without it there is no text until `tell`."""
+    def __init__(self, node_id: str, what: str = "", total: int = 1, each: int = 1):
+        """what: what is counted, in the plural, such as ``images``; without it there is no text until `tell`.
+
+        each: how much of what is done makes one of them, such as the steps of an image.
+        """
         self.done, self.total = 0, total
-        self._node_id, self._what, self._text, self._shown_at = node_id, what, "", 0.0
+        self._node_id, self._what, self._each, self._text, self._shown_at = node_id, what, each, "", 0.0
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
         self._began: tuple[int, float] | None = None
 
@@ -41,7 +44,8 @@ class Progress:
         throw_if_cancelled()
 
     def _show(self, now: float) -> None:
-        text = self._text or (f"{self.done} of {self.total} {self._what}" if self._what else "")
+        counted = f"{self.done // self._each} of {self.total // self._each} {self._what}" if self._what else ""
+        text = self._text or counted
         if text:
             self._shown_at = now
             show_text(text + self._left(now), self._node_id)

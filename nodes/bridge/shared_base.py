@@ -209,7 +209,7 @@ def draw_latents(
     making: Making,
     folder: Path,
     batch_size: int,
-    on_item: Callable[[int, int], None],
+    on_step: Callable[[int, int], None],
 ) -> CachedDataset:
     """Images a MODEL samples from captions, and their noisy states, as training data on disk; see `teacher_data.draw_dataset`.
 
@@ -227,7 +227,7 @@ def draw_latents(
             folder,
             schedule=model.schedule,
             batch_size=batch_size,
-            on_item=on_item,
+            on_step=on_step,
         )
 
 

@@ -220,6 +220,9 @@ def progress(out):
         cancelled = False
     except comfy.model_management.InterruptProcessingException:
         cancelled = True
+    in_parts = bridge.Progress("1", "images", 80, each=20)
+    in_parts.at(0)
+    in_parts.at(50)
     Path(out).write_text(json.dumps([shown, bars, cancelled]))
 
 

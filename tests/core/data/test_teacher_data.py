@@ -72,9 +72,12 @@ def test_what_was_made_is_not_made_again(tmp_path, small_teacher):
     with pytest.raises(Stop):
         make(tmp_path / "parts", small, on_item=stop)
     assert calls == [(0, 3), (2, 3)]
-    progress = []
-    parts = make(tmp_path / "parts", small, on_item=lambda done, total: progress.append((done, total)))
-    assert progress == [(2, 3), (3, 3)] and parts.fingerprint == whole.fingerprint
+    progress, steps = [], []
+    told = {"on_item": lambda *item: progress.append(item), "on_step": lambda *step: steps.append(step)}
+    parts = make(tmp_path / "parts", small, **told)
+    each = MAKING.num_steps
+    assert progress == [(2, 3), (3, 3)] and steps == [(done, 3 * each) for done in range(2 * each, 3 * each + 1)]
+    assert parts.fingerprint == whole.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(everything(parts)[:2], everything(whole)[:2], strict=True))
     small.network = None  # a teacher that could not answer
     assert make(tmp_path / "parts", small).fingerprint == whole.fingerprint
