@@ -407,7 +407,8 @@ def _check_run(models: Models) -> None:
     if experts is None:
         check_run(models.run_folder, training, shapes)
     else:
-        check_experts_run(models.run_folder, training, shapes, experts.num_experts(models.schedule))
+        num_plans = len({repr(plan) for plan in models.plans}) or 1
+        check_experts_run(models.run_folder, training, shapes, experts.stages(training, models.schedule, num_plans))
 
 
 def _run(models: Models, dataset: Dataset) -> Run:

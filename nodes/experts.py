@@ -109,7 +109,8 @@ class TrainTimestepExperts(io.ComfyNode):
             log.warning("sample_every_steps has no effect here: only Distill Train Step and Shared-Base LoRA make sample images")
             recipe = replace(recipe, sample_every_steps=0)
         folder, experts = bridge.run_folder(run_name[0]), ExpertsSettings(**of_experts)
-        check_experts_run(folder, recipe, student.architecture.shapes, experts.num_experts(teacher.schedule))
+        stages, shapes = experts.stages(recipe, teacher.schedule), student.architecture.shapes
+        check_experts_run(folder, recipe, shapes, stages)
         check_lesson(recipe, teacher.architecture, student.architecture, same=False)
         plan = student.plan_from(teacher)
         bridge.check_trainable(student, teacher)
@@ -133,10 +134,7 @@ class TrainTimestepExperts(io.ComfyNode):
             if not training.complete:
                 whole = replace(recipe, lora_rank=0) if training.step < of_experts["joint_steps"] else recipe
                 forecast = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
-                count = experts.num_experts(teacher.schedule)
-                on_disk_bytes = disk_bytes(student.architecture.shapes, recipe, count + bool(training.joint_steps))
-                on_disk_bytes = 0 if recipe.lora_rank else on_disk_bytes
-                needs = tell_needs(forecast, bridge.free_bytes(student), node_id, on_disk_bytes)
+                needs = tell_needs(forecast, bridge.free_bytes(student), node_id, disk_bytes(shapes, stages))
                 _train(training, run_name[0], steps_per_queue[0], node_id, needs)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
@@ -160,6 +158,7 @@ def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str, nee
     try:
         training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage, on_refit=refit_progress(node_id, needs))
     finally:
+        watch.end()
         bridge.release_memory()
 
 

@@ -66,8 +66,8 @@ class SaveDistilledModel(io.ComfyNode):
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"
         path = bridge.output_path(filename_prefix, "" if layout == "diffusers" else ".safetensors")
         precision = None if dtype == AS_IT_IS else dtype
-        about = bridge.about_graph(cls.hidden.prompt, cls.hidden.extra_pnginfo)
-        if thumbnail is not None:
+        about = {} if layout == "diffusers" else bridge.about_graph(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        if thumbnail is not None and layout != "diffusers":
             about["modelspec.thumbnail"] = bridge.thumbnail(thumbnail)
         loading_note = bridge.save_model(
             bridge.Model(model), path, layout=layout, dtype=precision, clip=clip, vae=vae, about=about

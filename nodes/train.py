@@ -169,7 +169,7 @@ class WholeStudent:
         previews = bridge.previews(data, vae, self.teachers[0]) if run.settings.sample_every_steps else None
         watch = Watch(run.folder.name, run.step, last, node_id, previews)
         forecast = bridge.forecast_memory(self.teachers, student, self.plan, data, run.settings)
-        on_disk_bytes = disk_bytes(student.architecture.shapes, run.settings)
+        on_disk_bytes = disk_bytes(student.architecture.shapes, [run.settings])
         needs = tell_needs(forecast, bridge.free_bytes(student), node_id, on_disk_bytes)
         load = [partial(bridge.denoiser, model, student.architecture) for model in self.teachers]
         try:
@@ -185,6 +185,7 @@ class WholeStudent:
                 on_refit=refit_progress(node_id, needs),
             )
         finally:
+            watch.end()
             bridge.release_memory()
 
     def result(self, run: Run) -> ModelPatcher:
@@ -277,6 +278,7 @@ def train_on_base(
     forecast = bridge.forecast_shared_base(model, teacher, data, run.settings)
     with contextlib.ExitStack() as stack:
         stack.callback(bridge.release_memory)
+        stack.callback(watch.end)
         base = stack.enter_context(bridge.opened_base(model))
         load = partial(stack.enter_context, bridge.opened_base(teacher)) if teacher else without_lora(base)
         stack.enter_context(bridge.with_gradients(base))
@@ -331,6 +333,11 @@ class Watch:
         self.stage = ""  # what is being trained, when there are several experts
         self._live, self._first, self._node_id, self._previews = Live(run_name, last), first, node_id, previews
         self._progress = bridge.Progress(node_id, total=last - first)
+        self._run_name = run_name
+
+    def end(self) -> None:
+        """Tell all open pages that the training has ended, whichever way."""
+        bridge.tell_chart({"run": self._run_name, "ended": True}, None, self._node_id)
 
     def __call__(self, progress: Progress) -> None:
         if message := self._live.tell(progress, time.monotonic()):

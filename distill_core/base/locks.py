@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .documents import read_json
-from .storage import write_text
+from .storage import WriteError, write_text
 
 log = logging.getLogger("distill")
 
@@ -20,10 +20,11 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
+def locked(folder: Path, wait_s: float = 0, *, must: bool = False) -> Iterator[None]:
     """Lock a folder while open; ``ValueError`` says which process holds it, and for how long. wait_s: how long to wait for it.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends. must: ``ValueError`` on a file system that has
+    no locks, where otherwise a warning is logged.
     """
     from filelock import FileLock, Timeout
 
@@ -33,14 +34,24 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ValueError(f"{folder} is in use by {_owner(folder)}; wait until that ends, or choose another name") from error
-    except (NotImplementedError, OSError):  # some network drives refuse every lock
+    except (NotImplementedError, OSError) as error:  # some network drives refuse every lock
+        if must:
+            raise ValueError(f"{folder} cannot be locked, so another process may be using it; delete it by hand") from error
         log.warning("%s is on a file system without locks; do not train in it from two processes", folder)
     try:
-        write_text(folder / OWNER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": time.time()}))
+        _tell_owner(folder)
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)
         lock.release()
+
+
+def _tell_owner(folder: Path) -> None:
+    """Write who holds a folder, for whoever finds it locked."""
+    try:
+        write_text(folder / OWNER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": time.time()}))
+    except WriteError as error:  # the lock holds without it, and who deletes something must be able to
+        log.warning("%s", error)
 
 
 def _owner(folder: Path) -> str:

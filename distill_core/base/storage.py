@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import struct
 import tempfile
@@ -268,6 +269,28 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard(paths: Sequence[Path]) -> None:
+    """Delete files and folders; if one of them cannot be moved, all stay.
+
+    They are given hidden names first, which needs no room on the disk; folders that a killed process left so are removed by
+    `clear_abandoned`. Links are deleted, not followed.
+    """
+    mark = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    moved: dict[Path, Path] = {}
+    try:
+        for path in paths:
+            moved[path] = path.rename(path.with_name(f".{path.name}.{mark}"))
+    except OSError:
+        for path, hidden in moved.items():
+            hidden.rename(path)
+        raise
+    for hidden in moved.values():
+        if hidden.is_dir() and not hidden.is_symlink():
+            shutil.rmtree(hidden)
+        else:
+            hidden.unlink()
 
 
 def _host() -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..base.modelspec import STALE_HASHES
+from ..base.modelspec import OF_ONE_FILE
 from ..networks.name_map import NameMap
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.family import Family
@@ -157,7 +157,7 @@ def remap_on_blocks(
         num_dropped=len(goes),
         num_text_encoder=len(of_text),
         switched_to_ldm=False,
-        metadata={key: text for key, text in (metadata or {}).items() if key not in (*STALE_HASHES, KEY)},
+        metadata={key: text for key, text in (metadata or {}).items() if key not in (*OF_ONE_FILE, KEY)},
     )
 
 

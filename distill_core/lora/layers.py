@@ -134,7 +134,7 @@ class Lora:
             **kind,
             "ss_network_dim": str(self.rank),
             "ss_network_alpha": str(self.alpha),
-            **modelspec(path),
+            **modelspec(path, dated=False),
             "distill.lora": json.dumps({"layers": len(self.layers)}),
         }
         write_tensors(path, tensors, {**about, **metadata})

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..base.modelspec import STALE_HASHES
+from ..base.modelspec import OF_ONE_FILE
 from ..base.storage import StoredTensor, read_header, write_tensors
 from ..networks.architecture import Architecture
 from ..networks.layouts import heads, layout_named
@@ -244,7 +244,7 @@ def remap_lora(
     target = layout or ("ldm" if switched else None)
     renamed = _respell(left.places, kept, student, target)
     remapped: dict[str, Weight] = {renamed.get(key, key): tensor for key, tensor in left.tensors.items()}
-    kept_metadata = {key: text for key, text in (metadata or {}).items() if key not in STALE_HASHES}
+    kept_metadata = {key: text for key, text in (metadata or {}).items() if key not in OF_ONE_FILE}
     if target == "ldm" or any(target not in (None, _DIALECTS[place.dialect].layout) for place in left.places.values()):
         remapped |= _alphas(left, renamed, teacher)
         kept_metadata.pop(KEY, None)
@@ -425,7 +425,7 @@ def convert_lora_file(path: Path | str, out: Path | str, model: Architecture, *,
         tensors = diffusers_lora(header.tensors, model, header.metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    dropped = (*STALE_HASHES, KEY)
+    dropped = (*OF_ONE_FILE, KEY)
     kept = {key: text for key, text in header.metadata.items() if key not in dropped and not key.startswith("ss_network_")}
     write_tensors(out, tensors, kept, overwrite=overwrite)
     return len(tensors) // 2

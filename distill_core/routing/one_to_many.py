@@ -36,7 +36,7 @@ from ..training.checkpoints import checkpoints_in, own, sound
 from ..training.loop import Progress, distill
 from ..training.processes import ALONE, Processes
 from ..training.run import Inputs, Run
-from ..training.runs import OWN_OF_EXPERTS, STAGES
+from ..training.run_folders import OWN_OF_EXPERTS, STAGES
 from ..training.settings import TrainingSettings
 from ..training.teachers import Teachers
 from .experts import MANIFEST, Experts, write_experts
@@ -89,9 +89,27 @@ class ExpertsSettings:
     def num_experts(self, schedule: NoiseSchedule) -> int:
         return len(read_ranges(self.boundaries, schedule)) if self.boundaries else self.count
 
+    def stages(self, training: TrainingSettings, schedule: NoiseSchedule, num_plans: int = 1) -> list[TrainingSettings]:
+        """Settings of every stage: of a joint student for each plan, then of each expert. training: of an expert in its range."""
+        count = self.num_experts(schedule)
+        steps = count * training.total_steps if self.joint_steps is None else self.joint_steps
+        return [joint_settings(training, steps)] * (num_plans if steps else 0) + [training] * count
+
     def ranges(self, schedule: NoiseSchedule) -> TimestepRanges:
         """The ranges, if no measurement is needed."""
         return read_ranges(self.boundaries, schedule) if self.boundaries else SPLITS[self.split](schedule, self.count)
+
+
+def joint_settings(training: TrainingSettings, steps: int) -> TrainingSettings:
+    """Settings of a joint stage: all timesteps, all weights."""
+    return replace(
+        training,
+        total_steps=max(1, steps),
+        lora_rank=0,
+        lora_alpha=None,
+        lora_targets=TrainingSettings.lora_targets,
+        lora_dora=False,
+    )
 
 
 class Start(NamedTuple):
@@ -162,7 +180,8 @@ class OneToMany:
 
     def _check_folder(self) -> None:
         """Raise ``ValueError`` if the folder holds something else, or a joint student that was trained for longer."""
-        names = [path.name for path in self.folder.iterdir() if path.name[0] != "."] if self.folder.exists() else []
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        names = [path.name for path in there if path.name[0] != "." and path.name != STAGES]
         for name in names:
             if name in OWN_OF_EXPERTS or name.startswith(("joint", "range_", "pruned")):
                 own(self.folder / name)
@@ -357,15 +376,7 @@ class OneToMany:
 
     @property
     def _joint_training(self) -> TrainingSettings:
-        """Settings of a joint stage: all timesteps, all weights."""
-        return replace(
-            self.training,
-            total_steps=max(1, self.joint_steps),
-            lora_rank=0,
-            lora_alpha=None,
-            lora_targets=TrainingSettings.lora_targets,
-            lora_dora=False,
-        )
+        return joint_settings(self.training, self.joint_steps)
 
     def _number(self, stage: str) -> int:
         """Index of a stage's expert; for a joint stage, of the first expert that starts from it."""

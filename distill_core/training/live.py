@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoints import is_link
 from .run import METRICS, RECIPE, read_metrics
-from .runs import STAGES, stage_steps, stages_in, total_steps_of
+from .run_folders import STAGES, stages_in, total_steps_of
 
 if TYPE_CHECKING:
     from .loop import Progress
@@ -104,8 +104,8 @@ class Live:
 def history(folder: Path) -> dict[str, Any] | None:
     """History of the run, or of the training of several experts, in a folder; None if it has no steps yet.
 
-    ``run``, ``step``, ``total_steps`` (None if unknown), ``points``, and the ``stages`` of several experts: the name of each, and
-    the step after which it begins. Cached until a file changes.
+    ``run``, ``step``, ``total_steps`` (None if unknown), ``points``, and the ``stages`` that have begun: the name of each, and the
+    step after which it begins. Cached until a file changes.
     """
     written = [folder / RECIPE, folder / STAGES, *(stage / METRICS for stage in stages_in(folder))]
     stamps = tuple((path, stat.st_size, stat.st_mtime_ns) for path in written if (stat := _stat(path)))
@@ -121,10 +121,10 @@ def _stat(path: Path) -> os.stat_result | None:
 
 @lru_cache(8)
 def _history(folder: Path, stamps: tuple) -> dict[str, Any] | None:
-    if not (rows := metrics_of(folder)):
+    stages = metrics_by_stage(folder)
+    if not (rows := _in_sequence(stages)):
         return None
-    steps = stage_steps(folder)
-    begins = zip(steps, accumulate(steps.values(), initial=0), strict=False)
+    begins = zip(stages, accumulate((int(stage[-1]["step"]) for stage in stages.values()), initial=0), strict=False)
     return {
         "run": folder.name,
         "step": int(rows[-1]["step"]),
@@ -136,8 +136,12 @@ def _history(folder: Path, stamps: tuple) -> dict[str, Any] | None:
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """Metrics of a run; for a training of several experts, those of all its stages in sequence."""
+    return _in_sequence(metrics_by_stage(folder))
+
+
+def _in_sequence(stages: Mapping[str, list[dict[str, float]]]) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
-    for stage in metrics_by_stage(folder).values():
+    for stage in stages.values():
         done = rows[-1]["step"] if rows else 0
         rows += [{**row, "step": done + row["step"]} for row in stage]
     return rows

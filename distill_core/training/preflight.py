@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -25,14 +25,16 @@ def check_run(folder: Path, settings: TrainingSettings, shapes: Mapping[str, tup
     check_packages(settings)
     Run(folder, settings, started(folder).inputs, main=False)  # compares the settings, but not the data
     check_writable(folder / RECIPE, overwrite=True)
-    check_checkpoints(folder, settings, shapes)
+    check_checkpoints(folder, shapes, [settings])
 
 
-def check_experts_run(folder: Path, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> None:
-    """The same for a training of several experts, each with its own checkpoints."""
+def check_experts_run(
+    folder: Path, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]], stages: Sequence[TrainingSettings]
+) -> None:
+    """The same for a training of several experts. stages: the settings of each of its runs."""
     check_packages(settings)
     check_writable(folder / RECIPE, overwrite=True)
-    check_checkpoints(folder, settings, shapes, num_experts)
+    check_checkpoints(folder, shapes, stages)
 
 
 def check_packages(settings: TrainingSettings) -> None:
@@ -43,28 +45,37 @@ def check_packages(settings: TrainingSettings) -> None:
         check_installed([package], setting)
 
 
-def check_checkpoints(folder: Path, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]], num_runs: int = 1) -> None:
-    """Raise ``ValueError`` if checkpoints of all weights do not fit on the disk. LoRAs are small and not checked."""
-    if settings.lora_rank:
-        return
+def check_checkpoints(folder: Path, shapes: Mapping[str, tuple[int, ...]], stages: Sequence[TrainingSettings]) -> None:
+    """Raise ``ValueError`` if the checkpoints of runs that train one after another do not fit on the disk."""
     there = sum(path.stat().st_size for path in folder.glob("**/checkpoints/*/*.safetensors"))
     check_room(
         folder,
-        disk_bytes(shapes, settings, num_runs) - there,
-        f"{num_runs * _most_kept(settings)} checkpoints",
+        disk_bytes(shapes, stages) - there,
+        f"{sum(map(_most_kept, stages)) + any(map(_drops, stages))} checkpoints",
         "free some space, or lower keep_checkpoints or keep_best",
     )
 
 
-def disk_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings, num_runs: int = 1) -> int:
-    """The most that checkpoints of all weights take on the disk while runs train, one after another."""
-    return num_runs * _most_kept(settings) * checkpoint_bytes(shapes, settings)
+def disk_bytes(shapes: Mapping[str, tuple[int, ...]], stages: Sequence[TrainingSettings]) -> int:
+    """The most that checkpoints take on the disk while runs train one after another. LoRAs are small and not counted."""
+    whole = [(stage, checkpoint_bytes(shapes, stage)) for stage in stages if not stage.lora_rank]
+    beside = max(
+        (num_bytes for stage, num_bytes in whole if _drops(stage)), default=0
+    )  # the oldest goes after the next is written
+    return sum(_most_kept(stage) * num_bytes for stage, num_bytes in whole) + beside
 
 
 def _most_kept(settings: TrainingSettings) -> int:
-    """Checkpoints of a run that exist at once: the oldest goes only after the next is written."""
-    written = ceil(settings.total_steps / settings.save_every_steps)
-    return min(written, settings.keep_checkpoints + settings.keep_best) + (written > 1)
+    return min(_num_written(settings), settings.keep_checkpoints + settings.keep_best)
+
+
+def _drops(settings: TrainingSettings) -> bool:
+    """Whether a run writes more checkpoints than it keeps."""
+    return _num_written(settings) > _most_kept(settings)
+
+
+def _num_written(settings: TrainingSettings) -> int:
+    return ceil(settings.total_steps / settings.save_every_steps)
 
 
 def checkpoint_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings) -> int:

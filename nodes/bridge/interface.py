@@ -23,7 +23,7 @@ from ...distill_core.routing.experts import MANIFEST
 from ...distill_core.training import live
 from ...distill_core.training.checkpoints import checkpoints_in
 from ...distill_core.training.run import METRICS
-from ...distill_core.training.runs import delete_run, runs_in, stages_in
+from ...distill_core.training.run_folders import delete_run, runs_in, stages_in
 
 log = logging.getLogger("distill")
 
@@ -152,14 +152,18 @@ def about_graph(prompt: dict | None, extra: dict | None) -> dict[str, str]:
     """The graph as entries of a file's header, by which dropping the file onto the canvas opens it; none with --disable-metadata."""
     if args.disable_metadata:
         return {}
-    return {name: json.dumps(value) for name, value in {"prompt": prompt, **(extra or {})}.items() if value is not None}
+    parts = {name: value for name, value in {"prompt": prompt, **(extra or {})}.items() if value is not None}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in parts.items()}
 
 
 def thumbnail(image: Tensor) -> str:
     """The first of an IMAGE as ModelSpec has it: a small JPEG in a data URL."""
     from PIL import Image
 
-    small = Image.fromarray((image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+    if image.shape[0] == 0 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"the thumbnail has the shape {tuple(image.shape)}; connect an image in color")
+    pixels = image[0, ..., :3].expand(-1, -1, 3).nan_to_num().clamp(0, 1)
+    small = Image.fromarray((pixels * 255).round().byte().cpu().numpy())
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     written = BytesIO()
     small.save(written, "JPEG", quality=85)
@@ -185,7 +189,7 @@ def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> No
     from server import PromptServer
 
     server = PromptServer.instance
-    message = message | {"node": node_id, "sample": _image_view(sample), "prompt": server.last_prompt_id}
+    message = message | {"node": node_id, "sample": _image_view(sample), "prompt": getattr(server, "last_prompt_id", None)}
     server.send_sync("distill.progress", message)
 
 

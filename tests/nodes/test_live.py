@@ -120,9 +120,10 @@ def listed(server):
 
 
 def test_the_runs_on_the_disk_are_listed(drawn, server):
-    (server.output / "distill_runs" / "no run").mkdir(exist_ok=True)
+    (server.output / "distill_runs" / "no run" / "samples").mkdir(parents=True)
+    (server.output / "distill_runs" / "to it").symlink_to(drawn, target_is_directory=True)
     runs = listed(server)
-    assert "no run" not in runs and "link" not in runs
+    assert "live view" in runs and not {"no run", "to it"} & runs.keys()
     student = drawn / "checkpoints" / "00000005" / "student.safetensors"
     held = sum(file.stat().st_size for file in drawn.rglob("*") if file.is_file())
     assert runs["live view"] == {
@@ -216,8 +217,10 @@ def test_every_step_is_told_while_it_trains(make, last, server):
     listener, name = Listener(server), f"told by {make.__name__}"
     result = server.run({**PROMPT, "7": make(name), "x": {"class_type": "PreviewAny", "inputs": {"source": ["7", 3]}}})
     assert result.succeeded, result.error
-    until(lambda: any(told["step"] == last for told in listener.of("distill.progress")), "the last step was not told", 10)
-    told = listener.of("distill.progress")
+    until(lambda: any(told.get("step") == last for told in listener.of("distill.progress")), "the last step was not told", 10)
+    until(lambda: listener.of("distill.progress")[-1].get("ended"), "the end was not told", 10)
+    *told, end = listener.of("distill.progress")
+    assert end["run"] == name and end["node"] == "7"
     assert all(message["run"] == name and message["node"] == "7" for message in told)
     assert [message["after"] for message in told] == [None, *(message["step"] for message in told[:-1])]
     assert [step for message in told for step in message["points"]["step"]] == list(range(1, last + 1))
@@ -406,12 +409,17 @@ def test_a_training_is_stopped_on_the_chart_and_keeps_its_steps(page, server):
     assert not stop.is_visible()
     page.evaluate("app.queuePrompt(0)")
     page.locator(f"{CHART} path.smooth.series-total").wait_for(timeout=120_000)
-    opened(page, server)  # after a reload too
-    load(page, workflow(run_name="stopped", total_steps=5000, steps_per_queue=5000, batch_size=4))
-    stop.click(timeout=30_000)
-    stop.wait_for(state="hidden", timeout=30_000)
-    kept = len(rows(server.output / "distill_runs" / "stopped"))
-    page.wait_for_function(f"text => document.querySelector('{CHART} .status').textContent === text", arg=f"step {kept} of 5000")
+    other = page.context.browser.new_page()  # which did not queue it, and is told by the server alone
+    opened(other, server)
+    load(other, workflow(run_name="stopped", total_steps=5000, steps_per_queue=5000, batch_size=4))
+    other.get_by_role("button", name="Stop and keep").click(timeout=30_000)
+    for seen in (page, other):
+        seen.get_by_role("button", name="Stop and keep").wait_for(state="hidden", timeout=30_000)
+        kept = len(rows(server.output / "distill_runs" / "stopped"))
+        seen.wait_for_function(
+            f"text => document.querySelector('{CHART} .status').textContent === text", arg=f"step {kept} of 5000"
+        )
+    other.close()
     assert listed(server)["stopped"]["step"] == kept > 1
 
 

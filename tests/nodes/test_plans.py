@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from distill_core.base.storage import read_header
 from distill_core.demo.teacher import teacher_file
 from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import name_map
@@ -162,3 +163,16 @@ def test_a_saved_student_carries_its_graph_and_a_thumbnail(server):
     assert kind == "data:image/jpeg;base64" and picture.size == (256, 128)
     red, green, blue = picture.getpixel((50, 50))
     assert red > 240 and max(green, blue) < 15
+
+
+def test_a_diffusers_folder_has_neither_graph_nor_thumbnail(server):
+    prompt = {
+        **PROMPT,
+        "image": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
+        "mask": {"class_type": "ImageToMask", "inputs": {"image": ["image", 0], "channel": "red"}},
+        "grey": {"class_type": "MaskToImage", "inputs": {"mask": ["mask", 0]}},
+        "save": save(["prune", 0], "diffusers/plain", layout="diffusers", thumbnail=["grey", 0]),
+    }
+    assert server.run(prompt).succeeded
+    metadata = read_header(newest(server, "diffusers/plain_*") / "diffusion_pytorch_model.safetensors").metadata
+    assert not {"prompt", "workflow", "modelspec.thumbnail"} & metadata.keys()

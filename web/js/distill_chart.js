@@ -118,7 +118,11 @@ class Chart {
     this.svg = element("svg", { role: "img" });
     this.picture = html("img", { draggable: "false" });
     this.hint = html("p");
-    this.list = new RunList((name) => this._choose(name), () => this.load());
+    this.list = new RunList({
+      choose: (name) => this._choose(name),
+      changed: () => charts.forEach((chart) => chart.load()),
+      ofExperts: this.node.comfyClass === "DistillTrainExperts",
+    });
     this.panel = html("div", { class: "panel" }, this.svg, this.picture, this.list.element, this.hint);
     this.status = html("div", { class: "status" });
     this.foot = html("div", { class: "foot" }, this.status);
@@ -126,7 +130,7 @@ class Chart {
     this.resized = new ResizeObserver(() => this.draw());
     this.viewButtons = this.views.map((view) => toggle(say(view), false, () => this._look(view)));
     this.logButton = toggle(say("Log scale"), true, () => this._set({ log: !this.log }));
-    const words = { title: say("Stops after the current step; every finished step is kept.") };
+    const words = { title: say("Stops what is running now, after the current step; every finished step is kept.") };
     this.stopButton = button(say("Stop and keep"), () => this._stopTraining(), words);
     this.foot.append(this.stopButton);
     this.tabs.append(...this.viewButtons, html("span", { class: "space" }), this.logButton);
@@ -159,7 +163,6 @@ class Chart {
   /** Zooming and moving the graph works over the chart as it does beside it. */
   _passToCanvas(event, method) {
     if (window.LiteGraph?.vueNodesMode) return; // Vue nodes pass it on themselves
-    if (event.type === "wheel" && this.list.scrolls(event)) return;
     event.preventDefault();
     app.canvas[method](event);
   }
@@ -171,7 +174,7 @@ class Chart {
 
   _look(view) {
     this._set({ view });
-    if (view === "Runs") this.list.load().catch(warn);
+    if (view === "Runs") this.list.load();
   }
 
   /** Let the node train and show another run. */
@@ -179,6 +182,7 @@ class Chart {
     this._runWidget.value = name;
     this._runWidget.callback?.(name);
     this._set({ view: "Loss" });
+    this.viewButtons[0].focus();
     this.node.graph?.change?.();
   }
 
@@ -257,7 +261,7 @@ class Chart {
         await this._load(this.loadedName);
       }
     } catch (error) {
-      warn(error);
+      console.warn("the chart of a training could not be loaded:", error); // the shown data is still correct
     } finally {
       this.loading = false;
     }
@@ -285,6 +289,10 @@ class Chart {
 
   /** Take in an event of the training. */
   tell(message) {
+    if (message.ended) {
+      this.stop();
+      return;
+    }
     this.toldName = message.run;
     this._follow(this.runName);
     this.progress = message;
@@ -316,7 +324,7 @@ class Chart {
     if (!this.running) return;
     this.running = this.stopping = false;
     this.load();
-    if (this.view === "Runs") this.list.load().catch(warn);
+    if (this.view === "Runs") this.list.load();
   }
 
   setPicture(sample) {
@@ -368,10 +376,11 @@ class Chart {
     this._point(this.pointer);
     const newest = this.columns.mean.total?.at(-1);
     const about = `${say(this.view)}${newest == null ? "" : ` ${short(newest)}`}`;
-    this.svg.setAttribute("aria-label", say("Run {0}: {1}", this.loadedName, about));
+    this.svg.setAttribute("aria-label", say("Run {0}: {1}", this.loadedName ?? "", about));
   }
 
   _whyEmpty(samples) {
+    if (!this.isRun && this._isNamedElsewhere) return say("The chart appears when the training begins.");
     if (!this.isRun) return say("No run of this name yet. Queue to start it, or choose another under Runs.");
     if (samples) return say("No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE.");
     return say("No measurements yet.");
@@ -379,7 +388,10 @@ class Chart {
 
   /** Where the stages of several experts begin, but for the first. */
   _marks() {
-    return this.stages.slice(1).map(({ name, after }) => ({ step: after, text: name.replace("_", " ") }));
+    return this.stages.slice(1).map(({ name, after }) => {
+      const [, number] = /^range_(\d+)$/.exec(name) ?? [];
+      return { step: after, text: number ? say("range {0}", number) : say("all timesteps") };
+    });
   }
 
   _series() {
@@ -468,11 +480,6 @@ class Chart {
 }
 
 const charts = new Set();
-
-/** Something could not be loaded; what is shown is still correct. */
-function warn(error) {
-  console.warn("the chart of a training could not be loaded:", error);
-}
 
 /** Call `then` after a method of an object, if it has one. */
 function after(object, method, then) {

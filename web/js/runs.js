@@ -5,21 +5,24 @@ import { app } from "../../../scripts/app.js";
 import { button, html, say, sayBytes } from "./words.js";
 
 export class RunList {
-  /** choose: called with a run's name; changed: after one was deleted. */
-  constructor(choose, changed) {
-    this.choose = choose;
-    this.changed = changed;
-    this.runs = [];
+  /** choose: called with a run's name; changed: after one was deleted; ofExperts: whether the node trains experts. */
+  constructor({ choose, changed, ofExperts }) {
+    Object.assign(this, { choose, changed, ofExperts });
+    this.runs = null;
     this.told = html("p", { role: "status" });
-    this.rows = html("ul");
-    this.newButton = button(say("New run"), () => choose(freeName(this.chosen, this.runs.map(({ run }) => run))));
+    this.rows = html("ul", { "data-capture-wheel": "true" });
+    this.newButton = button(say("New run"), () => choose(freeName(this.chosen, this.runs)));
     this.element = html("div", { class: "runs" }, html("div", { class: "row" }, this.newButton, this.told), this.rows);
+    this.rows.addEventListener("wheel", (event) => this._scroll(event));
   }
 
   async load() {
-    const response = await api.fetchApi("/distill/runs", { cache: "no-store" });
-    if (!response.ok) throw new Error(`${response.status} ${response.statusText}`);
-    this.runs = await response.json();
+    try {
+      this.runs = await (await asked("/distill/runs", { cache: "no-store" })).json();
+      this.told.textContent = this.runs.length ? "" : say("No runs yet.");
+    } catch (error) {
+      this.told.textContent = String(error.message);
+    }
     this.draw();
   }
 
@@ -30,21 +33,19 @@ export class RunList {
     this.draw();
   }
 
-  /** Whether the list takes a turn of the wheel itself. */
-  scrolls(event) {
-    return this.rows.contains(event.target) && this.rows.scrollHeight > this.rows.clientHeight;
-  }
-
   draw() {
-    this.newButton.disabled = !this.free;
+    const focused = document.activeElement?.getAttribute("aria-label");
+    const scrolled = this.rows.scrollTop;
+    this.newButton.disabled = !this.free || !this.runs;
     this.newButton.title = this.free ? "" : say("Another node gives the name.");
-    this.rows.replaceChildren(...this.runs.map((run) => this._row(run)));
-    this.told.textContent = this.runs.length ? "" : say("No runs yet.");
+    this.rows.replaceChildren(...(this.runs ?? []).map((run) => this._row(run)));
+    this.rows.scrollTop = scrolled;
+    if (focused) [...this.rows.querySelectorAll("button")].find((one) => one.getAttribute("aria-label") === focused)?.focus();
   }
 
   _row({ run, kind, step, total_steps, bytes, path }) {
-    const name = button(run, () => this.choose(run), { class: "name", "aria-current": run === this.chosen });
-    name.disabled = !this.free;
+    const name = button(run, () => this.choose(run), { class: "name", "aria-label": run, "aria-current": run === this.chosen });
+    name.disabled = !this.free || (kind !== "" && (kind === "experts") !== this.ofExperts);
     const done = total_steps ? say("step {0} of {1}", step, total_steps) : say("step {0}", step);
     const facts = [done, say(kind), sayBytes(bytes)].filter(Boolean).join(" · ");
     const copy = button(say("Copy path"), () => this._copy(path), { title: path, "aria-label": `${say("Copy path")}: ${run}` });
@@ -52,6 +53,14 @@ export class RunList {
     const remove = button(say("Delete"), () => this._delete(run, bytes), { "aria-label": `${say("Delete")}: ${run}` });
     remove.disabled = this.trains && run === this.chosen;
     return html("li", {}, name, html("span", { class: "facts" }, facts), copy, remove);
+  }
+
+  /** The list takes a turn of the wheel itself, unless it has nothing to scroll or the graph is to be zoomed. */
+  _scroll(event) {
+    if (event.ctrlKey || this.rows.scrollHeight <= this.rows.clientHeight) return;
+    event.stopPropagation();
+    event.preventDefault();
+    this.rows.scrollTop += event.deltaY;
   }
 
   async _copy(path) {
@@ -70,19 +79,32 @@ export class RunList {
       type: "delete",
     });
     if (!confirmed) return;
-    const response = await api.fetchApi(`/distill/runs/${encodeURIComponent(run)}`, { method: "DELETE" });
-    const reason = response.status === 409 ? (await response.json()).error : "";
+    let told;
+    try {
+      await asked(`/distill/runs/${encodeURIComponent(run)}`, { method: "DELETE" });
+      told = say("Deleted {0}.", run);
+    } catch (error) {
+      told = String(error.message);
+    }
     await this.load();
-    this.told.textContent = reason || say("Deleted {0}.", run);
+    this.told.textContent = told;
     this.changed(run);
   }
 }
 
-/** `student-2` for `student`, if that is the first that no run has. */
-function freeName(name, taken) {
-  const base = (name || "student").replace(/-\d+$/, "");
-  if (!taken.includes(base)) return base;
-  let number = 2;
-  while (taken.includes(`${base}-${number}`)) number++;
-  return `${base}-${number}`;
+/** The server's answer; an error with its reason if it refuses. */
+async function asked(route, options) {
+  const response = await api.fetchApi(route, options);
+  if (response.ok) return response;
+  const { error } = await response.json().catch(() => ({}));
+  throw new Error(error ?? `${response.status} ${response.statusText}`);
+}
+
+/** `student-2` for `student`, if that is the first that no run has; upper and lower case are one on some disks. */
+function freeName(name, runs) {
+  const taken = new Set(runs.map(({ run }) => run.toLowerCase()));
+  const base = (name || "student").replace(/-\d\d?$/, "");
+  let free = base;
+  for (let number = 2; taken.has(free.toLowerCase()); number++) free = `${base}-${number}`;
+  return free;
 }

@@ -40,6 +40,8 @@ const TRANSLATED = {
       "还没有样图。要生成样图，请在蒸馏配方中设置样图间隔步数并连接 VAE。",
     "No measurements yet.": "还没有测量值。",
     "No run of this name yet. Queue to start it, or choose another under Runs.": "还没有这个名称的任务。运行即可开始，或在“任务”中选择其他任务。",
+    "The chart appears when the training begins.": "训练开始后会显示图表。",
+    "range {0}": "区间 {0}",
     "Runs": "任务",
     "New run": "新任务",
     "No runs yet.": "还没有任务。",
@@ -54,7 +56,7 @@ const TRANSLATED = {
       "要删除任务 {0} 及其全部检查点（{1}）吗？已从中保存的模型会保留。",
     "Deleted {0}.": "已删除 {0}。",
     "Stop and keep": "停止并保留",
-    "Stops after the current step; every finished step is kept.": "当前步结束后停止；已完成的每一步都会保留。",
+    "Stops what is running now, after the current step; every finished step is kept.": "当前步结束后停止正在运行的任务；已完成的每一步都会保留。",
     "stopping": "正在停止",
   },
 };

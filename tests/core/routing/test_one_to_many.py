@@ -20,8 +20,9 @@ from distill_core.pruning.plan import plan_in, preset
 from distill_core.routing.experts import Experts
 from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start, has_begun
 from distill_core.routing.router import ExpertDenoiser
+from distill_core.training.live import history
 from distill_core.training.run import Inputs, Run
-from distill_core.training.runs import run_in, stage_steps
+from distill_core.training.run_folders import run_in
 from distill_core.training.settings import TrainingSettings
 
 from ...students import student_of
@@ -205,8 +206,30 @@ def test_some_steps_at_a_time_equal_all_at_once(training, tmp_path, uninterrupte
 def test_its_folder_says_all_stages_from_the_first_step_on(training, tmp_path, uninterrupted):
     begun = training(tmp_path / "run")
     begun.train(num_steps=1)
-    assert stage_steps(begun.folder) == begun.stages and run_in(begun.folder)[:4] == ("run", "experts", 1, 8)
+    assert json.loads((begun.folder / "stages.json").read_text()) == begun.stages
+    assert run_in(begun.folder)[:4] == ("run", "experts", 1, 8)
     assert run_in(uninterrupted.folder).result == uninterrupted.experts.folder
+
+
+def test_one_that_failed_before_its_first_step_begins_again(training, tmp_path):
+    def fail(*_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        training(tmp_path / "run", make=fail).train(num_steps=1)
+    again = training(tmp_path / "run")
+    again.train(num_steps=1)
+    assert again.step == 1
+
+
+def test_stages_begin_where_those_before_them_ended(training, tmp_path):
+    """Whichever ranges are trained, and in whatever order."""
+    begun = training(tmp_path / "run", replace(TWO, count=3))
+    for number in (0, 2):
+        begun.train(only=number)
+    told = history(begun.folder)
+    assert told["stages"] == [{"name": name, "after": after} for name, after in (("joint", 0), ("range_0", 2), ("range_2", 5))]
+    assert told["step"] == 8 and told["total_steps"] == 2 + 3 * 3
 
 
 def test_progress_is_over_all_stages(training, tmp_path):

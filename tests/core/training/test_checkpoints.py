@@ -17,7 +17,7 @@ import torch
 
 from distill_core.base.locks import locked
 from distill_core.base.storage import read_header, write_tensors
-from distill_core.training import checkpoints, live, runs
+from distill_core.training import checkpoints, live, run_folders
 from distill_core.training.checkpoints import checkpoints_in, own
 from distill_core.training.run import Run, read_metrics, started
 from distill_core.training.settings import TrainingSettings
@@ -214,7 +214,7 @@ def test_what_a_chart_shows_stays_in_the_folder(run, tmp_path):
     """Stages and samples that are links are not shown."""
     folder, _ = run
     (folder / "range_0").symlink_to(folder)
-    assert runs.stages_in(folder) == [folder]
+    assert run_folders.stages_in(folder) == [folder]
     (tmp_path / "elsewhere").mkdir()
     for place in (tmp_path / "elsewhere", folder / "samples"):
         place.mkdir(exist_ok=True)

@@ -12,10 +12,12 @@ from distill_core.base.disk import check_room, check_writable
 from distill_core.base.packages import REQUIRED, check_installed
 from distill_core.base.storage import WriteError, write_tensors
 from distill_core.cli import main
+from distill_core.diffusion.schedule import scaled_linear
 from distill_core.pruning.plan import preset
+from distill_core.routing.one_to_many import ExpertsSettings
 from distill_core.training import preflight
 from distill_core.training.loop import distill
-from distill_core.training.preflight import check_experts_run, check_packages, check_run, checkpoint_bytes
+from distill_core.training.preflight import check_experts_run, check_packages, check_run, checkpoint_bytes, disk_bytes
 from distill_core.training.run import Inputs, Run
 from distill_core.training.settings import TrainingSettings
 
@@ -109,9 +111,17 @@ def test_a_disk_too_small_for_the_checkpoints_is_told(monkeypatch, tmp_path):
     there = tmp_path / "run" / "checkpoints" / "00000001"
     there.mkdir(parents=True)
     (there / "student.safetensors").write_bytes(bytes(each))
-    preflight.check_checkpoints(tmp_path / "run", RECIPE, SHAPES)
-    with pytest.raises(ValueError, match="12 checkpoints need"):
-        check_experts_run(tmp_path / "experts", RECIPE, SHAPES, 4)
+    preflight.check_checkpoints(tmp_path / "run", SHAPES, [RECIPE])
+    with pytest.raises(ValueError, match="9 checkpoints need"):  # of all but one of the runs, two each
+        check_experts_run(tmp_path / "experts", RECIPE, SHAPES, [RECIPE] * 4)
+
+
+def test_what_runs_take_one_after_another_is_what_each_keeps_and_one_more(tmp_path):
+    each, short = checkpoint_bytes(SHAPES, RECIPE), replace(RECIPE, total_steps=1)
+    whole, lora = ExpertsSettings(count=3, joint_steps=1), replace(RECIPE, lora_rank=4)
+    assert disk_bytes(SHAPES, [RECIPE]) == 3 * each and disk_bytes(SHAPES, [short]) == each
+    assert disk_bytes(SHAPES, whole.stages(RECIPE, scaled_linear())) == (1 + 3 * 2 + 1) * each
+    assert disk_bytes(SHAPES, whole.stages(lora, scaled_linear(), num_plans=2)) == 2 * each
 
 
 def test_room_is_that_of_the_place_where_the_folder_will_be(monkeypatch, tmp_path):

@@ -1,11 +1,16 @@
 """The runs in a folder: listed as they are, deleted without anything else."""
 
+import errno
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
 from distill_core.base.locks import locked
-from distill_core.base.storage import write_tensors
-from distill_core.training.runs import delete_run, run_in, runs_in, stage_steps, total_steps_of
+from distill_core.base.storage import atomic, write_tensors
+from distill_core.training.run_folders import delete_run, run_in, runs_in, total_steps_of
 
 TENSORS = {"weight": torch.zeros(4)}
 
@@ -53,7 +58,15 @@ def test_each_is_listed_with_its_steps_size_and_result(runs):
 def test_damaged_stages_are_none(text, runs):
     folder = runs[0] / "experts"
     (folder / "stages.json").write_text(text)
-    assert stage_steps(folder) == {} and total_steps_of(folder) is None and run_in(folder).step == 14
+    assert total_steps_of(folder) is None and run_in(folder).step == 14
+
+
+def test_a_file_with_two_names_takes_its_room_once(runs):
+    folder, newest = runs
+    before = run_in(folder / "student").num_bytes
+    (folder / "student" / "experts").mkdir()
+    os.link(newest["student"], folder / "student" / "experts" / "range_0.safetensors")
+    assert run_in(folder / "student").num_bytes == before
 
 
 def test_what_is_not_of_the_run_stays(runs, tmp_path):
@@ -63,30 +76,74 @@ def test_what_is_not_of_the_run_stays(runs, tmp_path):
     (outside / "precious").write_text("x")
     (folder / "student" / "samples").symlink_to(outside, target_is_directory=True)
     (folder / "student" / "checkpoints" / "link").symlink_to(outside, target_is_directory=True)
-    (folder / "lora" / "notes.md").write_text("mine")
+    mine = {"notes.md", "range_notes", "pruned images"}
+    for name in mine:
+        (folder / "lora" / name).write_text("mine")
     for name in ("student", "lora", "experts"):
         delete_run(folder / name)
-    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*")] == ["lora", "lora/notes.md"]
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == {"lora", *(f"lora/{name}" for name in mine)}
     assert (outside / "precious").read_text() == "x"
 
 
 def test_what_is_no_run_or_trains_is_not_deleted(runs):
     folder, newest = runs
-    (folder / "notes").mkdir()
-    (folder / "notes" / "a.txt").write_text("x")
+    for name in ("samples", "experts", "pruned models", "range_notes"):
+        (folder / "notes" / name).mkdir(parents=True)
     (folder / "link").symlink_to(folder / "student", target_is_directory=True)
+    assert run_in(folder / "notes") is None
     for name, reason in (("notes", "there is no run in"), ("missing", "there is no run in"), ("link", "is a link")):
         with pytest.raises(ValueError, match=reason):
             delete_run(folder / name)
     with locked(folder / "lora"), pytest.raises(ValueError, match="is in use by process"):
         delete_run(folder / "lora")
-    assert newest["student"].exists() and newest["lora"].exists() and (folder / "notes" / "a.txt").exists()
+    assert newest["student"].exists() and newest["lora"].exists() and len([*(folder / "notes").iterdir()]) == 4
 
 
-def test_one_that_was_cut_short_can_be_deleted_again(runs):
-    """The recipe, by which it is still known, goes last."""
-    folder = runs[0] / "student"
-    (folder / "checkpoints").rename(folder / "samples")
-    assert run_in(folder).step == 0
+def test_one_whose_files_cannot_be_moved_stays_as_it_was(runs, monkeypatch):
+    folder, rename = runs[0] / "student", Path.rename
+    before = sorted(folder.rglob("*.*"))
+
+    def refuse(path, target):
+        if path.name == "recipe.toml":  # as on Windows, where another program has it open
+            raise PermissionError("it is open")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        delete_run(folder)
+    monkeypatch.undo()
+    assert set(before) <= set(folder.rglob("*.*")) and run_in(folder).step == 30
     delete_run(folder)
     assert not folder.exists()
+
+
+def test_what_killed_processes_left_goes_too(runs):
+    folder = runs[0] / "lora"
+    with atomic(folder / "base.safetensors") as made:
+        made.write_bytes(bytes(9))
+        name = made.parent.name
+    _, _, host, _, end, tmp = name.rsplit(".", 5)
+    left = folder / f".base.safetensors.{host}.999999999.{end}.{tmp}"
+    left.mkdir()
+    (left / "made").write_bytes(bytes(9))
+    delete_run(folder)
+    assert not folder.exists()
+
+
+def test_a_full_disk_can_be_emptied(runs, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    delete_run(runs[0] / "student")
+    assert not (runs[0] / "student").exists()
+
+
+def test_without_locks_nothing_is_deleted(runs, monkeypatch):
+    def none(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", none)
+    with pytest.raises(ValueError, match="cannot be locked, so another process may be using it"):
+        delete_run(runs[0] / "student")
+    assert run_in(runs[0] / "student").step == 30
