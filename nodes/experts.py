@@ -141,7 +141,7 @@ class TrainTimestepExperts(io.ComfyNode):
         bridge.newest_step(run_name[0])  # so that the next call notices if they are gone
         written = str(training.folder / "experts") if training.complete else ""
         state = "complete" if training.complete else "queue again to go on"
-        bridge.show_text(f"step {training.step} of {training.total_steps}: {state}\n{ranges}", node_id)
+        bridge.show_text(f"step {training.step} of {training.total_steps}: {state}\n{_begins(training)}", node_id)
         return io.NodeOutput(
             _routed(training, student), written, ranges, curve, training.step, ui=ui.PreviewImage(curve, cls=cls)
         )
@@ -160,6 +160,14 @@ def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str, nee
     finally:
         watch.end()
         bridge.release_memory()
+
+
+def _begins(training: OneToMany) -> str:
+    """Where the ranges begin, short enough for a node: ``experts begin at timesteps 999, 665, 332``."""
+    if training.ranges is None:
+        return "boundaries are measured after joint_steps"
+    begins = (str(training.ranges.timesteps(number)[-1]) for number in range(len(training)))
+    return f"experts begin at timesteps {', '.join(begins)}"
 
 
 def _words(training: OneToMany, stage: str) -> str:
