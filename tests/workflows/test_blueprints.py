@@ -12,7 +12,7 @@ from distill_core.pruning.prune import prune
 
 from .. import comfyui
 from ..nodes.graphs import rows, until
-from ..nodes.test_live import browser, opened  # noqa: F401  # browser is a fixture
+from ..nodes.test_live import CHART, browser, load, opened, status  # noqa: F401  # browser is a fixture
 from .test_layout import TITLE, box, overlap
 
 PATHS = sorted((comfyui.ROOT / "subgraphs").glob("*.json"))
@@ -148,10 +148,18 @@ def test_a_blueprint_is_found_by_its_name_and_runs_to_a_saved_student(browser, s
     page.evaluate(WITH_THE_DEMO, SETTINGS)
     page.evaluate("app.queuePrompt(0)")
     until(lambda: server.get("history"), "nothing ran", 120)
-    page.close()
     (entry,) = server.get("history").values()
     assert comfyui.Result(entry).succeeded, entry["status"]["messages"]
     (saved,) = (server.output / "diffusion_models").glob("of a blueprint_*.safetensors")
     pruned = prune(teacher_file().architecture, preset("bk-sdm-small")).student
     assert open_unet(saved).architecture.modules == pruned.modules
     assert [row["step"] for row in rows(server.output / "distill_runs" / "blueprint")] == [1, 2]
+
+    # Inside, the chart is of the run that is named outside, after a reload too.
+    graph = page.evaluate("app.graph.serialize()")
+    opened(page, server)
+    load(page, graph)
+    page.evaluate("app.canvas.setGraph(app.graph.nodes.find(({ subgraph }) => subgraph).subgraph)")
+    page.locator(CHART).wait_for(timeout=30_000)
+    assert status(page) == "step 2 of 2"
+    page.close()

@@ -28,6 +28,7 @@ const SAY_NOTHING = ["total", "dmd"]; // of a run by dmd; they are hidden until 
 const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the server
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
+const SUBGRAPH_INPUTS = -10; // the id of what stands for a subgraph's inputs in it
 
 const STYLE = `
 .distill-chart { box-sizing: border-box; display: flex; flex-direction: column; gap: 3px; min-height: ${HEIGHT - 20}px; height: 100%;
@@ -179,8 +180,10 @@ class Chart {
 
   /** Let the node train and show another run. */
   _choose(name) {
-    this._runWidget.value = name;
-    this._runWidget.callback?.(name);
+    const widget = this._nameWidget;
+    widget.value = name;
+    widget.callback?.(name);
+    this.loadSoon();
     this._set({ view: "Loss" });
     this.viewButtons[0].focus();
     this.node.graph?.change?.();
@@ -224,13 +227,27 @@ class Chart {
     return this.node.widgets?.find((widget) => widget.name === "run_name");
   }
 
+  /** The widget that gives the name: the node's own, or that of the subgraph it is in; undefined if another node gives it. */
+  get _nameWidget() {
+    const linked = ({ inputs }, name) => inputs?.find((input) => input.widget?.name === name && input.link != null);
+    const input = linked(this.node, "run_name");
+    if (!input) return this._runWidget;
+    const graph = this.node.graph;
+    const link = graph?.getLink?.(input.link);
+    if (Number(link?.origin_id) !== SUBGRAPH_INPUTS) return undefined;
+    const { name } = graph.inputs[link.origin_slot];
+    const [host, ...others] = graph.rootGraph.nodes.filter(({ subgraph }) => subgraph === graph);
+    if (!host || others.length || linked(host, name)) return undefined;
+    return host.widgets.find((widget) => widget.name === name);
+  }
+
   /** Whether another node gives the name; then only the training's own events show it. */
   get _isNamedElsewhere() {
-    return this.node.inputs?.some((input) => input.widget?.name === "run_name" && input.link != null);
+    return !this._nameWidget;
   }
 
   get runName() {
-    return this._isNamedElsewhere ? this.toldName : this._runWidget?.value;
+    return this._isNamedElsewhere ? this.toldName : this._nameWidget.value;
   }
 
   isOf(message) {
@@ -348,6 +365,7 @@ class Chart {
 
   draw() {
     if (!this.isOpen) return;
+    if (this.runName !== this.loadedName) this.loadSoon(); // the widget of a subgraph does not tell its changes
     for (const [place, tab] of this.viewButtons.entries()) tab.setAttribute("aria-pressed", this.view === this.views[place]);
     const plots = this.view === "Loss" || this.view === "By timestep";
     const samples = this.view === "Samples";
