@@ -66,7 +66,21 @@ class PruneUNetBlocks(io.ComfyNode):
             category="distill",
             description="Removes blocks from a UNet and keeps the weights of the rest. The result is an ordinary MODEL, smaller "
             "and faster; its images are poor until you distil it. The input MODEL does not change.",
-            search_aliases=["remove blocks", "prune", "block removal", "BK-SDM", "SSD-1B", "small model", "distill", "compress"],
+            search_aliases=[
+                "remove blocks",
+                "prune",
+                "block removal",
+                "BK-SDM",
+                "SSD-1B",
+                "KOALA",
+                "small model",
+                "smaller",
+                "faster",
+                "distill",
+                "compress",
+                "加速",
+                "压缩",
+            ],
             inputs=[
                 *_prune_inputs(
                     "SD1.x, SD2, SDXL and their fine-tunes, or the demo's.",
@@ -104,7 +118,7 @@ class PruneTransformerBlocks(io.ComfyNode):
             "weights of the rest, quantised ones as they are. The result is an ordinary MODEL, smaller and faster, that stock "
             "ComfyUI opens once it is saved. Its images suffer, the more the more you remove. The input MODEL does not change.",
             search_aliases=["remove blocks", "prune", "flux", "flux lite", "flux mini", "z-image", "qwen", "wan", "small model",
-                            "block removal", "depth", "distill", "compress"],
+                            "block removal", "depth", "smaller", "faster", "distill", "compress", "加速", "压缩"],
             inputs=_prune_inputs(
                 f"{', '.join(FAMILIES[name].title for name in TRANSFORMERS)}, and their fine-tunes.",
                 "Which blocks stay.",

@@ -52,6 +52,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 "hyper",
                 "few steps",
                 "faster",
+                "加速",
                 "consistency distillation",
                 "DMD2",
                 "distribution matching",

@@ -58,6 +58,7 @@ class DistillTrainStep(io.ComfyNode):
                 "knowledge distillation",
                 "BK-SDM",
                 "finetune",
+                "KOALA",
                 "heal",
                 "flux",
                 "z-image",
