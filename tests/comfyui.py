@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -67,7 +68,7 @@ class Server:
             self.port = free.getsockname()[1]
         command = [python, "main.py", "--cpu", "--disable-api-nodes", "--listen", "127.0.0.1", "--port", str(self.port),
                    "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
-                   "--cache-ram", "0.1", *options]  # fmt: skip  # GB: what tests beside it need is no reason to forget
+                   "--cache-ram", "0.1", *options, *shlex.split(os.environ.get("COMFYUI_OPTIONS", ""))]  # fmt: skip  # GB: what tests beside it need is no reason to forget
         self.log, self._tried = base / "server.log", base / "tried.log"
         with open(self.log, "w") as log:
             environment = offline_environment(self._tried)
