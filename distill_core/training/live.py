@@ -104,8 +104,8 @@ class Live:
 def history(folder: Path) -> dict[str, Any] | None:
     """History of the run, or of the training of several experts, in a folder; None if it has no steps yet.
 
-    ``run``, ``step``, ``total_steps`` (None if unknown), ``points``, and the ``stages`` that have begun: the name of each, and the
-    step after which it begins. Cached until a file changes.
+    ``run``, ``step``, ``total_steps`` (None if unknown), ``points``, and the ``stages`` of several experts that have begun: the name of
+    each, and the step after which it begins. Cached until a file changes.
     """
     written = [folder / RECIPE, folder / STAGES, *(stage / METRICS for stage in stages_in(folder))]
     stamps = tuple((path, stat.st_size, stat.st_mtime_ns) for path in written if (stat := _stat(path)))
@@ -129,7 +129,7 @@ def _history(folder: Path, stamps: tuple) -> dict[str, Any] | None:
         "run": folder.name,
         "step": int(rows[-1]["step"]),
         "total_steps": total_steps_of(folder),
-        "stages": [{"name": name, "after": after} for name, after in begins],
+        "stages": [{"name": name, "after": after} for name, after in begins if name != folder.name],
         "points": points(rows),
     }
 

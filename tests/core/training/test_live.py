@@ -109,7 +109,8 @@ def test_the_step_is_that_of_the_whole_training():
 def test_history_is_the_metrics_of_the_run(tmp_path):
     rows, folder = rows_of(50), tmp_path / "a run"
     table(folder, rows)
-    assert live.history(folder) == {"run": "a run", "step": 50, "total_steps": None, "points": live.points(rows)}
+    told = {"run": "a run", "step": 50, "total_steps": None, "stages": [], "points": live.points(rows)}
+    assert live.history(folder) == told
     (folder / "recipe.toml").write_text("total_steps = 80\n")
     assert live.history(folder)["total_steps"] == 80
 
