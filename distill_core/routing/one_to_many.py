@@ -89,10 +89,14 @@ class ExpertsSettings:
     def num_experts(self, schedule: NoiseSchedule) -> int:
         return len(read_ranges(self.boundaries, schedule)) if self.boundaries else self.count
 
+    def steps_together(self, training: TrainingSettings, count: int) -> int:
+        """Steps of a joint stage. count: number of experts."""
+        return count * training.total_steps if self.joint_steps is None else self.joint_steps
+
     def stages(self, training: TrainingSettings, schedule: NoiseSchedule, num_plans: int = 1) -> list[TrainingSettings]:
         """Settings of every stage: of a joint student for each plan, then of each expert. training: of an expert in its range."""
         count = self.num_experts(schedule)
-        steps = count * training.total_steps if self.joint_steps is None else self.joint_steps
+        steps = self.steps_together(training, count)
         return [joint_settings(training, steps)] * (num_plans if steps else 0) + [training] * count
 
     def ranges(self, schedule: NoiseSchedule) -> TimestepRanges:
@@ -147,7 +151,7 @@ class OneToMany:
         count = settings.num_experts(schedule)
         if len(starts) not in (1, count):
             raise ValueError(f"there are {count} experts but {len(starts)} plans; give one for all, or one for each")
-        self.joint_steps = count * training.total_steps if settings.joint_steps is None else settings.joint_steps
+        self.joint_steps = settings.steps_together(training, count)
         self.folder, self.settings, self.training = Path(folder), replace(settings, joint_steps=self.joint_steps), training
         self.teachers, self.inputs, self.schedule, self.dataset = teachers, inputs, schedule, dataset
         self.processes = processes
