@@ -1,8 +1,8 @@
-"""All that needs a GPU, in one go of under eight minutes: ``python benchmarks/gpu.py``.
+"""All that needs a GPU, in one go: ``python benchmarks/gpu.py``; after eight minutes no further part starts.
 
 Each part stands alone and writes its table as it ends, to ``results/CARD/PART.md``; a part that fails tells why, and the
 next one starts. Networks have the true shapes and random weights, so nothing is loaded or downloaded. ``--rehearse`` runs
-every part on the CPU with narrow networks and publishes nothing.
+every part on the CPU with narrow networks, however long it takes, and publishes nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
+from typing import TypeVar
 
 import guidance_cost
 import memory
@@ -28,22 +31,24 @@ from report import device_words, publish, table
 
 from distill_core.base.precision import DTYPES
 from distill_core.base.sizes import gib
+from distill_core.data.dataset import LatentDataset
 from distill_core.diffusion.denoiser import DiffusersDenoiser
 from distill_core.diffusion.ranges import TimestepRanges
 from distill_core.evaluation import bench as benches
 from distill_core.evaluation.bench import device_of_choice
 from distill_core.evaluation.catalog import LATENT_SHAPES, NUM_TOKENS, TEACHER_CONFIGS, published_teacher
 from distill_core.evaluation.measuring import in_rounds, peak_of, seconds_of
-from distill_core.evaluation.trial import WARM_UPS, random_data, random_denoiser, training_cost
+from distill_core.evaluation.trial import WARM_UPS, TrainingCost, random_data, random_denoiser, training_cost
 from distill_core.lora.layers import WithoutLora
 from distill_core.networks.architecture import Architecture
 from distill_core.networks.quantised import QUANTISED, computes, hold
-from distill_core.pruning.plan import name_map, preset, pruned
+from distill_core.pruning.plan import PruningPlan, name_map, preset, pruned
 from distill_core.routing.expert_unet import ExpertUNet
 from distill_core.training.memory import MemorySettings, forecast
 from distill_core.training.settings import TrainingSettings
 from distill_core.training.teachers import Teachers
 
+Result = TypeVar("Result")
 CPU = torch.device("cpu")
 NARROW = {
     "sd1": {"block_out_channels": (32, 64, 128, 128)},
@@ -57,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="run every part on the CPU with narrow networks")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="turns of each measurement (default: 5, of a rehearsal 1)")
     parser.add_argument("--minutes", type=float, default=8, help="start no part after so long (default: %(default)s)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "MatMul8bitLt")  # one for each layer
@@ -67,16 +72,17 @@ def main() -> None:
         _narrow()
     elif not torch.cuda.is_available():
         parser.error("there is no CUDA device; to try the battery on the CPU, add --rehearse")
+    rounds = arguments.rounds or (1 if arguments.rehearse else 5)
     card, began, failed = re.sub(r"[^a-z0-9]+", "-", device_words().lower()).strip("-"), time.monotonic(), []
     for name in arguments.parts or PARTS:
-        if time.monotonic() - began > 60 * arguments.minutes:
+        if not arguments.rehearse and time.monotonic() - began > 60 * arguments.minutes:
             print(f"## {name}\n\nleft out: {arguments.minutes:g} minutes are over", flush=True)
             failed.append(name)
             continue
         started = time.monotonic()
         try:
             with torch.random.fork_rng():
-                lines = [f"# {name}", "", *PARTS[name](arguments.rounds)]
+                lines = [f"# {name}", "", *PARTS[name](rounds)]
         except Exception:
             traceback.print_exc()
             failed.append(name)
@@ -99,6 +105,7 @@ def _narrow() -> None:
     for family, config in NARROW.items():
         TEACHER_CONFIGS[family] |= config
         LATENT_SHAPES[family] = (4, 8, 8)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # C++ for a CPU takes minutes
 
 
 # --- a step of training
@@ -114,11 +121,20 @@ def step(rounds: int) -> Iterator[str]:
 def peaks(rounds: int) -> list[str]:
     """Measured peaks of the shipped workflows beside their forecasts."""
     device, rows = device_of_choice(), []
-    for case in memory.CASES:
-        told = memory.forecast_of(case, *case.architectures)
-        peak = memory.peak_bytes(case, device)
-        rows.append([case.heading, gib(told.total_bytes), gib(peak), f"{told.total_bytes / peak:.2f}"])
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # each simulates its step on a core of its own
+        forecasts = [pool.submit(_forecast_bytes, case, TEACHER_CONFIGS, LATENT_SHAPES) for case in memory.CASES]
+        for case, forecast_of_case in zip(memory.CASES, forecasts, strict=True):
+            peak, told = _attempt(partial(memory.peak_bytes, case, device)), forecast_of_case.result()
+            found = [peak, ""] if isinstance(peak, str) else [gib(peak), f"{told / peak:.2f}"]
+            rows.append([case.heading, gib(told), *found])
     return table(["training", "forecast", "peak", "forecast over peak"], rows)
+
+
+def _forecast_bytes(case: memory.Case, configs: dict, shapes: dict) -> int:
+    """Of a step of a case. configs, shapes: of this run's catalog, since a new process has the published one."""
+    TEACHER_CONFIGS.update(configs)
+    LATENT_SHAPES.update(shapes)
+    return memory.forecast_of(case, *case.architectures).total_bytes
 
 
 OPTIONS: dict[str, tuple[dict, dict]] = {
@@ -127,7 +143,6 @@ OPTIONS: dict[str, tuple[dict, dict]] = {
     "fp16": ({"precision": "fp16"}, {}),
     "bf16, gradient_checkpointing": ({"precision": "bf16", "gradient_checkpointing": True}, {}),
     "bf16, accumulation_steps 2": ({"precision": "bf16", "accumulation_steps": 2}, {}),
-    "bf16, compile": ({"precision": "bf16", "compile": True}, {}),
     "bf16, weight_dtype bf16": ({"precision": "bf16", "weight_dtype": "bf16"}, {}),
     "bf16, optimizer adamw8bit": ({"precision": "bf16", "optimizer": "adamw8bit"}, {}),
     "bf16, teacher in fp8": ({"precision": "bf16"}, {"teacher_dtype": "fp8"}),
@@ -138,32 +153,51 @@ OPTIONS: dict[str, tuple[dict, dict]] = {
 
 def options(rounds: int) -> list[str]:
     """What each setting costs and saves, of bk-sdm-small at SD1.5's size."""
+    return _training_table(OPTIONS, rounds)
+
+
+def compiled(rounds: int) -> list[str]:
+    """What compiling the student brings: it takes minutes, so no other table waits for it."""
+    plain = "bf16"
+    return _training_table({plain: OPTIONS[plain], f"{plain}, compile": ({"precision": plain, "compile": True}, {})}, rounds)
+
+
+def _training_table(options: dict[str, tuple[dict, dict]], rounds: int) -> list[str]:
     device, plan, batch_size = device_of_choice(), preset("bk-sdm-small"), 8 if torch.cuda.is_available() else 2
     theirs = published_teacher("sd1")
     ours, data = pruned(theirs, name_map(theirs, plan)), _data("sd1", batch_size)
     rows, first = [], None
-    for name, (of_training, of_teacher) in OPTIONS.items():
+    for name, (of_training, of_teacher) in options.items():
         training = TrainingSettings(batch_size=batch_size, total_steps=1 + WARM_UPS + rounds, **of_training)
         settings = MemorySettings(training=training, device=device.type, **{"teacher_dtype": "bf16", **of_teacher})
         told = forecast(
             teacher=theirs, student=ours, plan=plan, latent_shape=LATENT_SHAPES["sd1"], num_tokens=NUM_TOKENS, settings=settings
         )
-        try:
-            teacher = _held(theirs, settings.teacher_dtype, device, offloaded=settings.teacher_offloaded)
-            student = random_denoiser(ours, device, training.weight_dtype)
-            cost = training_cost(training, student=student, teachers=Teachers.single(teacher, training), plan=plan, data=data)
-        except (ValueError, NotImplementedError) as error:  # a package or kernel that is missing
-            rows.append([name, gib(told.total_bytes), f"not measured: {error}", "", "", ""])
+        cost = _attempt(partial(_cost, settings, theirs, ours, plan, data, device))
+        if isinstance(cost, str):
+            rows.append([name, gib(told.total_bytes), cost, "", "", ""])
             continue
-        finally:
-            teacher = student = None
-            torch._dynamo.reset()
         seconds = statistics.median(cost.seconds)
         first = first or seconds
         rows.append([name, gib(told.total_bytes), gib(cost.peak_bytes), f"{told.total_bytes / cost.peak_bytes:.2f}",
                      f"{1 / seconds:.2f}", f"{first / seconds:.2f}"])  # fmt: skip
+    columns = ["", "forecast", "peak", "forecast over peak", "steps a second", f"over {next(iter(options))}"]
     caption = f"SD1.5 to bk-sdm-small, {_px('sd1')}, batch {batch_size}; AdamW, teacher in bf16."
-    return [*table(["", "forecast", "peak", "forecast over peak", "steps a second", "over fp32"], rows), "", caption]
+    return [*table(columns, rows), "", caption]
+
+
+def _cost(
+    settings: MemorySettings,
+    theirs: Architecture,
+    ours: Architecture,
+    plan: PruningPlan,
+    data: LatentDataset,
+    device: torch.device,
+) -> TrainingCost:
+    teacher = _held(theirs, settings.teacher_dtype, device, offloaded=settings.teacher_offloaded)
+    student = random_denoiser(ours, device, settings.training.weight_dtype)
+    teachers = Teachers.single(teacher, settings.training)
+    return training_cost(settings.training, student=student, teachers=teachers, plan=plan, data=data)
 
 
 # --- sampling
@@ -175,21 +209,23 @@ def precision(rounds: int) -> Iterator[str]:
     for family in ("sd1", "sdxl"):
         rows, first = [], None
         for dtype in ("fp32", "bf16", "fp16", "fp8", *QUANTISED):
-            try:
-                network = _held(published_teacher(family), dtype, device)
-                work = _sampling_step(network, family)
-                peak = peak_of(work, list(network.network.parameters()), device, 2)
-                seconds = statistics.median(seconds_of(work, device) for _ in range(rounds))
-            except (ValueError, NotImplementedError) as error:
-                rows.append([dtype, f"not measured: {error}", "", ""])
+            found = _attempt(partial(_sampling, family, dtype, device, rounds))
+            if isinstance(found, str):
+                rows.append([dtype, found, "", ""])
                 continue
-            finally:
-                network = work = None
-                gc.collect()
+            peak, seconds = found
             first = first or seconds
             rows.append([dtype, f"{1000 * seconds:.1f}", f"{first / seconds:.2f}", gib(peak)])
         yield from table([f"{family}, {_px(family)}", "ms per step", "times as fast as fp32", "peak"], rows)
         yield ""
+
+
+def _sampling(family: str, dtype: str, device: torch.device, rounds: int) -> tuple[int, float]:
+    """Peak bytes and seconds of a guided step."""
+    network = _held(published_teacher(family), dtype, device)
+    work = _sampling_step(network, family)
+    peak = peak_of(work, list(network.network.parameters()), device, 2)
+    return peak, statistics.median(seconds_of(work, device) for _ in range(rounds))
 
 
 def experts(rounds: int) -> list[str]:
@@ -259,11 +295,22 @@ def presets(rounds: int) -> Iterator[str]:
 
 
 PARTS: dict[str, Callable[[int], Iterator[str] | list[str]]] = {
-    part.__name__: part for part in (step, peaks, options, precision, experts, guidance, presets)
+    part.__name__: part for part in (step, options, precision, experts, guidance, presets, peaks, compiled)
 }
 
 
 # --- networks and examples
+
+
+def _attempt(work: Callable[[], Result]) -> Result | str:
+    """What ``work`` returns, or why this machine cannot do it: a package or a kernel is missing."""
+    try:
+        return work()
+    except (ValueError, NotImplementedError) as error:
+        return f"not measured: {error}"
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
 
 
 def _held(architecture: Architecture, dtype: str, device: torch.device, *, offloaded: bool = False) -> DiffusersDenoiser:
@@ -275,7 +322,7 @@ def _held(architecture: Architecture, dtype: str, device: torch.device, *, offlo
     return replace(denoiser, computes=(device, DTYPES[compute]))
 
 
-def _data(family: str, count: int):
+def _data(family: str, count: int) -> LatentDataset:
     _, height, width = LATENT_SHAPES[family]
     return random_data(published_teacher(family), count, (8 * height, 8 * width), NUM_TOKENS, seed=0)
 

@@ -78,7 +78,7 @@ def draw_losses(axes: Axes, metrics: Sequence[Mapping[str, float]]) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.25)
     if metrics:
-        axes.legend(loc="upper right", framealpha=0.9)
+        axes.legend(loc="best", framealpha=0.9)
 
 
 def loss_curve(metrics: Sequence[Mapping[str, float]], title: str = "") -> Image:
