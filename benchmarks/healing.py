@@ -1,7 +1,7 @@
 """What teaches a cut transformer best, on the demo's: ``python benchmarks/healing.py``.
 
 A quarter and a half of its twelve blocks go. Students of one plan are taught in several ways, and students of several plans in
-one way, for as many steps each; seconds are those of training alone. Writes ``results/healing.md``, every figure measured
+one way, for as many steps each; seconds are those a processor core works on training alone. Writes ``results/healing.md``, every figure measured
 in that run; figures are kept in ``results/healing.jsonl`` as they come, so that an interrupted benchmark goes on.
 """
 
@@ -100,7 +100,7 @@ def main() -> None:
         errors = with_margin([figures["error"] for figures in found], ".4f")
         size, plan, how = (*name.split(": "), "", "")[:3]
         lines.append([size, plan, how, f"{found[0]['steps']}", f"{seconds:.0f}", errors, *demo.quality(found)])
-    columns = ["blocks that go", "plan", "taught", "steps", "seconds", "output error", *demo.QUALITY]
+    columns = ["blocks that go", "plan", "taught", "steps", "core seconds", "output error", *demo.QUALITY]
     plans = [
         f"{size}, {chosen}: `{plan_of(size, chosen)}`." for size in FIRST_STAY for chosen in (FOLDED, EVEN, REPLACEABLE, ERROR)
     ]
@@ -159,9 +159,9 @@ def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, A
         student = _cut(plan_of(size, chosen))
         if how != CUT:
             lesson = lessons(arguments)[how]
-            steps, started = round(lesson.share * arguments.steps), time.perf_counter()
+            steps, started = round(lesson.share * arguments.steps), time.process_time()
             student = _taught(lesson, student, teacher, data, steps, seed)
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
     figures = demo.judged(student, seed, arguments.prompts, transformer=True)
     return figures | {"error": demo.error(student, teacher, data), "seconds": seconds, "steps": steps}
 
