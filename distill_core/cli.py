@@ -194,7 +194,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     from .evaluation.compare import Settings, save_chart, work
     from .evaluation.compare import compare as measure
-    from .evaluation.comparison import COLUMNS, table_text
+    from .evaluation.comparison import table_text
     from .networks.files import open_unet
 
     names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
@@ -219,7 +219,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(comparison.facts() | {"image": str(arguments.out)}, indent=2))
         return
-    print(table_text(COLUMNS, comparison.rows()))
+    print(table_text(comparison.columns, comparison.rows()))
     bins = [[model.name, *(f"{distance:.3g}" for distance in model.distances or ())] for model in comparison.models[1:]]
     width = 1000 // len(bins[0][1:])
     print("\nDistance by timestep (0: clean image):")

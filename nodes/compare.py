@@ -116,9 +116,9 @@ class DistillationReport(io.ComfyNode):
             display_name="Distillation Report",
             category="distill",
             description="Writes a comparison as one HTML page into the output folder: images, measurements, distances and "
-            "settings, and the loss curve of a run. With your own CLIP models it also evaluates the images: Fréchet and kernel "
-            "distance, and CLIP score. Nothing is downloaded.",
-            search_aliases=["report", "fid", "kid", "clip score", "html", "metrics", "evaluate", "distill"],
+            "settings, and the loss curve of a run; and beside it a page for blind votes on the images. With your own CLIP "
+            "models it also evaluates the images: Fréchet and kernel distance, diversity, and CLIP score. Nothing is downloaded.",
+            search_aliases=["report", "vote", "diversity", "fid", "kid", "clip score", "html", "metrics", "evaluate", "distill"],
             is_output_node=True,
             inputs=[
                 Compared.Input("comparison", tooltip="From Compare Models."),
@@ -193,7 +193,10 @@ class DistillationReport(io.ComfyNode):
         )
         losses = stacked(curves) if curves else None
         drawn = compare.write_report(path, comparison, title=title, judged=judged, judged_by=by, losses=losses)
-        bridge.show_text(f"Saved {path}", cls.hidden.unique_id)
+        told = [f"Saved {path}"]
+        if comparison.images:
+            told.append(f"Blind votes: {compare.votes_path(path).name} beside it")
+        bridge.show_text("\n".join(told), cls.hidden.unique_id)
         image = bridge.to_image(drawn)
         return io.NodeOutput(image, str(path), ui=ui.PreviewImage(image, cls=cls))
 

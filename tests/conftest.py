@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -39,6 +40,22 @@ def tried():
     _tried.clear()
     yield _tried
     assert not _tried, _tried
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="pages are looked at by playwright: pip install playwright")
+    with playwright.sync_playwright() as running:
+        found = next(filter(None, map(shutil.which, BROWSERS)), None)
+        try:
+            opened = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        except playwright.Error as error:
+            pytest.skip(f"pages are looked at in Chromium: playwright install chromium ({error.message.splitlines()[0]})")
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

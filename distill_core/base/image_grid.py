@@ -23,9 +23,8 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image
     """
     from PIL import Image, ImageDraw
 
-    height, width = next(iter(rows.values())).shape[-2:]
-    factor = max(1, SMALL_IMAGE_PX // max(height, width))
-    height, width, count = height * factor, width * factor, max(map(len, rows.values()))
+    width, height = as_picture(next(iter(rows.values()))[0]).size
+    count = max(map(len, rows.values()))
     gap, text_px = max(4, width // 40), max(15, count * width // 64)
     line = 2 * text_px
     sheet = Image.new("RGB", (gap + count * (width + gap), bool(columns) * line + len(rows) * (line + height) + gap), "white")
@@ -37,10 +36,19 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image
         drawing.text((gap, top + line // 2), name, "black", font, anchor="lm")
         top += line
         for number, image in enumerate(images):
-            pixels = (image.detach().cpu().float().permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().byte().numpy()
-            sheet.paste(Image.fromarray(pixels).resize((width, height), 0), (gap + number * (width + gap), top))
+            sheet.paste(as_picture(image), (gap + number * (width + gap), top))
         top += height
     return sheet
+
+
+def as_picture(image: Tensor) -> Image:
+    """An RGB image (3, H, W) in [-1, 1], pixel by pixel; a small one enlarged by a whole factor."""
+    from PIL import Image
+
+    height, width = image.shape[-2:]
+    factor = max(1, SMALL_IMAGE_PX // max(height, width))
+    pixels = (image.detach().cpu().float().permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().byte().numpy()
+    return Image.fromarray(pixels).resize((width * factor, height * factor), 0)
 
 
 def _font(size_px: int):

@@ -25,10 +25,11 @@ from ..networks.build import load_unet
 from ..networks.files import UNetFile
 from . import plots, report
 from .catalog import macs_of
-from .comparison import COLUMNS, MEANINGS, Comparison, Measured
+from .comparison import Comparison, Measured
 from .measuring import device_words, each_round, peak_of, seconds_of
-from .metrics import clip_score, feature_distances, output_error
+from .metrics import clip_score, feature_distances, mean_cosine_distance, output_error
 from .trial import random_data
+from .votes import votes_page
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -179,7 +180,7 @@ def grid(comparison: Comparison) -> Image:
 
 def chart(comparison: Comparison) -> Image:
     """The table, and the chart of distances over timesteps."""
-    return stacked([plots.table_image(COLUMNS, comparison.rows()), plots.distance_chart(comparison)])
+    return stacked([plots.table_image(comparison.columns, comparison.rows()), plots.distance_chart(comparison)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,21 +193,30 @@ class Judged:
     kernel_distance: float | None = None
     clip_score: float | None = None
     """Mean similarity to the prompt, 0 to 100."""
+    diversity: float | None = None
+    """Mean cosine distance between two of its images, 0 to 2."""
 
-    COLUMNS = ("model", "Fréchet distance", "kernel distance", "CLIP score")
     MEANINGS = {
         "Fréchet distance": "distance between two Gaussians, fitted to the features of the images and of the reference images; "
         "lower is closer. Few images give too high a value: use a few hundred or more, the same number for each model.",
         "kernel distance": "distance of the same features without fitting Gaussians; unbiased also for few images; 0 is equal.",
+        "diversity": "mean cosine distance between the features of two images by the model, over all pairs; less than the first "
+        "model's: seeds make less of a difference.",
         "CLIP score": "100 times the mean cosine similarity of image and prompt in CLIP's space, negative values counted as 0; "
         "higher is closer.",
     }  # fmt: skip
 
     def cells(self) -> dict[str, str]:
-        """Cell texts by column; the CLIP score only if there is one."""
-        distances = (self.frechet_distance, self.kernel_distance)
-        cells = [self.name, *("reference" if value is None else f"{value:.4g}" for value in distances)]
-        return dict(zip(self.COLUMNS, cells if self.clip_score is None else [*cells, f"{self.clip_score:.2f}"], strict=False))
+        """Cell texts by column; diversity and CLIP score only if they were measured."""
+        distances = {"Fréchet distance": self.frechet_distance, "kernel distance": self.kernel_distance}
+        cells = {"model": self.name} | {
+            name: "reference" if value is None else f"{value:.4g}" for name, value in distances.items()
+        }
+        if self.diversity is not None:
+            cells["diversity"] = f"{self.diversity:.3g}"
+        if self.clip_score is not None:
+            cells["CLIP score"] = f"{self.clip_score:.2f}"
+        return cells
 
 
 def judge(features: Mapping[str, Tensor], real: Tensor | None = None, text: Tensor | None = None) -> list[Judged]:
@@ -220,7 +230,15 @@ def judge(features: Mapping[str, Tensor], real: Tensor | None = None, text: Tens
         is_reference = real is None and number == 0
         frechet, kernel = (None, None) if is_reference else feature_distances(held_against, seen)
         score = None if text is None else clip_score(seen, text)
-        judged.append(Judged(name=name, frechet_distance=frechet, kernel_distance=kernel, clip_score=score))
+        judged.append(
+            Judged(
+                name=name,
+                frechet_distance=frechet,
+                kernel_distance=kernel,
+                clip_score=score,
+                diversity=mean_cosine_distance(seen),
+            )
+        )
     return judged
 
 
@@ -233,7 +251,8 @@ def write_report(
     judged_by: Mapping[str, str] | None = None,
     losses: Image | None = None,
 ) -> Image:
-    """Write a comparison as one HTML file; returns it as one image.
+    """Write a comparison as one HTML file; returns it as one image. If it has images, a page for votes on them is written
+    beside it, under `votes_path`.
 
     judged: scores of each model's images, if any; judged_by: how they were measured, in words. losses: a loss curve.
     """
@@ -250,8 +269,10 @@ def write_report(
     if comparison.images:
         parts.append(report.heading("The same seeds through every model"))
         show(grid(comparison), "Images by each model", "jpeg")
-    parts.append(report.heading("Figures"))
-    show_table(COLUMNS, comparison.rows(), MEANINGS)
+        parts.append(report.link(votes_path(path).name, "Vote without knowing which model is which"))
+    device = comparison.settings.get("device")
+    parts.append(report.heading(f"Figures on {device}" if device else "Figures"))
+    show_table(comparison.columns, comparison.rows(), comparison.meanings)
     show(plots.distance_chart(comparison), "Distance of the predictions over timesteps")
     if judged:
         parts.append(report.heading("Image quality"))
@@ -264,7 +285,14 @@ def write_report(
         show(losses, "Loss of every step")
     parts.extend([report.heading("Settings"), report.listing({**comparison.settings, **(judged_by or {})})])
     write_text(path, report.page(title, *parts), overwrite=False)
+    if comparison.images:
+        write_text(votes_path(path), votes_page(f"{title}: votes", comparison.images, comparison.seeds), overwrite=False)
     return stacked(images)
+
+
+def votes_path(path: Path) -> Path:
+    """Of the page for votes on the images of a report."""
+    return path.with_name(f"{path.stem.rstrip('_')}_votes{path.suffix}")
 
 
 def save_chart(path: Path, comparison: Comparison, *, overwrite: bool = False) -> None:

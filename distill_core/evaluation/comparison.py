@@ -12,12 +12,16 @@ from torch import Tensor
 MEBI = 2**20
 
 
-COLUMNS = ("model", "parameters", "GMACs", "ms per step", "peak memory (MiB)", "weights (MiB)", "mean distance")
+COLUMNS = (
+    "model", "parameters", "GMACs", "ms per step", "s per image", "peak memory (MiB)", "weights (MiB)", "mean distance",
+)  # fmt: skip
+PER_IMAGE = "s per image"
 
 
 MEANINGS = {
     "GMACs": "billions of multiply-accumulates in one evaluation of the network, for one image.",
     "ms per step": "median time of a step; the models take turns, so that a slowdown of the machine affects all of them.",
+    "s per image": "median time to sample an image, without text encoder and VAE.",
     "peak memory": "peak memory of a step, including the model's weights. On a CPU: of all tensors.",
     "weights": "size of the stored weights, which is also the size of the file.",
     "mean distance": "mean squared difference between the predictions of the model and of the first model, over all timesteps.",
@@ -47,6 +51,13 @@ class Measured:
     distances: tuple[float, ...] | None
     """Mean squared difference from the first model's predictions in each timestep bin, least noisy first; None if the
     predictions are not comparable."""
+    steps_per_image: float | None = None
+    """Steps of a batch, over its images; None if none were sampled."""
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Of sampling, without text encoder and VAE."""
+        return None if self.steps_per_image is None else self.ms_per_step * self.steps_per_image / 1000
 
     @property
     def ms_per_step(self) -> float:
@@ -69,10 +80,22 @@ class Comparison:
     seeds: Sequence[str] = ()
     """Labels of the N images of a model."""
 
+    @property
+    def columns(self) -> list[str]:
+        """Those of `COLUMNS` that were measured."""
+        sampled = self.models[0].steps_per_image is not None
+        return [name for name in COLUMNS if sampled or name != PER_IMAGE]
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What the columns mean."""
+        return {name: text for name, text in MEANINGS.items() if name != PER_IMAGE or name in self.columns}
+
     def rows(self) -> list[list[str]]:
-        """Cell texts of the table for `COLUMNS`: one row per model."""
+        """Cell texts of the table for `columns`: one row per model."""
         first, *_ = self.models
-        return [_cells(model, None if model is first else first) for model in self.models]
+        cells = [_cells(model, None if model is first else first) for model in self.models]
+        return [[of_model[name] for name in self.columns] for of_model in cells]
 
     def summary(self) -> str:
         """Result in words: one sentence per model."""
@@ -88,7 +111,8 @@ class Comparison:
 
     def facts(self) -> dict[str, Any]:
         """All figures, for scripts."""
-        rows = [asdict(model) | {"ms_per_step": model.ms_per_step, "mean_distance": model.mean_distance} for model in self.models]
+        derived = ("ms_per_step", "seconds_per_image", "mean_distance")
+        rows = [asdict(model) | {name: getattr(model, name) for name in derived} for model in self.models]
         return {"models": rows, "settings": dict(self.settings)}
 
 
@@ -108,22 +132,24 @@ def _is_uneven(model: Measured, first: Measured) -> bool:
     return high > UNEVEN_FROM * low
 
 
-def _cells(model: Measured, first: Measured | None) -> list[str]:
+def _cells(model: Measured, first: Measured | None) -> dict[str, str]:
     def cell(name: str, unit: float, form: str) -> str:
         value = getattr(model, name) / unit
         text = f"{value:,.0f}" if value >= 1000 else f"{value:{form}}"
         return text if first is None else f"{text} ({getattr(model, name) / getattr(first, name):.0%})"
 
     distance = model.mean_distance
-    return [
+    cells = (
         model.name,
         cell("parameters", 1, ".0f"),
         cell("gmacs", 1, ".4g"),
         cell("ms_per_step", 1, ".4g"),
+        "" if model.steps_per_image is None else cell("seconds_per_image", 1, ".3g"),
         cell("peak_bytes", MEBI, ".1f"),
         cell("weight_bytes", MEBI, ".1f"),
         "reference" if first is None else "none" if distance is None else f"{distance:.3g}",
-    ]
+    )
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
 def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

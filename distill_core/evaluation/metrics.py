@@ -79,6 +79,16 @@ def clip_score(images: Tensor, text: Tensor) -> float:
     return 100 * cosines.clamp(min=0).mean().item()
 
 
+def mean_cosine_distance(features: Tensor) -> float:
+    """Mean of ``1 - cos`` over all pairs of different rows of features (N, D), 0 to 2. ``ValueError`` for a single row."""
+    count = len(features)
+    if count < 2:
+        raise ValueError("diversity needs at least 2 images, got 1")
+    units = torch.nn.functional.normalize(features.double(), dim=1)
+    among_pairs = units.sum(0).square().sum() - units.square().sum()
+    return 1 - among_pairs.item() / (count * (count - 1))
+
+
 @torch.no_grad()
 def output_error(
     student: Predictor,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,10 +47,30 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def embedded(image: Image, description: str, form: str = "png") -> str:
     """An embedded image. form: ``png``, or ``jpeg`` for large photographs."""
+    return f'<img src="{data_url(image, form)}" alt="{html.escape(description)}">'
+
+
+def data_url(image: Image, form: str) -> str:
+    """An image as the address of an ``img``; form as for `embedded`."""
     buffer = io.BytesIO()
     image.save(buffer, format=form, quality=92)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/{form};base64,{encoded}" alt="{html.escape(description)}">'
+    return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def link(file_name: str, text: str) -> str:
+    """A link to a file beside the page."""
+    return f'<p><a href="{html.escape(quote(file_name))}">{html.escape(text)}</a></p>'
+
+
+def data(name: str, value: Any) -> str:
+    """JSON that a script of the page reads from the element of that id; no text in it ends the element."""
+    text = json.dumps(value).replace("<", r"\u003c")
+    return f'<script type="application/json" id="{html.escape(name)}">{text}</script>'
+
+
+def script(source: str) -> str:
+    """A script of this package."""
+    return f"<script>{source}</script>"
 
 
 _STYLE = """

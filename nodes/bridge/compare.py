@@ -108,6 +108,7 @@ def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id
                 gmacs=artist.macs / 1e9,
                 ms_of_rounds=tuple(1000 * of_a_step for of_a_step in of_rounds),
                 peak_bytes=artist.peak_bytes,
+                steps_per_image=drawing.steps / len(drawing.latent["samples"]),
                 distances=None
                 if predictions is None or reference is None
                 else tuple((ours - theirs).square().mean().item() for ours, theirs in zip(predictions, reference, strict=True)),

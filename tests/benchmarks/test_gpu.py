@@ -29,5 +29,6 @@ def test_a_part_is_rehearsed_alone_and_published_nowhere():
 def test_it_says_what_it_needs():
     assert "there is no CUDA device; to try the battery on the CPU, add --rehearse" in battery().stderr
     assert (
-        "unknown part steps; choose from step, options, precision, experts, guidance, presets, peaks, compiled" in battery("steps").stderr
+        "unknown part steps; choose from step, options, precision, experts, guidance, presets, peaks, compiled"
+        in battery("steps").stderr
     )

@@ -39,7 +39,7 @@ def graph(compare=(), report=(), without=()):
 
 
 def written(server):
-    return sorted(path for path in server.output.rglob("*.html"))
+    return sorted(path for path in server.output.rglob("*.html") if not path.stem.endswith("_votes"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,8 @@ def test_a_graph_shows_rows_of_models_and_writes_a_report(server):
     page = path.read_text("utf-8")
     assert path.parent == server.output / "reports" and "3,187,716" in page and "2,142,788 (67%)" in page
     assert "<script" not in page and "<b>pruned</b>" not in page and html.escape("<b>pruned</b>") in page
-    assert not re.search(r'(src|href)=(?!"data:)', page)
+    assert re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page) == [(votes := path.with_name("r_00001_votes.html")).name]
+    assert votes.is_file() and "s per image" in page and "<b>pruned</b>" not in votes.read_text("utf-8")
     assert server.run(graph()).succeeded and written(server) == [path]  # from the cache
 
 

@@ -242,23 +242,9 @@ def test_the_curve_is_still_a_picture_for_who_uses_the_api(server):
 
 # --- the chart
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDGETS = ["run_name", "total_steps", "steps_per_queue", "batch_size"]  # the first of Distill Train Step, in order
 CHART = ".distill-chart[data-run]"
 """Of a node whose run exists."""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the chart is looked at by playwright: pip install playwright")
-    with playwright.sync_playwright() as running:
-        found = next(filter(None, map(shutil.which, BROWSERS)), None)
-        try:
-            opened = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        except playwright.Error as error:
-            pytest.skip(f"the chart is looked at in Chromium: playwright install chromium ({error.message.splitlines()[0]})")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from distill_core.evaluation import compare as comparing
 from distill_core.evaluation.compare import NUM_BINS, Judged, Settings, compare, work, write_report
 from distill_core.evaluation.comparison import COLUMNS, UNEVEN, Comparison, Measured, table_text
 from distill_core.evaluation.measuring import in_rounds, watched_memory
-from distill_core.evaluation.metrics import clip_score, feature_distances, frechet_distance
+from distill_core.evaluation.metrics import clip_score, feature_distances, frechet_distance, mean_cosine_distance
 from distill_core.evaluation.trial import random_data
 from distill_core.networks.files import open_unet, save_unet
 from distill_core.pruning.plan import name_map, preset
@@ -161,7 +162,13 @@ def test_a_report_is_one_file_whose_texts_are_escaped(drawn, tmp_path):
     page = (tmp_path / "r.html").read_text("utf-8")
     assert "<b>teacher</b>" not in page and "&lt;b&gt;teacher&lt;/b&gt;" in page
     assert "<script" not in page and "src=x>" not in page and "<i>" not in page and "http" not in page
-    assert page.count("data:image/") == 2 and "31.50" in page and "(50%)" in page and image.width > 500
+    assert (
+        'href="r_votes.html"' in page
+        and page.count("data:image/") == 2
+        and "31.50" in page
+        and "(50%)" in page
+        and image.width > 500
+    )
     with pytest.raises(ValueError, match="exists already"):
         write_report(tmp_path / "r.html", drawn, title="again")
 
@@ -196,6 +203,19 @@ def test_what_was_not_measured_is_left_out(drawn):
     assert drawn.rows()[1][-1] == "none" and drawn.facts()["models"][1]["mean_distance"] is None
     told = {"model": "a", "Fréchet distance": "reference", "kernel distance": "reference"}
     assert Judged(name="a").cells() == told and Judged(name="a", clip_score=1.0).cells() == told | {"CLIP score": "1.00"}
+    assert "s per image" not in drawn.columns and "s per image" not in drawn.meanings
+
+
+def test_the_time_of_an_image_is_that_of_its_steps_and_the_device_is_named(drawn, tmp_path):
+    sampled = [replace(model, steps_per_image=20 / 4) for model in drawn.models]  # 20 steps of batches of 4
+    comparison = replace(drawn, models=tuple(sampled), settings={"device": "a card"})
+    assert [dict(zip(comparison.columns, row, strict=True))["s per image"] for row in comparison.rows()] == [
+        "0.01",
+        "0.01 (100%)",
+    ]
+    assert comparison.facts()["models"][0]["seconds_per_image"] == pytest.approx(0.01)
+    write_report(tmp_path / "r.html", comparison, title="t")
+    assert "<h2>Figures on a card</h2>" in (tmp_path / "r.html").read_text("utf-8")
 
 
 # --- distances between pictures
@@ -222,6 +242,13 @@ def test_feature_distances_say_what_they_need(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
     with pytest.raises(ValueError, match="python -m pip install torchmetrics"):
         feature_distances(torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+def test_diversity_is_the_mean_over_all_pairs():
+    rows = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-5.0, 0.0]])
+    assert mean_cosine_distance(rows) == pytest.approx((1 + 2 + 1) / 3) and mean_cosine_distance(rows[:1].repeat(4, 1)) == 0
+    with pytest.raises(ValueError, match="at least 2 images"):
+        mean_cosine_distance(rows[:1])
 
 
 def test_clip_score_is_the_mean_cosine_above_zero():
