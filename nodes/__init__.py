@@ -8,6 +8,7 @@ from . import bench, bridge, compare, demo, experts, lora, prune, recipe, router
 class DistillExtension(ComfyExtension):
     async def on_load(self) -> None:
         bridge.serve_runs()
+        bridge.serve_presets()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         topics = (demo, prune, teacher_data, recipe, train, save, lora, shared_base, router, experts, compare, bench)

@@ -26,6 +26,11 @@ TITLES = {
 """What the networks of a family are called."""
 
 
+def short_title(family: str) -> str:
+    """The name of a family as its users say it, such as SDXL or Flux.1."""
+    return _OF_UNETS[family].removesuffix("-shaped") if family in _OF_UNETS else FAMILIES[family].title
+
+
 def open_network(path: Path | str) -> NetworkFile:
     """A UNet or a transformer, read from its header: a single file, or a diffusers folder.
 

@@ -157,6 +157,19 @@ def all_preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
+def fitting_presets(teacher: Network) -> list[str]:
+    """Names of the published plans that work on a teacher."""
+
+    def fits(name: str) -> bool:
+        try:
+            name_map(teacher, preset(name))
+        except ValueError:
+            return False
+        return True
+
+    return list(filter(fits, preset_names(teacher.family)))
+
+
 def preset(name: str) -> PruningPlan:
     """Published plan by name; ``ValueError`` lists the choices."""
     if not re.fullmatch(r"[\w-]+", name) or not (path := PRESETS / f"{name}.json").exists():

@@ -27,6 +27,7 @@ from .interface import (
     to_image,
 )
 from .model import Model, with_lora
+from .presets import serve_presets
 from .progress import Progress
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
 from .shared_base import (
@@ -104,6 +105,7 @@ __all__ = [
     "run_folder",
     "sample_routed",
     "save_model",
+    "serve_presets",
     "serve_runs",
     "share_boundaries",
     "shared_base",

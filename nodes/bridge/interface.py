@@ -193,6 +193,14 @@ def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> No
     server.send_sync("distill.progress", message)
 
 
+def routes_without(path: str) -> Any | None:
+    """The server's table of routes; None without a server, or if it has this path already."""
+    from server import PromptServer
+
+    routes = getattr(PromptServer, "instance", None) and PromptServer.instance.routes
+    return None if routes is None or any(getattr(route, "path", None) == path for route in routes) else routes
+
+
 def serve_runs() -> None:
     """Serve the runs to the charts.
 
@@ -201,10 +209,8 @@ def serve_runs() -> None:
     done. 404 for an invalid name.
     """
     from aiohttp import web
-    from server import PromptServer
 
-    routes = getattr(PromptServer, "instance", None) and PromptServer.instance.routes
-    if routes is None or any(getattr(route, "path", None) == RUN_ROUTE for route in routes):
+    if (routes := routes_without(RUN_ROUTE)) is None:
         return
     fresh = {"Cache-Control": "no-store"}
 

@@ -19,6 +19,7 @@ from distill_core.training.live import TERMS
 
 from .. import comfyui
 from .graphs import PROMPT, recipe, rows, save, train, trained, until
+from .pages import load, opened
 from .test_experts import experts
 from .test_locales import OTHERS
 from .test_shared_base import bake
@@ -247,22 +248,6 @@ CHART = ".distill-chart[data-run]"
 """Of a node whose run exists."""
 
 
-@pytest.fixture
-def page(browser, server):
-    server.post("settings/Comfy.TutorialCompleted", True)
-    context = browser.new_context(viewport={"width": 1500, "height": 1300})
-    page = context.new_page()
-    opened(page, server)
-    yield page
-    context.close()
-
-
-def opened(page, server):
-    page.goto(f"http://127.0.0.1:{server.port}/")
-    page.wait_for_function("!!window.LiteGraph?.registered_node_types.DistillTrainStep", timeout=60_000)
-    page.wait_for_function("!!window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded", timeout=60_000)
-
-
 def workflow(**settings):
     """The graph of the shipped workflow quickstart_scenes without what samples, as people load it."""
     graph = json.loads((comfyui.ROOT / "workflows" / "quickstart_scenes.json").read_text("utf-8"))
@@ -278,10 +263,6 @@ def workflow(**settings):
     for name, value in settings.items():
         trains["widgets_values"][WIDGETS.index(name)] = value
     return graph
-
-
-def load(page, graph):
-    page.evaluate("graph => app.loadGraphData(graph)", graph)
 
 
 def points(page, kind="raw", term="total"):

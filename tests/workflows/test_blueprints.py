@@ -12,7 +12,8 @@ from distill_core.pruning.prune import prune
 
 from .. import comfyui
 from ..nodes.graphs import rows, until
-from ..nodes.test_live import CHART, browser, load, opened, status  # noqa: F401  # browser is a fixture
+from ..nodes.pages import load, opened
+from ..nodes.test_live import CHART, status
 from .test_layout import TITLE, box, overlap
 
 PATHS = sorted((comfyui.ROOT / "subgraphs").glob("*.json"))
