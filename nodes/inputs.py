@@ -52,6 +52,15 @@ def data_inputs(source: str = "Prune UNet Blocks") -> list[io.Input]:
     ]
 
 
+def vae_input() -> io.Input:
+    """The input for sample images."""
+    return io.Vae.Input(
+        "vae",
+        optional=True,
+        tooltip="For sample images while it trains, eight times in the run, or as often as the recipe says. Needs null_caption.",
+    )
+
+
 def run_inputs(name: str) -> list[io.Input]:
     """Inputs for the name and the length of a run."""
     return [

@@ -21,8 +21,9 @@ from .inputs import (
     run_outputs,
     seed_input,
     size_inputs,
+    vae_input,
 )
-from .train import check_base_settings, last_step, show_run, train_on_base
+from .train import check_base_settings, last_step, sampled, show_run, train_on_base
 
 OBJECTIVES = ("guidance", "consistency", "dmd")
 CONSISTENCY_STEPS = 500
@@ -74,7 +75,7 @@ class SharedBaseLoRA(io.ComfyNode):
                                 "trajectory_states work best. If nothing is connected, the model makes them."),
                 io.Model.Input("teacher", optional=True, tooltip="Another model of the same kind to learn from instead of the "
                                "model itself, such as a fine-tune; needs the memory of both."),
-                io.Vae.Input("vae", optional=True, tooltip="For sample images during training, if the recipe asks for them."),
+                vae_input(),
                 RecipeSettings.Input("recipe", optional=True, tooltip="Advanced settings, from Distillation Recipe; guidance "
                                      "and loss weights are set by this node."),
                 *run_inputs("baked"),
@@ -146,7 +147,8 @@ class SharedBaseLoRA(io.ComfyNode):
         model, teacher, node_id = bridge.Model(model[0]), teacher[0] and bridge.Model(teacher[0]), cls.hidden.unique_id
         settings = {name: values[0] for name, values in settings.items()}
         of_data = {name: settings.pop(name) for name in DATA_SETTINGS}
-        recipe = TrainingSettings(**recipe[0] | _of_lora(settings))
+        recipe = recipe[0] or sampled(settings["total_steps"], vae[0], null_caption)
+        recipe = TrainingSettings(**recipe | _of_lora(settings))
         check_base_settings(recipe)
         if teacher is None and recipe.objective == "guidance" and recipe.guidance == 1:
             raise ValueError(

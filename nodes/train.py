@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,15 @@ from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
 from ..distill_core.training.teachers import Teachers
 from . import bridge
-from .inputs import data_inputs, learning_inputs, refit_input, run_inputs, run_outputs, setting_input
+from .inputs import data_inputs, learning_inputs, refit_input, run_inputs, run_outputs, setting_input, vae_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 log = logging.getLogger("distill")
 DEFAULT_RANK = 64
+NUM_SAMPLED = 8
+"""Times that a run without a recipe makes sample images."""
 
 
 class DistillTrainStep(io.ComfyNode):
@@ -73,7 +76,7 @@ class DistillTrainStep(io.ComfyNode):
                     "Distillation Recipe sets how the teachers take turns.",
                 ),
                 io.Model.Input("teacher_3", optional=True, tooltip="A third teacher."),
-                io.Vae.Input("vae", optional=True, tooltip="For sample images during training, if the recipe asks for them."),
+                vae_input(),
                 *run_inputs("student"),
                 *learning_inputs(),
                 io.Int.Input(
@@ -120,7 +123,8 @@ class DistillTrainStep(io.ComfyNode):
         teachers = [bridge.Model(model) for model in (teacher[0], *teacher_2, *teacher_3)]
         rank = settings.pop("lora_rank", (DEFAULT_RANK,))[0]
         settings.setdefault("refit_examples", (REFIT_EXAMPLES,))
-        settings = {name: values[0] for name, values in settings.items()} | recipe[0]
+        settings = {name: values[0] for name, values in settings.items()}
+        settings |= recipe[0] or sampled(settings["total_steps"], vae[0], null_caption)
         lesson = (
             Healing(teachers, student, settings, rank)
             if teachers[0].known_transformer
@@ -247,6 +251,11 @@ class Healing:
         """The student with the LoRA as trained so far; saving merges it."""
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
         return bridge.with_lora(self.student.patcher, None, lora, 1.0, 0.0)[0]
+
+
+def sampled(total_steps: int, vae, null_caption) -> dict:
+    """How often a run without a recipe makes sample images: whenever what they need is connected."""
+    return {"sample_every_steps": ceil(total_steps / NUM_SAMPLED)} if vae is not None and null_caption else {}
 
 
 def check_base_settings(settings: TrainingSettings) -> None:

@@ -19,7 +19,6 @@ from ...distill_core.data.teacher_data import Making, make_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label, tile
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
-from .demo import is_demo
 from .interface import pixels_of
 from .model import Model
 from .shared_base import check_base, in_own_pixels, opened_base
@@ -30,6 +29,10 @@ TIMESTEPS = "distill_timesteps"
 SCALES = "distill_scales"  # the guidance scale each was sampled with, (B,)
 STORED = "fp16"  # precision on disk
 NUM_PREVIEWS = 4
+LEAST_PARAMETERS = 50_000_000
+"""Of models that are not the demo's."""
+GUIDED_THEMSELVES = ("flux1", "flux2")
+"""Families whose models take the scale as an input, or have learnt it."""
 
 
 def dataset(latents: list[dict], positive: list, null_caption: list | None, model: Model) -> LatentDataset:
@@ -105,14 +108,23 @@ def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model) -> Previews:
     def decode(latents: Tensor) -> Tensor:
         return pixels_of(vae.decode(model.patcher.model.process_latent_out(latents)))
 
-    is_small = model.unet is not None and is_demo(model.unet)
     return Previews(
         captions=captions,
         null=data.null,
         latent_shape=(channels, height, width),
         decode=decode,
-        guidance=2.0 if is_small else 7.0,
+        guidance=_guidance(model),
     )
+
+
+def _guidance(model: Model) -> float:
+    """The scale at which models of this kind sample well."""
+    network = model.unet or model.known_transformer
+    if network and network.num_parameters < LEAST_PARAMETERS:
+        return 3.0  # the demo's
+    if model.unet is not None:
+        return 7.0
+    return 1.0 if network and network.family in GUIDED_THEMSELVES else 4.0
 
 
 class _Reads(NamedTuple):

@@ -128,6 +128,22 @@ def test_sample_images_are_drawn_while_it_trains(server):
     assert first.std() > 20 and not changed[: height // 2].any() and changed[height // 2 :].any()  # above is the teacher
 
 
+@pytest.mark.parametrize(
+    "connected,steps",
+    [({"vae": ["teacher", 2]}, [2, 4, 6, 8, 10]), ({"vae": ["teacher", 2], "null_caption": None}, []), ({}, [])],
+    ids=["all they need", "no null_caption", "no vae"],
+)
+def test_without_a_recipe_samples_are_drawn_if_what_they_need_is_connected(connected, steps, server):
+    inputs = {name: value for name, value in connected.items() if value}
+    prompt = {**PROMPT, "train": train(f"unasked {len(connected)}", total_steps=10, steps_per_queue=10, **inputs)}
+    if connected.get("null_caption", True) is None:
+        del prompt["train"]["inputs"]["null_caption"]
+    result = server.run({**prompt, "show": {"class_type": "PreviewAny", "inputs": {"source": ["train", 3]}}})
+    assert result.succeeded, result.error
+    drawn = (server.output / "distill_runs" / f"unasked {len(connected)}" / "samples").glob("*.png")
+    assert [int(picture.stem) for picture in sorted(drawn)] == steps
+
+
 # --- teachers and students with patches
 
 

@@ -400,7 +400,7 @@ class Chart {
   _whyEmpty(samples) {
     if (!this.isRun && this._isNamedElsewhere) return say("The chart appears when the training begins.");
     if (!this.isRun) return say("No run of this name yet. Queue to start it, or choose another under Runs.");
-    if (samples) return say("No samples yet. To get them, set sample_every_steps in the recipe and connect a VAE.");
+    if (samples) return say("No samples yet. To get them, connect a VAE and null_caption.");
     return say("No measurements yet.");
   }
 
