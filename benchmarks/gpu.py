@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="run every part on the CPU with narrow networks")
     parser.add_argument("--rounds", type=int, help="turns of each measurement (default: 5, of a rehearsal 1)")
-    parser.add_argument("--minutes", type=float, default=8, help="start no part after so long (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="start no part after so long (default: %(default)s; of a rehearsal: no limit)"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "MatMul8bitLt")  # one for each layer
     if unknown := set(arguments.parts) - set(PARTS):
@@ -131,7 +133,7 @@ def peaks(rounds: int) -> list[str]:
 
 
 def _forecast_bytes(case: memory.Case, configs: dict, shapes: dict) -> int:
-    """Of a step of a case. configs, shapes: of this run's catalog, since a new process has the published one."""
+    """Memory that a case is forecast to need. configs, shapes: this run's catalog, since a new process has the published one."""
     TEACHER_CONFIGS.update(configs)
     LATENT_SHAPES.update(shapes)
     return memory.forecast_of(case, *case.architectures).total_bytes

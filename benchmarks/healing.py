@@ -1,7 +1,7 @@
 """What teaches a cut transformer best, on the demo's: ``python benchmarks/healing.py``.
 
 A quarter and a half of its twelve blocks go. Students of one plan are taught in several ways, and students of several plans in
-one way, for as many steps each; seconds are those a processor core works on training alone. Writes ``results/healing.md``, every figure measured
+one way, for as many steps each; core seconds are the CPU time of training alone. Writes ``results/healing.md``, every figure measured
 in that run; figures are kept in ``results/healing.jsonl`` as they come, so that an interrupted benchmark goes on.
 """
 

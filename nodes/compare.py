@@ -194,7 +194,7 @@ class DistillationReport(io.ComfyNode):
         losses = stacked(curves) if curves else None
         drawn = compare.write_report(path, comparison, title=title, judged=judged, judged_by=by, losses=losses)
         told = [f"Saved {path}"]
-        if comparison.images:
+        if compare.votes_path(path).exists():
             told.append(f"Blind votes: {compare.votes_path(path).name} beside it")
         bridge.show_text("\n".join(told), cls.hidden.unique_id)
         image = bridge.to_image(drawn)

@@ -57,7 +57,8 @@ def vae_input() -> io.Input:
     return io.Vae.Input(
         "vae",
         optional=True,
-        tooltip="For sample images while it trains, eight times in the run, or as often as the recipe says. Needs null_caption.",
+        tooltip="For sample images while it trains: about eight times in the run, or with a recipe as often as that says. Needs "
+        "null_caption.",
     )
 
 

@@ -22,7 +22,7 @@ class DistillationRecipe(io.ComfyNode):
             display_name="Distillation Recipe",
             category="distill",
             description="Advanced settings of a training run: loss weights, optimizer, precision, memory, validation. "
-            "Connect it to Distill Train Step; without it the defaults below apply. Settings that affect the result are fixed "
+            "Connect it to Distill Train Step; without it the defaults below apply, but a connected VAE brings sample images. Settings that affect the result are fixed "
             "once the run has begun.",
             search_aliases=["training settings", "optimizer", "min-snr", "ema", "mixed precision", "hyperparameters"],
             inputs=[

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("distill")
 DEFAULT_RANK = 64
 NUM_SAMPLED = 8
-"""Times that a run without a recipe makes sample images."""
+"""Times that a run without a recipe makes sample images, about."""
 
 
 class DistillTrainStep(io.ComfyNode):
@@ -283,7 +283,7 @@ def train_on_base(
     mapping: to a student; the LoRA is then trained for that, on the way through the network that skips what it lacks.
     """
     last = min(run.settings.total_steps, run.step + num_steps)
-    previews = bridge.previews(data, vae, model) if run.settings.sample_every_steps else None
+    previews = bridge.previews(data, vae, model, stays=True) if run.settings.sample_every_steps else None
     watch = Watch(run.folder.name, run.step, last, node_id, previews)
     forecast = bridge.forecast_shared_base(model, teacher, data, run.settings)
     with contextlib.ExitStack() as stack:

@@ -36,7 +36,7 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image
         drawing.text((gap, top + line // 2), name, "black", font, anchor="lm")
         top += line
         for number, image in enumerate(images):
-            sheet.paste(as_picture(image), (gap + number * (width + gap), top))
+            sheet.paste(as_picture(image).resize((width, height), 0), (gap + number * (width + gap), top))
         top += height
     return sheet
 

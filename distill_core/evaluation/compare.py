@@ -252,7 +252,7 @@ def write_report(
     losses: Image | None = None,
 ) -> Image:
     """Write a comparison as one HTML file; returns it as one image. If it has images, a page for votes on them is written
-    beside it, under `votes_path`.
+    beside it, at `votes_path`.
 
     judged: scores of each model's images, if any; judged_by: how they were measured, in words. losses: a loss curve.
     """
@@ -266,10 +266,12 @@ def write_report(
         parts.extend([report.table(columns, rows), report.listing(meanings)])
         images.append(plots.table_image(columns, rows, title))
 
+    votable = len(comparison.images) > 1 and len(comparison.seeds) > 0
     if comparison.images:
         parts.append(report.heading("The same seeds through every model"))
+        if votable:
+            parts.append(report.link(votes_path(path).name, "Vote on them first, without knowing which model is which"))
         show(grid(comparison), "Images by each model", "jpeg")
-        parts.append(report.link(votes_path(path).name, "Vote without knowing which model is which"))
     device = comparison.settings.get("device")
     parts.append(report.heading(f"Figures on {device}" if device else "Figures"))
     show_table(comparison.columns, comparison.rows(), comparison.meanings)
@@ -285,13 +287,13 @@ def write_report(
         show(losses, "Loss of every step")
     parts.extend([report.heading("Settings"), report.listing({**comparison.settings, **(judged_by or {})})])
     write_text(path, report.page(title, *parts), overwrite=False)
-    if comparison.images:
+    if votable:
         write_text(votes_path(path), votes_page(f"{title}: votes", comparison.images, comparison.seeds), overwrite=False)
     return stacked(images)
 
 
 def votes_path(path: Path) -> Path:
-    """Of the page for votes on the images of a report."""
+    """Path of the page for votes on the images of a report."""
     return path.with_name(f"{path.stem.rstrip('_')}_votes{path.suffix}")
 
 

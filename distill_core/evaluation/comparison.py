@@ -21,7 +21,7 @@ PER_IMAGE = "s per image"
 MEANINGS = {
     "GMACs": "billions of multiply-accumulates in one evaluation of the network, for one image.",
     "ms per step": "median time of a step; the models take turns, so that a slowdown of the machine affects all of them.",
-    "s per image": "median time to sample an image, without text encoder and VAE.",
+    "s per image": "median time to sample a batch, divided by its images, without text encoder and VAE.",
     "peak memory": "peak memory of a step, including the model's weights. On a CPU: of all tensors.",
     "weights": "size of the stored weights, which is also the size of the file.",
     "mean distance": "mean squared difference between the predictions of the model and of the first model, over all timesteps.",
@@ -56,7 +56,7 @@ class Measured:
 
     @property
     def seconds_per_image(self) -> float | None:
-        """Of sampling, without text encoder and VAE."""
+        """Seconds of sampling an image, without text encoder and VAE."""
         return None if self.steps_per_image is None else self.ms_per_step * self.steps_per_image / 1000
 
     @property

@@ -86,7 +86,7 @@ def mean_cosine_distance(features: Tensor) -> float:
         raise ValueError("diversity needs at least 2 images, got 1")
     units = torch.nn.functional.normalize(features.double(), dim=1)
     among_pairs = units.sum(0).square().sum() - units.square().sum()
-    return 1 - among_pairs.item() / (count * (count - 1))
+    return max(0.0, 1 - among_pairs.item() / (count * (count - 1)))
 
 
 @torch.no_grad()

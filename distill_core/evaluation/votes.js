@@ -6,9 +6,11 @@
   const key = `distill-votes-${id}`;
   let state = kept() ?? begun();
 
+  // Votes that are not finished; the next voter on a browser begins anew.
   function kept() {
     try {
-      return JSON.parse(localStorage.getItem(key));
+      const found = JSON.parse(localStorage.getItem(key));
+      return found?.ended ? null : found;
     } catch {
       return null; // a browser that keeps nothing for files
     }
@@ -87,12 +89,11 @@
     button(row, "↓ Equal", () => vote("equal"));
     button(row, "Right →", () => vote("right"));
     button(row, "Back", back, !place);
-    button(row, "Show the result", end, !place);
+    button(row, "Finish", end, !place);
   }
 
   function back() {
-    if (state.votes.length) state.votes.pop();
-    state.ended = false;
+    state.votes.pop();
     show();
   }
 
@@ -106,7 +107,7 @@
   function said({ model, share, interval: [low, high], count }) {
     const measured = `${percent(share)} of ${count} vote${count === 1 ? "" : "s"} (95 % interval ${percent(low)} to ${percent(high)})`;
     const verdict = low > 0.5 ? `${model} is preferred` : high < 0.5 ? `${models[0]} is preferred` : "no clear difference";
-    return `${model} against ${models[0]}: ${verdict}. ${model} has ${measured}; equal ones count as half.`;
+    return `${model} against ${models[0]}: ${verdict}. ${model} has ${measured}; a tie counts as half a vote.`;
   }
 
   function showResult() {
@@ -122,9 +123,6 @@
       for (const cell of [one.model, one.other, one.first, one.equal]) add(row, "td", String(cell));
     }
     const row = add(page, "p", "", { className: "choices" });
-    const missing = state.pairs.length - state.votes.length;
-    if (missing) button(row, `Go on (${missing} left)`, () => { state.ended = false; show(); });
-    else button(row, "Back", back);
     const told = JSON.stringify({ title, models: found, pairs: state.pairs.slice(0, state.votes.length).map(
       ({ model, seed, firstIsLeft }, place) => ({ model: models[model], seed: seeds[seed], firstIsLeft, vote: state.votes[place] })) }, null, 1);
     const link = add(row, "a", "Save the votes", { download: "votes.json" });
@@ -134,7 +132,8 @@
 
   const KEYS = { ArrowLeft: "left", ArrowDown: "equal", ArrowRight: "right" };
   document.addEventListener("keydown", (event) => {
-    if (!state.ended && KEYS[event.key] && !event.repeat) {
+    const changed = event.altKey || event.ctrlKey || event.metaKey || event.shiftKey; // such as Alt and ←, which goes back a page
+    if (!state.ended && KEYS[event.key] && !event.repeat && !changed) {
       event.preventDefault();
       vote(KEYS[event.key]);
     }

@@ -24,7 +24,10 @@ def votes_page(title: str, images: Mapping[str, Tensor], seeds: Sequence[str]) -
 
     images: of two models or more, (N, 3, H, W) in [-1, 1], image n from the same noise for each. seeds: N labels. The page
     needs no network; it counts votes, gives the 95 % interval (Wilson 1927), and keeps unfinished votes in the browser.
+    ``ValueError`` for fewer than two models or no images.
     """
+    if len(images) < 2 or not seeds:
+        raise ValueError(f"votes need images by two models or more, got {len(images)} with {len(seeds)} images each")
     shown = min(MOST_VOTED, len(seeds))
     told = {
         "title": title,
@@ -61,6 +64,6 @@ _STYLE = """
 .pair { display: flex; gap: 1rem }
 .pair button { flex: 1; padding: 0; border: 3px solid #ddd; background: none; cursor: pointer }
 .pair button:hover, .pair button:focus-visible { border-color: #4c78a8 }
-.pair img { display: block; width: 100%; max-height: 70vh; object-fit: contain; image-rendering: auto }
+.pair img { display: block; width: 100%; max-height: 70vh; object-fit: contain }
 .choices button, .choices a { font: inherit; padding: .4rem .9rem; margin-right: .5rem }
 """

@@ -111,7 +111,7 @@ def _distill(
                     done % run.settings.save_every_steps == 0 or (run.settings.keep_best and "validation" in row)
                 ):
                     trainer.save()
-                if previews and run.settings.sample_every_steps and done % run.settings.sample_every_steps == 0 and trainer.keeps:
+                if previews and _is_sampled(run.settings, done) and trainer.keeps:
                     with trainer.exported():
                         folder, taught_by = run.folder / "samples", teachers.at(step)
                         previews.draw(folder, done, student, taught_by, run.settings, write=processes.main)
@@ -120,6 +120,12 @@ def _distill(
             # A cancel or an error loses only the current step; a second Ctrl+C waits until the checkpoint is saved.
             with uninterrupted():
                 trainer.save_if_sound()
+
+
+def _is_sampled(settings: TrainingSettings, done: int) -> bool:
+    """Whether sample images follow a step; those of the finished student always do."""
+    every = settings.sample_every_steps
+    return bool(every) and (done % every == 0 or done == settings.total_steps)
 
 
 def _warn_if_seen_too_often(num_examples: int, num_seen: int) -> None:
@@ -137,8 +143,10 @@ def _warn_if_seen_too_often(num_examples: int, num_seen: int) -> None:
 def _what_to_lower(settings: TrainingSettings, processes: Processes) -> str:
     """The out-of-memory message: settings that save memory, least costly first."""
     now = MemorySettings(training=settings, num_processes=processes.count, shards=processes.shards)
+    what = [change.what for change in changes(now, of_teacher=False)]
+    if settings.sample_every_steps:
+        what.insert(0, "sample_every_steps 0")
     return (
-        "the device is out of memory; change, in this order: "
-        f"{', '.join(change.what for change in changes(now, of_teacher=False))}; the run keeps every completed step, and "
-        "gradient_checkpointing and accumulation_steps can be changed before it resumes"
+        f"the device is out of memory; change, in this order: {', '.join(what)}; the run keeps every completed step, and "
+        "gradient_checkpointing, accumulation_steps and sample_every_steps can be changed before it resumes"
     )

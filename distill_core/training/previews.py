@@ -58,12 +58,13 @@ class Previews:
         """
         learnt = training.guidance != 1
         if self._by_teacher is None:
-            self._by_teacher = self._images(teacher, training.guidance if learnt else self.guidance, self.num_steps)
+            self._by_teacher = self._images(teacher, training, training.guidance if learnt else self.guidance, self.num_steps)
         path, few = folder / f"{step:08d}.png", training.few_steps
         rows = {
             f"teacher, {self.num_steps} steps" if few else "teacher": self._by_teacher,
             f"student, step {step}" + (f", {few} steps" if few else ""): self._images(
                 student,
+                training,
                 1.0 if learnt else self.guidance,
                 few or self.num_steps,
                 noised_anew=bool(few and training.phases == 1),
@@ -74,18 +75,29 @@ class Previews:
                 image_rows(rows).save(made, format="png")
             self.latest = path
 
-    def _images(self, denoiser: Denoiser, guidance: float, num_steps: int, noised_anew: bool = False) -> Tensor:
+    def _images(
+        self, denoiser: Denoiser, training: TrainingSettings, guidance: float, num_steps: int, noised_anew: bool = False
+    ) -> Tensor:
+        """Drawn in parts, no more at once than are trained on, so that they need no more memory."""
         noise = torch.randn(len(self.captions), *self.latent_shape, generator=generator(self.seed, 0, "previews"))
+        anew = generator(self.seed, 1, "previews") if noised_anew else None
+        size = max(1, training.batch_size // training.accumulation_steps)
+        images = [
+            self._part(denoiser, self.captions[first : first + size], noise[first : first + size], guidance, num_steps, anew)
+            for first in range(0, len(noise), size)
+        ]
+        return torch.cat(images)
+
+    def _part(
+        self,
+        denoiser: Denoiser,
+        captions: Sequence[Caption],
+        noise: Tensor,
+        guidance: float,
+        num_steps: int,
+        anew: torch.Generator | None,
+    ) -> Tensor:
         height, width = (8 * side for side in self.latent_shape[1:])
-        context, label, null = conditions(self.captions, self.null, (height, width))
-        latents = sample(
-            denoiser,
-            context,
-            null,
-            noise=noise,
-            label=label,
-            num_steps=num_steps,
-            guidance=guidance,
-            anew=generator(self.seed, 1, "previews") if noised_anew else None,
-        )
+        context, label, null = conditions(captions, self.null, (height, width))
+        latents = sample(denoiser, context, null, noise=noise, label=label, num_steps=num_steps, guidance=guidance, anew=anew)
         return self.decode(latents.cpu()).float().cpu()

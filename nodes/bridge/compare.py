@@ -29,7 +29,7 @@ from ...distill_core.base.settings import SEEDS, check_settings, setting
 from ...distill_core.diffusion.macs import counted_macs
 from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
 from ...distill_core.evaluation.comparison import Comparison, Measured
-from ...distill_core.evaluation.measuring import each_round, synchronize, watched_memory
+from ...distill_core.evaluation.measuring import device_words, each_round, synchronize, watched_memory
 from .asking import at_levels, even_levels
 from .interface import pixels_of, throw_if_cancelled, to_images
 from .progress import Progress
@@ -141,7 +141,7 @@ def _settings(artists: Sequence[Artist], images: Tensor) -> dict[str, str]:
     guidance = {artist.name: f"{artist.cfg:g}" for artist in artists}
     precisions = {artist.name: str(artist.model.model_dtype()).removeprefix("torch.") for artist in artists}
     return {
-        "device": comfy.model_management.get_torch_device_name(device),
+        "device": device_words(device),
         "precision": _each(precisions),
         "images": f"{images.shape[3]} x {images.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
         "seeds": f"{drawing.seed}" if drawing.num_seeds == 1 else f"{drawing.seeds[0]} to {drawing.seeds[-1]}",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import comfy.model_management
 import comfy.sd
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ STORED = "fp16"  # precision on disk
 NUM_PREVIEWS = 4
 LEAST_PARAMETERS = 50_000_000
 """Of models that are not the demo's."""
-GUIDED_THEMSELVES = ("flux1", "flux2")
-"""Families whose models take the scale as an input, or have learnt it."""
+GUIDED_THEMSELVES = ("flux1", "flux2", "z-image")
+"""Families whose most used models take the scale as an input, or have learnt it."""
 
 
 def dataset(latents: list[dict], positive: list, null_caption: list | None, model: Model) -> LatentDataset:
@@ -93,8 +94,11 @@ def calibration(
     return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
 
 
-def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model) -> Previews:
-    """Sample images of a few captions while a run trains; ``ValueError`` without a VAE or the empty caption."""
+def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model, *, stays: bool = False) -> Previews:
+    """Sample images of a few captions while a run trains; ``ValueError`` without a VAE or the empty caption.
+
+    stays: whether all that is loaded must stay so, since it is being trained.
+    """
     if vae is None or data.null is None:
         what = "a VAE" if vae is None else "null_caption (the empty prompt, encoded)"
         raise ValueError(
@@ -106,7 +110,8 @@ def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model) -> Previews:
     captions = [Caption(context, of_caption) for context, of_caption in zip(examples.contexts, pooled, strict=True)]
 
     def decode(latents: Tensor) -> Tensor:
-        return pixels_of(vae.decode(model.patcher.model.process_latent_out(latents)))
+        with nothing_unloaded() if stays else contextlib.nullcontext():
+            return pixels_of(vae.decode(model.patcher.model.process_latent_out(latents)))
 
     return Previews(
         captions=captions,
@@ -115,6 +120,20 @@ def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model) -> Previews:
         decode=decode,
         guidance=_guidance(model),
     )
+
+
+@contextlib.contextmanager
+def nothing_unloaded() -> Iterator[None]:
+    """While open, ComfyUI does not know of the MODELs that are loaded, so it unloads none to make room; those it loads meanwhile
+    are unloaded at the end. A VAE that lacks room decodes in tiles."""
+    loaded = comfy.model_management.current_loaded_models
+    before = list(loaded)
+    loaded.clear()
+    try:
+        yield
+    finally:
+        comfy.model_management.unload_all_models()
+        loaded.extend(before)
 
 
 def _guidance(model: Model) -> float:

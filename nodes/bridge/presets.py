@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import folder_paths
@@ -32,31 +32,42 @@ def serve_presets() -> None:
     async def tell(request: web.Request) -> web.Response:
         asked = request.query
         if "demo" in asked:
-            return web.json_response({"fit": fitting_presets(teacher_file().architecture) if asked["demo"] == "unet" else []})
+            return web.json_response({"fit": await asyncio.to_thread(_fitting_demo, asked["demo"])})
         if "file" not in asked:
             return web.json_response({"presets": await asyncio.to_thread(_about)})
-        path = _path(asked.get("folder", ""), asked["file"])
-        if path is None:
-            raise web.HTTPNotFound
-        return web.json_response({"fit": await asyncio.to_thread(_fitting, path, path.stat().st_mtime_ns)})
+        try:
+            fit = await asyncio.to_thread(_fitting_file, asked.get("folder", ""), asked["file"])
+        except FileNotFoundError:
+            raise web.HTTPNotFound from None
+        return web.json_response({"fit": fit})
 
 
+@cache
 def _about() -> dict[str, dict[str, str]]:
     families = {name: preset(name).teacher for name in all_preset_names()}
     return {name: {"family": family, "title": short_title(family)} for name, family in families.items() if family}
 
 
-def _path(folder: str, name: str) -> Path | None:
-    """Of a file that ComfyUI lists in one of its folders."""
+@cache
+def _fitting_demo(network: str) -> list[str]:
+    return fitting_presets(teacher_file().architecture) if network == "unet" else []
+
+
+def _fitting_file(folder: str, name: str) -> list[str] | None:
+    """Presets that fit a file, None if it cannot be read; ``FileNotFoundError`` unless ComfyUI lists it in one of its folders."""
     listed = folder in FOLDERS and name in folder_paths.get_filename_list(folder)
-    found = folder_paths.get_full_path(folder, name) if listed else None
-    return None if found is None else Path(found)
+    if not listed or (path := folder_paths.get_full_path(folder, name)) is None:
+        raise FileNotFoundError(name)
+    try:
+        return _fitting(Path(path), Path(path).stat().st_mtime_ns)
+    except OSError:
+        return None
 
 
 @lru_cache(maxsize=64)
 def _fitting(path: Path, modified_ns: int) -> list[str] | None:
-    """Of a file as it was at a time."""
+    """The same for a path; a file that is written anew is read anew."""
     try:
         return fitting_presets(open_network(path).architecture)
-    except (OSError, ValueError):
+    except ValueError:
         return None

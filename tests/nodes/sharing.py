@@ -193,3 +193,32 @@ def _flux():
                    qkv_bias=True, guidance_embed=True, txt_ids_dims=[], device="cpu", dtype=torch.float32,
                    operations=comfy.ops.disable_weight_init)  # fmt: skip
     return comfy.sd.load_diffusion_model_state_dict(_filled(network))
+
+
+def decoding(out):
+    """What is loaded before, while and after a sample image of a run is decoded by a VAE for which ComfyUI makes room."""
+    import comfy.model_management as management
+    import torch
+    from in_comfyui import pack
+
+    bridge = pack()
+    model, (latents, captions) = bridge.Model(bridge.demo_teacher()), bridge.demo_data()
+    seen = []
+
+    class Vae:
+        def decode(self, latents):
+            management.free_memory(1e20, torch.device("cpu"))
+            seen.append(base.patcher.loaded_size())
+            management.load_models_gpu([bridge.demo_teacher()])
+            return torch.zeros(len(latents), 64, 64, 3)
+
+    with torch.inference_mode(), bridge.opened_base(model) as base:
+        data = bridge.dataset(latents[:4], captions[:4], captions[:1], model)
+        seen.append(base.patcher.loaded_size())
+        before = list(management.current_loaded_models)
+        for stays in (True, False):
+            bridge.previews(data, Vae(), model, stays=stays).decode(torch.zeros(1, 4, 8, 8))
+            if stays:
+                seen.append(base.patcher.loaded_size())
+                kept = management.current_loaded_models == before
+    Path(out).write_text(json.dumps({"loaded": seen, "kept": kept}))

@@ -12,10 +12,13 @@ from distill_core.demo.teacher import teacher_file
 from distill_core.networks.files import save_unet
 from distill_core.pruning.plan import preset, preset_names
 
+from .. import comfyui
 from .pages import load
 
 SD1 = preset_names("sd1")
 OF_SD1 = [f"{name} (SD1.x)" for name in SD1]
+TITLES = {"sd1": "SD1.x", "sd2": "SD2", "sdxl": "SDXL"}
+ALL = [f"{name} ({TITLES[preset(name).teacher]})" for name in preset_names()]
 PRUNE, TRANSFORMERS, BENCH = "DistillPruneUNetBlocks", "DistillPruneTransformerBlocks", "DistillBenchmarkPresets"
 
 
@@ -85,6 +88,15 @@ def link(page, one, other):
     )
 
 
+def change(page, node, **widgets):
+    page.evaluate(
+        """([id, widgets]) => { for (const widget of app.graph.getNodeById(id).widgets)
+          if (widget.name in widgets) widget.value = widgets[widget.name];
+        app.api.dispatchCustomEvent("graphChanged") }""",
+        [node, widgets],
+    )
+
+
 def offers(page, node, expected):
     """Wait until the preset of a node offers these, as they are written."""
     page.wait_for_function(
@@ -98,28 +110,62 @@ def offers(page, node, expected):
 def test_a_list_follows_the_loader_before_it(page, files):
     load(page, {"nodes": [], "links": [], "version": 0.4})
     prune, loader = add(page, PRUNE), add(page, "CheckpointLoaderSimple", ckpt_name="presets/sd1.safetensors")
-    whole = [f"{name} ({ {'sd1': 'SD1.x', 'sd2': 'SD2', 'sdxl': 'SDXL'}[preset(name).teacher] })" for name in preset_names()]
-    offers(page, prune, whole)
+    offers(page, prune, ALL)
     between = add(page, "LoraLoaderModelOnly")
     link(page, loader, between)
     link(page, between, prune)
     offers(page, prune, OF_SD1)
     chosen = "ssd-1b"  # of another family, as when the loader was changed afterwards: it stays in the list
-    page.evaluate(
-        """([id, value]) => { app.graph.getNodeById(id).widgets.find(({ name }) => name === "preset").value = value;
-        app.api.dispatchCustomEvent("graphChanged") }""",
-        [prune, chosen],
-    )
+    change(page, prune, preset=chosen)
     offers(page, prune, [*OF_SD1, "ssd-1b (SDXL)"])
 
 
 def test_without_a_preset_that_fits_all_are_offered(page, files):
     load(page, {"nodes": [], "links": [], "version": 0.4})
-    prune, demo = add(page, TRANSFORMERS), add(page, "DistillLoadDemoTeacher", network="transformer")
+    prune, demo = add(page, PRUNE), add(page, "DistillLoadDemoTeacher")
     link(page, demo, prune)
-    page.wait_for_timeout(1000)
-    values = page.evaluate("id => app.graph.getNodeById(id).widgets.find(({ name }) => name === 'preset').options.values", prune)
-    assert "z-image-small" in values and "flux-1-lite" in values
+    offers(page, prune, OF_SD1)
+    change(page, demo, network="transformer")
+    offers(page, prune, ALL)
+
+
+def test_a_loader_that_another_node_sets_is_not_known(page, files):
+    load(page, {"nodes": [], "links": [], "version": 0.4})
+    prune, loader = add(page, PRUNE), add(page, "CheckpointLoaderSimple", ckpt_name="presets/sd1.safetensors")
+    link(page, loader, prune)
+    offers(page, prune, OF_SD1)
+    page.evaluate(
+        """id => { const node = LiteGraph.createNode("PrimitiveNode"); app.graph.add(node);
+        const loader = app.graph.getNodeById(id);
+        node.connect(0, loader, loader.inputs.findIndex(({ name }) => name === "ckpt_name"));
+        app.api.dispatchCustomEvent("graphChanged") }""",
+        loader,
+    )
+    offers(page, prune, ALL)
+
+
+def test_looking_for_new_files_keeps_what_fits(page, files):
+    load(page, {"nodes": [], "links": [], "version": 0.4})
+    prune, demo = add(page, PRUNE), add(page, "DistillLoadDemoTeacher")
+    link(page, demo, prune)
+    offers(page, prune, OF_SD1)
+    page.evaluate("() => app.refreshComboInNodes()")
+    offers(page, prune, OF_SD1)
+
+
+def test_in_a_blueprint_the_list_follows_the_loader_outside(page, files):
+    load(page, json.loads((comfyui.ROOT / "subgraphs" / "Make my checkpoint smaller.json").read_text("utf-8")))
+    loader = add(page, "CheckpointLoaderSimple", ckpt_name="presets/sd1.safetensors")
+    host = page.evaluate("() => app.graph.nodes.find(({ subgraph }) => subgraph).id")
+    link(page, loader, host)
+    page.wait_for_function(
+        """expected => { const host = app.graph.nodes.find(({ subgraph }) => subgraph);
+        const prunes = host.subgraph.nodes.find(({ comfyClass }) => comfyClass === "DistillPruneUNetBlocks");
+        return [host, prunes].every(({ widgets }) => { const { options } = widgets.find(({ name }) => name === "preset");
+          return JSON.stringify(options.values.map(options.getOptionLabel)) === expected }) }""",
+        arg=json.dumps(OF_SD1, separators=(",", ":")),
+        timeout=20_000,
+    )
 
 
 def test_the_list_of_a_benchmark_follows_its_family(page, files):

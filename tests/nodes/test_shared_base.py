@@ -276,3 +276,10 @@ def test_what_does_not_go_together_is_one_clear_sentence(changes, message, serve
     }
     result = server.run({**PROMPT, **others, "bake": bake(**few | changes), **sampled(["bake", 1], "x")})
     assert message in result.error and "\n" not in result.error
+
+
+def test_decoding_a_sample_image_unloads_nothing_that_is_being_trained(found):
+    told = found("sharing.decoding")
+    loaded, decoding, after, by_others = told["loaded"]
+    assert loaded > 0 and decoding == after == loaded and told["kept"]
+    assert by_others == 0  # where that is allowed, ComfyUI does make room

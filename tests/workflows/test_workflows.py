@@ -71,6 +71,18 @@ def pictures(server, name):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def rows_of_grid(file, num_rows, num_images, side_px=64):
+    """The images of each row of a grid by Compare Models, (num_images, 3, side_px, side_px) in [-1, 1]."""
+    pixels = torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).copy()).permute(2, 0, 1) / 127.5 - 1
+    shown_px = pixels.shape[2] // num_images - 4  # between gaps of 4
+    line_px = (pixels.shape[1] - 4 - num_rows * shown_px) // (num_rows + 1)  # of names: of the columns, and above each row
+    for row in range(num_rows):
+        top = line_px + row * (line_px + shown_px) + line_px
+        images = (pixels[:, top : top + shown_px, left : left + shown_px] for left in range(4, pixels.shape[2] - 4, shown_px + 4))
+        step = shown_px // side_px
+        yield torch.stack([image[:, ::step, ::step] for image in images])
+
+
 def share_of_right(drawn):
     """Of pictures, how many show what the workflows ask for."""
     return ScenesJudge.bundled().agrees(drawn, [ASKED] * len(drawn)).float().mean()
@@ -123,7 +135,8 @@ def test_three_students_draw_scenes_as_one_model(server):
 
 def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server):
     run(WORKFLOWS / "bake_guidance_scenes.json", server)
-    guided, baked, plain = (share_of_right(pictures(server, f"scenes_{name}")) for name in ("guided", "baked", "plain"))
+    (file,) = (server.output / "distill").glob("scenes_guidance_*.png")
+    guided, baked, plain = map(share_of_right, rows_of_grid(file, num_rows=3, num_images=8))
     assert min(guided, baked) >= 0.85 > plain
     assert list((server.output / "loras").glob("scenes_guided_200_steps_*.safetensors"))
 
@@ -193,7 +206,8 @@ def test_three_models_are_compared_on_one_page(server):
     (named,) = (entry for entry in of_type["DistillReport"]["inputs"] if entry["name"] == "run_name")  # typed in one place alone
     assert of_type["DistillTrainStep"]["outputs"][4] == {"name": "run_name", "type": "STRING", "links": [named["link"]]}
     run(WORKFLOWS / "compare_scenes.json", server)
-    (page,) = (server.output / "distill").glob("compare_scenes_*.html")
+    page, votes = sorted((server.output / "distill").glob("compare_scenes_*.html"))
+    assert votes.stem.endswith("_votes")
     text = page.read_text("utf-8")
     teacher, pruned, distilled = re.findall(r"<tr><td>(\w+)</td>.*<td>([^<]*)</td></tr>", text)
     assert (teacher[1], pruned[0], distilled[0]) == ("reference", "pruned", "distilled")

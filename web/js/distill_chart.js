@@ -5,6 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { inputInPlaceOf, outside } from "./graph.js";
 import { bars, element, lines, short } from "./plot.js";
 import { RunList } from "./runs.js";
 import { button, html, say, toggle } from "./words.js";
@@ -28,7 +29,6 @@ const SAY_NOTHING = ["total", "dmd"]; // of a run by dmd; they are hidden until 
 const MAX_POINTS = 1500; // above this, the chart reloads fewer points from the server
 const NEWEST_POINTS = 50; // the loss by timestep is the mean over these
 const HEIGHT = 240;
-const SUBGRAPH_INPUTS = -10; // the id of what stands for a subgraph's inputs in it
 
 const STYLE = `
 .distill-chart { box-sizing: border-box; display: flex; flex-direction: column; gap: 3px; min-height: ${HEIGHT - 20}px; height: 100%;
@@ -229,16 +229,10 @@ class Chart {
 
   /** The widget that gives the name: the node's own, or that of the subgraph it is in; undefined if another node gives it. */
   get _nameWidget() {
-    const linked = ({ inputs }, name) => inputs?.find((input) => input.widget?.name === name && input.link != null);
-    const input = linked(this.node, "run_name");
+    const input = inputInPlaceOf(this.node, "run_name");
     if (!input) return this._runWidget;
-    const graph = this.node.graph;
-    const link = graph?.getLink?.(input.link);
-    if (Number(link?.origin_id) !== SUBGRAPH_INPUTS) return undefined;
-    const { name } = graph.inputs[link.origin_slot];
-    const [host, ...others] = graph.rootGraph.nodes.filter(({ subgraph }) => subgraph === graph);
-    if (!host || others.length || linked(host, name)) return undefined;
-    return host.widgets.find((widget) => widget.name === name);
+    const { host, name } = outside(this.node, input) ?? {};
+    return host && !inputInPlaceOf(host, name) ? host.widgets.find((widget) => widget.name === name) : undefined;
   }
 
   /** Whether another node gives the name; then only the training's own events show it. */
@@ -400,7 +394,7 @@ class Chart {
   _whyEmpty(samples) {
     if (!this.isRun && this._isNamedElsewhere) return say("The chart appears when the training begins.");
     if (!this.isRun) return say("No run of this name yet. Queue to start it, or choose another under Runs.");
-    if (samples) return say("No samples yet. To get them, connect a VAE and null_caption.");
+    if (samples) return say("No samples yet. They need a VAE, null_caption and, with a recipe, its sample_every_steps.");
     return say("No measurements yet.");
   }
 

@@ -1,10 +1,11 @@
-// The lists of presets on the nodes that prune and measure: each is marked with the models it is for, and where the model is known,
-// only those that fit are offered.
+// The lists of presets on the nodes that prune and measure: each is marked with the models it is for; if the model is known, only
+// presets that fit are offered.
 //
 // The server tells what each preset is for at /distill/presets, and which of them fit a file that a loader names.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { inputInPlaceOf, outside } from "./graph.js";
 
 const PRUNES = ["DistillPruneUNetBlocks", "DistillPruneTransformerBlocks"];
 const MEASURES = "DistillBenchmarkPresets";
@@ -30,44 +31,72 @@ function widgetOf(node, name) {
   return node.widgets?.find((widget) => widget.name === name);
 }
 
+/** The value of a widget; undefined if another node gives it. */
+function valueOf(node, name) {
+  return inputInPlaceOf(node, name) ? undefined : widgetOf(node, name)?.value;
+}
+
+/** The node that gives an input its value. */
+function before(node, place) {
+  const found = outside(node, node.inputs[place]);
+  if (!found) return node.getInputNode(place);
+  const { host, slot } = found;
+  return host.inputs[slot]?.link == null ? null : before(host, slot);
+}
+
 /** What to ask the server about the MODEL that comes into a node; empty if its loader is not found. */
 function sourceOf(node) {
   for (let count = 0; node && count < MOST_NODES; count++) {
-    if (node.comfyClass === DEMO) return `?demo=${encodeURIComponent(widgetOf(node, "network")?.value ?? "unet")}`;
+    if (node.comfyClass === DEMO) {
+      const network = valueOf(node, "network");
+      return network ? `?demo=${encodeURIComponent(network)}` : "";
+    }
     for (const [name, folder] of Object.entries(LOADS)) {
-      const file = widgetOf(node, name)?.value;
+      const file = valueOf(node, name);
       if (typeof file === "string") return `?folder=${folder}&file=${encodeURIComponent(file)}`;
     }
     const place = node.inputs?.findIndex(({ type, link }) => link != null && (type === "MODEL" || type === "*")) ?? -1;
-    node = place < 0 ? null : node.getInputNode(place);
+    node = place < 0 ? null : before(node, place);
   }
   return "";
 }
 
-/** The presets that fit, or null if that is not known. */
-async function fitting(node) {
-  if (node.comfyClass === MEASURES) {
-    const family = widgetOf(node, "family")?.value;
-    return Object.keys(about).filter((name) => about[name].family === family);
-  }
-  const source = sourceOf(node);
-  return source ? (await ask(source)).fit : null;
+function getOptionLabel(name) {
+  return about[name] ? `${name} (${about[name].title})` : (name ?? "");
+}
+
+/** The list of presets on the subgraph that a node is in; undefined if it has none. */
+function promoted(node) {
+  const input = inputInPlaceOf(node, "preset");
+  const { host, name } = (input && outside(node, input)) ?? {};
+  return host && widgetOf(host, name);
 }
 
 async function refresh(node) {
   about = (await ask()).presets ?? {};
-  const fit = await fitting(node);
-  const widget = widgetOf(node, "preset");
+  const measures = node.comfyClass === MEASURES;
+  const source = measures ? valueOf(node, "family") : sourceOf(node);
+  let fit = null; // not known
+  if (source && measures) fit = Object.keys(about).filter((name) => about[name].family === source);
+  else if (source) {
+    fit = (await ask(source)).fit;
+    if (sourceOf(node) !== source) return; // it was changed meanwhile, which brings an answer of its own
+  }
+  const widgets = [widgetOf(node, "preset"), promoted(node)].filter((widget) => widget?.options);
   const { all, offered } = lists.get(node) ?? {};
   if (!all) return; // it was removed meanwhile
-  const fits = (name) => !fit?.length || fit.includes(name) || !about[name] || name === widget.value;
+  const fits = (name) => !fit?.length || fit.includes(name) || !about[name] || widgets.some(({ value }) => name === value);
   offered.splice(0, offered.length, ...all.filter(fits));
-  widget.options.values = offered; // ComfyUI puts all of them back when it looks for new files
+  for (const { options } of widgets) Object.assign(options, { values: offered, getOptionLabel }); // ComfyUI puts all of them back
   node.setDirtyCanvas?.(true);
 }
 
+/** All lists anew; those of nodes that are in no graph any more are forgotten. */
 function refreshAll() {
-  lists.forEach((_, node) => refresh(node));
+  const root = app.rootGraph ?? app.graph;
+  const graphs = new Set([root, ...(root?.subgraphs?.values() ?? [])]);
+  for (const node of lists.keys()) if (node.graph && !graphs.has(node.graph)) lists.delete(node);
+  return Promise.all([...lists.keys()].map(refresh));
 }
 
 app.registerExtension({
@@ -82,7 +111,7 @@ app.registerExtension({
     const { options } = widgetOf(node, "preset");
     const all = [...options.values];
     options.values = [...all];
-    options.getOptionLabel = (name) => (about[name] ? `${name} (${about[name].title})` : (name ?? ""));
+    options.getOptionLabel = getOptionLabel;
     lists.set(node, { all, offered: options.values });
     const { onRemoved } = node;
     node.onRemoved = function (...values) {
@@ -96,6 +125,6 @@ app.registerExtension({
 
   refreshComboInNodes() {
     answers.clear(); // files may have changed
-    refreshAll();
+    return refreshAll();
   },
 });

@@ -36,7 +36,7 @@ const TRANSLATED = {
     "range {0}, timesteps {1} to {2}": "区间 {0}，时间步 {1} 至 {2}",
     "Run {0}: {1}": "任务 {0}：{1}",
     "Teacher above, student below, step {0}": "上为教师模型，下为学生模型，第 {0} 步",
-    "No samples yet. To get them, connect a VAE and null_caption.": "还没有样图。要生成样图，请连接 VAE 和空标注。",
+    "No samples yet. They need a VAE, null_caption and, with a recipe, its sample_every_steps.": "还没有样图。样图需要 VAE 和空标注；连接配方时还要设置样图间隔步数。",
     "No measurements yet.": "还没有测量值。",
     "No run of this name yet. Queue to start it, or choose another under Runs.": "还没有这个名称的任务。运行即可开始，或在“任务”中选择其他任务。",
     "The chart appears when the training begins.": "训练开始后会显示图表。",

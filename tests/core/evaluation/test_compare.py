@@ -247,6 +247,8 @@ def test_feature_distances_say_what_they_need(monkeypatch):
 def test_diversity_is_the_mean_over_all_pairs():
     rows = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-5.0, 0.0]])
     assert mean_cosine_distance(rows) == pytest.approx((1 + 2 + 1) / 3) and mean_cosine_distance(rows[:1].repeat(4, 1)) == 0
+    alike = torch.randn(1, 77, generator=torch.Generator().manual_seed(0)).repeat(7, 1)
+    assert 0 <= mean_cosine_distance(alike) < 1e-12
     with pytest.raises(ValueError, match="at least 2 images"):
         mean_cosine_distance(rows[:1])
 

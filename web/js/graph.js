@@ -1,0 +1,20 @@
+// Where the values of a node come from, also through the borders of subgraphs.
+
+const SUBGRAPH_INPUTS = -10; // the id of what stands for a subgraph's inputs in it
+
+/** The input that takes the place of a widget; undefined if the widget itself has the value. */
+export function inputInPlaceOf(node, name) {
+  return node.inputs?.find((input) => input.widget?.name === name && input.link != null);
+}
+
+/** The node that a graph is the subgraph of, and which of that one's inputs gives an input its value; null if there is none, or
+ * if several nodes share the subgraph. */
+export function outside(node, input) {
+  const { graph } = node;
+  const link = graph?.getLink?.(input.link);
+  if (Number(link?.origin_id) !== SUBGRAPH_INPUTS) return null;
+  const graphs = [graph.rootGraph, ...(graph.rootGraph.subgraphs?.values() ?? [])];
+  const [host, ...others] = graphs.flatMap(({ nodes }) => nodes).filter(({ subgraph }) => subgraph === graph);
+  if (!host || others.length) return null;
+  return { host, name: graph.inputs[link.origin_slot].name, slot: link.origin_slot };
+}
