@@ -2,7 +2,8 @@
 
 Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg`` (quickstart_scenes:
 ``assets/quickstart_graph.jpg``, as its card shows scenes); with ``--node TYPE`` also
-``web/docs/images/TYPE.png`` of that node. Needs a ComfyUI as the tests do (`tests/comfyui.py`), playwright, and Chromium.
+``web/docs/images/TYPE.png`` of that node. ``--opened FOLDER`` takes instead what a person sees who opens each workflow: at two
+sizes of the window, with both kinds of nodes, dark, light and in Chinese. Needs a ComfyUI as the tests do (`tests/comfyui.py`), playwright, and Chromium.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ comfyui = importlib.import_module("tests.comfyui")
 WORKFLOWS, NODES = ROOT / "workflows", ROOT / "web" / "docs" / "images"
 PICTURES = {"quickstart_scenes": ROOT / "assets" / "quickstart_graph.jpg"}
 VIEW = {"width": 2600, "height": 1900}
+SMALL, WIDE = {"width": 1680, "height": 1000}, {"width": 1920, "height": 969}
+FORMS = {
+    "dark": (False, "dark", "en", SMALL),
+    "light-wide": (False, "light", "en", WIDE),
+    "new-nodes-light": (True, "light", "en", SMALL),
+    "new-nodes-wide": (True, "dark", "en", WIDE),
+    "zh": (False, "dark", "zh", SMALL),
+    "new-nodes-zh": (True, "dark", "zh", SMALL),
+}
+"""Whether nodes are drawn by Vue, the palette, the language and the window."""
 MARGIN_PX = 8  # around the picture
 BEFORE_PX, AFTER_PX = 120, 420  # what ComfyUI itself shows at the left and the top, at the right and the bottom
 MOST_WIDE_PX = 1400
@@ -60,6 +71,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="run each workflow before its picture is taken")
     parser.add_argument("--node", action="append", default=[], metavar="TYPE", help="take a picture of this node, too")
     parser.add_argument("--alone", action="append", default=[], metavar="TYPE", help="take a picture of this node by itself")
+    parser.add_argument("--opened", type=Path, metavar="FOLDER", help="take what is seen on opening, in every form, into FOLDER")
     parser.add_argument("--base", type=Path, help="new folder for ComfyUI's files: Save Distilled Model shows its path")
     arguments = parser.parse_args()
     place = comfyui.find() or sys.exit(comfyui.HOW_TO_GET_IT)
@@ -76,14 +88,39 @@ def take_all(arguments: argparse.Namespace, place: Path, chromium: str, base: Pa
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport=VIEW)
-            page.goto(f"http://127.0.0.1:{server.port}", timeout=120_000)
-            page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.DistillTrainStep")
-            page.wait_for_timeout(5000)
+            if arguments.opened:
+                take_opened(page, server, arguments.names, arguments.opened)
+                return
+            come(page, server)
             for name in arguments.names:
                 take(page, server, name, arguments.run, arguments.node)
             for kind in arguments.alone:
                 take_alone(page, kind)
             browser.close()
+
+
+def come(page: Page, server) -> None:
+    page.goto(f"http://127.0.0.1:{server.port}", timeout=120_000)
+    page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.DistillTrainStep", timeout=120_000)
+    page.wait_for_timeout(5000)
+
+
+def take_opened(page: Page, server, names: list[str], folder: Path) -> None:
+    """Screenshots of the window ``FOLDER/NAME-FORM.png`` just after a workflow was opened."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server.post("settings/Comfy.TutorialCompleted", True)
+    for form, (new_nodes, palette, locale, size) in FORMS.items():
+        server.post("settings/Comfy.VueNodes.Enabled", new_nodes)
+        server.post("settings/Comfy.ColorPalette", palette)
+        server.post("settings/Comfy.Locale", locale)
+        page.set_viewport_size(size)
+        come(page, server)
+        for name in names:
+            workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+            page.evaluate("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, name])
+            page.wait_for_timeout(2000)
+            page.screenshot(path=folder / f"{name}-{form}.png")
+        print(f"took {form}")
 
 
 def stand_ins(base: Path, names: list[str]) -> None:

@@ -20,10 +20,11 @@ saves its inputs, its output and one number per row.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -55,6 +56,12 @@ from .step import StepInputs, student_outputs, teacher_outputs
 
 RESERVE = 0.05
 """Share of the free memory kept for what is not counted."""
+BESIDE_PASSES = (
+    "total_steps", "timesteps", "timestep_range", "noise_offset", "input_perturbation", "caption_dropout", "optimizer",
+    "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "seed", "save_every_steps",
+    "keep_checkpoints", "keep_best", "validate_every_steps", "validation_share", "sample_every_steps", "trackers",
+)  # fmt: skip
+"""Settings that change nothing about the passes of teacher and student."""
 LatentShape = tuple[int, int, int]
 AnyDenoiser = TypeVar("AnyDenoiser", bound=Denoiser)
 
@@ -334,8 +341,26 @@ def forecast(
     num_tokens: int,
     settings: MemorySettings,
 ) -> Forecast:
-    """Forecast the memory of a run. plan: as for `loop.distill`. num_tokens: number of tokens in a caption."""
-    return _Step(teacher, student, plan, num_tokens, settings.training).forecast(settings, latent_shape)
+    """Forecast the memory of a run. plan: as for `loop.distill`. num_tokens: number of tokens in a caption.
+
+    The last few steps are remembered, so that the same run, or one with another batch size, is forecast sooner.
+    """
+    training = _of_passes(settings.training)
+    about = (teacher, student, plan, num_tokens, replace(training, batch_size=1, accumulation_steps=1))
+    step = next((step for known, step in _recent if known == about), None)
+    if step is None:
+        step = _Step(teacher, student, plan, num_tokens, training)
+        _recent.append((about, step))
+    return step.forecast(settings, latent_shape)
+
+
+_recent: deque[tuple[tuple, _Step]] = deque(maxlen=2)
+
+
+def _of_passes(training: TrainingSettings) -> TrainingSettings:
+    """These settings with the default of each that changes nothing about a pass of a network."""
+    default = TrainingSettings()
+    return replace(training, **{name: getattr(default, name) for name in BESIDE_PASSES})
 
 
 class _Step:
@@ -350,7 +375,8 @@ class _Step:
             mapping = name_map(teacher, plan) if plan else NameMap.identity(teacher)
             self.layers = training.weighted_objective.feature_layers(teacher, student, mapping)
         self.guided = training.guidance != 1
-        network = self._unfilled_student(training, training.weight_dtype).network
+        self._unfilled_student = cache(partial(_unfilled_student, student, plan, training))
+        network = self._unfilled_student(training.weight_dtype).network
         self.trained_shapes = [weight.shape for weight in network.parameters() if weight.requires_grad]
         self.num_trained = sum(shape.numel() for shape in self.trained_shapes)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # only one, so that the teacher's outputs can go from pass to pass
@@ -415,8 +441,7 @@ class _Step:
 
     def _in_student_pass(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
         """At its worst, and between forward and backward."""
-        training = replace(settings.training, optimizer="adamw", ema_decay=0.0)
-        walked = MemorySettings(training=training, teacher_dtype=computes(settings.teacher_dtype), device=settings.device,
+        walked = MemorySettings(training=_of_passes(settings.training), teacher_dtype=computes(settings.teacher_dtype), device=settings.device,
                                 num_processes=settings.num_processes, shares_base=settings.shares_base)  # fmt: skip
         most, between = map(Counter.copy, self._student_pass(walked, latent_shape))
         if settings.student_dtype in QUANTISED:  # widened again for the backward pass
@@ -426,15 +451,10 @@ class _Step:
                 moment["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
         if settings.shards:
             most["gradients"] //= settings.num_processes
-            most["working memory"] += 4 * _num_gathered(self._unfilled_student(training, training.weight_dtype))
+            most["working memory"] += 4 * _num_gathered(self._unfilled_student(settings.training.weight_dtype))
         return most, between
 
     # --- simulated passes
-
-    def _unfilled_student(self, training: TrainingSettings, dtype: str) -> Denoiser:
-        network = _unfilled(self.student, dtype)
-        trained(network, training, self.plan)
-        return network
 
     def _walk_teacher(self, micro_batch: int, dtype: str, latent_shape: LatentShape) -> tuple[Counter, Outputs | None]:
         if not self.uses_teacher:
@@ -446,7 +466,7 @@ class _Step:
 
     def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
         _, from_teacher = self._teacher_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
-        network = self._unfilled_student(settings.training, settings.student_dtype)
+        network = copy.deepcopy(self._unfilled_student(settings.student_dtype))
         with without_contents(self.mode):
             inputs = inputs_of(network, latent_shape, self.num_tokens, settings.micro_batch)
             network = emptied(network)
@@ -461,6 +481,12 @@ def _unfilled(architecture: Architecture, dtype: str) -> Denoiser:
         network = build_unet(architecture)
     nn.Module.to(network, DTYPES[dtype])  # diffusers' own `to` warns
     return DiffusersDenoiser(network=network, architecture=architecture)
+
+
+def _unfilled_student(student: Architecture, plan: PruningPlan | None, training: TrainingSettings, dtype: str) -> Denoiser:
+    network = _unfilled(student, dtype)
+    trained(network, training, plan)
+    return network
 
 
 def _num_gathered(student: Denoiser) -> int:

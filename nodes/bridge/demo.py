@@ -126,6 +126,21 @@ def demo_data(transformer: bool = False) -> tuple[list[dict], list]:
     """LATENT and CONDITIONING lists as from "Make Training Dataset": one entry for each scene."""
     (bucket,) = load_dataset().buckets
     samples = comfy.latent_formats.Flux().process_out(copied(bucket.latents)) if transformer else bucket.latents
-    latents = [{"samples": latent[None]} for latent in samples]
-    conditioning = [[[context[None], {"pooled_output": context.mean(0, keepdim=True)}]] for context in bucket.contexts]
+    latents = [_Latent(samples=latent[None]) for latent in samples]
+    conditioning = [
+        _Conditioning([[context[None], {"pooled_output": context.mean(0, keepdim=True)}]]) for context in bucket.contexts
+    ]
     return latents, conditioning
+
+
+# When a node fails, ComfyUI puts the text of all of its inputs into the report. Numbers of 4,096 tensors take a minute.
+
+
+class _Latent(dict):
+    def __repr__(self) -> str:
+        return f"latent of shape {tuple(self['samples'].shape)}"
+
+
+class _Conditioning(list):
+    def __repr__(self) -> str:
+        return f"conditioning of shape {tuple(self[0][0].shape)}"

@@ -49,9 +49,8 @@ def test_pruned_model_is_the_teachers_weights_and_the_teacher_stays(server):
     student = open_unet(newest(server, "pruned_*.safetensors"))
     assert plan_in(student.metadata).remove == preset("bk-sdm-base").remove
     assert all(torch.equal(student.state_dict[n], w.float()) for n, w in expected.items())
-    assert all(
-        torch.equal(open_unet(newest(server, "teacher_*.safetensors")).state_dict[n], w) for n, w in teacher.state_dict.items()
-    )
+    kept = open_unet(newest(server, "teacher_*.safetensors"))
+    assert all(torch.equal(kept.state_dict[n], w) for n, w in teacher.state_dict.items())
 
 
 def test_the_graph_trains_saves_and_goes_on(server):
@@ -212,6 +211,7 @@ def test_bad_input_is_one_clear_sentence(change, message, server):
     result = server.run({**PROMPT, **change})
     assert message in result.error and "\n" not in result.error
     assert [p for p in sorted(server.output.rglob("*")) if p not in before and p.is_file()] == []
+    assert "tensor(" not in str(result.messages["execution_error"]["current_inputs"])  # 4,096 in numbers would take a minute
 
 
 def test_a_link_does_not_lead_what_is_saved_into_a_run(server):

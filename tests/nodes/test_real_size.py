@@ -3,8 +3,6 @@
 import gc
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from distill_core.base.storage import write_tensors
 from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import name_map, preset
+from tests import programs
 
-from .. import comfyui, standins
+from .. import standins
 from ..students import PUBLISHED
 from .test_shared_base import check
 
@@ -57,19 +56,12 @@ def _write_inputs(path, family):
     save_file(inputs, path)
 
 
-def distill(*arguments):
-    run = subprocess.run(
-        [sys.executable, "-m", "distill_core", *map(str, arguments)], cwd=comfyui.ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.parametrize("name", BY_FAMILY)
 def test_a_student_opens_and_draws_in_comfyui_and_answers_the_same_in_diffusers(name, teachers, in_comfyui):
     folder = teachers(preset(name).teacher)
     teacher, single, whole = folder / "teacher.safetensors", folder / f"{name}.safetensors", folder / name
-    distill("prune", teacher, single, "--preset", name)
-    distill("prune", teacher, whole, "--preset", name, "--layout", "diffusers")
+    programs.run("prune", teacher, single, "--preset", name)
+    programs.run("prune", teacher, whole, "--preset", name, "--layout", "diffusers")
     student, original = open_unet(single), open_unet(teacher)
     assert (student.architecture.num_parameters, student.dtype) == (PUBLISHED[name], "f16")
     # Kept weights are the teacher's, bit for bit.
@@ -115,7 +107,7 @@ def test_v_prediction_survives_into_the_stock_loader(name, family, prediction, t
         sign = names["up.2.resnet.2.norm1.bias"] if family == "sdxl" else names["up.3.attn.2.block.0.norm1.bias"]
         tensors |= {"v_pred": torch.zeros(0)} if family == "sdxl" else {sign: tensors[sign].read() + torch.linspace(-1, 1, 320)}
     write_tensors(folder / "v.safetensors", tensors)
-    distill("prune", folder / "v.safetensors", folder / "student.safetensors", "--preset", name)
+    programs.run("prune", folder / "v.safetensors", folder / "student.safetensors", "--preset", name)
     (folder / "v.safetensors").unlink()
     in_comfyui("forward_and_sample", folder / "student.safetensors", folder / "inputs.safetensors", folder / "output.safetensors")
     with safe_open(folder / "output.safetensors", "pt") as file:
@@ -155,7 +147,7 @@ def test_full_checkpoints_open_in_load_checkpoint(teachers, server):
     (models / "vae").mkdir(parents=True, exist_ok=True)
     save_file(standins.vae(), models / "vae" / "vae.safetensors")
     student = models / "checkpoints" / "student.safetensors"
-    distill("prune", folder / "full.safetensors", student, "--preset", "bk-sdm-tiny", "--layout", "checkpoint")
+    programs.run("prune", folder / "full.safetensors", student, "--preset", "bk-sdm-tiny", "--layout", "checkpoint")
     (folder / "full.safetensors").unlink()
     saved = {"model": ["load", 0], "clip": ["load", 1], "vae": ["vae", 0], "layout": "checkpoint", "dtype": "fp16",
              "filename_prefix": "diffusion_models/whole"}  # fmt: skip

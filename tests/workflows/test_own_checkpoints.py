@@ -17,6 +17,7 @@ from distill_core.pruning.prune import prune
 
 from .. import comfyui, standins
 from ..nodes.graphs import newest
+from .shortened import shortened
 from .test_workflows import WORKFLOWS, run
 
 FREE_GIB = 16
@@ -92,20 +93,8 @@ def diffusion_models(server):
 def run_short(server, tmp_path):
     known = server.get("object_info")
 
-    def values_of(node):
-        """Places of a node's values in the graph, by name."""
-        inputs = {**known[node["type"]]["input"].get("required", {}), **known[node["type"]]["input"].get("optional", {})}
-        names = []
-        for name, (kind, *options) in inputs.items():
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                names += [name] + ["after"] * bool(options and options[0].get("control_after_generate"))
-        return names
-
     def run_it(name, change=lambda graph: graph, **shorter):
-        graph = change(json.loads((WORKFLOWS / f"{name}.json").read_text()))
-        for node in graph["nodes"]:
-            for changed, value in (SHORT.get(node["type"], {}) | shorter.get(node["type"], {})).items():
-                node["widgets_values"][values_of(node).index(changed)] = value
+        graph = shortened(change(json.loads((WORKFLOWS / f"{name}.json").read_text())), known, SHORT, shorter)
         (tmp_path / f"{name}.json").write_text(json.dumps(graph))
         run(tmp_path / f"{name}.json", server)
         return {path.stem.rpartition("_")[0].rstrip("_0123456789") for path in (server.output / "distill").glob("*.png")}

@@ -1,4 +1,4 @@
-"""The shipped workflows, run by comfy-cli on a real server, unchanged but for the steps of some.
+"""The shipped workflows, run by comfy-cli on a real server, unchanged but for smaller batches, and the steps of some.
 
 Those that begin with the student of the quickstart find its run complete.
 """
@@ -24,10 +24,17 @@ from distill_core.routing.experts import Experts
 from distill_core.training.run import read_metrics
 
 from .. import comfyui
+from .shortened import shortened
 
 WORKFLOWS = comfyui.ROOT / "workflows"
 ASKED = Scene(Group("apple", 2, "red"), "left of", Group("cat"), "flat")
 """What the workflows of the demo draw."""
+LIGHT = {
+    "DistillTrainStep": {"batch_size": 16},
+    "DistillTrainExperts": {"batch_size": 16},
+    "DistillSharedBaseLoRA": {"batch_size": 8},
+}
+"""A step on a CPU takes as long as its batch is large."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,18 @@ def run(path, server):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture
+def run_light(server, tmp_path):
+    known = server.get("object_info")
+
+    def run_it(name, change=lambda graph: graph, **changes):
+        graph = shortened(json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")), known, LIGHT, changes)
+        (tmp_path / f"{name}.json").write_text(json.dumps(change(graph)))
+        run(tmp_path / f"{name}.json", server)
+
+    return run_it
+
+
 def pictures(server, name):
     """The pictures a workflow saved under a name, (N, 3, 64, 64) in [-1, 1]."""
     files = sorted((server.output / "distill").glob(f"{name}_*.png"))
@@ -88,8 +107,8 @@ def share_of_right(drawn):
     return ScenesJudge.bundled().agrees(drawn, [ASKED] * len(drawn)).float().mean()
 
 
-def test_quickstart_runs_to_a_student_that_draws_scenes(server):
-    run(WORKFLOWS / "quickstart_scenes.json", server)
+def test_quickstart_runs_to_a_student_that_draws_scenes(server, run_light):
+    run_light("quickstart_scenes")
 
     # The saved file is the student the graph produced.
     (saved,) = (server.output / "diffusion_models").glob("scenes_student_*.safetensors")
@@ -102,15 +121,9 @@ def test_quickstart_runs_to_a_student_that_draws_scenes(server):
     assert share_of_right(pictures(server, "pruned")) <= 0.5
 
 
-def test_a_transformer_is_cut_and_taught_again(server, tmp_path):
+def test_a_transformer_is_cut_and_taught_again(server, run_light):
     """With fewer steps than it ships with."""
-    graph = json.loads((WORKFLOWS / "heal_scenes.json").read_text("utf-8"))
-    (train,) = (node for node in graph["nodes"] if node["type"] == "DistillTrainStep")
-    values = train["widgets_values"]
-    assert values[1:4] == [300, 300, 64] and values[-2] == 100
-    values[1:4], values[-2] = [40, 40, 16], 20
-    (tmp_path / "heal_scenes.json").write_text(json.dumps(graph))
-    run(tmp_path / "heal_scenes.json", server)
+    run_light("heal_scenes", DistillTrainStep={"total_steps": 40, "steps_per_queue": 40, "local_steps": 20})
     (saved,) = (server.output / "diffusion_models").glob("scenes_transformer_student_*.safetensors")
     assert open_network(saved).architecture.depths == {"double": 4, "single": 5}
     assert share_of_right(pictures(server, "heal_scenes_whole")) >= 0.85
@@ -121,20 +134,20 @@ def test_a_transformer_is_cut_and_taught_again(server, tmp_path):
         assert len(measured) == 20 and sum(measured[-5:]) < 0.9 * sum(measured[:5]), term
 
 
-def test_a_small_model_begins_and_a_big_one_finishes(server):
-    run(WORKFLOWS / "route_big_and_small.json", server)
+def test_a_small_model_begins_and_a_big_one_finishes(server, run_light):
+    run_light("route_big_and_small")
     assert all(share_of_right(pictures(server, name)) >= 0.85 for name in ("big", "small_then_big"))
 
 
-def test_three_students_draw_scenes_as_one_model(server):
-    run(WORKFLOWS / "o2mkd_scenes.json", server)
+def test_three_students_draw_scenes_as_one_model(server, run_light):
+    run_light("o2mkd_scenes")
     experts = Experts.read(server.output / "distill_runs" / "o2mkd-scenes" / "experts")
     assert len(experts.files) == 3 and len({member.fingerprint for member in experts.members}) == 3
     assert share_of_right(pictures(server, "o2mkd_teacher")) >= 0.85 and share_of_right(pictures(server, "o2mkd_experts")) >= 0.85
 
 
-def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server):
-    run(WORKFLOWS / "bake_guidance_scenes.json", server)
+def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server, run_light):
+    run_light("bake_guidance_scenes")
     (file,) = (server.output / "distill").glob("scenes_guidance_*.png")
     guided, baked, plain = map(share_of_right, rows_of_grid(file, num_rows=3, num_images=8))
     assert min(guided, baked) >= 0.85 > plain
@@ -173,39 +186,38 @@ def with_unlearned_beside(graph, learned, name):
 @pytest.mark.parametrize(
     "name,slow,fast", [("turbo_lora_scenes", "turbo_model", "turbo_lora"), ("small_and_fast", "fast_teacher", "fast_small")]
 )
-def test_four_evaluations_draw_what_forty_do(name, slow, fast, server, tmp_path):
+def test_four_evaluations_draw_what_forty_do(name, slow, fast, server, run_light):
     """Judged on 36 pictures, and better than the same model draws without the LoRA: 40 steps of training are hardly seen."""
-    graph = json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
-    (learning,) = (node for node in graph["nodes"] if node["type"] == "DistillSharedBaseLoRA")
-    (latents,) = (node for node in graph["nodes"] if node["type"] == "EmptyLatentImage")
-    assert latents["widgets_values"] == [64, 64, 9]
-    latents["widgets_values"][2] = 36
-    sampler = with_unlearned_beside(graph, learning, "unlearned")
-    assert sampler["widgets_values"][2:6] == [4, 1.0, "euler", "simple"]
-    (tmp_path / f"{name}.json").write_text(json.dumps(graph))
+
+    def unlearned_too(graph):
+        (learning,) = (node for node in graph["nodes"] if node["type"] == "DistillSharedBaseLoRA")
+        sampler = with_unlearned_beside(graph, learning, "unlearned")
+        assert sampler["widgets_values"][2:6] == [4, 1.0, "euler", "simple"]
+        return graph
+
     for left in (server.output / "distill").glob("unlearned_*"):
         left.unlink()
-    run(tmp_path / f"{name}.json", server)
+    run_light(name, unlearned_too, EmptyLatentImage={"batch_size": 36})
 
     guided, learned, unlearned = (pictures(server, drawn) for drawn in (slow, fast, "unlearned"))
     assert share_of_right(guided) >= 0.85
     assert share_of_right(learned) > share_of_right(unlearned) + 0.1
 
 
-def test_a_student_learns_a_style_of_ones_own(server):
-    run(WORKFLOWS / "fine_tune_scenes.json", server)
+def test_a_student_learns_a_style_of_ones_own(server, run_light):
+    run_light("fine_tune_scenes")
     before, after = pictures(server, "scenes_student"), pictures(server, "scenes_fine_tuned")
     assert share_of_right(before) >= 0.5
     redness = [(drawn[:, 0] - drawn[:, 2])[:, :, :24].mean() for drawn in (before, after)]  # of the two apples
     assert redness[0] > 0.2 > 0 > redness[1]
 
 
-def test_three_models_are_compared_on_one_page(server):
+def test_three_models_are_compared_on_one_page(server, run_light):
     graph = json.loads((WORKFLOWS / "compare_scenes.json").read_text("utf-8"))
     of_type = {node["type"]: node for node in graph["nodes"]}
     (named,) = (entry for entry in of_type["DistillReport"]["inputs"] if entry["name"] == "run_name")  # typed in one place alone
     assert of_type["DistillTrainStep"]["outputs"][4] == {"name": "run_name", "type": "STRING", "links": [named["link"]]}
-    run(WORKFLOWS / "compare_scenes.json", server)
+    run_light("compare_scenes")
     page, votes = sorted((server.output / "distill").glob("compare_scenes_*.html"))
     assert votes.stem.endswith("_votes")
     text = page.read_text("utf-8")

@@ -5,7 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { inputInPlaceOf, outside } from "./graph.js";
+import { after, inputInPlaceOf, outside } from "./graph.js";
 import { bars, element, lines, short } from "./plot.js";
 import { RunList } from "./runs.js";
 import { button, html, say, toggle } from "./words.js";
@@ -492,16 +492,6 @@ class Chart {
 }
 
 const charts = new Set();
-
-/** Call `then` after a method of an object, if it has one. */
-function after(object, method, then) {
-  const before = object[method];
-  object[method] = function (...values) {
-    const result = before?.apply(this, values);
-    then();
-    return result;
-  };
-}
 
 api.addEventListener("distill.progress", ({ detail }) => {
   for (const chart of charts) if (chart.isOf(detail)) chart.tell(detail);

@@ -1,4 +1,4 @@
-// Where the values of a node come from, also through the borders of subgraphs.
+// Of the nodes of a graph: what follows a method of theirs, and where values come from, also through the borders of subgraphs.
 
 const SUBGRAPH_INPUTS = -10; // the id of what stands for a subgraph's inputs in it
 
@@ -17,4 +17,14 @@ export function outside(node, input) {
   const [host, ...others] = graphs.flatMap(({ nodes }) => nodes).filter(({ subgraph }) => subgraph === graph);
   if (!host || others.length) return null;
   return { host, name: graph.inputs[link.origin_slot].name, slot: link.origin_slot };
+}
+
+/** Call `then` after a method of an object, if it has one. */
+export function after(object, method, then) {
+  const before = object[method];
+  object[method] = function (...values) {
+    const result = before?.apply(this, values);
+    then();
+    return result;
+  };
 }

@@ -5,7 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { inputInPlaceOf, outside } from "./graph.js";
+import { after, inputInPlaceOf, outside } from "./graph.js";
 
 const PRUNES = ["DistillPruneUNetBlocks", "DistillPruneTransformerBlocks"];
 const MEASURES = "DistillBenchmarkPresets";
@@ -113,11 +113,7 @@ app.registerExtension({
     options.values = [...all];
     options.getOptionLabel = getOptionLabel;
     lists.set(node, { all, offered: options.values });
-    const { onRemoved } = node;
-    node.onRemoved = function (...values) {
-      lists.delete(node);
-      return onRemoved?.apply(this, values);
-    };
+    after(node, "onRemoved", () => lists.delete(node));
     refresh(node);
   },
 

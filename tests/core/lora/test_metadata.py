@@ -80,9 +80,14 @@ def changed_weights(network):
 def student_of(teacher, mapping):
     architecture = pruned(teacher.architecture, mapping)
     network = build_unet(architecture)
-    weights = mapping.apply({name: teacher.network.state_dict()[path] for name, path in paths_of(teacher.architecture).items()})
+    weights = mapping.apply(weights_of(teacher.network, teacher.architecture))
     network.load_state_dict({path: weights[name] for name, path in paths_of(architecture).items()})
     return network
+
+
+def weights_of(network, architecture):
+    state = network.state_dict()
+    return {name: state[path] for name, path in paths_of(architecture).items()}
 
 
 def paths_of(architecture):
@@ -109,7 +114,7 @@ def test_diffusers_gives_the_student_what_it_gave_the_teacher(name, plan, small_
     remapped = remap_lora_file(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", small_teacher.architecture, mapping)
     student = student_of(small_teacher, mapping)
     got = changed_weights(loaded(student, tmp_path / "out.safetensors"))
-    before = {name: student.state_dict()[path] for name, path in paths_of(pruned(small_teacher.architecture, mapping)).items()}
+    before = weights_of(student, pruned(small_teacher.architecture, mapping))
     expected = mapping.apply(changed_weights(with_lora))
     assert close(got, expected, before) >= remapped.num_kept > 0
 
@@ -122,7 +127,7 @@ def test_a_lokr_keeps_its_strength(small_teacher, tmp_path):
     mapping = name_map(small_teacher.architecture, preset("bk-sdm-base"))
     remap_lora_file(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", small_teacher.architecture, mapping)
     student = student_of(small_teacher, mapping)
-    before = {name: student.state_dict()[path] for name, path in paths_of(pruned(small_teacher.architecture, mapping)).items()}
+    before = weights_of(student, pruned(small_teacher.architecture, mapping))
     got = changed_weights(loaded(student, tmp_path / "out.safetensors"))
     assert close(got, mapping.apply(changed_weights(with_lora)), before)
 
@@ -137,7 +142,7 @@ def test_converted_and_in_kohyas_form_it_is_as_strong(name, small_teacher, tmp_p
     path, mapping = tmp_path / "lora.safetensors", name_map(teacher, read_plan(plan, teacher))
     convert_lora_file(path, tmp_path / "converted.safetensors", teacher)
     expected = changed_weights(with_lora)
-    before = {name: small_teacher.network.state_dict()[path] for name, path in paths_of(teacher).items()}
+    before = weights_of(small_teacher.network, teacher)
     assert close(changed_weights(loaded(small_teacher.network, tmp_path / "converted.safetensors")), expected, before)
 
     remapped = remap_lora_file(path, tmp_path / "out.safetensors", teacher, mapping)

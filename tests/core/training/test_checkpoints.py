@@ -21,6 +21,7 @@ from distill_core.training import checkpoints, live, run_folders
 from distill_core.training.checkpoints import checkpoints_in, own
 from distill_core.training.run import Run, read_metrics, started
 from distill_core.training.settings import TrainingSettings
+from tests.programs import Program, save_slowly
 
 from .runs import train, weights
 
@@ -308,20 +309,6 @@ def test_one_process_may_hold_a_folder_once_at_a_time(tmp_path):
 # --- signals
 
 
-SLOW = """
-    import sys, time
-    import distill_core.training.run
-    from distill_core.cli import main
-    save = distill_core.training.run.Run.save
-    def slow(self, state, trained):
-        print("saving", state.step, file=sys.stderr, flush=True)
-        time.sleep(2)
-        save(self, state, trained)
-    distill_core.training.run.Run.save = slow
-    sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("ending,code", [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143), ((signal.SIGTERM, signal.SIGINT), 143)])  # fmt: skip
 def test_a_second_signal_does_not_lose_what_the_first_has_promised(ending, code, tmp_path):
     (tmp_path / "recipe.toml").write_text(
@@ -329,23 +316,23 @@ def test_a_second_signal_does_not_lose_what_the_first_has_promised(ending, code,
         'resolution = "64"\nsampler_steps = 1\n[training]\ntotal_steps = 100000\nbatch_size = 1\nsave_every_steps = 100000\n'
     )
     (tmp_path / "prompts.txt").write_text("a cat, flat\n")
-    command = [sys.executable, "-c", textwrap.dedent(SLOW), "train", str(tmp_path / "recipe.toml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    program = Program("train", tmp_path / "recipe.toml", cwd=tmp_path, begin=save_slowly)
     metrics = tmp_path / "run" / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(ending[0])
-    for line in process.stderr:
-        if "saving" in line:  # behind what the progress bar has drawn
-            break
+    _until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    program.send(ending[0])
+    _until(lambda: "saving" in program.said)
     for number in ending[1:]:
         time.sleep(0.3)
-        process.send_signal(number)
-    said = process.stderr.read()
-    assert process.wait(60) in (code, 130) and "every finished step is kept" in said, said
+        program.send(number)
+    assert program.wait(60) in (code, 130) and "every finished step is kept" in program.said, program.said
     (checkpoint,) = checkpoints_in(tmp_path / "run")
     assert int(checkpoint.name) >= len(read_metrics(tmp_path / "run")) - 1 > 1
+
+
+def _until(condition):
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 # --- metrics

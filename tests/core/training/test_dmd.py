@@ -248,7 +248,7 @@ def same(ours, theirs):
     ids=["lora", "consistency first", "whole", "schedule-free", "dora", "fp16"],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(changes, small_teacher, small_data, tmp_path):
-    recipe = replace(RECIPE, **changes)
+    recipe = replace(RECIPE, total_steps=7, batch_size=4, phases=2, anchor_steps=2, **changes)
     if recipe.optimizer == "schedulefree":
         pytest.importorskip("schedulefree")
     whole = run_to(None, tmp_path / "whole", recipe, small_teacher, small_data)

@@ -33,7 +33,9 @@ def data(small_data):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, small_teacher, small_data):
-    return weights(train(tmp_path_factory.mktemp("plain") / "run", small_teacher, small_data)[0])
+    """Weights after one step and after all of a run without a changed setting."""
+    folder, counts = tmp_path_factory.mktemp("plain"), (1, RECIPE.total_steps)
+    return {n: weights(train(folder / str(n), small_teacher, small_data, num_steps=n)[0]) for n in counts}
 
 
 def in_float64(denoiser):
@@ -46,25 +48,36 @@ def difference(a, b):
     return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"objective": "segmind"}, {"objective": "koala"}, {"objective": "laptop-diff"}, {"objective": "ssd-1b"}, {"task_weight": 0.0},
-     {"output_weight": 3.0}, {"feature_weight": 0.1}, {"weighting": "min-snr"}, {"weighting": "debiased"},
-     {"timesteps": "logit-normal"}, {"noise_offset": 0.1}, {"input_perturbation": 0.1}, {"caption_dropout": 0.9}, {"batch_size": 2},
-     {"optimizer": "adafactor"}, {"optimizer": "lion"}, {"optimizer": "adamw8bit"}, {"optimizer": "prodigy"},
-     {"optimizer": "schedulefree"}, {"learning_rate": 2e-3}, {"lr_schedule": "linear"}, {"warmup_steps": 2}, {"weight_decay": 0.5},
-     {"max_grad_norm": 0.01, "optimizer": "adafactor"}, {"ema_decay": 0.9}, {"precision": "bf16"}, {"precision": "fp16"},
-     {"weight_dtype": "bf16"}, {"seed": 4}, {"validation_share": 0.25, "validate_every_steps": 2},
-     {"weighting": "min-snr", "snr_gamma": 1.0}, {"timestep_range": (0, 300)}, {"refit_examples": 6}],
-    ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
-)  # fmt: skip
+def named(changes):
+    return pytest.mark.parametrize("change", changes, ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()))
+
+
+@named([
+    {"objective": "segmind"}, {"objective": "koala"}, {"objective": "laptop-diff"}, {"objective": "ssd-1b"}, {"task_weight": 0.0},
+    {"output_weight": 3.0}, {"feature_weight": 0.1}, {"weighting": "min-snr"}, {"weighting": "debiased"},
+    {"weighting": "min-snr", "snr_gamma": 1.0}, {"timesteps": "logit-normal"}, {"timestep_range": (0, 300)}, {"noise_offset": 0.1},
+    {"input_perturbation": 0.1}, {"caption_dropout": 0.9}, {"batch_size": 2}, {"learning_rate": 2e-3}, {"weight_decay": 0.5},
+    {"max_grad_norm": 0.01, "optimizer": "adafactor"}, {"seed": 4},
+])  # fmt: skip
 def test_a_setting_changes_what_is_learnt(change, tmp_path, small_teacher, data, plain):
-    """And what was learnt with it is learnt again bit for bit, in two parts."""
+    run, _ = train(tmp_path / "run", small_teacher, data, replace(RECIPE, **change), num_steps=1)
+    assert difference(weights(run), plain[1]) > 1e-6
+
+
+@named([
+    {"optimizer": "adafactor"}, {"optimizer": "lion"}, {"optimizer": "adamw8bit"}, {"optimizer": "prodigy"},
+    {"optimizer": "schedulefree"}, {"lr_schedule": "linear"}, {"warmup_steps": 2}, {"ema_decay": 0.9}, {"precision": "bf16"},
+    {"precision": "fp16"}, {"weight_dtype": "bf16"}, {"validation_share": 0.25, "validate_every_steps": 2}, {"refit_examples": 6},
+    {"objective": "segmind", "weighting": "min-snr", "timesteps": "logit-normal", "noise_offset": 0.1, "input_perturbation": 0.1,
+     "caption_dropout": 0.5, "batch_size": 2},
+])  # fmt: skip
+def test_what_a_setting_keeps_from_step_to_step_outlasts_a_stop(change, tmp_path, small_teacher, data, plain):
+    """What was learnt with it is learnt again bit for bit, in two parts."""
     pytest.importorskip({"lion": "lion_pytorch", "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt",
                          "schedulefree": "schedulefree"}.get(change.get("optimizer"), "torch"))  # fmt: skip
     recipe = replace(RECIPE, **change)
     whole, _ = train(tmp_path / "whole", small_teacher, data, recipe)
-    assert difference(weights(whole), plain) > 1e-6
+    assert difference(weights(whole), plain[RECIPE.total_steps]) > 1e-6
     train(tmp_path / "parts", small_teacher, data, recipe, num_steps=1)
     parts, _ = train(tmp_path / "parts", small_teacher, data, recipe)
     assert difference(weights(parts), weights(whole)) == 0
@@ -189,7 +202,7 @@ def test_compile_is_used_and_taken_off(tmp_path, small_teacher, data, plain, mon
     monkeypatch.setattr(torch, "compile", eager)
     run, student = train(tmp_path / "run", small_teacher, data, replace(RECIPE, compile=True))
     assert compiled == [student.network] and student.forward is None
-    assert difference(weights(run), plain) < 1e-4
+    assert difference(weights(run), plain[3]) < 1e-4
 
 
 def test_bf16_weights_stay_bf16(tmp_path, small_teacher, data):
@@ -225,10 +238,10 @@ def test_the_loss_scaler_skips_a_step_that_overflows_and_goes_on(tmp_path, small
 
 def test_the_average_is_given_out_and_the_weights_go_on(tmp_path, small_teacher, data, plain):
     run, student = train(tmp_path / "run", small_teacher, data, replace(RECIPE, ema_decay=0.9))
-    assert difference({n: w.detach() for n, w in student.named_parameters().items()}, plain) == 0
+    assert difference({n: w.detach() for n, w in student.named_parameters().items()}, plain[3]) == 0
     start = {n: w.detach() for n, w in student_of(small_teacher, PLAN).named_parameters().items()}
     # With so few steps the average lies between the start and the end, nearer to the end.
-    assert 0 < difference(weights(run), plain) < difference(start, plain)
+    assert 0 < difference(weights(run), plain[3]) < difference(start, plain[3])
 
 
 # --- teachers
