@@ -126,7 +126,7 @@ def demo_data(transformer: bool = False) -> tuple[list[dict], list]:
     """LATENT and CONDITIONING lists as from "Make Training Dataset": one entry for each scene."""
     (bucket,) = load_dataset().buckets
     samples = comfy.latent_formats.Flux().process_out(copied(bucket.latents)) if transformer else bucket.latents
-    latents = [_Latent(samples=latent[None]) for latent in samples]
+    latents: list[dict] = [_Latent(samples=latent[None]) for latent in samples]
     conditioning = [
         _Conditioning([[context[None], {"pooled_output": context.mean(0, keepdim=True)}]]) for context in bucket.contexts
     ]
