@@ -60,10 +60,14 @@ const TRANSLATED = {
   },
 };
 
+/** The language of the front end, such as `en`; `zh` for all of its kinds. */
+export function language() {
+  return (app.extensionManager?.setting?.get("Comfy.Locale") ?? navigator.language).split("-")[0];
+}
+
 /** A text in the language of the front end, with `{0}`, `{1}` filled in. */
 export function say(text, ...values) {
-  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? navigator.language;
-  const said = TRANSLATED[locale.split("-")[0]]?.[text] ?? text;
+  const said = TRANSLATED[language()]?.[text] ?? text;
   return said.replace(/\{(\d)\}/g, (_, index) => values[index]);
 }
 

@@ -1,0 +1,63 @@
+"""The example workflows in other languages than English."""
+
+import json
+import re
+
+import pytest
+
+from .. import comfyui
+from .pages import load, opened
+from .test_locales import LOCALES, OTHERS
+
+WORKFLOWS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((comfyui.ROOT / "workflows").glob("*.json"))}
+CODE = re.compile(r"`[^`]+`")
+
+
+def translated(language):
+    return json.loads((comfyui.ROOT / "web" / f"workflows.{language}.json").read_text("utf-8"))
+
+
+def notes_of(graph):
+    return [node["widgets_values"][0] for node in graph["nodes"] if node["type"].endswith("Note")]
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_every_note_and_title_is_translated_and_nothing_else(language):
+    titled = [each for graph in WORKFLOWS.values() for each in [*graph["nodes"], *graph["groups"]]]
+    texts = translated(language)
+    assert texts["titles"].keys() == {each["title"] for each in titled if each.get("title")}
+    assert texts["notes"].keys() == {note for graph in WORKFLOWS.values() for note in notes_of(graph)}
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_a_note_has_the_same_parts_and_names_nodes_as_the_screen_does(language):
+    ours, theirs = (json.loads((LOCALES / one / "nodeDefs.json").read_text("utf-8")) for one in ("en", language))
+    shown = {ours[node]["display_name"]: theirs[node]["display_name"] for node in ours}
+    for english, other in translated(language)["notes"].items():
+        assert english.count("\n") == other.count("\n") and english.startswith("## ") == other.startswith("## ")
+        assert set(CODE.findall(other)) <= set(CODE.findall(english))
+        lacking = {code for code in CODE.findall(english) if code not in other}
+        assert lacking <= {"`lora_rank`"}, other  # a widget, which has its own name
+        for name in re.findall(r"\*\*([^*]+)\*\*", english):
+            assert shown.get(name, "") in other, f"{name} is {shown[name]} there: {other}"
+
+
+def test_the_front_end_shows_it_and_leaves_what_people_wrote(page, server):
+    graph = WORKFLOWS["quickstart_scenes"]
+    texts, (note,) = translated("zh"), notes_of(graph)
+    server.post("settings/Comfy.Locale", "zh")
+    try:
+        opened(page, server)
+        shown = "() => window.app.graph.nodes.filter((node) => node.type === 'MarkdownNote').map((node) => node.widgets[0].value)"
+        titles = "() => [...window.app.graph.nodes, ...window.app.graph.groups].map(({ title }) => title)"
+        load(page, graph)
+        page.wait_for_function(f"text => ({shown})()[0] === text", arg=texts["notes"][note])
+        assert {texts["titles"][group["title"]] for group in graph["groups"]} <= set(page.evaluate(titles))
+
+        own = json.loads(json.dumps(graph).replace("Nothing to download", "My own words"))
+        load(page, own)
+        page.wait_for_timeout(1000)
+        assert page.evaluate(shown) == notes_of(own)
+        assert {group["title"] for group in graph["groups"]} <= set(page.evaluate(titles))
+    finally:
+        server.post("settings/Comfy.Locale", "en")
