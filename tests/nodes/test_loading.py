@@ -24,7 +24,12 @@ def test_nothing_of_comfyui_torch_or_python_is_another_than_before(traces):
 
 
 def test_it_listens_at_its_own_addresses_alone(traces):
-    assert sorted(traces["routes"]) == ["DELETE /distill/runs/{name}", "GET /distill/runs", "GET /distill/runs/{name}"]
+    assert sorted(traces["routes"]) == [
+        "DELETE /distill/runs/{name}",
+        "GET /distill/presets",
+        "GET /distill/runs",
+        "GET /distill/runs/{name}",
+    ]
 
 
 def test_diffusers_and_peft_wait_until_they_are_needed(traces):
