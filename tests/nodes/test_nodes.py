@@ -211,7 +211,8 @@ def test_bad_input_is_one_clear_sentence(change, message, server):
     result = server.run({**PROMPT, **change})
     assert message in result.error and "\n" not in result.error
     assert [p for p in sorted(server.output.rglob("*")) if p not in before and p.is_file()] == []
-    assert "tensor(" not in str(result.messages["execution_error"]["current_inputs"])  # 4,096 in numbers would take a minute
+    numbers = str(result.messages["execution_error"]["current_inputs"]).count("tensor(")
+    assert numbers < 20  # of the prompts alone: those of 4,096 examples would take a minute
 
 
 def test_a_link_does_not_lead_what_is_saved_into_a_run(server):

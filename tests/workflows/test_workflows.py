@@ -33,8 +33,9 @@ LIGHT = {
     "DistillTrainStep": {"batch_size": 16},
     "DistillTrainExperts": {"batch_size": 16},
     "DistillSharedBaseLoRA": {"batch_size": 8},
+    "DistillTeacherDataset": {"images_per_prompt": 1},
 }
-"""A step on a CPU takes as long as its batch is large."""
+"""On a CPU a step takes as long as its batch is large."""
 LEARNT = 0.6
 """Least share of right pictures by a student of so small batches; of the shipped ones `benchmarks/quickstart.py` tells."""
 
