@@ -46,6 +46,8 @@ PLACE = """([left, top, scale]) => {
     const canvas = window.app.canvas;
     canvas.ds.scale = scale; canvas.ds.offset = [left, top]; canvas.setDirty(true, true);
 }"""
+OPEN = """([workflow, name]) =>
+    window.app.loadGraphData(workflow, true, true, name, {openSource: 'template'})"""
 BOUNDS = """() => {
     const graph = window.app.graph, boxes = [...graph._groups.map(g => g._bounding ?? g.boundingRect)];
     for (const node of graph._nodes) boxes.push([node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]);
@@ -117,7 +119,7 @@ def take_opened(page: Page, server, names: list[str], folder: Path) -> None:
         come(page, server)
         for name in names:
             workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-            page.evaluate("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, name])
+            page.evaluate(OPEN, [workflow, name])
             page.wait_for_timeout(2000)
             page.screenshot(path=folder / f"{name}-{form}.png")
         print(f"took {form}")

@@ -73,7 +73,9 @@ def test_the_graph_trains_saves_and_goes_on(server):
     assert third.succeeded and {"train", "save", "sample student"} <= third.cached
     assert (folder / "metrics.csv").read_bytes() == metrics
     # In one go it comes to the same.
-    assert server.run({**PROMPT, "train": train("goes on at once", steps_per_queue=6), "s": save(["train", 0], "one/student")}).succeeded
+    assert server.run(
+        {**PROMPT, "train": train("goes on at once", steps_per_queue=6), "s": save(["train", 0], "one/student")}
+    ).succeeded
     in_one = load_file(newest(server, "one/student_*.safetensors"))
     assert all(torch.equal(in_one[n], on_disk[n]) for n in on_disk)
 

@@ -12,6 +12,7 @@ TITLE = 30  # above a node
 WINDOWS = [(1680, 1000), (1920, 969)]
 FILLED = 0.75  # of the window, when ComfyUI opens a template
 LEAST_ZOOM = 8 / 14  # below it ComfyUI draws no text
+SIDEBAR_PX, TOP_BARS_PX = 66, 95
 GROUPS = {"#6fa8d6", "#93c492", "#cf8fd0", "#dbb458"}
 
 every_workflow = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -42,6 +43,17 @@ def test_it_opens_large_enough_to_be_read(path):
     width, height = max(rights) - min(lefts), max(bottoms) - min(tops)
     for window in WINDOWS:
         assert FILLED * min(window[0] / width, window[1] / height) >= LEAST_ZOOM
+
+
+@every_workflow
+def test_a_file_opens_beside_and_below_what_comfyui_shows_over_the_canvas(path):
+    graph = json.loads(path.read_text("utf-8"))
+    scale, (right, down) = graph["extra"]["ds"]["scale"], graph["extra"]["ds"]["offset"]
+    lefts, tops, rights, bottoms = zip(*map(box, graph["nodes"]), *map(frame, graph["groups"]), strict=True)
+    assert scale >= LEAST_ZOOM
+    assert (min(lefts) + right) * scale >= SIDEBAR_PX and (min(tops) + down) * scale >= TOP_BARS_PX
+    assert (max(rights) + right) * scale <= min(width for width, _ in WINDOWS)
+    assert (max(bottoms) + down) * scale <= min(height for _, height in WINDOWS)
 
 
 @every_workflow
