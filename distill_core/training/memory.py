@@ -20,7 +20,6 @@ saves its inputs, its output and one number per row.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import weakref
@@ -375,8 +374,9 @@ class _Step:
             mapping = name_map(teacher, plan) if plan else NameMap.identity(teacher)
             self.layers = training.weighted_objective.feature_layers(teacher, student, mapping)
         self.guided = training.guidance != 1
-        self._unfilled_student = cache(partial(_unfilled_student, student, plan, training))
-        network = self._unfilled_student(training.weight_dtype).network
+        unwalked = self._unfilled_student(training, training.weight_dtype)
+        self._unwalked = {(_of_passes(training), training.weight_dtype): unwalked}
+        network = unwalked.network
         self.trained_shapes = [weight.shape for weight in network.parameters() if weight.requires_grad]
         self.num_trained = sum(shape.numel() for shape in self.trained_shapes)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # only one, so that the teacher's outputs can go from pass to pass
@@ -451,10 +451,15 @@ class _Step:
                 moment["half-precision weights"] += DTYPES["bf16"].itemsize * self.student.num_parameters
         if settings.shards:
             most["gradients"] //= settings.num_processes
-            most["working memory"] += 4 * _num_gathered(self._unfilled_student(settings.training.weight_dtype))
+            most["working memory"] += 4 * _num_gathered(self._unfilled_student(settings.training, settings.training.weight_dtype))
         return most, between
 
     # --- simulated passes
+
+    def _unfilled_student(self, training: TrainingSettings, dtype: str) -> Denoiser:
+        network = _unfilled(self.student, dtype)
+        trained(network, training, self.plan)
+        return network
 
     def _walk_teacher(self, micro_batch: int, dtype: str, latent_shape: LatentShape) -> tuple[Counter, Outputs | None]:
         if not self.uses_teacher:
@@ -466,7 +471,8 @@ class _Step:
 
     def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
         _, from_teacher = self._teacher_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
-        network = copy.deepcopy(self._unfilled_student(settings.student_dtype))
+        wanted = settings.training, settings.student_dtype
+        network = self._unwalked.pop(wanted, None) or self._unfilled_student(*wanted)  # a walk leaves nothing of it
         with without_contents(self.mode):
             inputs = inputs_of(network, latent_shape, self.num_tokens, settings.micro_batch)
             network = emptied(network)
@@ -481,12 +487,6 @@ def _unfilled(architecture: Architecture, dtype: str) -> Denoiser:
         network = build_unet(architecture)
     nn.Module.to(network, DTYPES[dtype])  # diffusers' own `to` warns
     return DiffusersDenoiser(network=network, architecture=architecture)
-
-
-def _unfilled_student(student: Architecture, plan: PruningPlan | None, training: TrainingSettings, dtype: str) -> Denoiser:
-    network = _unfilled(student, dtype)
-    trained(network, training, plan)
-    return network
 
 
 def _num_gathered(student: Denoiser) -> int:
