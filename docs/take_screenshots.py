@@ -3,7 +3,8 @@
 Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg`` (quickstart_scenes:
 ``assets/quickstart_graph.jpg``, as its card shows scenes); with ``--node TYPE`` also
 ``web/docs/images/TYPE.png`` of that node. ``--opened FOLDER`` takes instead what a person sees who opens each workflow: at two
-sizes of the window, with both kinds of nodes, dark, light and in Chinese. Needs a ComfyUI as the tests do (`tests/comfyui.py`), playwright, and Chromium.
+sizes of the window, with both kinds of nodes, dark, light and in Chinese. Needs a ComfyUI as the tests do
+(`tests/comfyui.py`), playwright, and Chromium.
 """
 
 from __future__ import annotations

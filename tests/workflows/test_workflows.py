@@ -1,4 +1,4 @@
-"""The shipped workflows, run by comfy-cli on a real server, unchanged but for smaller batches, and the steps of some.
+"""The shipped workflows, run by comfy-cli on a real server, unchanged but for the batches and steps of some.
 
 Those that begin with the student of the quickstart find its run complete.
 """
@@ -30,14 +30,11 @@ WORKFLOWS = comfyui.ROOT / "workflows"
 ASKED = Scene(Group("apple", 2, "red"), "left of", Group("cat"), "flat")
 """What the workflows of the demo draw."""
 LIGHT = {
-    "DistillTrainStep": {"batch_size": 16},
     "DistillTrainExperts": {"batch_size": 16},
     "DistillSharedBaseLoRA": {"batch_size": 8},
     "DistillTeacherDataset": {"images_per_prompt": 1},
 }
 """On a CPU a step takes as long as its batch is large."""
-LEARNT = 0.6
-"""Least share of right pictures by a student of so small batches; of the shipped ones `benchmarks/quickstart.py` tells."""
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +117,13 @@ def test_quickstart_runs_to_a_student_that_draws_scenes(server, run_light):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n].half()) for n in ours)
 
     # Its pictures are what the teacher's are, those of the pruned model are not.
-    assert share_of_right(pictures(server, "teacher")) >= 0.85 and share_of_right(pictures(server, "distilled")) >= LEARNT
+    assert share_of_right(pictures(server, "teacher")) >= 0.85 and share_of_right(pictures(server, "distilled")) >= 0.85
     assert share_of_right(pictures(server, "pruned")) <= 0.2
 
 
 def test_a_transformer_is_cut_and_taught_again(server, run_light):
     """With fewer steps than it ships with."""
-    run_light("heal_scenes", DistillTrainStep={"total_steps": 40, "steps_per_queue": 40, "local_steps": 20})
+    run_light("heal_scenes", DistillTrainStep={"total_steps": 40, "steps_per_queue": 40, "batch_size": 16, "local_steps": 20})
     (saved,) = (server.output / "diffusion_models").glob("scenes_transformer_student_*.safetensors")
     assert open_network(saved).architecture.depths == {"double": 4, "single": 5}
     assert share_of_right(pictures(server, "heal_scenes_whole")) >= 0.85
@@ -146,9 +143,7 @@ def test_three_students_draw_scenes_as_one_model(server, run_light):
     run_light("o2mkd_scenes")
     experts = Experts.read(server.output / "distill_runs" / "o2mkd-scenes" / "experts")
     assert len(experts.files) == 3 and len({member.fingerprint for member in experts.members}) == 3
-    assert (
-        share_of_right(pictures(server, "o2mkd_teacher")) >= 0.85 and share_of_right(pictures(server, "o2mkd_experts")) >= LEARNT
-    )
+    assert share_of_right(pictures(server, "o2mkd_teacher")) >= 0.85 and share_of_right(pictures(server, "o2mkd_experts")) >= 0.85
 
 
 def test_a_lora_draws_at_cfg_1_what_the_model_draws_with_guidance(server, run_light):
