@@ -22,8 +22,8 @@ from report import mean_and_margin, publish, table, with_margin
 from torch import Tensor
 
 from distill_core.data.dataset import Drawing, draw
-from distill_core.demo.transformer import denoiser_of, load_transformer, load_transformer_dataset
-from distill_core.diffusion.transformers import FluxDenoiser
+from distill_core.demo.transformer import load_transformer, load_transformer_dataset, transformer_of
+from distill_core.diffusion.pipelines import FluxDenoiser
 from distill_core.lora.layers import without_lora
 from distill_core.networks.name_map import NameMap
 from distill_core.networks.transformers.flux_spelling import to_comfyui
@@ -188,7 +188,7 @@ def _taught(lesson: Lesson, student: FluxDenoiser, teacher: FluxDenoiser, data, 
         weights = student.network.state_dict()
         if lesson.mean:
             weights |= _means(mapping, weights)
-        student = denoiser_of(to_comfyui(mapping.apply(weights)))
+        student = transformer_of(to_comfyui(mapping.apply(weights)))
     else:
         teacher = without_lora(replace(student, mapping=None))()
     with tempfile.TemporaryDirectory() as folder:

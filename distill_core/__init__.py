@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .networks.build import load_unet
     from .networks.files import open_unet, save_unet
     from .networks.network import open_network
-    from .preparation import prepare
+    from .preparation.prepared import prepare
     from .pruning.plan import PruningPlan, preset, preset_names
     from .pruning.plan_text import read_plan
     from .pruning.prune import prune, prune_file
@@ -55,7 +55,7 @@ _HOME = {
     "load_unet": "networks.build",
     "open_network": "networks.network",
     "open_unet": "networks.files",
-    "prepare": "preparation",
+    "prepare": "preparation.prepared",
     "preset": "pruning.plan",
     "preset_names": "pruning.plan",
     "prune": "pruning.prune",

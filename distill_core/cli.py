@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ def _words(value: object) -> str:
 def prune(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .lora.merge import merged
     from .networks.network import open_network
     from .pruning.prune import precision_note, prune_file
 
@@ -78,6 +80,7 @@ def prune(arguments: argparse.Namespace) -> None:
         _check_suffix(arguments.out)
     teacher = open_network(arguments.teacher)
     plan = _plan(arguments, teacher.architecture)
+    change = {"change": partial(merged, lora=arguments.lora, plan=plan.name)} if arguments.lora else {}
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
 
         def on_bytes(done: int, total: int) -> None:
@@ -91,17 +94,21 @@ def prune(arguments: argparse.Namespace) -> None:
             layout=arguments.layout,
             dtype=arguments.dtype,
             pad=arguments.pad,
+            **change,
             overwrite=arguments.overwrite,
             on_bytes=on_bytes,
         )
     before, after = teacher.architecture.num_parameters, pruning.student.num_parameters
     print(f"{arguments.out}: {after:,} parameters, {1 - after / before:.1%} fewer than the teacher's {before:,}")
+    if arguments.lora:
+        print(f"{arguments.lora}: merged into it")
     if pruning.padding:
         print(f"Identity blocks, so that ComfyUI can open the file: {', '.join(pruning.padding)}")
     for note in (teacher.loading_note(pruning.student, arguments.layout), precision_note(teacher, pruning)):
         if note:
             print(note)
-    print(teacher.advice)
+    if not arguments.lora:
+        print(teacher.advice)
 
 
 def recipes(arguments: argparse.Namespace) -> None:
@@ -289,16 +296,14 @@ def _distinct_names(files: Sequence[Path]) -> list[str]:
 
 def _plan(arguments: argparse.Namespace, teacher: Network) -> PruningPlan:
     """The plan of --preset with the blocks of --keep, or of --plan: a file, or the text itself."""
-    from .base.documents import read_text
     from .pruning.plan import preset
-    from .pruning.plan_text import read_plan
+    from .pruning.plan_text import find_plan
 
     if arguments.preset:
         return preset(arguments.preset).with_keep(dict(arguments.keep)) if arguments.keep else preset(arguments.preset)
     if arguments.keep:
         raise ValueError("--keep changes a preset; write the transformer blocks into the plan instead")
-    text = arguments.plan if arguments.plan.startswith(("keep ", "{")) else read_text(Path(arguments.plan))
-    return read_plan(text, teacher)
+    return find_plan(arguments.plan, teacher)
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
@@ -424,6 +429,7 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="replace removed blocks by identity blocks where ComfyUI could not open the student otherwise",
     )
+    command.add_argument("--lora", type=Path, help="LoRA that distill train, or a node, trained for this student: merge it")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 

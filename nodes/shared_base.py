@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..distill_core.base.storage import fingerprint, read_header
 from ..distill_core.data.dataset import Dataset
 from ..distill_core.data.teacher_data import Making
-from ..distill_core.training.lesson import check_lesson, check_trajectories
+from ..distill_core.training.lesson import check_lesson, check_own_weights, check_trajectories
 from ..distill_core.training.preflight import check_run
 from ..distill_core.training.run import Inputs, Run
 from ..distill_core.training.settings import TrainingSettings
@@ -23,7 +23,7 @@ from .inputs import (
     size_inputs,
     vae_input,
 )
-from .train import check_base_settings, last_step, sampled, show_run, train_on_base
+from .train import last_step, sampled, show_run, train_on_base
 
 OBJECTIVES = ("guidance", "consistency", "dmd")
 CONSISTENCY_STEPS = 500
@@ -149,7 +149,7 @@ class SharedBaseLoRA(io.ComfyNode):
         of_data = {name: settings.pop(name) for name in DATA_SETTINGS}
         recipe = recipe[0] or sampled(settings["total_steps"], vae[0], null_caption)
         recipe = TrainingSettings(**recipe | _of_lora(settings))
-        check_base_settings(recipe)
+        check_own_weights(recipe)
         if teacher is None and recipe.objective == "guidance" and recipe.guidance == 1:
             raise ValueError(
                 "with guidance 1 a model has nothing to learn from itself; set guidance to your cfg, connect a teacher, or choose the "

@@ -23,7 +23,7 @@ from ..distill_core.lora.layers import without_lora
 from ..distill_core.networks.files import open_unet
 from ..distill_core.networks.name_map import NameMap
 from ..distill_core.pruning.plan import PruningPlan
-from ..distill_core.training.lesson import FEATURES_OF_UNETS, NOTHING_FOLDED, check_lesson, check_trajectories
+from ..distill_core.training.lesson import check_lesson, check_trajectories, on_own_weights
 from ..distill_core.training.live import Live
 from ..distill_core.training.loop import Progress, distill
 from ..distill_core.training.memory import Forecast
@@ -210,19 +210,11 @@ class Healing:
         if others:
             raise ValueError("a transformer learns from one teacher, with which it shares its weights; disconnect the others")
         self.student, self.settings = student, TrainingSettings(**settings, lora_rank=rank, lora_targets=("*",))
-        if self.settings.weighted_objective.only_local:
-            stand_for_runs = tuple(f"{block}.*" for block in student.mapping_from(self.teacher).folded)
-            self.settings = replace(self.settings, lora_targets=stand_for_runs)
+        self.settings = on_own_weights(self.settings, student.mapping_from(self.teacher))
         self.plan: PruningPlan | None = None
 
     def check(self, folder: Path) -> None:
         """``ValueError`` before any work is done."""
-        objective = self.settings.weighted_objective
-        if objective.feature and objective.layers != "blocks":
-            raise ValueError(FEATURES_OF_UNETS.format(self.settings.objective))
-        if self.settings.learns_locally and not self.student.mapping_from(self.teacher).folded:
-            raise ValueError(NOTHING_FOLDED)
-        check_base_settings(self.settings)
         check_run(folder, self.settings, {})
         self.plan = self.student.plan_from(self.teacher)
         if self.plan is None:
@@ -256,16 +248,6 @@ class Healing:
 def sampled(total_steps: int, vae, null_caption) -> dict:
     """How often a run without a recipe makes sample images: whenever what they need is connected."""
     return {"sample_every_steps": ceil(total_steps / NUM_SAMPLED)} if vae is not None and null_caption else {}
-
-
-def check_base_settings(settings: TrainingSettings) -> None:
-    """``ValueError`` for settings that a LoRA on a MODEL's own weights does not have."""
-    if settings.weight_dtype != "fp32":
-        raise ValueError(
-            "the LoRA trains in float32 and the model's weights do not change: set weight_dtype to fp32 in the recipe"
-        )
-    if settings.compile:
-        raise ValueError("compile works only for students of UNets in Distill Train Step; set it to false in the recipe")
 
 
 def train_on_base(

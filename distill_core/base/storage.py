@@ -85,12 +85,20 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return prod(self.shape) * _BYTES[self.code]
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether its values are just those in the file."""
+        return self.scale is None
+
     def read(self) -> Tensor:
         """The values, independent of the file."""
-        return self.values([0], prod(self.shape)).reshape(self.shape)
+        return self._from_file([0], prod(self.shape)).reshape(self.shape)
 
     def values(self, starts: Sequence[int], count: int) -> Tensor:
         """``count`` values of the flattened tensor from each start on, (len(starts) * count,)."""
+        return self._from_file(starts, count)
+
+    def _from_file(self, starts: Sequence[int], count: int) -> Tensor:
         import torch
 
         size = _BYTES[self.code]
@@ -399,7 +407,7 @@ def _code(tensor: Tensor | StoredTensor) -> str:
 
 
 def _write(file, tensor: Tensor | StoredTensor, code: str) -> None:
-    if isinstance(tensor, StoredTensor) and tensor.scale is None and tensor.code == code:
+    if isinstance(tensor, StoredTensor) and tensor.as_stored and tensor.code == code:
         _copy_bytes(tensor, file)
         return
     import torch

@@ -28,9 +28,9 @@ from ..base.documents import MAX_LIST_BYTES, expect, numbers, read_json
 from ..base.locks import locked
 from ..base.precision import DTYPES
 from ..base.storage import StoredTensor, ignore, read_header, write_tensors, write_text
-from ..diffusion.conditioning import Caption, Label, tile
+from ..diffusion.conditioning import Caption, Label, pad, tile
 from .dataset import Examples
-from .encoders import Encoders, warn_of_cut
+from .encoders import Encoders, pads, warn_of_cut
 from .images import ImageFile, Size, best_size, crop, fit
 
 log = logging.getLogger("distill")
@@ -135,6 +135,8 @@ class _Index(NamedTuple):
     timesteps: list[int] | None
     scales: tuple[float, float] | None
     """Lowest and highest guidance scale of the states; if they differ, each latent has its own scale beside it."""
+    padded: bool
+    """Whether its captions are `Caption.padded`."""
 
 
 def _read_index(folder: Path) -> _Index:
@@ -153,7 +155,8 @@ def _read_index(folder: Path) -> _Index:
             _below_2_31(timesteps, "timesteps")
         if scales is not None and (len(numbers(scales, "scales")) != 2 or not scales[0] <= scales[1]):
             raise ValueError("scales must be the lowest and the highest")
-        return _Index(examples, null, timesteps, scales and tuple(map(float, scales)))
+        padded = expect(index.get("padded", False), bool, "padded")
+        return _Index(examples, null, timesteps, scales and tuple(map(float, scales)), padded)
     except ValueError as error:
         raise ValueError(f"{path} is not a valid cache index; choose another folder, or delete that file") from error
 
@@ -193,7 +196,8 @@ class CachedDataset:
         for entry in self.entries:
             buckets.setdefault(stored[entry.latent].shape, []).append(entry)
         self._buckets = [buckets[shape] for shape in sorted(buckets)]
-        self._num_tokens = _common_length({stored[text].shape[0] for text in texts})
+        lengths = {stored[text].shape[0] for text in texts}
+        self._padded, self._num_tokens = index.padded, max(lengths) if index.padded else _tiled_length(lengths)
         self._for_sdxl = f"{self.entries[0].text}.pooled" in stored
         self.bucket_sizes = [len(bucket) for bucket in self._buckets]
         self.null = None if index.null is None else self._caption(index.null)
@@ -212,7 +216,7 @@ class CachedDataset:
     def read(self, bucket: int, picked: Tensor) -> Examples:
         """Examples as they are stored; a damaged shard is deleted, and ``ValueError`` names it."""
         entries = [self._buckets[bucket][number] for number in picked.tolist()]
-        contexts, pooled = zip(*(self._caption(entry.text) for entry in entries), strict=True)
+        contexts, pooled, _ = zip(*(self._caption(entry.text) for entry in entries), strict=True)
         label = states = scale = None
         if self._for_sdxl:
             label = Label(torch.stack(pooled), torch.tensor([entry.sizes for entry in entries], dtype=torch.float32))
@@ -227,7 +231,8 @@ class CachedDataset:
 
     def _caption(self, text: str) -> Caption:
         pooled = self._shards.read(f"{text}.pooled") if self._for_sdxl else None
-        return Caption(tile(self._shards.read(text), self._num_tokens), pooled)
+        stretch = pad if self._padded else tile
+        return Caption(stretch(self._shards.read(text), self._num_tokens), pooled, self._padded)
 
 
 def _check(
@@ -262,7 +267,7 @@ def _check(
         raise ValueError(f"the examples of {folder} are for SDXL and need sizes; create them again in another folder")
 
 
-def _common_length(lengths: set[int]) -> int:
+def _tiled_length(lengths: set[int]) -> int:
     """Number of tokens to which embeddings of some lengths are tiled."""
     if (length := lcm(*lengths)) > MAX_TOKENS:
         raise ValueError(
@@ -278,15 +283,16 @@ def _common_length(lengths: set[int]) -> int:
 class CacheWriter:
     """Adds new entries to a cache, one shard at a time.
 
-    dtype: precision to store, one of `STORED`. verify: read everything, not only the headers, to find damage.
+    dtype: precision to store, one of `STORED`. verify: read everything, not only the headers, to find damage. padded: whether
+    captions are `Caption.padded`.
     Damaged shards are deleted with a warning. ``ValueError`` if the folder holds other files and is not a cache.
     Use `writing` if another process may write too.
     """
 
-    def __init__(self, folder: Path | str, *, dtype: str = "fp16", verify: bool = False):
+    def __init__(self, folder: Path | str, *, dtype: str = "fp16", verify: bool = False, padded: bool = False):
         if dtype not in STORED:
             raise ValueError(f"unknown dtype {dtype!r} for a cache; choose from {sorted(STORED)}")
-        self.folder, self.dtype = Path(folder), dtype
+        self.folder, self.dtype, self._padded = Path(folder), dtype, padded
         _check_ours(self.folder)
         self._shards, self._num_waiting = _Shards(), 0
         self._waiting: dict[str, Tensor] = {}
@@ -319,7 +325,7 @@ class CacheWriter:
             for name in (key, f"{key}.pooled")
         )
         assert context is not None
-        return Caption(context, pooled)
+        return Caption(context, pooled, self._padded)
 
     def _add(self, tensors: dict[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
@@ -332,6 +338,8 @@ class CacheWriter:
 
     def _stored(self, tensor: Tensor) -> Tensor:
         dtype = DTYPES[self.dtype] if tensor.ndim else torch.float32  # a scale is one number, kept in full
+        if tensor.dtype == torch.bfloat16:  # of a text encoder; it may overflow in fp16, and has no more digits
+            dtype = torch.bfloat16
         stored = tensor.detach().to("cpu", dtype).contiguous()
         if not stored.isfinite().all():
             raise ValueError(
@@ -361,20 +369,28 @@ class CacheWriter:
         """
         self.flush()
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
-        index = {"format": _FORMAT, "null": null, "timesteps": timesteps, "scales": scales, "examples": [*entries]}
+        index: dict[str, Any] = {
+            "format": _FORMAT,
+            "null": null,
+            "timesteps": timesteps,
+            "scales": scales,
+            "examples": [*entries],
+        }
+        if self._padded:
+            index["padded"] = True
         write_text(self.folder / _INDEX, json.dumps(index))
         return CachedDataset.open(self.folder)
 
 
 @contextlib.contextmanager
-def writing(folder: Path | str, *, dtype: str = "fp16", verify: bool = False) -> Iterator[CacheWriter]:
+def writing(folder: Path | str, *, dtype: str = "fp16", verify: bool = False, padded: bool = False) -> Iterator[CacheWriter]:
     """Lock a cache's folder while adding to it, as in `CacheWriter`; waiting entries are written at the end, however it ends.
 
     ``ValueError`` if another process holds the folder for longer than ``_WAIT_S``.
     """
     _check_ours(Path(folder))
     with locked(Path(folder), wait_s=_WAIT_S):
-        writer = CacheWriter(folder, dtype=dtype, verify=verify)
+        writer = CacheWriter(folder, dtype=dtype, verify=verify, padded=padded)
         try:
             yield writer
         finally:
@@ -428,7 +444,7 @@ def encode(
     sizes: each image is cropped to the size nearest its shape. flip: also store each image mirrored. dtype, verify: as in
     `CacheWriter`. ``on_item(done, total)`` is called after each image. If it is interrupted, encoded items stay.
     """
-    with writing(folder, dtype=dtype, verify=verify) as writer:
+    with writing(folder, dtype=dtype, verify=verify, padded=pads(encoders)) as writer:
         return _encode(writer, images, encoders, sizes, batch_size, flip, on_item)
 
 

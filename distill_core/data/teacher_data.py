@@ -22,7 +22,7 @@ from ..diffusion.denoiser import Denoiser, Load
 from ..diffusion.sampling import sample, timesteps
 from ..diffusion.schedule import NoiseSchedule
 from .cache import CachedDataset, CacheWriter, Entry, key, text_key, writing
-from .encoders import TextEncoders, warn_of_cut
+from .encoders import TextEncoders, pads, warn_of_cut
 from .images import Size
 
 MOST_PICTURES = 10_000_000  # a gigabyte of index
@@ -139,7 +139,7 @@ def make_dataset(
     killed, finished batches stay. ``ValueError`` without prompts.
     """
     check_range("batch_size", batch_size, BATCH)
-    with writing(folder, dtype=dtype) as writer:
+    with writing(folder, dtype=dtype, padded=pads(encoders)) as writer:
         captions, null = _encoded(writer, encoders, prompts, batch_size, on_caption)
         return _drawn(
             writer, load_teacher, teacher_fingerprint, captions, null, making, schedule, batch_size, on_item, on_step, one_length
@@ -162,7 +162,7 @@ def caption_dataset(
     size: height and width in pixels that SDXL is told. Otherwise as `make_dataset`.
     """
     check_range("batch_size", batch_size, BATCH)
-    with writing(folder, dtype=dtype) as writer:
+    with writing(folder, dtype=dtype, padded=pads(encoders)) as writer:
         captions, null = _encoded(writer, encoders, prompts, batch_size, on_caption)
         blank = key("blank", *latent_shape, writer.dtype)
         if not writer.has(blank):
@@ -216,9 +216,10 @@ def draw_dataset(
     """`make_dataset` for captions that are encoded already, and an empty caption or negative prompt."""
     check_range("batch_size", batch_size, BATCH)
     texts = []
-    with writing(folder, dtype=dtype) as writer:
+    with writing(folder, dtype=dtype, padded=null.padded) as writer:
         for caption in [*captions, null]:
-            content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in caption if part is not None)
+            parts = (part for part in (caption.context, caption.pooled) if part is not None)
+            content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in parts)
             texts.append(key("caption", *content, writer.dtype))
             if not writer.has(texts[-1]):
                 writer.add_text(texts[-1], caption)

@@ -14,8 +14,8 @@ from tqdm import trange
 
 from ..base.storage import atomic
 from ..diffusion.denoiser import DiffusersDenoiser
+from ..diffusion.pipelines import PATCH, patches, positions
 from ..diffusion.schedule import scaled_linear
-from ..diffusion.transformers import PATCH, patches, positions
 from ..networks.architecture import Architecture
 from ..networks.files import save_unet
 from ..training.ema import EMA

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..data.dataset import Bucket, LatentDataset
 from ..diffusion.conditioning import Caption
-from ..diffusion.schedule import of_sampling
-from ..diffusion.transformers import PATCH, FluxDenoiser
-from ..networks.model_sampling import FLOW, ModelSampling
+from ..diffusion.pipelines import PATCH, PipelineDenoiser, denoiser_of
+from ..diffusion.schedule import flow
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.flux_spelling import to_comfyui, to_diffusers
 from . import files
@@ -38,12 +37,12 @@ CONFIG: dict[str, Any] = dict(
 """A Flux.1 schnell of one head: 4 double and 8 single blocks."""
 
 
-def load_transformer() -> FluxDenoiser:
+def load_transformer() -> PipelineDenoiser:
     """The demo's transformer in diffusers, in float32, on the GPU if there is one."""
-    return denoiser_of(load_file(files.TRANSFORMER))
+    return transformer_of(load_file(files.TRANSFORMER))
 
 
-def denoiser_of(weights: Mapping[str, Tensor]) -> FluxDenoiser:
+def transformer_of(weights: Mapping[str, Tensor]) -> PipelineDenoiser:
     """A denoiser of the demo's transformer, or a student of it, from weights as ComfyUI spells them."""
     from diffusers import FluxTransformer2DModel
 
@@ -54,14 +53,7 @@ def denoiser_of(weights: Mapping[str, Tensor]) -> FluxDenoiser:
     shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     network.load_state_dict(to_diffusers(weights, shapes))
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-    sampling = ModelSampling(prediction="flow", noise=FLOW)
-    return FluxDenoiser(
-        network=network,
-        architecture=None,  # type: ignore[arg-type]  # of UNets
-        sampling=sampling,
-        noise_levels=of_sampling(sampling),
-        transformer=Transformer(FAMILIES["flux1"].in_diffusers, shapes),
-    )
+    return denoiser_of(network, Transformer(FAMILIES["flux1"].in_diffusers, shapes), flow())
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Label(NamedTuple):
@@ -43,7 +44,9 @@ class Caption(NamedTuple):
     context: Tensor
     """Text embedding, (L, D)."""
     pooled: Tensor | None = None
-    """Pooled text embedding, (P,); SDXL's."""
+    """Pooled text embedding, (P,), of SDXL and Flux.1."""
+    padded: bool = False
+    """Whether rows of zeros, which are no tokens, make it as long as others; if not, see `tile`."""
 
 
 def tile(context: Tensor, length: int) -> Tensor:
@@ -55,13 +58,27 @@ def tile(context: Tensor, length: int) -> Tensor:
     return context.repeat(length // len(context), 1)
 
 
+def pad(context: Tensor, length: int) -> Tensor:
+    """A text embedding (L, D) with rows of zeros after it, (length, D). `num_tokens` counts what is before them."""
+    return torch.cat([context, context.new_zeros(length - len(context), context.shape[1])])
+
+
+def num_tokens(contexts: Tensor) -> list[int]:
+    """Tokens of each of some captions (B, L, D), without the rows that `pad` added; all L for a tensor without contents."""
+    if isinstance(contexts, FakeTensor):
+        return [contexts.shape[1]] * len(contexts)
+    numbers = torch.arange(1, contexts.shape[1] + 1, device=contexts.device)
+    return ((contexts != 0).any(-1) * numbers).amax(-1).tolist()
+
+
 def conditions(captions: Sequence[Caption], null: Caption, size_px: tuple[int, int]) -> tuple[Tensor, Label | None, Caption]:
     """Conditioning for uncropped images of a height and width: contexts (B, L, D), for SDXL the label, and ``null``.
 
-    Contexts of different lengths, including that of ``null``, are tiled to one length.
+    Contexts of different lengths, including that of ``null``, are padded or tiled to one length.
     """
-    length = lcm(*(len(caption.context) for caption in [*captions, null]))
-    contexts = torch.stack([tile(caption.context, length) for caption in captions])
+    lengths = [len(caption.context) for caption in [*captions, null]]
+    length, stretch = (max(lengths), pad) if null.padded else (lcm(*lengths), tile)
+    contexts = torch.stack([stretch(caption.context, length) for caption in captions])
     label = None
     if null.pooled is not None:
         sizes = torch.tensor([[*size_px, 0, 0, *size_px]], dtype=torch.float32).expand(len(captions), 6)
@@ -69,7 +86,7 @@ def conditions(captions: Sequence[Caption], null: Caption, size_px: tuple[int, i
         if len(pooled) < len(captions):
             raise ValueError("some captions have no pooled embedding, which the empty one has; encode all of them alike")
         label = Label(torch.stack(pooled), sizes)
-    return contexts, label, null._replace(context=tile(null.context, length))
+    return contexts, label, null._replace(context=stretch(null.context, length))
 
 
 SIZE_CHANNELS = 256

@@ -6,18 +6,14 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..networks.name_map import NameMap
 from ..networks.transformers.architecture import FAMILIES, Transformer
-from .conditioning import Label
 from .denoiser import Denoiser, instead
-
-PATCH = 2
-"""Side of a patch of latents, which is one token of Flux."""
 
 
 @dataclass(kw_only=True)
@@ -79,67 +75,11 @@ class TransformerDenoiser(Denoiser):
         return dict(self.network.named_parameters())
 
 
-class FluxDenoiser(TransformerDenoiser):
-    """A ``FluxTransformer2DModel`` of diffusers (Flux.1)."""
-
-    lora_head = "transformer"
-
-    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
-        if label is None:
-            raise ValueError(
-                "the captions lack their pooled embedding, which Flux.1 reads; encode them with its own text encoders"
-            )
-        height, width = x_t.shape[2:]
-        sigma = self.schedule.at(t, x_t).sigma.flatten()
-        guidance = x_t.new_full((len(x_t),), GUIDANCE) if self._config.guidance_embeds else None
-        with self.way():
-            answer = self.running(
-                patches(x_t),
-                encoder_hidden_states=context,
-                pooled_projections=label.pooled,
-                timestep=sigma,
-                img_ids=positions(height, width).to(x_t),
-                txt_ids=x_t.new_zeros(context.shape[1], 3),
-                guidance=guidance,
-                return_dict=False,
-            )[0]
-        return from_patches(answer, height, width)
-
-    @property
-    def latent_channels(self) -> int:
-        return self._config.in_channels // PATCH**2
-
-    @property
-    def _config(self) -> Any:
-        return cast("Any", self.network).config
-
-
-GUIDANCE = 3.5
-"""What Flux.1 dev is told of guidance, as by its pipelines."""
-
-
-def patches(latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as Flux's tokens (B, H W / 4, 4 C), row by row."""
-    return latents.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-
-
-def from_patches(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Latents (B, C, H, W) from Flux's tokens (B, H W / 4, 4 C)."""
-    rows = tokens.unflatten(1, (height // PATCH, width // PATCH)).unflatten(-1, (-1, PATCH, PATCH))
-    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def positions(height: int, width: int) -> Tensor:
-    """Row and column of each token (H W / 4, 3) of latents (H, W), for Flux's rotary embedding."""
-    rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
-
-
 @contextlib.contextmanager
 def skipping_blocks(network: nn.Module, teacher: Transformer, removed: Iterable[str]) -> Iterator[None]:
     """While open, a transformer predicts as its student without these blocks would: they pass on what they are given.
 
-    network: as ComfyUI builds it. Afterwards it is unchanged, whatever happens in between.
+    network: as ComfyUI or diffusers builds it, whichever spelling ``teacher`` has. Afterwards it is unchanged, whatever happens in between.
     """
     with contextlib.ExitStack() as stack:
         for block in set(removed) & set(teacher.in_order):

@@ -24,7 +24,7 @@ from ..base.modelspec import modelspec
 from ..base.seeding import generator
 from ..base.storage import StoredTensor, read_header, write_tensors
 from ..diffusion.denoiser import Denoiser, Load
-from .tensors import check_finite, check_products, check_tensor
+from .tensors import PARTS, check_finite, check_products, check_tensor, column_lengths
 
 ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 """Layers that usually have a LoRA: the projections of every attention."""
@@ -260,8 +260,7 @@ def _just(network: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
 
 def _parts(stored: Mapping[str, StoredTensor], name: str) -> dict[str, Tensor]:
     """Tensors of a layer in a file, read, by their role; ``ValueError`` if they are damaged."""
-    spelled = {"lora_down": ".lora_down.weight", "lora_up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
-    keys = {part: name + rest for part, rest in spelled.items() if name + rest in stored}
+    keys = {part: name + rest for part, rest in PARTS.items() if name + rest in stored}
     for part, key in keys.items():
         check_tensor(key, part, stored[key])
     check_products(keys, {part: tuple(stored[key].shape) for part, key in keys.items()})
@@ -291,7 +290,7 @@ def _decompose(layer: _LoraLayer, name: str) -> None:
     """
     if not hasattr(layer, "dora_scale"):
         layer.dora_scale = nn.ParameterDict()
-    layer.dora_scale[name] = nn.Parameter(_lengths(layer.base_layer.weight))
+    layer.dora_scale[name] = nn.Parameter(column_lengths(layer.base_layer.weight))
     layer.register_forward_pre_hook(partial(_with_scaled_columns, name))
 
 
@@ -310,7 +309,7 @@ def _with_scaled_columns(name: str, layer: _LoraLayer, inputs: tuple[Tensor, ...
     if layer.disable_adapters or name not in layer.active_adapters:
         return None
     x, *rest = inputs
-    return (x * (layer.dora_scale[name] / _lengths(_merged(layer, name)))).to(x.dtype), *rest
+    return (x * (layer.dora_scale[name] / column_lengths(_merged(layer, name)))).to(x.dtype), *rest
 
 
 @torch.no_grad()
@@ -320,13 +319,6 @@ def _merged(layer: _LoraLayer, name: str) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         change = layer.scaling[name] * (up.flatten(1) @ down.flatten(1))
     return weight.float() + change.reshape(weight.shape)
-
-
-@torch.no_grad()
-def _lengths(weight: Tensor) -> Tensor:
-    """Magnitude of each column of a weight, never 0, in float32: (1, inputs), for a convolution (1, inputs, 1, 1)."""
-    norms = torch.linalg.vector_norm(weight.float(), dim=[0, *range(2, weight.ndim)], keepdim=True)
-    return norms + torch.finfo(torch.float32).eps  # as ComfyUI's loader in float32; in float16 it adds 0.001
 
 
 def _matching(denoiser: Denoiser, targets: Sequence[str]) -> list[str]:

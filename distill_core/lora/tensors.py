@@ -17,6 +17,8 @@ _ROLES = {
     **dict.fromkeys(("lora_B", "lora.up", "lora_linear_layer.up"), "lora_up"),
 }
 """Other names of the two matrices of a LoRA -> kohya's."""
+PARTS = {"lora_down": ".lora_down.weight", "lora_up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
+"""What follows a layer's name in the LoRAs that are trained here, by role."""
 _PRODUCTS = (
     ("lora_up", "lora_down", "lora_mid"),
     ("hada_w1_a", "hada_w1_b", "hada_t1"),
@@ -161,3 +163,11 @@ def _misfit(key: str, shape: Shape, weight: Shape) -> str:
         f"{key} makes a change of shape {tuple(shape)}, but the model's layer has {tuple(weight)}; "
         "give the full model the LoRA was made for"
     )
+
+
+def column_lengths(weight: Tensor) -> Tensor:
+    """Magnitude of each column of a weight, never 0, in float32: (1, inputs), for a convolution (1, inputs, 1, 1)."""
+    import torch
+
+    norms = torch.linalg.vector_norm(weight.detach().float(), dim=[0, *range(2, weight.ndim)], keepdim=True)
+    return norms + torch.finfo(torch.float32).eps  # as ComfyUI's loader in float32; in float16 it adds 0.001

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from ..base.documents import MAX_LIST_BYTES, read_json
-from ..base.storage import Header, read_header
+from ..base.documents import MAX_LIST_BYTES, one_line, read_json
+from ..base.storage import Header, StoredTensor, read_header
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -44,6 +45,30 @@ def _read_shards(index: Path) -> Header:
         raise ValueError(f"{weight_map[missing[0]]} lacks {missing[0]}, which {index.name} says it holds; download it again")
     tensors = {name: headers[str(shard)].tensors[name] for name, shard in weight_map.items()}
     return Header(tensors, next(iter(headers.values())).metadata)
+
+
+def open_module(kind: Any, folder: Path, dtype: Any = None) -> tuple[Any, dict[str, StoredTensor]]:
+    """A network of diffusers or transformers, frozen, in evaluation mode, and its weights as they are stored.
+
+    kind: its class. dtype: of torch, or ``"auto"`` for the stored one; None for float32. The fp16 variant is read if there is no other.
+    ``ValueError`` if weights are missing or damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    whole = [file for file in files if ".fp16" not in file.name]
+    variant, files = (None, whole) if whole else ("fp16", files)
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file; download the model in that format")
+    weights = {name: tensor for file in files for name, tensor in read_header(file).tensors.items()}
+    options: dict[str, Any] = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
+    if dtype is not None:
+        options["torch_dtype"] = dtype
+    try:
+        model, info = kind.from_pretrained(folder, variant=variant, **options)
+    except Exception as error:  # the libraries raise many kinds of errors
+        raise ValueError(f"{folder} cannot be opened ({one_line(error)}); download it again") from error
+    if missing := info["missing_keys"]:
+        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {min(missing)}; download it again")
+    return model.eval().requires_grad_(False), weights
 
 
 def check_place(folder: Path) -> None:

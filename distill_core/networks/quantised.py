@@ -52,8 +52,16 @@ def hold(network: nn.Module, dtype: str, device: torch.device, *, offloaded: boo
         quantise(network, dtype)
     if dtype == "fp8":
         from diffusers.hooks import apply_layerwise_casting
+        from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
-        apply_layerwise_casting(network, storage_dtype=torch.float8_e4m3fn, compute_dtype=DTYPES[computes(dtype)])
+        # Some networks look at the precision of a layer's weights to choose that of its inputs.
+        stays = (*DEFAULT_SKIP_MODULES_PATTERN, *(getattr(network, "_skip_layerwise_casting_patterns", None) or ()))
+        apply_layerwise_casting(
+            network,
+            storage_dtype=torch.float8_e4m3fn,
+            compute_dtype=DTYPES[computes(dtype)],
+            skip_modules_pattern=stays,
+        )
     if offloaded:
         from diffusers.hooks import apply_group_offloading
 

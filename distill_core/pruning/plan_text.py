@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import re
 from functools import singledispatch
+from pathlib import Path
 
-from ..base.documents import one_line
+from ..base.documents import one_line, read_text
 from ..networks.architecture import Architecture
 from ..networks.network import Network
 from ..networks.transformers.architecture import Transformer, ranges
@@ -51,6 +52,12 @@ def read_plan(text: str, teacher: Network) -> PruningPlan:
             f"a plan in one line may have at most {MAX_NAME_CHARS:,} characters, got {len(text):,}; write it as JSON"
         )
     return _read(teacher, text)
+
+
+def find_plan(given: str, teacher: Network, folder: Path = Path()) -> PruningPlan:
+    """A plan from the name of a preset, from its text, or from a file with it. folder: where relative paths begin."""
+    is_text = given in all_preset_names() or given.lstrip().startswith(("keep ", "fold ", "{"))
+    return read_plan(given if is_text else read_text(folder / given), teacher)
 
 
 def write_plan(plan: PruningPlan, teacher: Network) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..base.storage import StoredTensor
 
 Weight = TypeVar("Weight", bound="Tensor | StoredTensor")
+Weights = Mapping[str, "Tensor | StoredTensor"]
 _OUTPUTS = {"block": ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"), "attn": ("proj_out",)}
 """Layers that compute what a transformer block, and an attention, add to their input: zeros make them the identity."""
 
@@ -86,21 +87,23 @@ def prune_file(
     layout: str = "ldm",
     dtype: str | None = None,
     pad: bool = False,
+    change: Callable[[Weights, Network], Weights] = lambda weights, student: weights,
     overwrite: bool = False,
     on_bytes: OnBytes = ignore,
 ) -> Pruning:
     """Prune a checkpoint into another, one weight in memory at a time.
 
     Kept weights are bit-equal unless ``dtype`` asks for another precision; scales of quantised weights stay with their block.
-    layout: a key of `files.FILE_LAYOUTS`. pad: see `prune`. Raises ``ValueError`` if the plan does not fit the teacher, if
-    ComfyUI could not open the file, or if ``out`` exists.
+    layout: a key of `files.FILE_LAYOUTS`. pad: see `prune`. change: makes of the student's weights what is written, such as
+    `lora.merge.merged`. Raises ``ValueError`` if the plan does not fit the teacher, if ComfyUI could not open the file, or if ``out``
+    exists.
     """
     architecture: Network = teacher.architecture
     pruning: Pruning[Any] = prune(architecture, plan, pad=pad, for_comfyui=layout != "diffusers")
     title = {"modelspec.title": f"{teacher.path.stem} pruned by {plan.name}"}
     teacher.save_student(
         out,
-        pruning.weights(teacher.tensors),
+        change(pruning.weights(teacher.tensors), pruning.student),
         pruning.student,
         layout=layout,
         rename=pruning.mapping.rename,

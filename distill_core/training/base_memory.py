@@ -57,6 +57,8 @@ class Base:
     pooled_width: int | None = None
     opened: Callable[[Any], AbstractContextManager] = lambda denoiser: contextlib.nullcontext()
     """What must be open around a pass, so that gradients come through."""
+    widened_bytes: int = 0
+    """Of the 16-bit copies that a pass makes of weights stored in fewer bits, where the network itself does not tell."""
 
     def forecast(self, settings: MemorySettings, latent_shape: LatentShape, enough: float = math.inf) -> Forecast:
         """Memory of a step at its worst moment. enough: if the update alone needs more bytes, the other moments are skipped."""
@@ -64,16 +66,16 @@ class Base:
         shapes = [weight.shape for weight in self._network(training, lora=True).network.parameters() if weight.requires_grad]
         num_trained = sum(shape.numel() for shape in shapes)
         always = Counter({"student weights": self.held_bytes + 4 * num_trained}) + beside_weights(shapes, training)
-        gradients = Counter({"gradients": 4 * num_trained})
+        gradients, widened = Counter({"gradients": 4 * num_trained}), Counter({"half-precision weights": self.widened_bytes})
         update = "the update of the weights"
         moments = {update: always + gradients + Counter({"working memory": update_bytes(shapes, training)})}
         measured = moments[update].total() <= enough
         if measured and not training.weighted_objective.only_local:
             from_teacher, *of_student = self._whole(settings, latent_shape)
             adding_up = gradients if training.accumulation_steps > 1 else Counter()
-            moments |= passes(training, always, adding_up + from_teacher, *of_student)
+            moments |= passes(training, always, adding_up + widened + from_teacher, *(widened + part for part in of_student))
         if measured and training.learns_locally:
-            moments["a local step"] = always + self._local(settings, latent_shape)
+            moments["a local step"] = always + widened + self._local(settings, latent_shape)
         worst = max(moments, key=lambda moment: moments[moment].total())
         parts = tuple(Part(name, moments[worst][name]) for name in PARTS)
         return Forecast(moment=worst, parts=parts, settings=settings, latent_shape=latent_shape, again=self.forecast)

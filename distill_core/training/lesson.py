@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..base.storage import fingerprint
 from ..data.dataset import Dataset
 from ..diffusion.denoiser import Denoiser
 from ..networks.architecture import Architecture
+from ..networks.name_map import NameMap
 from .settings import TrainingSettings
 
 NOTHING_FOLDED = (
@@ -38,6 +41,32 @@ def check_lesson(settings: TrainingSettings, teacher: Architecture | None, stude
             "student and teacher are the same model, so there is nothing to learn; prune the student, give another teacher, set "
             'guidance above 1 with objective "guidance", or fine-tune with objective "task"'
         )
+
+
+def on_own_weights(settings: TrainingSettings, mapping: NameMap | None) -> TrainingSettings:
+    """Settings for a student of a transformer that learns by a LoRA on the weights it shares with its teacher.
+
+    mapping: to the student; None for a LoRA on the whole network. If blocks that stand for runs learn alone, no other has a LoRA.
+    ``ValueError`` for settings that such a student does not have.
+    """
+    check_own_weights(settings)
+    objective = settings.weighted_objective
+    if objective.feature and (objective.layers != "blocks" or mapping is None):
+        raise ValueError(FEATURES_OF_UNETS.format(settings.objective))
+    runs = {} if mapping is None else mapping.folded
+    if settings.learns_locally and not runs:
+        raise ValueError(NOTHING_FOLDED)
+    return replace(settings, lora_targets=tuple(f"{block}.*" for block in runs)) if objective.only_local else settings
+
+
+def check_own_weights(settings: TrainingSettings) -> None:
+    """``ValueError`` for settings that a LoRA on a model's own weights does not have."""
+    if settings.weight_dtype != "fp32":
+        raise ValueError(
+            "the LoRA trains in float32 and the model's weights do not change: set weight_dtype to fp32 in the recipe"
+        )
+    if settings.compile:
+        raise ValueError("compile works only for students of UNets that are trained as a whole; set it to false in the recipe")
 
 
 def predict_the_same(teacher: Denoiser, student: Denoiser) -> bool:

@@ -181,8 +181,8 @@ def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
 def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
     prepared = prepare(Recipe.read(write(folder)))
     file = prepared.models.teacher_files[0]
-    plain = prepared.models.teacher(TeacherSettings(file="demo"), file)
-    teacher = prepared.models.teacher(TeacherSettings(file="demo", dtype=dtype), file)
+    plain = prepared.models.load(TeacherSettings(file="demo"), file)
+    teacher = prepared.models.load(TeacherSettings(file="demo", dtype=dtype), file)
     convolution = teacher.module("down.0.resnet.0").conv1.weight
     assert convolution.dtype == stored and teacher.dtype == {"fp8": torch.bfloat16}.get(dtype, stored)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.randn(2, 8, 64)
@@ -194,7 +194,7 @@ def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
 
 def test_an_offloaded_teacher_lies_in_the_computers_memory(folder):
     prepared = prepare(Recipe.read(write(folder)))
-    teacher = prepared.models.teacher(TeacherSettings(file="demo", offload=True), prepared.models.teacher_files[0])
+    teacher = prepared.models.load(TeacherSettings(file="demo", offload=True), prepared.models.teacher_files[0])
     hooks = [m for m in teacher.network.modules() if getattr(m, "_diffusers_hook", None) is not None]
     assert hooks and {p.device.type for p in teacher.network.parameters()} == {"cpu"} and teacher.device == prepared.models.device
 

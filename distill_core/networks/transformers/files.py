@@ -27,7 +27,8 @@ class TransformerFile:
     """A transformer on disk, described by its header; weights are read on demand, and as they are stored."""
 
     advice: ClassVar[str] = (
-        "Its images suffer: look at them before you keep it. In ComfyUI, Distill Train Step teaches students of several families."
+        "Its images suffer: look at them before you keep it. Distill Train Step in ComfyUI and distill train teach students of several "
+        "families."
     )
     """What to do with a student."""
     path: Path

@@ -2,6 +2,8 @@
 
 from .family import BlockList, Family
 
+_STREAMS = ("encoder_hidden_states", "hidden_states")
+
 FAMILIES = (
     Family(
         "qwen-image",
@@ -13,7 +15,8 @@ FAMILIES = (
                 "transformer_blocks",
                 least=1,
                 residuals="input",
-                streams=("encoder_hidden_states", "hidden_states"),
+                streams=_STREAMS,
+                diffusers_streams=_STREAMS,
             ),
         ),
         marker=("default_ref_method", "index_timestep_zero", "__index_timestep_zero__"),  # Edit 2511

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill_core.data.encoders import DiffusersEncoders, warn_of_cut
+from distill_core.data.readers import ClipReader
 from distill_core.demo.encoders import ScenesEncoders
 
 pytestmark = pytest.mark.slow
@@ -80,7 +81,14 @@ def test_captions_are_those_of_the_stable_diffusion_pipeline(sd):
 
     encoders = DiffusersEncoders.from_folder(sd)
     pipeline = StableDiffusionPipeline(
-        encoders.vae, encoders.text_encoders[0], encoders.tokenizers[0], None, None, None, None, requires_safety_checker=False
+        encoders.vae,
+        encoders.reader.text_encoders[0],
+        encoders.reader.tokenizers[0],
+        None,
+        None,
+        None,
+        None,
+        requires_safety_checker=False,
     )
     positive, negative = pipeline.encode_prompt(CAPTIONS, "cpu", 1, True)
     captions = encoders.captions(CAPTIONS)
@@ -94,7 +102,7 @@ def test_captions_are_those_of_the_sdxl_pipeline(sdxl):
 
     encoders = DiffusersEncoders.from_folder(sdxl)
     pipeline = StableDiffusionXLPipeline(
-        encoders.vae, *encoders.text_encoders, *encoders.tokenizers, None, None, add_watermarker=False
+        encoders.vae, *encoders.reader.text_encoders, *encoders.reader.tokenizers, None, None, add_watermarker=False
     )
     contexts, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
     captions = encoders.captions(CAPTIONS)
@@ -150,7 +158,7 @@ def test_latents_are_the_scaled_mean(sd):
 )
 def test_latents_are_normalised_as_the_autoencoder_says_and_decoding_undoes_it(config, normalised):
     network = vae(**config).requires_grad_(False)
-    encoders, pixels = DiffusersEncoders(network, [], [], ""), torch.rand(1, 3, 16, 16) * 2 - 1
+    encoders, pixels = DiffusersEncoders(network, ClipReader([], []), ""), torch.rand(1, 3, 16, 16) * 2 - 1
     mean = network.encode(pixels).latent_dist.mean
     torch.testing.assert_close(encoders.latents(pixels), normalised(mean))
     torch.testing.assert_close(encoders.decode(normalised(mean)), network.decode(mean).sample.clamp(-1, 1))
@@ -158,7 +166,7 @@ def test_latents_are_normalised_as_the_autoencoder_says_and_decoding_undoes_it(c
 
 def test_an_autoencoder_that_overflows_in_half_precision_stays_in_single(sdxl):
     encoders = DiffusersEncoders.from_folder(sdxl, dtype=torch.float16)
-    assert encoders.vae.dtype == torch.float32 and {e.dtype for e in encoders.text_encoders} == {torch.float16}
+    assert encoders.vae.dtype == torch.float32 and {e.dtype for e in encoders.reader.text_encoders} == {torch.float16}
     pixels = torch.rand(1, 3, 16, 16)
     assert torch.equal(encoders.latents(pixels), DiffusersEncoders.from_folder(sdxl).latents(pixels))
     assert DiffusersEncoders.from_folder(sdxl, dtype=torch.bfloat16).vae.dtype == torch.bfloat16

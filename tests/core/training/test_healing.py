@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 from distill_core.data.dataset import draw
 from distill_core.diffusion.conditioning import Label
-from distill_core.diffusion.transformers import FluxDenoiser, from_patches, patches
+from distill_core.diffusion.pipelines import FluxDenoiser, from_patches, patches
 from distill_core.lora.layers import WithoutLora
 from distill_core.networks.name_map import NameMap
 from distill_core.networks.transformers.architecture import FAMILIES, Transformer

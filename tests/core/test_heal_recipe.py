@@ -1,0 +1,173 @@
+"""Transformers in recipes: taught in a diffusers folder, by a LoRA on the weights that teacher and student share."""
+
+import json
+import re
+from math import prod
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from safetensors.torch import load_file
+
+from distill_core.cli import main
+from distill_core.networks.quantised import kept_bytes
+from distill_core.networks.transformers.files import open_transformer
+from distill_core.preparation import prepare
+from distill_core.recipe import Recipe, example, example_names
+
+from .pipelines import DEPTH, FAMILIES, write_pipeline
+
+pytestmark = pytest.mark.slow
+
+JOB = """
+run = "run"
+
+[teacher]
+file = "pipeline"
+
+[student]
+plan = "PLAN"
+
+[data]
+prompts = "prompts.txt"
+resolution = "64"
+guidance = 1.0
+sampler_steps = 2
+
+[training]
+objective = "output"
+lora_rank = 4
+lora_targets = ["*"]
+total_steps = 4
+batch_size = 2
+learning_rate = 1e-2
+caption_dropout = 0.5
+"""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_pipeline(folder / "pipeline", request.param)
+    (folder / "prompts.txt").write_text("a cat\ntwo red apples left of a dog\na small flat cake\n")
+    return folder, request.param
+
+
+def job(made, tmp_path, *changes):
+    folder, family = made
+    text = JOB.replace("PLAN", DEPTH[family])
+    for old, new in [*changes, ("pipeline", str(folder / "pipeline")), ("prompts.txt", str(folder / "prompts.txt"))]:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "job.toml").write_text(text)
+    return tmp_path / "job.toml"
+
+
+def test_a_recipe_heals_a_cut_transformer(made, tmp_path, capsys):
+    path = job(made, tmp_path, ("[training]", "[training]\nsample_every_steps = 4"), ("[data]", '[samples]\nprompts = ["a cat"]\nresolution = "64"\nsteps = 2\nguidance = 1.0\n\n[data]'))  # fmt: skip
+    assert main(["train", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"plan {DEPTH[made[1]]}" in out and "student weights" in out and "step 4:" in out
+    assert (tmp_path / "run" / "samples" / "00000004.png").exists()
+    lora = load_file(tmp_path / "run" / "checkpoints" / "00000004" / "lora.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in lora.items() if name.endswith("lora_up.weight"))
+
+
+def test_the_lora_is_merged_into_the_student_that_diffusers_opens(made, tmp_path, capsys):
+    import diffusers
+
+    from distill_core.lora.layers import attach
+
+    folder, family = made
+    prepared = prepare(Recipe.read(job(made, tmp_path)))
+    prepared.train(lambda progress: None)
+    lora = prepared.run.result_file
+    out = tmp_path / "student"
+    told = ["prune", str(folder / "pipeline"), str(out), "--layout", "diffusers", "--plan", DEPTH[family], "--lora", str(lora)]
+    assert main(told) == 0
+    assert f"{lora}: merged into" in capsys.readouterr().out
+    merged = getattr(diffusers, open_transformer(out).config["_class_name"]).from_pretrained(out)
+    student = prepared.models.student()
+    plain = tmp_path / "plain"
+    assert main([*told[:2], str(plain), *told[3:-2]]) == 0
+    alone = prepared.models._denoiser(merged.from_pretrained(plain))
+    examples = prepared.dataset.read(0, torch.tensor([0, 1]))
+    contexts = examples.contexts.float()
+    asked = examples.latents.float(), torch.tensor([200, 700]), contexts, examples.label and examples.label.to(contexts)
+    before = alone(*asked)
+    attach(alone, lora, "healed")
+    with_lora, whole = alone(*asked), prepared.models._denoiser(merged)(*asked)
+    torch.testing.assert_close(whole, with_lora, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(before, whole, atol=1e-4) and torch.equal(before, student(*asked))
+
+
+def test_folded_blocks_learn_alone(made, tmp_path):
+    prepared = prepare(Recipe.read(job(made, tmp_path, ('objective = "output"', 'objective = "local"'))))
+    assert prepared.forecast().moment == "a local step"
+    prepared.train(lambda progress: None)
+    (row, *_) = prepared.run.metrics()
+    assert "local" in row and "output" not in row
+    assert {*prepared.recipe.training.lora_targets} == {f"{block}.*" for block in prepared.models.mapping.folded}
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "nf4"])
+def test_the_weights_are_held_in_the_precision_asked_for(made, tmp_path, dtype):
+    if dtype == "nf4":
+        pytest.importorskip("bitsandbytes")
+    changes = [("[student]", f'dtype = "{dtype}"\n\n[student]'), ("[training]", '[training]\nprecision = "bf16"')]
+    prepared = prepare(Recipe.read(job(made, tmp_path, *changes)))
+    prepared.train(lambda progress: None)
+    assert prepared.run.complete
+    if made[1] == "flux1":
+        shapes = prepared.models.file.architecture.shapes
+        parts = dict(prepared.forecast().parts)
+        lora = 4 * sum(weight.numel() for name, weight in load_file(prepared.run.result_file).items() if "alpha" not in name)
+        assert parts["student weights"] == kept_bytes(shapes, dtype) + lora
+        assert parts["half-precision weights"] >= 2 * max(prod(shape) for shape in shapes.values())
+
+
+def test_guidance_is_learnt_by_the_whole_network(made, tmp_path):
+    changes = [(f'plan = "{DEPTH[made[1]]}"', ""), ('objective = "output"', 'objective = "guidance"\nguidance = 3.0'), ("caption_dropout = 0.5", "caption_dropout = 0.0")]  # fmt: skip
+    prepared = prepare(Recipe.read(job(made, tmp_path, *changes)))
+    prepared.train(lambda progress: None)
+    assert prepared.run.complete and prepared.models.plan is None
+
+
+@pytest.mark.parametrize("changes,message", [
+    ([("lora_rank = 4", "lora_rank = 0")], r"a transformer learns by a LoRA; set lora_rank"),
+    ([("[student]", '[experts]\ncount = 2\n\n[student]')], r"\[experts\] are for UNets"),
+    ([('objective = "output"', 'objective = "ssd-1b"')], "objective ssd-1b compares layers of UNets"),
+    ([('objective = "output"', 'objective = "output"\nweight_dtype = "bf16"\nprecision = "bf16"')], "set weight_dtype to fp32"),
+    ([("[student]", '[student]\nfile = "x"\n# ')], "shares its teacher's weights"),
+])  # fmt: skip
+def test_what_only_unets_can_is_refused_in_one_sentence(made, tmp_path, changes, message, capsys):
+    if "file" in changes[0][1]:
+        changes = [("[student]\nplan", '[student]\nfile = "x"\n# plan')]
+    assert main(["train", str(job(made, tmp_path, *changes))]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error and not (tmp_path / "cache").exists()
+
+
+def test_the_same_network_is_nothing_to_learn(made, tmp_path, capsys):
+    assert main(["train", str(job(made, tmp_path, (f'plan = "{DEPTH[made[1]]}"', "")))]) == 2
+    assert "there is nothing to learn" in capsys.readouterr().err
+
+
+def test_examples_are_for_each_family():
+    assert {"heal-flux", "heal-z-image", "heal-qwen"} <= {*example_names()}
+    for name in ("heal-flux", "heal-z-image", "heal-qwen"):
+        assert "distill prune" in example(name)
+
+
+def test_a_single_file_is_refused_with_what_to_give(tmp_path, capsys):
+    from distill_core.demo import files
+
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    text = JOB.replace('"pipeline"', json.dumps(str(files.TRANSFORMER))).replace("PLAN", "fold single 1-2")
+    (tmp_path / "job.toml").write_text(text)
+    assert main(["train", str(tmp_path / "job.toml")]) == 2
+    assert "is a single file of Flux.1; to train it here, give its diffusers folder" in capsys.readouterr().err
