@@ -82,6 +82,8 @@ class Denoiser:
     origin: Mapping[str, str] = field(default_factory=dict)
     """What it was pruned from, according to its file: see `files.UNetFile.origin`."""
 
+    lora_as_peft: ClassVar[bool] = False
+    """Whether LoRAs for it have peft's form, the only one that diffusers reads for it."""
     layout: ClassVar[str]
     """Layout of the network's parameter names: a key of `layouts.LAYOUTS`."""
 

@@ -27,7 +27,7 @@ FLOWS = ModelSampling(prediction="flow", noise=FLOW)
 class PipelineDenoiser(TransformerDenoiser):
     """A transformer of diffusers, asked as its pipeline asks it."""
 
-    lora_head = "transformer"
+    lora_head, lora_as_peft = "transformer", True
 
     @property
     def config(self) -> Any:

@@ -24,7 +24,7 @@ from ..base.modelspec import modelspec
 from ..base.seeding import generator
 from ..base.storage import StoredTensor, read_header, write_tensors
 from ..diffusion.denoiser import Denoiser, Load
-from .tensors import PARTS, check_finite, check_products, check_tensor, column_lengths
+from .tensors import KOHYA, PEFT, check_finite, check_products, check_tensor, column_lengths, parts_of
 
 ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 """Layers that usually have a LoRA: the projections of every attention."""
@@ -114,29 +114,35 @@ class Lora:
 
     def _keys(self) -> dict[str, str]:
         """Name of each parameter -> its key in a file."""
-        names, keys = self.denoiser.lora_names, {}
+        names, keys, form = self.denoiser.lora_names, {}, PEFT if self._scale else KOHYA
         for name in self.parameters():
             layer, matrix = name.rsplit(".", 1)
-            keys[name] = f"{names[layer]}.{matrix}" + (".weight" if matrix != "dora_scale" else "")
+            keys[name] = names[layer] + form[matrix]
         return keys
 
+    @property
+    def _scale(self) -> float | None:
+        """What the matrices B are multiplied by in a file of peft's form; None for kohya's, which alone holds magnitudes and alphas."""
+        return self.alpha / self.rank if self.denoiser.lora_as_peft and not self.dora else None
+
+    @property
+    def exact(self) -> bool:
+        return self._scale in (None, 1)
+
     def write(self, path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a LoRA file as kohya's trainer does, for stock ComfyUI and diffusers; diffusers ignores a DoRA's magnitudes."""
-        keys, names = self._keys(), self.denoiser.lora_names
+        """Write a LoRA file for stock ComfyUI and diffusers; diffusers ignores a DoRA's magnitudes."""
+        keys, names, scale = self._keys(), self.denoiser.lora_names, self._scale
         tensors = {keys[name]: weight for name, weight in weights.items()}
-        tensors |= {f"{names[layer]}.alpha": torch.tensor(self.alpha) for layer in self.layers}
-        kind = (
-            {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "locon", "dora_wd": "True"})}
-            if self.dora
-            else {"ss_network_module": "networks.lora"}
-        )
-        about = {
-            **kind,
-            "ss_network_dim": str(self.rank),
-            "ss_network_alpha": str(self.alpha),
-            **modelspec(path, dated=False),
-            "distill.lora": json.dumps({"layers": len(self.layers)}),
-        }
+        kind: dict[str, str] = {}
+        if scale is None:
+            tensors |= {f"{names[layer]}.alpha": torch.tensor(self.alpha) for layer in self.layers}
+            kind = {"ss_network_module": "networks.lora"}
+            if self.dora:
+                kind = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "locon", "dora_wd": "True"})}
+            kind |= {"ss_network_dim": str(self.rank), "ss_network_alpha": str(self.alpha)}
+        elif scale != 1:
+            tensors |= {keys[name]: scale * weight for name, weight in weights.items() if name.endswith(".lora_up")}
+        about = {**kind, **modelspec(path, dated=False), "distill.lora": json.dumps({"layers": len(self.layers)})}
         write_tensors(path, tensors, {**about, **metadata})
 
     def read(self, path: Path) -> dict[str, Tensor]:
@@ -146,7 +152,9 @@ class Lora:
             if key not in stored:
                 raise ValueError(f"{path} has no {key}; it is damaged or belongs to another LoRA; start a new run")
             check_finite(key, stored[key])
-        return {name: stored[key].read() for name, key in self._keys().items()}
+        read = {name: stored[key].read() for name, key in self._keys().items()}
+        scale = self._scale or 1.0
+        return read if scale == 1 else {name: w / scale if name.endswith(".lora_up") else w for name, w in read.items()}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Load the matrices of a checkpoint."""
@@ -228,7 +236,7 @@ def attach(denoiser: Denoiser, path: Path, name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     stored, names = read_header(path).tensors, denoiser.lora_names
-    layers = [layer for layer, key in names.items() if stored.keys() & {f"{key}.lora_down.weight", f"{key}.lora_up.weight"}]
+    layers = [layer for layer, key in names.items() if parts_of(stored, key).keys() & {"lora_down", "lora_up"}]
     if not layers:
         raise ValueError(f"{path} is not a LoRA for this network; give one that was trained on it")
     parts = {layer: _parts(stored, names[layer]) for layer in layers}
@@ -260,7 +268,7 @@ def _just(network: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
 
 def _parts(stored: Mapping[str, StoredTensor], name: str) -> dict[str, Tensor]:
     """Tensors of a layer in a file, read, by their role; ``ValueError`` if they are damaged."""
-    keys = {part: name + rest for part, rest in PARTS.items() if name + rest in stored}
+    keys = parts_of(stored, name)
     for part, key in keys.items():
         check_tensor(key, part, stored[key])
     check_products(keys, {part: tuple(stored[key].shape) for part, key in keys.items()})

@@ -12,7 +12,7 @@ from ..base.storage import StoredTensor, read_header
 from ..networks.architecture import Architecture
 from ..networks.lora_names import kohya_names
 from ..networks.network import Network
-from .tensors import PARTS, check_finite, check_fit, check_tensor, column_lengths
+from .tensors import check_finite, check_fit, check_tensor, column_lengths, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def _merged(
         raise ValueError(f"it was trained for the plan {trained_for}, not for {plan}; give that plan")
     with_it, used = dict(weights), set()
     for layer, name in _names(student, stored).items():
-        keys = {part: name + rest for part, rest in PARTS.items() if name + rest in stored}
+        keys = parts_of(stored, name)
         if not keys.keys() & {"lora_down", "lora_up"}:
             continue
         for part, key in keys.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,9 @@ _ROLES = {
     **dict.fromkeys(("lora_B", "lora.up", "lora_linear_layer.up"), "lora_up"),
 }
 """Other names of the two matrices of a LoRA -> kohya's."""
-PARTS = {"lora_down": ".lora_down.weight", "lora_up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
-"""What follows a layer's name in the LoRAs that are trained here, by role."""
+KOHYA = {"lora_down": ".lora_down.weight", "lora_up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
+PEFT = {"lora_down": ".lora_A.weight", "lora_up": ".lora_B.weight"}
+"""What follows a layer's name in the LoRAs that are trained here, by role: in kohya's form, and in peft's, which has no alpha."""
 _PRODUCTS = (
     ("lora_up", "lora_down", "lora_mid"),
     ("hada_w1_a", "hada_w1_b", "hada_t1"),
@@ -43,6 +44,11 @@ def rank(shapes: Mapping[str, Shape]) -> int | None:
     """Rank by which loaders divide alpha, from the shapes of a layer's tensors by role; None if they ignore it (full LoKr)."""
     inner = next((name for name in ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in shapes), None)
     return None if inner is None else shapes[inner][0]
+
+
+def parts_of(keys: Container[str], layer: str) -> dict[str, str]:
+    """Keys of a layer's tensors in a LoRA that was trained here, by role. layer: its name in the file."""
+    return {part: layer + rest for form in (PEFT, KOHYA) for part, rest in form.items() if layer + rest in keys}
 
 
 def check_tensor(key: str, name: str, tensor: Tensor | StoredTensor) -> None:

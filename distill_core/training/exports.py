@@ -20,6 +20,11 @@ class Trained(Protocol):
 
     file_name: str
 
+    @property
+    def exact(self) -> bool:
+        """Whether a file gives the very values back that were written."""
+        ...
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
 
@@ -33,7 +38,7 @@ class Trained(Protocol):
 class WholeUNet:
     """All weights of a student that was pruned with ``plan``."""
 
-    file_name = "student.safetensors"
+    file_name, exact = "student.safetensors", True
 
     def __init__(self, denoiser: Denoiser, plan: PruningPlan | None):
         self.denoiser, self.plan = denoiser, plan
@@ -53,7 +58,7 @@ class WholeUNet:
 class WholeTransformer:
     """All weights of a transformer, in a file under the network's own names."""
 
-    file_name = "student.safetensors"
+    file_name, exact = "student.safetensors", True
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser

@@ -484,7 +484,9 @@ class Trainer:
                 tensors |= under("fake", of_fake)
             with self.learner.optimizer.exported():
                 exported = self.average.weights if self.average else self.parameters
-                state = State(self.done, {name: whole(weight.detach()) for name, weight in exported.items()}, tensors, rest)
+                weights = {name: whole(weight.detach()) for name, weight in exported.items()}
+                tensors |= {} if self.trained.exact else under("exported", weights)
+                state = State(self.done, weights, tensors, rest)
                 if self.processes.main:
                     self.run.save(state, self.trained)
         self.processes.wait()
@@ -508,10 +510,11 @@ class Trainer:
 
     def _take(self, state: State) -> None:
         """Load the weights, the optimizer and the rest of a checkpoint."""
-        own = of("weights", state.tensors) or state.weights
+        exported = of("exported", state.tensors) or state.weights
+        own = of("weights", state.tensors) or exported
         self._put({name: shared_like(weight, self.parameters[name]) for name, weight in own.items()})
         if self.average:
-            self.average.load(state.weights)
+            self.average.load(exported)
         if self.target:
             self.target.load(of("target", state.tensors))
         if self.fake:

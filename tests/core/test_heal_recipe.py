@@ -74,35 +74,29 @@ def test_a_recipe_heals_a_cut_transformer(made, tmp_path, capsys):
     assert f"plan {DEPTH[made[1]]}" in out and "student weights" in out and "step 4:" in out
     assert (tmp_path / "run" / "samples" / "00000004.png").exists()
     lora = load_file(tmp_path / "run" / "checkpoints" / "00000004" / "lora.safetensors")
-    assert any(weight.abs().max() > 0 for name, weight in lora.items() if name.endswith("lora_up.weight"))
+    assert any(weight.abs().max() > 0 for name, weight in lora.items() if name.endswith("lora_B.weight"))
 
 
-def test_the_lora_is_merged_into_the_student_that_diffusers_opens(made, tmp_path, capsys):
-    import diffusers
-
-    from distill_core.lora.layers import attach
-
+def test_what_was_learnt_is_merged_into_the_student(made, tmp_path, capsys):
     folder, family = made
     prepared = prepare(Recipe.read(job(made, tmp_path)))
     prepared.train(lambda progress: None)
-    lora = prepared.run.result_file
-    out = tmp_path / "student"
-    told = ["prune", str(folder / "pipeline"), str(out), "--layout", "diffusers", "--plan", DEPTH[family], "--lora", str(lora)]
-    assert main(told) == 0
-    assert f"{lora}: merged into" in capsys.readouterr().out
-    merged = getattr(diffusers, open_transformer(out).config["_class_name"]).from_pretrained(out)
-    student = prepared.models.student()
-    plain = tmp_path / "plain"
-    assert main([*told[:2], str(plain), *told[3:-2]]) == 0
-    alone = prepared.models._denoiser(merged.from_pretrained(plain))
-    examples = prepared.dataset.read(0, torch.tensor([0, 1]))
-    contexts = examples.contexts.float()
-    asked = examples.latents.float(), torch.tensor([200, 700]), contexts, examples.label and examples.label.to(contexts)
-    before = alone(*asked)
-    attach(alone, lora, "healed")
-    with_lora, whole = alone(*asked), prepared.models._denoiser(merged)(*asked)
-    torch.testing.assert_close(whole, with_lora, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(before, whole, atol=1e-4) and torch.equal(before, student(*asked))
+    told = ["prune", str(folder / "pipeline"), str(tmp_path / "student"), "--layout", "diffusers"]
+    lora = ["--lora", str(prepared.run.result_file)]
+    assert main([*told, "--plan", DEPTH[family], *lora]) == 0
+    assert f"{prepared.run.result_file}: merged into it" in capsys.readouterr().out
+    student, merged = prepared.models.student(), open_transformer(tmp_path / "student").tensors
+    trained, table = load_file(prepared.run.result_file), prepared.models.mapping
+    for name, weight in student.network.state_dict().items():
+        if (ours := table.rename(name)) is None:
+            continue
+        key = "transformer." + ours.removesuffix(".weight")
+        change = trained[f"{key}.lora_B.weight"] @ trained[f"{key}.lora_A.weight"] if f"{key}.lora_B.weight" in trained else 0
+        torch.testing.assert_close(merged[ours].read(), weight + change)
+
+    others = {"flux1": "fold double 0-1 single 1-3", "z-image": "fold layer 0-1,4-5", "qwen-image": "fold block 0-1"}
+    assert main([*told, "--overwrite", "--plan", others[family], *lora]) == 2
+    assert f"it was trained for the plan {DEPTH[family]}, not for {others[family]}" in capsys.readouterr().err
 
 
 def test_folded_blocks_learn_alone(made, tmp_path):
@@ -112,6 +106,31 @@ def test_folded_blocks_learn_alone(made, tmp_path):
     (row, *_) = prepared.run.metrics()
     assert "local" in row and "output" not in row
     assert {*prepared.recipe.training.lora_targets} == {f"{block}.*" for block in prepared.models.mapping.folded}
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0], ids=["alpha as rank", "alpha 3"])
+def test_diffusers_opens_the_lora_on_the_student(made, tmp_path, alpha):
+    import diffusers
+
+    folder, family = made
+    changes = [] if alpha is None else [("[training]", f"[training]\nlora_alpha = {alpha}")]
+    prepared = prepare(Recipe.read(job(made, tmp_path, *changes)))
+    prepared.train(lambda progress: None)
+    told = ["prune", str(folder / "pipeline"), "OUT", "--layout", "diffusers", "--plan", DEPTH[family]]
+    networks = []
+    for name, more in (("cut", []), ("healed", ["--lora", str(prepared.run.result_file)])):
+        assert main([str(tmp_path / name) if word == "OUT" else word for word in told] + more) == 0
+        file = open_transformer(tmp_path / name)
+        networks.append(getattr(diffusers, file.config["_class_name"]).from_pretrained(tmp_path / name))
+    kind = {"flux1": "FluxPipeline", "z-image": "ZImagePipeline", "qwen-image": "QwenImagePipeline"}[family]
+    empty = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer"))
+    empty |= dict.fromkeys(("text_encoder_2", "tokenizer_2")) if family == "flux1" else {}
+    getattr(diffusers, kind)(**empty, transformer=networks[0]).load_lora_weights(str(prepared.run.result_file))
+    examples = prepared.dataset.read(0, torch.tensor([0, 1]))
+    contexts = examples.contexts.float()
+    asked = examples.latents.float(), torch.tensor([200, 700]), contexts, examples.label and examples.label.to(contexts)
+    with_lora, merged = (prepared.models._denoiser(network)(*asked) for network in networks)
+    torch.testing.assert_close(with_lora, merged, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "nf4"])
@@ -125,7 +144,7 @@ def test_the_weights_are_held_in_the_precision_asked_for(made, tmp_path, dtype):
     if made[1] == "flux1":
         shapes = prepared.models.file.architecture.shapes
         parts = dict(prepared.forecast().parts)
-        lora = 4 * sum(weight.numel() for name, weight in load_file(prepared.run.result_file).items() if "alpha" not in name)
+        lora = 4 * sum(weight.numel() for weight in load_file(prepared.run.result_file).values())
         assert parts["student weights"] == kept_bytes(shapes, dtype) + lora
         assert parts["half-precision weights"] >= 2 * max(prod(shape) for shape in shapes.values())
 
