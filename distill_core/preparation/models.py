@@ -37,6 +37,14 @@ class Models(ABC):
         if any(teacher.dtype in QUANTISED for teacher in recipe.teachers):
             check_installed(["bitsandbytes"], f"a teacher in {' or '.join(QUANTISED)}")
 
+    def check_shared(self) -> None:
+        """``ValueError`` for settings that weights cannot have which teacher and student share."""
+        if self.shares_base and any(teacher.offload for teacher in self.teacher_settings):
+            raise ValueError(
+                "[teacher]: offload is for a teacher beside its student, and here both share their weights; set it to false, and choose "
+                "the dtype fp8 or nf4 to save memory"
+            )
+
     @property
     @abstractmethod
     def teacher_files(self) -> Sequence[NetworkFile]:

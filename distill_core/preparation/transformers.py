@@ -35,6 +35,7 @@ from ..training.settings import TrainingSettings
 from ..training.teachers import Teachers
 from .models import Models
 
+_SIDE_STEP_PX = 8 * PATCH
 _SCHEDULER = ("scheduler", "scheduler_config.json")
 
 
@@ -46,6 +47,7 @@ class TransformerModels(Models):
 
     def __init__(self, recipe: Recipe, processes: Processes, teacher_settings: Sequence[TeacherSettings]):
         super().__init__(recipe, processes, teacher_settings)
+        self.check_shared()
         _check(recipe, processes)
         self._settings = teacher_settings[0]
         self.file = _folder(find_transformer(recipe.path(self._settings.file)))
@@ -186,6 +188,9 @@ def _check(recipe: Recipe, processes: Processes) -> None:
         raise ValueError("[student]: a transformer's student shares its teacher's weights; give plan or preset in place of file")
     if not recipe.training.lora_rank:
         raise ValueError('[training]: a transformer learns by a LoRA; set lora_rank, and lora_targets to ["*"]')
+    for section, resolution in (("data", recipe.data.resolution), ("samples", recipe.samples.resolution)):
+        if odd := [side for size in sizes(resolution) for side in size if side % _SIDE_STEP_PX]:
+            raise ValueError(f"[{section}]: a transformer needs sides that are multiples of {_SIDE_STEP_PX} px, got {odd[0]}")
     if processes.count > 1:
         raise ValueError("a transformer trains in one process; start it without accelerate")
 

@@ -45,6 +45,7 @@ class UNetModels(Models):
         self.plan, self.student_file = (self._largest(first), None) if self.plans else self._student(first)
         if self.student_file is not None:
             _check_trainable(self.student_file)
+        self.check_shared()
         if recipe.experts and self.shares_base and self.teacher_settings[0].dtype in QUANTISED:
             raise ValueError(
                 f"a shared base is saved to disk, and {self.teacher_settings[0].dtype} weights cannot be saved; use fp8"

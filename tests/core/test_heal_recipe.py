@@ -161,6 +161,8 @@ def test_guidance_is_learnt_by_the_whole_network(made, tmp_path):
     ([("[student]", '[experts]\ncount = 2\n\n[student]')], r"\[experts\] are for UNets"),
     ([('objective = "output"', 'objective = "ssd-1b"')], "objective ssd-1b compares layers of UNets"),
     ([('objective = "output"', 'objective = "output"\nweight_dtype = "bf16"\nprecision = "bf16"')], "set weight_dtype to fp32"),
+    ([('resolution = "64"', 'resolution = "72"')], r"\[data\]: a transformer needs sides that are multiples of 16 px, got 72"),
+    ([("[student]", "offload = true\n\n[student]")], r"\[teacher\]: offload is for a teacher beside its student"),
     ([("[student]", '[student]\nfile = "x"\n# ')], "shares its teacher's weights"),
 ])  # fmt: skip
 def test_what_only_unets_can_is_refused_in_one_sentence(made, tmp_path, changes, message, capsys):

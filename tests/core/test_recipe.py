@@ -164,6 +164,17 @@ def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
     prepared.train(lambda progress: None)
     assert prepared.run.result_file.name == "lora.safetensors"
     changes = ("[training]", f"[training]\n{training}"), ('run = "run"', 'run = "pruned"')
+    with pytest.raises(ValueError, match="offload is for a teacher beside its student"):
+        prepare(
+            Recipe.read(
+                write(
+                    folder,
+                    ('[student]\npreset = "bk-sdm-base"\n', ""),
+                    changes[0],
+                    ('file = "demo"', 'file = "demo"\noffload = true'),
+                )
+            )
+        )
     unshared = Recipe.read(write(folder, *changes))
     assert not prepare(unshared).models.shares_base
     for joint_steps, shares in ((0, True), (5, False)):
