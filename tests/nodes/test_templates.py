@@ -61,3 +61,20 @@ def test_the_front_end_shows_it_and_leaves_what_people_wrote(page, server):
         assert {group["title"] for group in graph["groups"]} <= set(page.evaluate(titles))
     finally:
         server.post("settings/Comfy.Locale", "en")
+
+
+APPS = {name: graph["extra"]["linearData"] for name, graph in WORKFLOWS.items() if "linearData" in graph["extra"]}
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_an_app_shows_widgets_that_exist(page, server, name):
+    """In app mode, which the front end offers for any workflow, ours show what a beginner wants first."""
+    opened(page, server)
+    load(page, WORKFLOWS[name])
+    widgets = "([id, name]) => window.app.graph.getNodeById(id)?.widgets?.some(widget => widget.name === name)"
+    assert all(page.evaluate(widgets, chosen) for chosen in APPS[name]["inputs"])
+    assert {int(node) for node in APPS[name]["outputs"]} <= {node["id"] for node in WORKFLOWS[name]["nodes"]}
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    for label in ("prompt", "preset", "run_name", "total_steps"):
+        page.get_by_text(label, exact=True).first.wait_for(timeout=10_000)
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
