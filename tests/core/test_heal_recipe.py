@@ -149,11 +149,26 @@ def test_the_weights_are_held_in_the_precision_asked_for(made, tmp_path, dtype):
         assert parts["half-precision weights"] >= 2 * max(prod(shape) for shape in shapes.values())
 
 
-def test_guidance_is_learnt_by_the_whole_network(made, tmp_path):
-    changes = [(f'plan = "{DEPTH[made[1]]}"', ""), ('objective = "output"', 'objective = "guidance"\nguidance = 3.0'), ("caption_dropout = 0.5", "caption_dropout = 0.0")]  # fmt: skip
+FEW = "phases = 2\nsolver_steps = 4\nfake_warmup_steps = 0\nfake_updates = 1\nanchor_steps = 1\n"
+OF_THE_WHOLE = {
+    "guidance": "guidance = 3.0\n",
+    "consistency": "guidance = 3.0\n" + FEW,
+    "dmd": "guidance = 3.0\nconsistency_steps = 2\n" + FEW,
+}
+
+
+@pytest.mark.parametrize("objective", OF_THE_WHOLE)
+def test_the_whole_network_learns_guidance_and_few_steps(made, tmp_path, objective):
+    changes = [
+        (f'plan = "{DEPTH[made[1]]}"', ""),
+        ('objective = "output"', f'objective = "{objective}"\n{OF_THE_WHOLE[objective]}'),
+        ("caption_dropout = 0.5", "caption_dropout = 0.0"),
+    ]
     prepared = prepare(Recipe.read(job(made, tmp_path, *changes)))
     prepared.train(lambda progress: None)
     assert prepared.run.complete and prepared.models.plan is None
+    ups = [weight for name, weight in load_file(prepared.run.result_file).items() if name.endswith("lora_B.weight")]
+    assert any(weight.abs().max() > 0 for weight in ups) and all(weight.isfinite().all() for weight in ups)
 
 
 @pytest.mark.parametrize("changes,message", [
