@@ -144,6 +144,23 @@ def test_a_lora_for_few_steps_draws_the_same_in_stock_nodes_the_core_and_diffuse
     assert torch.allclose(by_core, by_stock, atol=1e-3) and torch.allclose(by_diffusers, by_stock, atol=1e-3)
 
 
+@pytest.mark.parametrize("how", [{"objective": "consistency"}, AS_DMD], ids=["consistency", "dmd"])
+def test_a_transformer_learns_few_steps_in_the_node(how, server):
+    network = {"teacher": {"class_type": "DistillLoadDemoTeacher", "inputs": {"network": "transformer"}}}
+    few = {"cfg": 1.0, "steps": 4, "sampler_name": "euler", "scheduler": "simple"}
+    run_name = f"a transformer by {how['objective']}"
+    shown = {**sampled(["bake", 1], run_name, **few), **sampled(["teacher", 0], f"{run_name}, before", **few)}
+    what = bake(run_name, batch_size=2, **how | ({"total_steps": 16, "steps_per_queue": 16} if len(how) > 1 else {}))
+    result = server.run({**PROMPT, **network, "bake": what, **shown})
+    assert result.succeeded, result.error
+    folder = server.output / "distill_runs" / run_name
+    terms = {term for row in rows(folder) for term in row}
+    assert {"consistency", *(["dmd", "fake"] if how["objective"] == "dmd" else [])} <= terms
+    assert not torch.allclose(drawn(server, run_name), drawn(server, f"{run_name}, before"), atol=1e-2)
+    (file,) = folder.glob("checkpoints/*/lora.safetensors")
+    assert all(name.startswith("diffusion_model.") for name in load_file(file))
+
+
 def of_the_core(file, shape, phases):
     denoiser, (context, _) = load_denoiser(teacher_file()), captions()
     attach(denoiser, file, "few")
