@@ -111,7 +111,8 @@ def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model, *, stays: bo
 
     def decode(latents: Tensor) -> Tensor:
         with nothing_unloaded() if stays else contextlib.nullcontext():
-            return pixels_of(vae.decode(model.patcher.model.process_latent_out(latents)))
+            images = vae.decode(model.unscaled(latents))
+            return pixels_of(images.flatten(0, 1) if model.has_frames else images)
 
     return Previews(
         captions=captions,
@@ -210,10 +211,6 @@ def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> lis
     """Latents by size and length of their caption; ``ValueError`` if they do not fit the model."""
     wanted = _reads(model).channels
     for samples in (entry["samples"] for entry in latents):
-        if samples.ndim != 4:
-            raise ValueError(
-                f"latents of images must be (B, C, H, W), got {tuple(samples.shape)}; video models cannot be trained here"
-            )
         if samples.shape[1] != wanted:
             raise ValueError(
                 f"the latents have {samples.shape[1]} channels but the model takes {wanted}; "
@@ -227,7 +224,7 @@ def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> lis
     by_shape: dict[tuple[int, int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Encoded]]] = {}
     encoded = iter(captions if len(captions) > 1 else captions * num_latents)
     for entry in latents:
-        samples = model.patcher.model.process_latent_in(entry["samples"].float().cpu())
+        samples = model.scaled(entry["samples"].float().cpu())
         states, scales = (entry.get(name, [None] * len(samples)) for name in (STATES, SCALES))
         for example in zip(samples, states, scales, encoded, strict=False):
             by_shape.setdefault((*samples.shape[2:], len(example[-1].context)), []).append(example)
@@ -322,7 +319,7 @@ def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, t
     latents, captions, of_text = [], [], {}
     for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):
         example, text = data.read(0, torch.tensor([number])), data.entries[number].text
-        latent = {"samples": teacher.patcher.model.process_latent_out(example.latents.float())}
+        latent = {"samples": teacher.unscaled(example.latents.float())}
         if example.states is not None:
             latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
         if example.scale is not None:

@@ -59,6 +59,26 @@ class Model:
         return getattr(self.patcher.model.latent_format, "spacial_downscale_ratio", 8)
 
     @property
+    def has_frames(self) -> bool:
+        """Whether it draws images as videos of one frame, as Qwen-Image does, so that its latents are (B, C, 1, H, W)."""
+        return self.patcher.model.latent_format.latent_dimensions == 3
+
+    def scaled(self, samples: Tensor) -> Tensor:
+        """A LATENT's samples as its sampler scales them, without frames: (B, C, H, W). ``ValueError`` for videos."""
+        if samples.ndim == 5 and samples.shape[2] != 1 or samples.ndim not in (4, 5):
+            raise ValueError(
+                f"latents must be of images, (B, C, H, W), or of one frame each, got {tuple(samples.shape)}; models cannot be trained on "
+                "videos here"
+            )
+        flat = samples.squeeze(2) if samples.ndim == 5 else samples
+        scaled = self.patcher.model.process_latent_in(flat.unsqueeze(2) if self.has_frames else flat)
+        return scaled.squeeze(2) if self.has_frames else scaled
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The samples of a LATENT, with a frame if it needs one, from what `scaled` gives."""
+        return self.patcher.model.process_latent_out(latents.unsqueeze(2) if self.has_frames else latents)
+
+    @property
     def kind(self) -> str:
         """ComfyUI's name for what it is."""
         return type(self.patcher.model).__name__

@@ -50,6 +50,8 @@ class ModelDenoiser(TransformerDenoiser):
     patcher: ModelPatcher
     delegate_of: ModelPatcher | None = None
     """The MODEL that this one replaces if ComfyUI loads its weights layer by layer, which training cannot use."""
+    has_frames: bool = False
+    """Whether the network takes images as videos of one frame."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         now = self.schedule.at(t, x_t.float())
@@ -58,13 +60,19 @@ class ModelDenoiser(TransformerDenoiser):
         shown = x_t.float() if flows else x_t.float() / now.alpha
         asked = self._asked(x_t, context, label)
         with self.way():
-            return self.shell.apply_model(shown, sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked)
+            answer = self.shell.apply_model(
+                self._framed(shown), sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked
+            )
+        return answer.squeeze(2) if self.has_frames else answer
+
+    def _framed(self, latents: Tensor) -> Tensor:
+        return latents.unsqueeze(2) if self.has_frames else latents
 
     def _asked(self, x_t: Tensor, context: Tensor, label: Label | None) -> dict[str, Tensor]:
         """The conditions that the model family makes from captions."""
         if self.architecture is not None and label is not None:  # SDXL: each example has its own sizes
             return {"c_crossattn": context, "y": label.vector()}
-        given = {"cross_attn": context, "noise": x_t, "device": x_t.device}
+        given = {"cross_attn": context, "noise": self._framed(x_t), "device": x_t.device}
         if label is not None:
             given["pooled_output"] = label.pooled
         try:
@@ -124,17 +132,17 @@ def shared_base(model: Model) -> ModelDenoiser:
         shell=shell,
         patcher=patcher,
         delegate_of=delegate_of,
+        has_frames=model.has_frames,
     )
 
 
 def check_base(model: Model) -> None:
     """``ValueError`` if a LoRA cannot be trained on a MODEL's network."""
     _ = model.prediction  # refuses what is sampled in a way training does not know
-    form = model.patcher.model.latent_format
-    if form.latent_dimensions != 2:
-        raise ValueError(
-            f"this MODEL ({type(model.patcher.model).__name__}) is not an image model; only image models can be trained here"
-        )
+    form, transformer = model.patcher.model.latent_format, model.known_transformer
+    draws_images = form.latent_dimensions == 2 or (model.has_frames and transformer is not None and transformer.of.learns)
+    if not draws_images:
+        raise ValueError(f"this MODEL ({model.kind}) is not an image model; only image models can be trained here")
     if model.unet and model.unet.channels("conv_in")[0] != form.latent_channels:
         raise ValueError("this MODEL reads more than a latent: inpainting and editing models cannot be trained here")
     if model.patcher.injections:

@@ -44,6 +44,37 @@ def data(out):
     Path(out).write_text(json.dumps(told))
 
 
+def frames(out):
+    """Training data and sample images of a model that draws images as videos of one frame."""
+    from types import SimpleNamespace
+
+    from in_comfyui import pack
+    from sharing import _qwen_image
+
+    bridge = pack()
+    model, told = bridge.Model(_qwen_image()), {}
+    samples = torch.randn(3, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = model.patcher.model.process_latent_in(samples)[:, :, 0]
+    captions = [[[torch.randn(1, 6, 3584), {}]]]
+    for name, given in (("framed", samples), ("flat", samples[:, :, 0])):
+        dataset = bridge.dataset([{"samples": given}], captions, captions, model)
+        told[name] = torch.equal(dataset.buckets[0].latents, expected)
+    told["back"] = (model.unscaled(expected) - samples).abs().max().item()
+    try:
+        bridge.dataset([{"samples": torch.zeros(1, 16, 4, 8, 8)}], captions, captions, model)
+    except ValueError as error:
+        told["video"] = str(error)
+    decoded = []
+
+    def decode(latents):
+        decoded.append([*latents.shape])
+        return torch.rand(len(latents), 1, 64, 64, 3)
+
+    previews = bridge.previews(dataset, SimpleNamespace(decode=decode), model)
+    told["images"], told["decoded"] = [*previews.decode(expected[:2]).shape], decoded[0]
+    Path(out).write_text(json.dumps(told))
+
+
 def gradients(out):
     """For each family, gradients through its blocks, plain and checkpointed, as differences of the loss would have them."""
     from in_comfyui import pack

@@ -21,6 +21,7 @@ def small(out):
         "sd3 as dora": _told(_sd3, 16, 4096, 2048, out, dora=True),
         "flux cut": _told(partial(_opened, "flux1"), 16, 64, 64, out, plan="keep double 0,3 single 0,2,4"),
         "flux.2 cut": _told(partial(_opened, "flux2"), 128, 64, None, out, plan="fold double 1-3 single 2-3"),
+        "qwen-image cut": _told(_qwen_image, 16, 3584, None, out, plan="fold block 1-2"),
         "sd3 cut": _told(partial(_opened, "sd3"), 16, 4096, 2048, out, plan="keep joint 0,3,5"),
     }
     Path(out).write_text(json.dumps({"families": found}))
@@ -45,6 +46,23 @@ def _opened(family):
     from small import filled, model_of
 
     return comfy.sd.load_diffusion_model_state_dict(dict(filled(model_of(family).diffusion_model).state_dict()))
+
+
+def _qwen_image():
+    """A small Qwen-Image, which draws images as videos of one frame; ComfyUI counts the blocks of a file, but not its heads."""
+    import comfy.model_detection
+    import comfy.sd
+    from small import filled, model_of
+
+    detect = comfy.model_detection.detect_unet_config
+
+    def of_one_head(*args, **options):
+        config = detect(*args, **options)
+        return config | {"num_attention_heads": 1} if config.get("image_model") == "qwen_image" else config
+
+    comfy.model_detection.detect_unet_config = of_one_head  # in this process, which ends after this call
+    model = model_of("qwen-image", joint_attention_dim=3584)  # a width by which it is told from others
+    return comfy.sd.load_diffusion_model_state_dict(dict(filled(model.diffusion_model).state_dict()))
 
 
 def _told(load, channels, width, pooled_width, out, *, keeps_activations=True, plan=None, **of_lora):
@@ -117,6 +135,7 @@ def _computed_again(bridge, base, asked, parameters):
         path = base.path(base.inner_blocks[0])
     except ValueError as error:
         return {"checkpointing": str(error)}
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
     kept, calls = {name: parameter.grad.clone() for name, parameter in parameters.items()}, []
     for parameter in parameters.values():
         parameter.grad = None
@@ -133,6 +152,7 @@ def _slope(loss, parameters, step=1e-2):
     """How a loss changes along its gradient, measured by steps that way and back, over what the gradient says."""
     import torch
 
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
     norm = sum(parameter.grad.square().sum() for parameter in parameters.values()).sqrt()
     found = []
     with torch.no_grad():
@@ -151,12 +171,15 @@ def _stock(model, base, x_t, t, context, label):
     shell, now = model.model, base.schedule.at(t, x_t)
     flows = base.prediction == "flow"
     sigma, shown = (now.sigma, x_t) if flows else (now.sigma / now.alpha, x_t / now.alpha)
+    framed = shell.latent_format.latent_dimensions == 3
+    x_t, shown, sigma = (tensor.unsqueeze(2) if framed else tensor for tensor in (x_t, shown, sigma))
     told = {"cross_attn": context, "noise": x_t, "device": x_t.device}
     if label is not None:
         told |= {"pooled_output": label.pooled, "height": 64, "width": 64}
     asked = {name: cond.process_cond(batch_size=2).cond for name, cond in shell.extra_conds(**told).items()}
     x0 = shell.apply_model(shown, sigma.flatten(), **asked)
-    return (shown - x0) / sigma
+    answer = (shown - x0) / sigma
+    return answer.squeeze(2) if framed else answer
 
 
 def _filled(network):

@@ -16,6 +16,13 @@ WRITE_OVER = {"flux1", "flux2", "hunyuan"}
 """Families whose blocks add to the tensor that they are given."""
 
 
+def test_images_as_videos_of_one_frame_are_data_like_others(found):
+    told = found("healing.frames")
+    assert told["framed"] and told["flat"] and told["back"] < 1e-5
+    assert "or of one frame each, got (1, 16, 4, 8, 8)" in told["video"]
+    assert told["decoded"] == [2, 16, 1, 8, 8] and told["images"] == [2, 3, 64, 64]
+
+
 def test_gradients_of_families_that_learn_are_those_of_differences(found):
     told = found("healing.gradients")
     learn = {name for name, family in FAMILIES.items() if family.learns}
