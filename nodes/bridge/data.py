@@ -319,7 +319,7 @@ def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, t
     latents, captions, of_text = [], [], {}
     for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):
         example, text = data.read(0, torch.tensor([number])), data.entries[number].text
-        latent = {"samples": teacher.unscaled(example.latents.float())}
+        latent: dict[str, Tensor | None] = {"samples": teacher.unscaled(example.latents.float())}
         if example.states is not None:
             latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
         if example.scale is not None:
