@@ -2,8 +2,9 @@
 
 Each of 30 runs of ``distill train`` on the demo is killed with SIGKILL at random moments, once or more, and resumed until it
 comes to its end. Student, optimiser, moving average and metrics must be those of the uninterrupted run, bit for bit; exit
-status 1 if they are not. ``--through-node`` does the same by Distill Train Step in ComfyUI servers that are killed. Writes
-``results/killed_and_resumed.md`` (``results/killed_and_resumed-node.md``).
+status 1 if they are not. ``--through-node`` does the same by Distill Train Step in ComfyUI servers that are killed; ``--heal`` too, for
+the demo's transformer, which is cut and taught: folded blocks by themselves first, then the whole on the weights it shares with its
+teacher. Writes ``results/killed_and_resumed.md`` (``-node``, ``-heal``).
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from distill_core.base.settings import to_toml
 from distill_core.base.storage import read_header
 from distill_core.cli import main as main_of_distill
 from distill_core.demo.grammar import random_scenes
-from distill_core.networks.files import open_unet
-from distill_core.training.checkpoints import TRAINING, checkpoints_in
+from distill_core.training.checkpoints import TRAINING, checkpoints_in, result_in
 
 ROOT = Path(__file__).parents[1]
 TRAINED = {
@@ -50,6 +50,11 @@ JOB = {
     "data": {"prompts": "prompts.txt", "resolution": "64", "guidance": 2.0, "sampler_steps": 4, "images_per_prompt": 5},
     "training": TRAINED | OPTIONS,
 }
+HEALED = {
+    "objective": "blocks", "local_steps": 15, "lora_rank": 8, "gradient_checkpointing": True, "accumulation_steps": 2,
+    "ema_decay": 0.95, "validation_share": 0.01, "validate_every_steps": 8, "keep_best": 1,
+}  # fmt: skip
+PLAN = "fold double 1-2 single 1-3"
 PARTS = ("student", "optimiser and weights", "metrics")
 
 
@@ -75,14 +80,17 @@ class Way(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--through-node", action="store_true", help="by the node in ComfyUI")
-    parser.add_argument("--runs", type=int, help="how many runs (default: 30, through the node 5)")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--through-node", action="store_true", help="by the node in ComfyUI")
+    ways.add_argument("--heal", action="store_true", help="a cut transformer, by the node in ComfyUI")
+    parser.add_argument("--runs", type=int, help="how many runs (default: 30, in ComfyUI 5)")
     parser.add_argument("--seed", type=int, default=0, help="decides when to kill (default: %(default)s)")
     arguments = parser.parse_args()
-    num_runs = arguments.runs or (5 if arguments.through_node else 30)
+    in_comfyui, settings = arguments.through_node or arguments.heal, HEALED if arguments.heal else OPTIONS
+    num_runs = arguments.runs or (5 if in_comfyui else 30)
     started, chance = time.monotonic(), random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        way = (_by_node if arguments.through_node else _by_command)(Path(folder))
+        way = _by_node(Path(folder), arguments.heal) if in_comfyui else _by_command(Path(folder))
         seconds = _uninterrupted(way)
         kills, same = [], Counter()
         for number in tqdm(range(num_runs)):
@@ -95,10 +103,10 @@ def main() -> int:
         *table(["killed", "times"], [*rows, ["in all", str(len(kills))]]), "",
         *table(["the same bit for bit", "runs"], [[part, f"{same[part]} of {num_runs}"] for part in PARTS]), "",
         f"Runs by {way.title}, {TRAINED['total_steps']} steps each, a checkpoint every {TRAINED['save_every_steps']}; "
-        f"{', '.join(f'{name} {value}' for name, value in OPTIONS.items())}. Killed at random between the start and the "
+        f"{', '.join(f'{name} {value}' for name, value in settings.items())}. Killed at random between the start and the "
         f"{seconds:.1f} seconds the uninterrupted run took, until done. {device_words()}, {(time.monotonic() - started) / 60:.1f} minutes.",
     ]  # fmt: skip
-    publish("killed_and_resumed" + "-node" * arguments.through_node, lines)
+    publish("killed_and_resumed" + "-node" * arguments.through_node + "-heal" * arguments.heal, lines)
     return int(any(same[part] < num_runs for part in PARTS))
 
 
@@ -166,15 +174,19 @@ def _steps(folder: Path) -> int:
 def _same_parts(one: Path, other: Path) -> list[str]:
     """Which of `PARTS` are the same, bit for bit."""
     a, b = (checkpoints_in(folder)[-1] for folder in (one, other))
-    experts = [open_unet(folder / "student.safetensors").state_dict for folder in (a, b)]
+    results = [_tensors(result_in(folder)) for folder in (a, b)]
     states = [read_header(folder / TRAINING) for folder in (a, b)]
-    tensors = [{name: tensor.read() for name, tensor in state.tensors.items()} for state in states]
+    tensors = [_tensors(folder / TRAINING) for folder in (a, b)]
     same = {
-        "student": a.name == b.name and _equal(*experts),
+        "student": a.name == b.name and _equal(*results),
         "optimiser and weights": states[0].metadata == states[1].metadata and _equal(*tensors),
         "metrics": _table_of_metrics(one) == _table_of_metrics(other),
     }
     return [part for part in PARTS if same[part]]
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.read() for name, tensor in read_header(path).tensors.items()}
 
 
 def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -235,7 +247,7 @@ def _by_command(folder: Path) -> Way:
 class Node:
     """Distill Train Step in a ComfyUI server of its own, whose output folder it shares with others."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, heal: bool, name: str):
         sys.path.insert(0, str(ROOT))
         from tests import comfyui
 
@@ -246,7 +258,7 @@ class Node:
         (folder / "output").mkdir(exist_ok=True)
         (base / "output").symlink_to(folder / "output", target_is_directory=True)
         self._server = comfyui.Server(found, comfyui.python(found), base).__enter__()
-        self._prompt = self._server.queue(_graph(name, self._server.get("object_info/DistillRecipe")))
+        self._prompt = self._server.queue(_graph(name, self._server.get("object_info/DistillRecipe"), heal))
 
     def finished(self) -> bool:
         if self._server.process.poll() is not None:
@@ -264,7 +276,7 @@ class Node:
         self._server.process.wait()
 
 
-def _graph(name: str, info: dict) -> dict:
+def _graph(name: str, info: dict, heal: bool) -> dict:
     defaults = {
         field: options["default"]
         for fields in info["DistillRecipe"]["input"].values()
@@ -276,18 +288,29 @@ def _graph(name: str, info: dict) -> dict:
         "null_caption": ["empty", 0], "recipe": ["recipe", 0], "run_name": name, "steps_per_queue": TRAINED["total_steps"],
         "objective": "bk-sdm", **TRAINED,
     }  # fmt: skip
+    network, prune, how = (
+        "unet",
+        {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["teacher", 0], **JOB["student"]}},
+        OPTIONS,
+    )
+    if heal:
+        cut = {"model": ["teacher", 0], "preset": "flux-mini", "plan": PLAN}
+        network, prune = "transformer", {"class_type": "DistillPruneTransformerBlocks", "inputs": cut}
+        of_node = ("objective", "local_steps", "lora_rank")
+        train |= {name: HEALED[name] for name in of_node}
+        how = {name: value for name, value in HEALED.items() if name not in of_node}
     return {
-        "teacher": {"class_type": "DistillLoadDemoTeacher", "inputs": {}},
-        "prune": {"class_type": "DistillPruneUNetBlocks", "inputs": {"model": ["teacher", 0], **JOB["student"]}},
+        "teacher": {"class_type": "DistillLoadDemoTeacher", "inputs": {"network": network}},
+        "prune": prune,
         "empty": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["teacher", 1]}},
-        "recipe": {"class_type": "DistillRecipe", "inputs": defaults | OPTIONS},
+        "recipe": {"class_type": "DistillRecipe", "inputs": defaults | how},
         "train": {"class_type": "DistillTrainStep", "inputs": train},
         "show": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}},
     }
 
 
-def _by_node(folder: Path) -> Way:
-    return Way(partial(Node, folder), lambda name: folder / "output" / "distill_runs" / name, "Distill Train Step")
+def _by_node(folder: Path, heal: bool) -> Way:
+    return Way(partial(Node, folder, heal), lambda name: folder / "output" / "distill_runs" / name, "Distill Train Step")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Pixels are (B, 3, H, W) in [-1, 1]; latents are (B, C, h, w), scaled as the netw
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..base.storage import fingerprint
 from ..diffusion.conditioning import Caption
-from ..networks.folders import open_module
+from ..networks.folders import open_module, stored_in
 from .readers import Reader, network_config, open_tokenizer, parts_of
 
 if TYPE_CHECKING:
@@ -72,12 +73,54 @@ def warn_of_cut(captions: Collection[str], encoders: TextEncoders) -> None:
 
 
 @dataclass(frozen=True)
+class Autoencoder:
+    """The autoencoder of a diffusers pipeline."""
+
+    vae: AutoencoderKL
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """The mean of the autoencoder's distribution, shifted and scaled."""
+        pixels = pixels.to(self.vae.device, self.vae.dtype)
+        mean = self._image(self.vae.encode(self._frame(pixels)).latent_dist.mean).float()
+        shift, scale = self._shift_and_scale(mean)
+        return (mean - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Encoders`."""
+        latents = latents.to(self.vae.device).float()
+        shift, scale = self._shift_and_scale(latents)
+        scaled = (latents / scale + shift).to(self.vae.dtype)
+        return self._image(self.vae.decode(self._frame(scaled)).sample).float().clamp(-1, 1)
+
+    @property
+    def _of_videos(self) -> bool:
+        """Whether it takes images as videos of one frame."""
+        return "temperal_downsample" in self.vae.config
+
+    def _frame(self, image: Tensor) -> Tensor:
+        return image[:, :, None] if self._of_videos else image
+
+    def _image(self, frame: Tensor) -> Tensor:
+        return frame[:, :, 0] if self._of_videos else frame
+
+    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale of each channel, as diffusers' pipelines read them from the autoencoder's config."""
+        config = self.vae.config
+        shift = like.new_tensor(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
+        deviation = like.new_tensor(config.get("latents_std") or [1.0])
+        return shift[:, None, None], (config.get("scaling_factor", 1.0) / deviation)[:, None, None]
+
+
+@dataclass
 class DiffusersEncoders:
     """Autoencoder and text encoders of a diffusers pipeline."""
 
-    vae: AutoencoderKL
-    reader: Reader
+    autoencoder: Autoencoder
+    open_reader: Callable[[], Reader]
     fingerprint: str
+    _reader: Reader | None = None
 
     @classmethod
     def from_folder(
@@ -99,68 +142,47 @@ class DiffusersEncoders:
             raise ValueError("text encoders need a package: python -m pip install transformers") from error
         import diffusers
 
-        vae, of_vae = open_module(getattr(diffusers, parts.autoencoder), path / "vae")
-        weights = {f"vae.{key}": tensor for key, tensor in of_vae.items()}
-        text_encoders = []
-        for name, kind in parts.text_encoders.items():
-            stored_in = "auto" if parts.as_stored else None
-            text_encoder, stored = open_module(getattr(transformers, kind), path / name, stored_in)
-            text_encoders.append(text_encoder.to(device) if parts.as_stored else text_encoder.to(device, dtype))
-            weights |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+        def open_reader() -> Reader:
+            text_encoders = []
+            for name, kind in parts.text_encoders.items():
+                text_encoder = open_module(getattr(transformers, kind), path / name, "auto" if parts.as_stored else None)
+                text_encoders.append(text_encoder.to(device) if parts.as_stored else text_encoder.to(device, dtype))
+            tokenizers = [open_tokenizer(kind, path / name) for name, kind in parts.tokenizers.items()]
+            return parts.reader(tokenizers, text_encoders, network_config(path))
+
+        vae = open_module(getattr(diffusers, parts.autoencoder), path / "vae")
         overflows = dtype == torch.float16 and vae.config.force_upcast  # as SDXL's autoencoder does
-        tokenizers = [open_tokenizer(kind, path / name) for name, kind in parts.tokenizers.items()]
+        nn.Module.to(vae, device, torch.float32 if overflows else dtype)  # diffusers' own `to` warns
+        weights = {
+            f"{name}.{key}": tensor for name in ("vae", *parts.text_encoders) for key, tensor in stored_in(path / name)[1].items()
+        }
         scale = torch.tensor([vae.config.get("scaling_factor", 1.0)])
-        return cls(
-            nn.Module.to(vae, device, torch.float32 if overflows else dtype),  # diffusers' own `to` warns
-            parts.reader(tokenizers, text_encoders, network_config(path)),
-            fingerprint({**weights, "scale": scale}),
-        )
-
-    def rest(self) -> None:
-        """Move the text encoders out of the device's memory; the next captions move them back."""
-        self._move("cpu")
-
-    def _move(self, device: torch.device | str) -> None:
-        for text_encoder in self.reader.text_encoders:
-            text_encoder.to(device)
-
-    @torch.no_grad()
-    def latents(self, pixels: Tensor) -> Tensor:
-        """The mean of the autoencoder's distribution, shifted and scaled."""
-        pixels = pixels.to(self.vae.device, self.vae.dtype)
-        mean = self._image(self.vae.encode(self._frame(pixels)).latent_dist.mean).float()
-        shift, scale = self._shift_and_scale(mean)
-        return (mean - shift) * scale
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.vae.device).float()
-        shift, scale = self._shift_and_scale(latents)
-        scaled = (latents / scale + shift).to(self.vae.dtype)
-        return self._image(self.vae.decode(self._frame(scaled)).sample).float().clamp(-1, 1)
+        return cls(Autoencoder(vae), open_reader, fingerprint({**weights, "scale": scale}), open_reader())
 
     @property
-    def _of_videos(self) -> bool:
-        """Whether the autoencoder takes images as videos of one frame."""
-        return "temperal_downsample" in self.vae.config
+    def reader(self) -> Reader:
+        """Tokenizers and text encoders, opened again if they were closed."""
+        self._reader = self._reader or self.open_reader()
+        return self._reader
 
-    def _frame(self, image: Tensor) -> Tensor:
-        return image[:, :, None] if self._of_videos else image
+    def close_texts(self) -> None:
+        """Free the memory of the text encoders, which may be larger than the network, until there are captions again."""
+        self._reader = None
+        gc.collect()
 
-    def _image(self, frame: Tensor) -> Tensor:
-        return frame[:, :, 0] if self._of_videos else frame
+    @property
+    def latents(self) -> Callable[[Tensor], Tensor]:
+        """See `Encoders`."""
+        return self.autoencoder.latents
 
-    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and scale of each channel, as diffusers' pipelines read them from the autoencoder's config."""
-        config = self.vae.config
-        shift = like.new_tensor(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
-        deviation = like.new_tensor(config.get("latents_std") or [1.0])
-        return shift[:, None, None], (config.get("scaling_factor", 1.0) / deviation)[:, None, None]
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor]:
+        """See `Encoders`. It does not hold the text encoders in memory."""
+        return self.autoencoder.decode
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> list[Caption]:
         """Embeddings as ``encode_prompt`` of diffusers' pipelines gives them; long captions are truncated."""
-        self._move(self.vae.device)
         return self.reader.read(captions)
 
     @property

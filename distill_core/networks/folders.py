@@ -47,18 +47,23 @@ def _read_shards(index: Path) -> Header:
     return Header(tensors, next(iter(headers.values())).metadata)
 
 
-def open_module(kind: Any, folder: Path, dtype: Any = None) -> tuple[Any, dict[str, StoredTensor]]:
-    """A network of diffusers or transformers, frozen, in evaluation mode, and its weights as they are stored.
-
-    kind: its class. dtype: of torch, or ``"auto"`` for the stored one; None for float32. The fp16 variant is read if there is no other.
-    ``ValueError`` if weights are missing or damaged.
-    """
+def stored_in(folder: Path) -> tuple[str | None, dict[str, StoredTensor]]:
+    """The variant of a network of diffusers or transformers that is read, and its weights: fp16 if there is no other."""
     files = sorted(folder.glob("*.safetensors"))
     whole = [file for file in files if ".fp16" not in file.name]
     variant, files = (None, whole) if whole else ("fp16", files)
     if not files:
         raise ValueError(f"{folder} holds no .safetensors file; download the model in that format")
-    weights = {name: tensor for file in files for name, tensor in read_header(file).tensors.items()}
+    return variant, {name: tensor for file in files for name, tensor in read_header(file).tensors.items()}
+
+
+def open_module(kind: Any, folder: Path, dtype: Any = None) -> Any:
+    """A network of diffusers or transformers, frozen, in evaluation mode.
+
+    kind: its class. dtype: of torch, or ``"auto"`` for the stored one; None for float32. ``ValueError`` if weights are missing or
+    damaged.
+    """
+    variant, _ = stored_in(folder)
     options: dict[str, Any] = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
     if dtype is not None:
         options["torch_dtype"] = dtype
@@ -68,7 +73,7 @@ def open_module(kind: Any, folder: Path, dtype: Any = None) -> tuple[Any, dict[s
         raise ValueError(f"{folder} cannot be opened ({one_line(error)}); download it again") from error
     if missing := info["missing_keys"]:
         raise ValueError(f"{folder} lacks {len(missing)} weights, such as {min(missing)}; download it again")
-    return model.eval().requires_grad_(False), weights
+    return model.eval().requires_grad_(False)
 
 
 def check_place(folder: Path) -> None:

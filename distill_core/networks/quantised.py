@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..base.precision import DTYPES
+
+if TYPE_CHECKING:
+    from ..base.storage import StoredTensor
 
 QUANTISED = ("int8", "nf4")
 """Names of these precisions."""
@@ -48,6 +52,23 @@ def hold(network: nn.Module, dtype: str, device: torch.device, *, offloaded: boo
     network: in the precision it `computes` in, on the CPU. dtype: a key of `precision.DTYPES`, or one of `QUANTISED`.
     offloaded: keep the weights on the CPU, with each layer on the device only while it computes.
     """
+    store_in(network, dtype)
+    if offloaded:
+        from diffusers.hooks import apply_group_offloading
+
+        apply_group_offloading(
+            network,
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
+    else:
+        nn.Module.to(network, device)
+
+
+def store_in(network: nn.Module, dtype: str) -> None:
+    """Make a network store its weights in ``dtype``, as for `hold`; a network without contents then says how each is stored."""
     if dtype in QUANTISED:
         quantise(network, dtype)
     if dtype == "fp8":
@@ -62,18 +83,31 @@ def hold(network: nn.Module, dtype: str, device: torch.device, *, offloaded: boo
             compute_dtype=DTYPES[computes(dtype)],
             skip_modules_pattern=stays,
         )
-    if offloaded:
-        from diffusers.hooks import apply_group_offloading
 
-        apply_group_offloading(
-            network,
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=device.type == "cuda",
-        )
-    else:
-        nn.Module.to(network, device)
+
+def fill(network: nn.Module, weights: Mapping[str, StoredTensor], dtype: str, device: torch.device) -> None:
+    """Read the weights of a network without contents, one at a time, to a device, stored as `store_in` has made it store them.
+
+    weights: by parameter name; all of them.
+    """
+    compute = DTYPES[computes(dtype)]
+    for path, module in network.named_modules():
+        for name, empty in list(module.named_parameters(recurse=False)):
+            value = weights[f"{path}.{name}" if path else name].read().to(compute)
+            quantised = type(empty) is not nn.Parameter
+            weight = (
+                type(empty)(value, **_kept(empty)).to(device) if quantised else nn.Parameter(value.to(device, empty.dtype), False)
+            )
+            module.register_parameter(name, weight.requires_grad_(False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def _kept(empty: Any) -> dict[str, Any]:
+    """What a weight of bitsandbytes is made with besides its values."""
+    if hasattr(empty, "quant_type"):
+        return dict(requires_grad=False, quant_type=empty.quant_type, module=empty.module)
+    return dict(requires_grad=False, has_fp16_weights=empty.has_fp16_weights)
 
 
 def _quantised(kinds, layer: nn.Linear, dtype: str) -> nn.Linear:

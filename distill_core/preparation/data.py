@@ -43,10 +43,10 @@ class Data:
             return ScenesEncoders()
         return DiffusersEncoders.from_folder(self.recipe.path(name), self.models.device, family=self.models.family)
 
-    def rest(self) -> None:
-        """Free the device of the text encoders, if they are there, for a network."""
+    def close_texts(self) -> None:
+        """Free the memory of the text encoders for a network; see `DiffusersEncoders.close_texts`."""
         if isinstance(encoders := vars(self).get("encoders"), DiffusersEncoders):
-            encoders.rest()
+            encoders.close_texts()
 
     def dataset(self, on_item: OnItem) -> Dataset:
         """The training data: images are encoded, or drawn by the teacher, unless the cache holds them already."""
@@ -112,7 +112,7 @@ class Data:
         )
 
         def load() -> Denoiser:
-            self.rest()
+            self.close_texts()
             return self.models.teacher()
 
         return make_dataset(

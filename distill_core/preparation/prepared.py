@@ -75,7 +75,7 @@ class Prepared:
         if only is not None:
             raise ValueError("this recipe trains a single student; add [experts] to train one for a range")
         previews = self.data.previews()
-        self.data.rest()
+        self.data.close_texts()
         student = self.models.student()
         distill(
             self.run,

@@ -18,9 +18,8 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.pipelines import DENOISERS, PATCH, PipelineDenoiser, denoiser_of, flow_of
 from ..diffusion.schedule import NoiseSchedule, flow
 from ..lora.layers import without_lora
-from ..networks.folders import open_module
 from ..networks.name_map import NameMap
-from ..networks.quantised import QUANTISED, computes, hold, is_linear, kept_bytes
+from ..networks.quantised import QUANTISED, computes, fill, is_linear, kept_bytes, store_in
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.files import TransformerFile, TransformerFolder, find_transformer
 from ..pruning.plan import PruningPlan, name_map, pruned
@@ -94,12 +93,13 @@ class TransformerModels(Models):
 
     def teacher(self) -> PipelineDenoiser:
         """The network with all its blocks."""
-        import diffusers
-
-        compute = DTYPES[computes(self._settings.dtype)]
-        network, _ = open_module(getattr(diffusers, self.file.config["_class_name"]), self.file.path.parent, compute)
-        hold(network, self._settings.dtype, self.device, offloaded=self._settings.offload)
-        return replace(self._denoiser(network), computes=(self.device, compute))
+        dtype = self._settings.dtype
+        compute = DTYPES[computes(dtype)]
+        network = nn.Module.to(unfilled(self.file.config), compute)
+        _check_complete(self.file, network)
+        store_in(network, dtype)
+        fill(network, self.file.tensors, dtype, self.device)  # never the whole in the computer's memory
+        return replace(self._denoiser(network.eval()), computes=(self.device, compute))
 
     def student(self) -> PipelineDenoiser:
         """The same on the student's way."""
@@ -193,6 +193,16 @@ def _check(recipe: Recipe, processes: Processes) -> None:
             raise ValueError(f"[{section}]: a transformer needs sides that are multiples of {_SIDE_STEP_PX} px, got {odd[0]}")
     if processes.count > 1:
         raise ValueError("a transformer trains in one process; start it without accelerate")
+
+
+def _check_complete(file: TransformerFolder, network: nn.Module) -> None:
+    """``ValueError`` unless a folder holds just the weights of the network that its config describes."""
+    built = {name: tuple(weight.shape) for name, weight in network.named_parameters()}
+    stored = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if odd := {*built.items()} ^ {*stored.items()}:
+        raise ValueError(
+            f"{file.path.parent}: its config and its weights differ, first in {min(odd)[0]}; download the model again"
+        )
 
 
 def _folder(file: TransformerFile | None) -> TransformerFolder:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill_core.data.encoders import DiffusersEncoders, warn_of_cut
-from distill_core.data.readers import ClipReader
+from distill_core.data.encoders import Autoencoder, DiffusersEncoders, warn_of_cut
 from distill_core.demo.encoders import ScenesEncoders
 
 pytestmark = pytest.mark.slow
@@ -81,7 +80,7 @@ def test_captions_are_those_of_the_stable_diffusion_pipeline(sd):
 
     encoders = DiffusersEncoders.from_folder(sd)
     pipeline = StableDiffusionPipeline(
-        encoders.vae,
+        encoders.autoencoder.vae,
         encoders.reader.text_encoders[0],
         encoders.reader.tokenizers[0],
         None,
@@ -102,7 +101,7 @@ def test_captions_are_those_of_the_sdxl_pipeline(sdxl):
 
     encoders = DiffusersEncoders.from_folder(sdxl)
     pipeline = StableDiffusionXLPipeline(
-        encoders.vae, *encoders.reader.text_encoders, *encoders.reader.tokenizers, None, None, add_watermarker=False
+        encoders.autoencoder.vae, *encoders.reader.text_encoders, *encoders.reader.tokenizers, None, None, add_watermarker=False
     )
     contexts, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
     captions = encoders.captions(CAPTIONS)
@@ -158,7 +157,7 @@ def test_latents_are_the_scaled_mean(sd):
 )
 def test_latents_are_normalised_as_the_autoencoder_says_and_decoding_undoes_it(config, normalised):
     network = vae(**config).requires_grad_(False)
-    encoders, pixels = DiffusersEncoders(network, ClipReader([], []), ""), torch.rand(1, 3, 16, 16) * 2 - 1
+    encoders, pixels = Autoencoder(network), torch.rand(1, 3, 16, 16) * 2 - 1
     mean = network.encode(pixels).latent_dist.mean
     torch.testing.assert_close(encoders.latents(pixels), normalised(mean))
     torch.testing.assert_close(encoders.decode(normalised(mean)), network.decode(mean).sample.clamp(-1, 1))
@@ -166,10 +165,10 @@ def test_latents_are_normalised_as_the_autoencoder_says_and_decoding_undoes_it(c
 
 def test_an_autoencoder_that_overflows_in_half_precision_stays_in_single(sdxl):
     encoders = DiffusersEncoders.from_folder(sdxl, dtype=torch.float16)
-    assert encoders.vae.dtype == torch.float32 and {e.dtype for e in encoders.reader.text_encoders} == {torch.float16}
+    assert encoders.autoencoder.vae.dtype == torch.float32 and {e.dtype for e in encoders.reader.text_encoders} == {torch.float16}
     pixels = torch.rand(1, 3, 16, 16)
     assert torch.equal(encoders.latents(pixels), DiffusersEncoders.from_folder(sdxl).latents(pixels))
-    assert DiffusersEncoders.from_folder(sdxl, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    assert DiffusersEncoders.from_folder(sdxl, dtype=torch.bfloat16).autoencoder.vae.dtype == torch.bfloat16
 
 
 def copied(folder, to):
@@ -194,7 +193,7 @@ def test_the_fp16_variant_is_read_where_there_is_no_other(sd, tmp_path):
         save_file({n: w.half() for n, w in load_file(file).items()}, half / f"{name}.fp16.safetensors", {"format": "pt"})
         file.unlink()
     encoders = DiffusersEncoders.from_folder(half)
-    assert encoders.vae.dtype == torch.float32
+    assert encoders.autoencoder.vae.dtype == torch.float32
     ours, theirs = (e.captions(["a cat"])[0].context for e in (encoders, DiffusersEncoders.from_folder(sd)))
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=0)
 

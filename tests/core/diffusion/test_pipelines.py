@@ -36,7 +36,7 @@ def opened(folder, shift=3.0):
     import diffusers
 
     file = find_transformer(folder)
-    network, _ = open_module(getattr(diffusers, file.config["_class_name"]), file.path.parent)
+    network = open_module(getattr(diffusers, file.config["_class_name"]), file.path.parent)
     return denoiser_of(network, file.architecture, flow(shift=shift))
 
 
@@ -74,7 +74,7 @@ def test_images_are_those_of_the_familys_pipeline(pipeline):
     # Where the sampler of `sample` is: `flow` keeps a trace of signal at its end, so its first level is not quite 1.
     even = [(number + 1) / 4 for number in reversed(range(4))]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    theirs = getattr(diffusers, kind)(scheduler=scheduler, vae=encoders.vae, transformer=denoiser.network, **parts)
+    theirs = getattr(diffusers, kind)(scheduler=scheduler, vae=encoders.autoencoder.vae, transformer=denoiser.network, **parts)
     theirs.set_progress_bar_config(disable=True)
     given = noise if kind == "ZImagePipeline" else theirs._pack_latents(noise, 1, 16, 8, 8)
     length = {"max_sequence_length": encoders.max_tokens}
