@@ -2,7 +2,7 @@
 
 The recipes heal-flux, heal-z-image and heal-qwen with one image of 1024 px at once, their weights in 16, 8 and 4 bits, the student as
 a whole, after every block, and block by block. Where the plan of a recipe folds nothing, the folds of PPCL's kind take its place for
-the last. Text encoders and autoencoder are not counted: they leave the device before the training. Weights and the LoRA are counted
+the last. Text encoders are not counted, as they leave the device before the training, nor is the autoencoder, of less than half a GiB. Weights and the LoRA are counted
 exactly, activations by simulating the step. Writes ``results/healing_memory.md``; nothing is measured.
 """
 

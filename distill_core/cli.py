@@ -80,7 +80,7 @@ def prune(arguments: argparse.Namespace) -> None:
         _check_suffix(arguments.out)
     teacher = open_network(arguments.teacher)
     plan = _plan(arguments, teacher.architecture)
-    change = {"change": partial(merged, lora=arguments.lora, plan=plan.name)} if arguments.lora else {}
+    change = {"change": partial(merged, teacher=teacher.architecture, lora=arguments.lora)} if arguments.lora else {}
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
 
         def on_bytes(done: int, total: int) -> None:
@@ -429,7 +429,11 @@ def _add_prune(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="replace removed blocks by identity blocks where ComfyUI could not open the student otherwise",
     )
-    command.add_argument("--lora", type=Path, help="LoRA that distill train, or a node, trained for this student: merge it")
+    command.add_argument(
+        "--lora",
+        type=Path,
+        help="LoRA to merge that was trained for this student: by distill train for a diffusers folder, by a node for a single file",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 

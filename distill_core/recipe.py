@@ -59,7 +59,7 @@ def example(name: str) -> str:
 class TeacherSettings:
     """One teacher."""
 
-    file: str = setting(words="Checkpoint or diffusers folder, of a transformer the folder, or `demo`.")
+    file: str = setting(words="Checkpoint or diffusers folder, or `demo`; a transformer must be a folder.")
     dtype: str = setting(
         "fp32",
         "Data type of its weights. fp8, int8 and nf4 (4 bits) compute in bf16.",

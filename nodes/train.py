@@ -21,8 +21,7 @@ from ..distill_core.data.dataset import Dataset
 from ..distill_core.evaluation import plots
 from ..distill_core.lora.layers import without_lora
 from ..distill_core.networks.files import open_unet
-from ..distill_core.networks.name_map import NameMap
-from ..distill_core.pruning.plan import PruningPlan
+from ..distill_core.pruning.plan import PruningPlan, name_map
 from ..distill_core.training.lesson import check_lesson, check_trajectories, on_own_weights
 from ..distill_core.training.live import Live
 from ..distill_core.training.loop import Progress, distill
@@ -237,7 +236,7 @@ class Healing:
         )
 
     def train(self, run: Run, data: Dataset, vae, num_steps: int, node_id: str) -> None:
-        train_on_base(run, self.teacher, None, data, vae, num_steps, node_id, mapping=self.student.mapping_from(self.teacher))
+        train_on_base(run, self.teacher, None, data, vae, num_steps, node_id, plan=self.plan)
 
     def result(self, run: Run) -> ModelPatcher:
         """The student with the LoRA as trained so far; saving merges it."""
@@ -258,12 +257,13 @@ def train_on_base(
     vae,
     num_steps: int,
     node_id: str,
-    mapping: NameMap | None = None,
+    plan: PruningPlan | None = None,
 ) -> None:
     """Train a LoRA on a MODEL's own weights. teacher: another MODEL; None for the same one, LoRA off.
 
-    mapping: to a student; the LoRA is then trained for that, on the way through the network that skips what it lacks.
+    plan: of a student; the LoRA is then trained for that, on the way through the network that skips what it lacks.
     """
+    mapping = None if plan is None else name_map(model.network, plan)
     last = min(run.settings.total_steps, run.step + num_steps)
     previews = bridge.previews(data, vae, model, stays=True) if run.settings.sample_every_steps else None
     watch = Watch(run.folder.name, run.step, last, node_id, previews)
@@ -287,7 +287,7 @@ def train_on_base(
             run,
             student=student,
             teacher=Teachers([load], run.settings),
-            plan=None,
+            plan=plan,
             dataset=data,
             num_steps=num_steps,
             previews=previews,

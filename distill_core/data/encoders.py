@@ -120,6 +120,10 @@ class DiffusersEncoders:
     autoencoder: Autoencoder
     open_reader: Callable[[], Reader]
     fingerprint: str
+    padded: bool
+    """Whether its captions are `Caption.padded`."""
+    max_tokens: int
+    """Tokens of a caption that the encoders read, including those around it."""
     _reader: Reader | None = None
 
     @classmethod
@@ -157,7 +161,10 @@ class DiffusersEncoders:
             f"{name}.{key}": tensor for name in ("vae", *parts.text_encoders) for key, tensor in stored_in(path / name)[1].items()
         }
         scale = torch.tensor([vae.config.get("scaling_factor", 1.0)])
-        return cls(Autoencoder(vae), open_reader, fingerprint({**weights, "scale": scale}), open_reader())
+        reader = open_reader()
+        return cls(
+            Autoencoder(vae), open_reader, fingerprint({**weights, "scale": scale}), reader.padded, reader.max_tokens, reader
+        )
 
     @property
     def reader(self) -> Reader:
@@ -184,15 +191,6 @@ class DiffusersEncoders:
     def captions(self, captions: list[str]) -> list[Caption]:
         """Embeddings as ``encode_prompt`` of diffusers' pipelines gives them; long captions are truncated."""
         return self.reader.read(captions)
-
-    @property
-    def padded(self) -> bool:
-        return self.reader.padded
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of a caption that the encoders read, including those around it."""
-        return self.reader.max_tokens
 
     def num_tokens(self, captions: Collection[str]) -> Iterator[int]:
         """Tokens of each caption, including those around it."""

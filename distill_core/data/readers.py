@@ -225,8 +225,8 @@ def open_tokenizer(kind: str, folder: Path) -> Any:
 
     if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.json", "spiece.model")):
         # transformers would make a tokenizer without a vocabulary
-        raise ValueError(f"{folder} holds no vocab.json; download it again")
+        raise ValueError(f"{folder} holds no vocab.json, tokenizer.json or spiece.model; download it again")
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{folder} cannot be opened ({one_line(error)}); download it again") from error

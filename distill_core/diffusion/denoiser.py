@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from ..networks.files import UNetFile
 
 
+READS_MORE = "this model reads {} channels and predicts {}: inpainting and editing models can be pruned but not trained here"
+
+
 def check_trainable(architecture: Architecture | None, sampling: ModelSampling) -> None:
     """``ValueError`` for a network that cannot be trained: of an unsupported sampling, or that reads more than a latent."""
     sampling.check_trainable()
     if architecture is not None:
         reads, predicts = architecture.channels("conv_in")[0], architecture.channels("conv_out")[1]
         if reads != predicts:
-            raise ValueError(
-                f"this model reads {reads} channels and predicts {predicts}: inpainting and editing models can be pruned "
-                "but not trained here"
-            )
+            raise ValueError(READS_MORE.format(reads, predicts))
 
 
 _INNER_BLOCK = re.compile(r".*\.(resnet|block)\.\d+")

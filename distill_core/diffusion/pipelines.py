@@ -19,9 +19,11 @@ from .transformers import TransformerDenoiser
 PATCH = 2
 """Side of a patch of latents, which is one token."""
 GUIDANCE = 3.5
-"""What Flux.1 dev is told of guidance, as by its pipelines."""
+"""The guidance that Flux.1 dev takes as an input, as its pipelines give it."""
 FLOWS = ModelSampling(prediction="flow", noise=FLOW)
-"""How all of them are sampled."""
+"""Sampling of all these families."""
+_MOST = 1_000_000
+"""More than any number in a scheduler's config."""
 
 
 class PipelineDenoiser(TransformerDenoiser):
@@ -32,6 +34,10 @@ class PipelineDenoiser(TransformerDenoiser):
     @property
     def config(self) -> Any:
         return cast("Any", self.network).config
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.in_channels // PATCH**2  # whose tokens are patches
 
 
 class FluxDenoiser(PipelineDenoiser):
@@ -45,7 +51,7 @@ class FluxDenoiser(PipelineDenoiser):
         height, width = x_t.shape[2:]
         guidance = x_t.new_full((len(x_t),), GUIDANCE) if self.config.guidance_embeds else None
         with self.way():
-            answer = self.running(
+            predicted = self.running(
                 patches(x_t),
                 encoder_hidden_states=context,
                 pooled_projections=label.pooled,
@@ -55,11 +61,7 @@ class FluxDenoiser(PipelineDenoiser):
                 guidance=guidance,
                 return_dict=False,
             )[0]
-        return from_patches(answer, height, width)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.in_channels // PATCH**2
+        return from_patches(predicted, height, width)
 
 
 class QwenImageDenoiser(PipelineDenoiser):
@@ -73,7 +75,7 @@ class QwenImageDenoiser(PipelineDenoiser):
         if min(lengths) < max(lengths):
             mask = torch.arange(max(lengths), device=x_t.device) < torch.tensor(lengths, device=x_t.device)[:, None]
         with self.way():
-            answer = self.running(
+            predicted = self.running(
                 patches(x_t),
                 encoder_hidden_states=context,
                 encoder_hidden_states_mask=mask,
@@ -81,22 +83,18 @@ class QwenImageDenoiser(PipelineDenoiser):
                 img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
                 return_dict=False,
             )[0]
-        return from_patches(answer, height, width)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.in_channels // PATCH**2
+        return from_patches(predicted, height, width)
 
 
 class ZImageDenoiser(PipelineDenoiser):
-    """A ``ZImageTransformer2DModel``, which is told how much is image, and answers with its velocity. Captions may be padded."""
+    """A ``ZImageTransformer2DModel``, which takes the amount of image in place of that of noise, and predicts the velocity from noise to image. Captions may be padded."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
-        alpha = self.schedule.at(t, x_t).alpha.flatten()
+        alpha = self.schedule.at(t, x_t.float()).alpha.flatten()  # the network scales it before it rounds
         captions = [caption[:length] for caption, length in zip(context, num_tokens(context), strict=True)]
         with self.way():
-            answer = self.running(list(x_t.unsqueeze(2)), alpha, captions, return_dict=False)[0]
-        return -torch.stack(answer).squeeze(2)
+            predicted = self.running(list(x_t.unsqueeze(2)), alpha, captions, return_dict=False)[0]
+        return -torch.stack(predicted).squeeze(2)
 
     @property
     def latent_channels(self) -> int:
@@ -123,19 +121,26 @@ def denoiser_of(network: nn.Module, transformer: Transformer, schedule: NoiseSch
 
 
 def flow_of(scheduler: Mapping[str, Any], side_tokens: tuple[int, int]) -> NoiseSchedule:
-    """Noise levels at which a pipeline samples images of so many tokens on each side. scheduler: its config; empty for no shift.
+    """Noise levels at which a pipeline samples images of so many tokens on each side. scheduler: its config.
 
-    As in ``calculate_shift`` and ``FlowMatchEulerDiscreteScheduler`` of diffusers. ``ValueError`` if the config holds no numbers.
+    As in ``calculate_shift`` and ``FlowMatchEulerDiscreteScheduler`` of diffusers, but for ``shift_terminal``, which depends on the number
+    of steps. ``ValueError`` for a config that gives no shift.
     """
 
     def number(name: str, default: float) -> float:
         (value,) = numbers([scheduler.get(name, default)], f"{name} of its scheduler")
+        if not 0 < value < _MOST:
+            raise ValueError(f"{name} of its scheduler must be between 0 and {_MOST:,}, got {value:g}; download the model again")
         return value
 
     if not scheduler.get("use_dynamic_shifting"):
         return flow(shift=number("shift", 1.0))
     least, most = number("base_image_seq_len", 256), number("max_image_seq_len", 4096)
     low, high = number("base_shift", 0.5), number("max_shift", 1.15)
+    if most <= least:
+        raise ValueError(
+            f"max_image_seq_len of its scheduler must be more than {least:g}, got {most:g}; download the model again"
+        )
     exponent = low + (high - low) * (math.prod(side_tokens) - least) / (most - least)
     return flow(shift=math.exp(exponent) if scheduler.get("time_shift_type", "exponential") == "exponential" else exponent)
 

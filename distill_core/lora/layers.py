@@ -29,6 +29,7 @@ from .tensors import KOHYA, PEFT, check_finite, check_products, check_tensor, co
 ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 """Layers that usually have a LoRA: the projections of every attention."""
 _MAX_TARGETS, _MAX_TARGET_CHARS = 1000, 200
+NO_DORA = "DoRA does not support int8 or nf4 weights; turn dora off (lora_dora in a recipe), or load the model in fp16 or fp8"
 NAME = "distill"
 """Name of the adapter in peft."""
 
@@ -70,11 +71,14 @@ class Lora:
         dora: bool = False,
         targets: Sequence[str] = ATTENTION,
         seed: int = 0,
+        about: Mapping[str, str] | None = None,
     ):
+        """about: further metadata for its files."""
         from peft import LoraConfig, inject_adapter_in_model
 
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.denoiser, self.layers, self.dora = denoiser, _matching(denoiser, targets), dora
+        self._about = dict(about or {})
         for layer in self.layers if dora else []:
             _check_columns(cast("_Weighted", denoiser.module(layer)))
         denoiser.network.requires_grad_(False)
@@ -142,7 +146,7 @@ class Lora:
             kind |= {"ss_network_dim": str(self.rank), "ss_network_alpha": str(self.alpha)}
         elif scale != 1:
             tensors |= {keys[name]: scale * weight for name, weight in weights.items() if name.endswith(".lora_up")}
-        about = {**kind, **modelspec(path, dated=False), "distill.lora": json.dumps({"layers": len(self.layers)})}
+        about = {**kind, **modelspec(path, dated=False), "distill.lora": json.dumps({"layers": len(self.layers)}), **self._about}
         write_tensors(path, tensors, {**about, **metadata})
 
     def read(self, path: Path) -> dict[str, Tensor]:
@@ -305,9 +309,7 @@ def _decompose(layer: _LoraLayer, name: str) -> None:
 def _check_columns(layer: _Weighted) -> None:
     """``ValueError`` for a layer without column magnitudes: the columns of a grouped convolution are not its inputs."""
     if not layer.weight.is_floating_point():
-        raise ValueError(
-            "DoRA does not support int8 or nf4 weights; turn dora off (lora_dora in a recipe), or load the model in fp16 or fp8"
-        )
+        raise ValueError(NO_DORA)
     if getattr(layer, "groups", 1) > 1:
         raise ValueError("DoRA does not support grouped convolutions; leave them out, or turn dora off (lora_dora in a recipe)")
 

@@ -12,6 +12,8 @@ from ..base.storage import StoredTensor, read_header
 from ..networks.architecture import Architecture
 from ..networks.lora_names import kohya_names
 from ..networks.network import Network
+from ..pruning.plan import name_map, plan_in
+from ..pruning.prune import Pruning
 from .tensors import check_finite, check_fit, check_tensor, column_lengths, parts_of
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ _HEADS = ("transformer.", "diffusion_model.")
 
 @dataclass(frozen=True)
 class Merged(StoredTensor):
-    """A stored weight with the change that a LoRA makes to it, rounded to the precision of the file."""
+    """A stored weight with the change that a LoRA makes to it, in float32 until it is written."""
 
     change: Mapping[str, StoredTensor] = field(default_factory=dict)
     """The LoRA's tensors of its layer, by role."""
@@ -33,11 +35,11 @@ class Merged(StoredTensor):
         return False
 
     def read(self) -> Tensor:
-        plain = super().read()
-        changed = plain.float() + _difference(self.change).reshape(plain.shape)
+        plain = super().read().float()
+        changed = plain + _difference(self.change).reshape(plain.shape)
         if scale := self.change.get("dora_scale"):
             changed = changed * (scale.read().float() / column_lengths(changed))
-        return changed.to(plain.dtype)
+        return changed
 
     def values(self, starts: Sequence[int], count: int) -> Tensor:
         import torch
@@ -54,26 +56,33 @@ def _difference(parts: Mapping[str, StoredTensor]) -> Tensor:
 
 
 def merged(
-    weights: Mapping[str, Tensor | StoredTensor], student: Network, lora: Path, plan: str
+    weights: Mapping[str, Tensor | StoredTensor], pruning: Pruning, *, teacher: Network, lora: Path
 ) -> dict[str, Tensor | StoredTensor]:
     """A student's weights with a LoRA in them that was trained for it, as `layers.Lora` writes it.
 
-    weights: by the student's names, as they are stored. plan: the name of the student's plan. ``ValueError`` if the LoRA is damaged,
-    was trained for another plan or network, or if weights are quantised.
+    weights: by the student's names, as they are stored. ``ValueError`` if the LoRA is damaged, was trained for another plan or network,
+    or if weights are quantised.
     """
+    stored, metadata = read_header(lora)
     try:
-        return _merged(weights, student, lora, plan)
+        _check_plan(metadata, pruning, teacher)
+        return _merged(weights, pruning.student, stored)
     except ValueError as error:
         raise ValueError(f"{lora}: {error}") from error
 
 
-def _merged(
-    weights: Mapping[str, Tensor | StoredTensor], student: Network, lora: Path, plan: str
-) -> dict[str, Tensor | StoredTensor]:
-    stored, metadata = read_header(lora)
+def _check_plan(metadata: Mapping[str, str], pruning: Pruning, teacher: Network) -> None:
+    """``ValueError`` if a LoRA says that it was trained for another plan."""
     inputs = parse_json(metadata.get("distill.inputs", "{}"), "its metadata distill.inputs")
-    if (trained_for := expect(inputs.get("plan", plan), str, "its plan")) != plan:
-        raise ValueError(f"it was trained for the plan {trained_for}, not for {plan}; give that plan")
+    name, plan = expect(inputs.get("plan", pruning.plan.name), str, "its plan"), plan_in(metadata)
+    same = name == pruning.plan.name if plan is None else name_map(teacher, plan) == pruning.mapping
+    if not same:
+        raise ValueError(f"it was trained for the plan {name}, not for {pruning.plan.name}; give that plan")
+
+
+def _merged(
+    weights: Mapping[str, Tensor | StoredTensor], student: Network, stored: Mapping[str, StoredTensor]
+) -> dict[str, Tensor | StoredTensor]:
     with_it, used = dict(weights), set()
     for layer, name in _names(student, stored).items():
         keys = parts_of(stored, name)

@@ -48,20 +48,22 @@ def _read_shards(index: Path) -> Header:
 
 
 def stored_in(folder: Path) -> tuple[str | None, dict[str, StoredTensor]]:
-    """The variant of a network of diffusers or transformers that is read, and its weights: fp16 if there is no other."""
-    files = sorted(folder.glob("*.safetensors"))
-    whole = [file for file in files if ".fp16" not in file.name]
-    variant, files = (None, whole) if whole else ("fp16", files)
-    if not files:
+    """The variant of a network of diffusers or transformers that is read, and its weights: one such as fp16 if there is no other."""
+    by_variant: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        _, _, variant = _SHARD.sub("", file.name).removesuffix(".safetensors").partition(".")
+        by_variant.setdefault(variant, []).append(file)
+    if not by_variant:
         raise ValueError(f"{folder} holds no .safetensors file; download the model in that format")
-    return variant, {name: tensor for file in files for name, tensor in read_header(file).tensors.items()}
+    variant = min(by_variant)  # the one without a name, if there is one
+    return variant or None, {name: tensor for file in by_variant[variant] for name, tensor in read_header(file).tensors.items()}
 
 
 def open_module(kind: Any, folder: Path, dtype: Any = None) -> Any:
     """A network of diffusers or transformers, frozen, in evaluation mode.
 
-    kind: its class. dtype: of torch, or ``"auto"`` for the stored one; None for float32. ``ValueError`` if weights are missing or
-    damaged.
+    kind: its class. dtype: of torch, or ``"auto"`` for the stored one; None leaves it to the library. ``ValueError`` if weights are
+    missing or damaged.
     """
     variant, _ = stored_in(folder)
     options: dict[str, Any] = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)

@@ -103,6 +103,22 @@ def fill(network: nn.Module, weights: Mapping[str, StoredTensor], dtype: str, de
             setattr(module, name, buffer.to(device))
 
 
+def is_narrow(weight: torch.Tensor) -> bool:
+    """Whether a weight of a network is stored in fewer than 16 bits; also for one without contents."""
+    return weight.dtype == torch.float8_e4m3fn or type(weight) is not nn.Parameter
+
+
+def held_bytes(network: nn.Module) -> int:
+    """Bytes of a network's weights once `fill` has filled them. network: without contents, after `store_in`."""
+    return sum(_held(weight) for weight in network.parameters())
+
+
+def _held(weight: torch.Tensor) -> int:
+    if type(weight) is nn.Parameter:
+        return weight.nbytes
+    return _BYTES[getattr(weight, "quant_type", "int8")](tuple(weight.shape))
+
+
 def _kept(empty: Any) -> dict[str, Any]:
     """What a weight of bitsandbytes is made with besides its values."""
     if hasattr(empty, "quant_type"):

@@ -14,9 +14,11 @@ from .unets import UNetModels
 def open_models(recipe: Recipe, processes: Processes) -> Models:
     """The models of a recipe. ``ValueError`` if they cannot be trained together."""
     teachers = recipe.teachers
+    named = teachers[0].file if teachers else recipe.student.file
+    first = None if named is None or named == DEMO else open_network(recipe.path(named))
+    if isinstance(first, TransformerFile):
+        return TransformerModels(recipe, processes, first)
     if not teachers:  # fine-tuning: sample images are compared with those of the untrained student
         assert recipe.student.file is not None  # `Recipe.read` asks for it
         teachers = (TeacherSettings(file=recipe.student.file),)
-    first = None if teachers[0].file == DEMO else open_network(recipe.path(teachers[0].file))
-    kind = TransformerModels if isinstance(first, TransformerFile) else UNetModels
-    return kind(recipe, processes, teachers)
+    return UNetModels(recipe, processes, teachers)

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ..base.documents import read_json
 from ..base.precision import DTYPES
 from ..data.dataset import Dataset, largest_example
 from ..data.images import sizes
-from ..diffusion.denoiser import Denoiser
+from ..diffusion.denoiser import READS_MORE, Denoiser
 from ..diffusion.pipelines import DENOISERS, PATCH, PipelineDenoiser, denoiser_of, flow_of
 from ..diffusion.schedule import NoiseSchedule, flow
-from ..lora.layers import without_lora
+from ..lora.layers import NO_DORA, trained_shapes, without_lora
 from ..networks.name_map import NameMap
-from ..networks.quantised import QUANTISED, computes, fill, is_linear, kept_bytes, store_in
+from ..networks.quantised import QUANTISED, computes, fill, held_bytes, is_narrow, store_in
 from ..networks.transformers.architecture import FAMILIES, Transformer
-from ..networks.transformers.files import TransformerFile, TransformerFolder, find_transformer
+from ..networks.transformers.files import TransformerFile, TransformerFolder
 from ..pruning.plan import PruningPlan, name_map, pruned
 from ..pruning.plan_text import find_plan
-from ..recipe import Recipe, TeacherSettings
+from ..recipe import Recipe
 from ..training.base_memory import Base, on_meta
 from ..training.lesson import check_lesson, on_own_weights
 from ..training.memory import Forecast, MemorySettings
@@ -44,15 +45,25 @@ class TransformerModels(Models):
     Without a plan the LoRA is one for the whole network.
     """
 
-    def __init__(self, recipe: Recipe, processes: Processes, teacher_settings: Sequence[TeacherSettings]):
-        super().__init__(recipe, processes, teacher_settings)
-        self.check_shared()
+    def __init__(self, recipe: Recipe, processes: Processes, file: TransformerFile):
+        super().__init__(recipe, processes, recipe.teachers)
         _check(recipe, processes)
-        self._settings = teacher_settings[0]
-        self.file = _folder(find_transformer(recipe.path(self._settings.file)))
+        self.check_shared()
+        self._settings = recipe.teachers[0]
+        self.file = _folder(file)
+        self._empty = unfilled(self.file.config)
+        _check_complete(self.file, self._empty)
         self.plan = self._plan()
         self.mapping = None if self.plan is None else name_map(self.file.architecture, self.plan)
-        self.recipe = replace(recipe, training=on_own_weights(recipe.training, self.mapping))
+        training = self._check_lora(on_own_weights(recipe.training, self.mapping))
+        self.recipe = replace(recipe, training=training)
+
+    def _check_lora(self, training: TrainingSettings) -> TrainingSettings:
+        """The settings; ``ValueError`` for a LoRA that the network cannot have."""
+        trained_shapes(self._denoiser(self._empty), training.lora_rank, training.lora_targets)
+        if training.lora_dora and self._settings.dtype in QUANTISED:
+            raise ValueError(NO_DORA)
+        return training
 
     def _plan(self) -> PruningPlan | None:
         given = self.recipe.student.preset or self.recipe.student.plan
@@ -74,14 +85,20 @@ class TransformerModels(Models):
 
     @property
     def _scheduler(self) -> Mapping[str, Any]:
-        """The config of the pipeline's scheduler, which says at which noise levels it samples; empty if it has none."""
-        pipeline = self.file.path.parent.parent
-        path = pipeline.joinpath(*_SCHEDULER)
-        return read_json(path) if path.exists() else {}
+        """The config of its pipeline's scheduler, which says at which noise levels it samples."""
+        folder, encoders = self.file.path.parent, self.recipe.data.encoders
+        pipelines = [folder.parent] * (folder.name == "transformer") + ([self.recipe.path(encoders)] if encoders else [])
+        found = [path for pipeline in pipelines if (path := pipeline.joinpath(*_SCHEDULER)).exists()]
+        if not found:
+            raise ValueError(
+                f"{folder} is not in the folder of a pipeline, whose {'/'.join(_SCHEDULER)} gives the noise levels; name that of its "
+                "teacher as encoders in [data]"
+            )
+        return read_json(found[0])
 
-    @cached_property
+    @property
     def latent_channels(self) -> int:
-        return self._denoiser(unfilled(self.file.config)).latent_channels
+        return self._denoiser(self._empty).latent_channels
 
     shares_base = True
 
@@ -96,7 +113,6 @@ class TransformerModels(Models):
         dtype = self._settings.dtype
         compute = DTYPES[computes(dtype)]
         network = nn.Module.to(unfilled(self.file.config), compute)
-        _check_complete(self.file, network)
         store_in(network, dtype)
         fill(network, self.file.tensors, dtype, self.device)  # never the whole in the computer's memory
         return replace(self._denoiser(network.eval()), computes=(self.device, compute))
@@ -137,11 +153,12 @@ def forecast_of(
     latent_shape: tuple[int, int, int],
     caption: tuple[Sequence[int], int | None],
     settings: MemorySettings,
+    enough: float = inf,
 ) -> Forecast:
     """Forecast for a transformer of diffusers that is teacher and student at once, in the dtype of its teacher.
 
     config: of diffusers. mapping: to the student; None for a LoRA on the whole network. caption: its tokens and their width; width of the
-    pooled embedding.
+    pooled embedding. enough: as in `Forecast.again`.
     """
     dtype, (context, pooled_width) = settings.teacher_dtype, caption
 
@@ -152,34 +169,42 @@ def forecast_of(
                 setattr(module, name, on_meta(weight))
         return denoiser_of(network, transformer, flow())
 
+    held = nn.Module.to(unfilled(config), DTYPES[computes(dtype)])
+    store_in(held, dtype)
     base = Base(
         on_meta_device,
         mapping,
-        kept_bytes(transformer.shapes, dtype),
+        held_bytes(held),
         (context[0], context[1]),
         pooled_width,
-        widened_bytes=_widened(transformer, mapping, dtype, settings.training),
+        widened_bytes=_widened(held, transformer, mapping, settings.training),
     )
-    return base.forecast(settings, latent_shape)
+
+    def again(settings: MemorySettings, latent_shape: tuple[int, int, int], enough: float = inf) -> Forecast:
+        return forecast_of(config, transformer, mapping, latent_shape, caption, settings, enough)
+
+    return replace(base.forecast(settings, latent_shape, enough), again=again)
 
 
-def _widened(transformer: Transformer, mapping: NameMap | None, dtype: str, training: TrainingSettings) -> int:
-    """Bytes of 16-bit copies that a pass makes of weights stored in fewer bits."""
-    if dtype in QUANTISED:  # one layer at a time, also for the backward pass
-        return 2 * max(prod(shape) for name, shape in transformer.shapes.items() if is_linear(name, shape))
-    if dtype != "fp8":
-        return 0
-    student = transformer if mapping is None else pruned(transformer, mapping)
+def _widened(held: nn.Module, transformer: Transformer, mapping: NameMap | None, training: TrainingSettings) -> int:
+    """Bytes of 16-bit copies that a student's pass makes of weights stored in fewer bits. held: the network as it is held, without contents."""
+    narrow = {name: weight for name, weight in held.named_parameters() if is_narrow(weight)}
+    kept = {name: weight.numel() for name, weight in narrow.items() if mapping is None or mapping.rename(name) is not None}
+    if any(weight.dtype != torch.float8_e4m3fn for weight in narrow.values()):  # one layer at a time, also for the backward pass
+        return 2 * max(kept.values(), default=0)
     if not training.gradient_checkpointing:  # the backward pass keeps them
-        return 2 * student.num_parameters
-    in_block = (
-        sum(prod(shape) for name, shape in student.shapes.items() if name.startswith(f"{block}.")) for block in student.in_order
-    )
-    return 2 * max(in_block)
+        return 2 * sum(kept.values())
+    in_block = (sum(count for name, count in kept.items() if name.startswith(f"{block}.")) for block in transformer.in_order)
+    return 2 * max(in_block, default=0)
 
 
 def _check(recipe: Recipe, processes: Processes) -> None:
     """``ValueError`` for a recipe that asks of a transformer what only UNets can."""
+    if not recipe.teachers:
+        raise ValueError(
+            "[student]: a transformer is fine-tuned on its own weights: give it as [teacher] file, in the dtype to hold it in, in place of "
+            '[student] file, and keep objective "task"'
+        )
     if len(recipe.teachers) > 1:
         raise ValueError("a transformer learns from one teacher, with which it shares its weights; remove the other [[teacher]]")
     if recipe.experts is not None:
@@ -205,9 +230,8 @@ def _check_complete(file: TransformerFolder, network: nn.Module) -> None:
         )
 
 
-def _folder(file: TransformerFile | None) -> TransformerFolder:
+def _folder(file: TransformerFile) -> TransformerFolder:
     """The transformer, if diffusers can run it and its pipeline is known; ``ValueError`` otherwise."""
-    assert file is not None  # `open_models` has opened it
     title, known = file.architecture.of.title, ", ".join(FAMILIES[name].title for name in DENOISERS)
     if file.architecture.family not in DENOISERS:
         raise ValueError(
@@ -217,4 +241,7 @@ def _folder(file: TransformerFile | None) -> TransformerFolder:
         raise ValueError(
             f"{file.path} is a single file of {title}; to train it here, give its diffusers folder, or use Distill Train Step in ComfyUI"
         )
+    reads, predicts = file.config.get("in_channels"), file.config.get("out_channels")
+    if file.architecture.family == "flux1" and predicts not in (None, reads):
+        raise ValueError(f"{file.path.parent}: {READS_MORE.format(reads, predicts)}")
     return file

@@ -87,7 +87,7 @@ def prune_file(
     layout: str = "ldm",
     dtype: str | None = None,
     pad: bool = False,
-    change: Callable[[Weights, Network], Weights] = lambda weights, student: weights,
+    change: Callable[[Weights, Pruning], Weights] = lambda weights, pruning: weights,
     overwrite: bool = False,
     on_bytes: OnBytes = ignore,
 ) -> Pruning:
@@ -103,7 +103,7 @@ def prune_file(
     title = {"modelspec.title": f"{teacher.path.stem} pruned by {plan.name}"}
     teacher.save_student(
         out,
-        change(pruning.weights(teacher.tensors), pruning.student),
+        change(pruning.weights(teacher.tensors), pruning),
         pruning.student,
         layout=layout,
         rename=pruning.mapping.rename,

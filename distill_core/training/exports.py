@@ -87,4 +87,5 @@ def trained(student: Denoiser, settings: TrainingSettings, plan: PruningPlan | N
         dora=settings.lora_dora,
         targets=settings.lora_targets,
         seed=settings.seed,
+        about=plan.metadata if plan else None,
     )

@@ -112,7 +112,7 @@ def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model, *, stays: bo
     def decode(latents: Tensor) -> Tensor:
         with nothing_unloaded() if stays else contextlib.nullcontext():
             images = vae.decode(model.unscaled(latents))
-            return pixels_of(images.flatten(0, 1) if model.has_frames else images)
+            return pixels_of(images.flatten(0, 1) if images.ndim == 5 else images)
 
     return Previews(
         captions=captions,

@@ -2,7 +2,7 @@
 
 import json
 import re
-from math import prod
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from distill_core.cli import main
-from distill_core.networks.quantised import kept_bytes
+from distill_core.diffusion.schedule import flow
 from distill_core.networks.transformers.files import open_transformer
 from distill_core.preparation import prepare
 from distill_core.recipe import Recipe, example, example_names
@@ -58,12 +58,12 @@ def made(request, tmp_path_factory):
     return folder, request.param
 
 
-def job(made, tmp_path, *changes):
+def job(made, tmp_path, *changes, places=("pipeline", "prompts.txt", "images")):
     folder, family = made
     text = JOB.replace("PLAN", DEPTH[family])
-    places = [(f'"{name}"', f'"{folder / name}"') for name in ("pipeline", "prompts.txt", "images")]  # drawn once for all tests
-    for old, new in [*changes, *places]:
-        assert old in text
+    given = [(f'"{name}"', f'"{folder / name}"') for name in places if f'"{name}"' in text]  # images are drawn once for all tests
+    for old, new in [*changes, *given]:
+        assert old in text or old == '"images"'
         text = text.replace(old, new)
     (tmp_path / "job.toml").write_text(text)
     return tmp_path / "job.toml"
@@ -135,6 +135,15 @@ def test_diffusers_opens_the_lora_on_the_student(made, tmp_path, alpha):
     torch.testing.assert_close(with_lora, merged, atol=1e-4, rtol=1e-3)
 
 
+def bytes_of(network):
+    """Of a network's weights as they are held, scales of 4-bit weights included; the codes of the scales are shared by all layers."""
+    states = (
+        module.weight.quant_state for module in network.modules() if hasattr(getattr(module, "weight", None), "quant_state")
+    )
+    scales = (part for state in states for part in (state.absmax, state.code, state.offset, state.state2.absmax))
+    return sum(part.nbytes for part in [*scales, *network.parameters()])
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "nf4"])
 def test_the_weights_are_held_in_the_precision_asked_for(made, tmp_path, dtype):
     if dtype == "nf4":
@@ -144,11 +153,15 @@ def test_the_weights_are_held_in_the_precision_asked_for(made, tmp_path, dtype):
     prepared.train(lambda progress: None)
     assert prepared.run.complete
     if made[1] == "flux1":
-        shapes = prepared.models.file.architecture.shapes
-        parts = dict(prepared.forecast().parts)
+        forecast = prepared.forecast()
         lora = 4 * sum(weight.numel() for weight in load_file(prepared.run.result_file).values())
-        assert parts["student weights"] == kept_bytes(shapes, dtype) + lora
-        assert parts["half-precision weights"] >= 2 * max(prod(shape) for shape in shapes.values())
+        assert dict(forecast.parts)["student weights"] == bytes_of(prepared.models.teacher().network) + lora
+        plain = forecast.again(replace(forecast.settings, teacher_dtype="bf16"), forecast.latent_shape)
+        assert dict(plain.parts)["student weights"] > dict(forecast.parts)["student weights"]
+        assert dict(forecast.parts)["half-precision weights"] > 0
+        less = forecast.again(forecast.settings.with_training(gradient_checkpointing=True), forecast.latent_shape)
+        widened = [dict(told.parts)["half-precision weights"] for told in (less, forecast)]
+        assert widened[0] < widened[1]
 
 
 FEW = "phases = 2\nsolver_steps = 4\nfake_warmup_steps = 0\nfake_updates = 1\nanchor_steps = 1\n"
@@ -181,13 +194,57 @@ def test_the_whole_network_learns_guidance_and_few_steps(made, tmp_path, objecti
     ([('resolution = "64"', 'resolution = "72"')], r"\[data\]: a transformer needs sides that are multiples of 16 px, got 72"),
     ([("[student]", "offload = true\n\n[student]")], r"\[teacher\]: offload is for a teacher beside its student"),
     ([("[student]", '[student]\nfile = "x"\n# ')], "shares its teacher's weights"),
+    ([('lora_targets = ["*"]', "")], r"lora_targets: '\*.attn1.to_\*' matches no layer of this model"),
+    ([('lora_targets = ["*"]', 'lora_targets = ["*"]\nlora_dora = true'), ("[student]", 'dtype = "nf4"\n\n[student]')],
+     "DoRA does not support int8 or nf4 weights"),
 ])  # fmt: skip
-def test_what_only_unets_can_is_refused_in_one_sentence(made, tmp_path, changes, message, capsys):
+def test_what_only_unets_can_is_refused_before_images_are_drawn(made, tmp_path, changes, message, capsys):
     if "file" in changes[0][1]:
         changes = [("[student]\nplan", '[student]\nfile = "x"\n# plan')]
+    changes = [*changes, ('cache = "images"', 'cache = "own"')]
     assert main(["train", str(job(made, tmp_path, *changes))]) == 2
     error = capsys.readouterr().err
-    assert re.search(message, error) and "Traceback" not in error
+    assert re.search(message, error) and "Traceback" not in error and not (tmp_path / "own").exists()
+
+
+def test_a_student_that_was_cut_takes_its_noise_levels_from_its_teachers_pipeline(made, tmp_path, capsys):
+    folder, family = made
+    told = ["prune", str(folder / "pipeline"), str(tmp_path / "student"), "--layout", "diffusers", "--plan", DEPTH[family]]
+    assert main(told) == 0
+    changes = [(f'plan = "{DEPTH[family]}"', ""), ('objective = "output"', 'objective = "task"')]
+    own = [*changes, ('file = "pipeline"', f'file = "{tmp_path / "student"}"')]
+    assert main(["train", str(job(made, tmp_path, *own, places=("prompts.txt", "images")))]) == 2
+    assert "name that of its teacher as encoders in [data]" in capsys.readouterr().err
+    named = [*own, ("[data]", f'[data]\nencoders = "{folder / "pipeline"}"')]
+    prepared = prepare(Recipe.read(job(made, tmp_path, *named, places=("prompts.txt", "images"))))
+    assert torch.equal(prepared.models.schedule.sigmas, flow(shift=3.0).sigmas)
+    prepared.train(lambda progress: None)
+    assert prepared.run.complete
+
+    alone = [
+        *changes,
+        ('run = "run"', 'run = "alone"'),
+        ("[teacher]", ""),
+        ('file = "pipeline"', ""),
+        ("[student]", f'[student]\nfile = "{tmp_path / "student"}"'),
+    ]
+    assert main(["train", str(job(made, tmp_path, *alone, places=("prompts.txt", "images")))]) == 2
+    assert "give it as [teacher] file, in the dtype to hold it in" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_more_than_a_latent_is_refused(made, tmp_path, capsys):
+    from diffusers import FluxTransformer2DModel
+
+    if made[1] != "flux1":
+        return
+    filling = FluxTransformer2DModel(
+        patch_size=1, in_channels=384, out_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    filling.save_pretrained(tmp_path / "fill" / "transformer")
+    changes = [('file = "pipeline"', f'file = "{tmp_path / "fill"}"')]
+    assert main(["train", str(job(made, tmp_path, *changes, places=("prompts.txt", "images")))]) == 2
+    assert "this model reads 384 channels and predicts 64" in capsys.readouterr().err
 
 
 def test_the_same_network_is_nothing_to_learn(made, tmp_path, capsys):

@@ -165,6 +165,22 @@ def test_noise_levels_are_those_of_the_pipelines_scheduler(config, shift):
     assert torch.allclose(flow_of(config, (64, 64)).sigmas, flow(shift=shift).sigmas, atol=1e-6)
 
 
-def test_a_damaged_scheduler_is_refused():
-    with pytest.raises(ValueError, match="shift of its scheduler must be numbers"):
-        flow_of({"shift": "much"}, (64, 64))
+@pytest.mark.parametrize("config,said", [
+    ({"shift": "much"}, "shift of its scheduler must be numbers"),
+    ({"shift": 0}, "shift of its scheduler must be between 0"),
+    ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, "max_image_seq_len of its scheduler must be more than 4096"),
+])  # fmt: skip
+def test_a_damaged_scheduler_is_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        flow_of(config, (64, 64))
+
+
+def test_in_half_precision_the_time_is_still_exact(tmp_path):
+    """Z-Image scales it by a thousand before it rounds; 0.2675 in bf16 would be another timestep."""
+    denoiser = opened(write_pipeline(tmp_path / "z-image", "z-image"))
+    denoiser.network.to(torch.bfloat16)
+    given = []
+    denoiser.network.t_embedder.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    x_t, t, context, label = asked(denoiser, tmp_path / "z-image")
+    denoiser(x_t.bfloat16(), t, context.bfloat16(), label)
+    assert torch.allclose(given[0], 1000 * denoiser.schedule.alphas[t].float(), rtol=1e-6)

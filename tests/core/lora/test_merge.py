@@ -17,8 +17,8 @@ from distill_core.lora.layers import Lora, attach
 from distill_core.lora.merge import merged
 from distill_core.networks.build import load_unet
 from distill_core.networks.files import open_unet
-from distill_core.pruning.plan import preset
-from distill_core.pruning.prune import prune_file
+from distill_core.pruning.plan import PruningPlan, preset
+from distill_core.pruning.prune import prune, prune_file
 
 PLAN = preset("bk-sdm-small")
 
@@ -46,6 +46,11 @@ def trained(student, path, **how):
     return path
 
 
+def put_in(weights, lora, plan=PLAN):
+    teacher = teacher_file().architecture
+    return merged(weights, prune(teacher, plan), teacher=teacher, lora=lora)
+
+
 def asked():
     random = torch.Generator().manual_seed(1)
     return torch.randn(2, 4, 8, 8, generator=random), torch.tensor([100, 800]), torch.randn(2, 10, 64, generator=random)
@@ -54,9 +59,8 @@ def asked():
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_the_file_predicts_as_the_student_with_the_lora(student, tmp_path, dora):
     lora = trained(student, tmp_path / "lora.safetensors", dora=dora)
-    prune_file(
-        teacher_file(), tmp_path / "merged.safetensors", PLAN, dtype="fp32", change=partial(merged, lora=lora, plan=PLAN.name)
-    )
+    change = partial(merged, teacher=teacher_file().architecture, lora=lora)
+    prune_file(teacher_file(), tmp_path / "merged.safetensors", PLAN, dtype="fp32", change=change)
     with_lora = opened(student)
     plain = with_lora(*asked())
     attach(with_lora, lora, "own")
@@ -68,10 +72,10 @@ def test_the_file_predicts_as_the_student_with_the_lora(student, tmp_path, dora)
 
 def test_what_is_merged_is_read_in_parts_and_whole_alike(student, tmp_path):
     lora = trained(student, tmp_path / "lora.safetensors")
-    weights = merged(student.tensors, student.architecture, lora, PLAN.name)
+    weights = put_in(student.tensors, lora)
     whole = {name: weight.read() for name, weight in weights.items()}
     assert fingerprint(weights) == fingerprint(whole) != fingerprint(student.tensors)
-    assert {weight.dtype for weight in whole.values()} == {student.tensors[name].read().dtype for name in whole}
+    assert {whole[name].dtype for name in whole if weights[name] is not student.tensors[name]} == {torch.float32}  # until written
 
 
 @pytest.mark.parametrize("damage,said", [
@@ -86,13 +90,28 @@ def test_a_damaged_lora_is_refused_by_key(student, tmp_path, damage, said):
         metadata = opened_file.metadata()
     save_file(damage(load_file(lora)), tmp_path / "damaged.safetensors", metadata)
     with pytest.raises(ValueError, match=f"damaged.safetensors: .*{said}"):
-        merged(student.tensors, student.architecture, tmp_path / "damaged.safetensors", PLAN.name)
+        put_in(student.tensors, tmp_path / "damaged.safetensors")
 
 
 def test_a_lora_of_another_student_is_refused(student, tmp_path):
     lora = trained(student, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="it was trained for the plan bk-sdm-small, not for bk-sdm-base; give that plan"):
-        merged(student.tensors, student.architecture, lora, "bk-sdm-base")
+        put_in(student.tensors, lora, preset("bk-sdm-base"))
+
+
+def test_plans_of_one_name_are_told_apart_by_their_blocks(student, tmp_path):
+    from dataclasses import replace
+
+    teacher = teacher_file().architecture
+    mine, other = (PruningPlan(name="a plan of your own", remove=(f"down.{stage}.attn.1",)) for stage in (0, 1))
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_x.alpha": torch.zeros(())}, lora, mine.metadata)
+    with pytest.raises(ValueError, match="it was trained for the plan a plan of your own, not for a plan of your own"):
+        merged(student.tensors, prune(teacher, other), teacher=teacher, lora=lora)
+    assert replace(mine, name="x").metadata != mine.metadata  # a name alone makes no other plan
+    save_file({"lora_unet_x.alpha": torch.zeros(())}, lora, replace(mine, name="x").metadata)
+    with pytest.raises(ValueError, match="has no layer for lora_unet_x.alpha"):
+        merged(student.tensors, prune(teacher, mine), teacher=teacher, lora=lora)
 
 
 def test_quantised_weights_cannot_take_it(student, tmp_path):
@@ -101,4 +120,4 @@ def test_quantised_weights_cannot_take_it(student, tmp_path):
     lora = trained(student, tmp_path / "lora.safetensors")
     narrow = {name: replace(tensor, code="F8_E4M3") for name, tensor in student.tensors.items()}
     with pytest.raises(ValueError, match="the weights it changes are quantised; give the teacher in bf16, fp16 or fp32"):
-        merged(narrow, student.architecture, lora, PLAN.name)
+        put_in(narrow, lora)
