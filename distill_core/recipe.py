@@ -100,6 +100,7 @@ class DataSettings:
         "Diffusers pipeline folder with the autoencoder and text encoders.",
         unset="the teacher, if it is such a folder",
     )
+    captions_on_cpu: bool = setting(False, "Read captions on the CPU, where their encoders do not fit on the GPU; slower.")
     cache: str = setting("cache", "Folder for latents and embeddings.")
     resolution: str = setting("512", "Sizes of the images: `512`, `768x512,512x768`, `buckets-768` or `ssd-1b`.")
     flip: bool = setting(False, "Add a mirrored copy of each image.")

@@ -128,14 +128,21 @@ class DiffusersEncoders:
 
     @classmethod
     def from_folder(
-        cls, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, family: str = "sd1"
+        cls,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        family: str = "sd1",
+        text_device: torch.device | str | None = None,
     ) -> DiffusersEncoders:
         """Encoders from the folder of a pipeline of a family; with a ``text_encoder_2`` one of a UNet is an SDXL.
 
         dtype: precision they compute in; text encoders of transformers compute in that they are stored in. Only safetensors are
-        read, and nothing is downloaded. ``ValueError`` if something is missing or damaged.
+        read, and nothing is downloaded. text_device: of the text encoders, if that is another. ``ValueError`` if something is missing or
+        damaged.
         """
-        path = Path(path)
+        path, of_texts = Path(path), text_device or device
         parts = parts_of(path, family)
         for name in ["vae", *parts.text_encoders, *parts.tokenizers]:
             if not (path / name).is_dir():
@@ -150,7 +157,7 @@ class DiffusersEncoders:
             text_encoders = []
             for name, kind in parts.text_encoders.items():
                 text_encoder = open_module(getattr(transformers, kind), path / name, "auto" if parts.as_stored else None)
-                text_encoders.append(text_encoder.to(device) if parts.as_stored else text_encoder.to(device, dtype))
+                text_encoders.append(text_encoder.to(of_texts) if parts.as_stored else text_encoder.to(of_texts, dtype))
             tokenizers = [open_tokenizer(kind, path / name) for name, kind in parts.tokenizers.items()]
             return parts.reader(tokenizers, text_encoders, network_config(path))
 

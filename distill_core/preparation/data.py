@@ -41,7 +41,12 @@ class Data:
             )
         if name == DEMO:
             return ScenesEncoders()
-        return DiffusersEncoders.from_folder(self.recipe.path(name), self.models.device, family=self.models.family)
+        return DiffusersEncoders.from_folder(
+            self.recipe.path(name),
+            self.models.device,
+            family=self.models.family,
+            text_device="cpu" if self.recipe.data.captions_on_cpu else None,
+        )
 
     def close_texts(self) -> None:
         """Free the memory of the text encoders for a network; see `DiffusersEncoders.close_texts`."""

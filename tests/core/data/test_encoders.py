@@ -163,6 +163,21 @@ def test_latents_are_normalised_as_the_autoencoder_says_and_decoding_undoes_it(c
     torch.testing.assert_close(encoders.decode(normalised(mean)), network.decode(mean).sample.clamp(-1, 1))
 
 
+def test_texts_may_be_read_on_another_device(sdxl):
+    encoders = DiffusersEncoders.from_folder(sdxl, text_device="meta")
+    assert {encoder.device.type for encoder in encoders.reader.text_encoders} == {"meta"}
+    assert encoders.autoencoder.vae.device.type == "cpu"
+
+
+def test_closed_text_encoders_are_opened_again_when_there_are_captions(sdxl):
+    encoders = DiffusersEncoders.from_folder(sdxl)
+    before, first = encoders.captions(["a cat"])[0], encoders.reader
+    encoders.close_texts()
+    assert encoders.max_tokens == LENGTH and encoders._reader is None  # which need none of them
+    after = encoders.captions(["a cat"])[0]
+    assert torch.equal(before.context, after.context) and encoders.reader is not first
+
+
 def test_an_autoencoder_that_overflows_in_half_precision_stays_in_single(sdxl):
     encoders = DiffusersEncoders.from_folder(sdxl, dtype=torch.float16)
     assert encoders.autoencoder.vae.dtype == torch.float32 and {e.dtype for e in encoders.reader.text_encoders} == {torch.float16}
