@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..base.documents import read_json
+from ..base.documents import one_line, read_json
 from ..base.precision import DTYPES
 from ..data.dataset import Dataset, largest_example
 from ..data.images import sizes
@@ -45,6 +45,8 @@ class TransformerModels(Models):
     Without a plan the LoRA is one for the whole network.
     """
 
+    shares_base = True
+
     def __init__(self, recipe: Recipe, processes: Processes, file: TransformerFile):
         super().__init__(recipe, processes, recipe.teachers)
         _check(recipe, processes)
@@ -55,15 +57,14 @@ class TransformerModels(Models):
         _check_complete(self.file, self._empty)
         self.plan = self._plan()
         self.mapping = None if self.plan is None else name_map(self.file.architecture, self.plan)
-        training = self._check_lora(on_own_weights(recipe.training, self.mapping))
-        self.recipe = replace(recipe, training=training)
+        self.recipe = replace(recipe, training=on_own_weights(recipe.training, self.mapping))
+        self._check_lora(self.recipe.training)
 
-    def _check_lora(self, training: TrainingSettings) -> TrainingSettings:
-        """The settings; ``ValueError`` for a LoRA that the network cannot have."""
+    def _check_lora(self, training: TrainingSettings) -> None:
+        """``ValueError`` for a LoRA that the network cannot have."""
         trained_shapes(self._denoiser(self._empty), training.lora_rank, training.lora_targets)
         if training.lora_dora and self._settings.dtype in QUANTISED:
             raise ValueError(NO_DORA)
-        return training
 
     def _plan(self) -> PruningPlan | None:
         given = self.recipe.student.preset or self.recipe.student.plan
@@ -100,8 +101,6 @@ class TransformerModels(Models):
     def latent_channels(self) -> int:
         return self._denoiser(self._empty).latent_channels
 
-    shares_base = True
-
     def check_lesson(self) -> None:
         check_lesson(self.recipe.training, None, None, same=self.mapping is None)
 
@@ -137,12 +136,15 @@ class TransformerModels(Models):
 
 
 def unfilled(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a config of diffusers, without contents."""
+    """The network of a config of diffusers, without contents; ``ValueError`` if there is no such network."""
     import diffusers
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            network = getattr(diffusers, config["_class_name"]).from_config(config)
+    except Exception as error:  # each class raises its own errors
+        raise ValueError(f"diffusers {diffusers.__version__} cannot build a network of this config: {one_line(error)}") from error
     return network.requires_grad_(False)
 
 
@@ -202,14 +204,14 @@ def _check(recipe: Recipe, processes: Processes) -> None:
     """``ValueError`` for a recipe that asks of a transformer what only UNets can."""
     if not recipe.teachers:
         raise ValueError(
-            "[student]: a transformer is fine-tuned on its own weights: give it as [teacher] file, in the dtype to hold it in, in place of "
-            '[student] file, and keep objective "task"'
+            "[student]: a transformer is fine-tuned by a LoRA: give it as [teacher] file, in the dtype to hold it in, in place of [student] "
+            'file, and keep objective "task"'
         )
     if len(recipe.teachers) > 1:
         raise ValueError("a transformer learns from one teacher, with which it shares its weights; remove the other [[teacher]]")
     if recipe.experts is not None:
         raise ValueError("[experts] are for UNets; remove the section to train a transformer")
-    if recipe.teachers and recipe.student.file is not None:
+    if recipe.student.file is not None:
         raise ValueError("[student]: a transformer's student shares its teacher's weights; give plan or preset in place of file")
     if not recipe.training.lora_rank:
         raise ValueError('[training]: a transformer learns by a LoRA; set lora_rank, and lora_targets to ["*"]')

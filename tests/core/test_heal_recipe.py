@@ -232,6 +232,20 @@ def test_a_student_that_was_cut_takes_its_noise_levels_from_its_teachers_pipelin
     assert "give it as [teacher] file, in the dtype to hold it in" in capsys.readouterr().err
 
 
+def test_a_config_of_no_network_is_refused(made, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(made[0] / "pipeline", tmp_path / "damaged")
+    config = tmp_path / "damaged" / "transformer" / "config.json"
+    depth = "n_layers" if made[1] == "z-image" else "num_layers"
+    for value, said in (("many", "cannot build a network of this config"), (3, "its config and its weights differ, first in")):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {depth: value}))
+        changes = [('file = "pipeline"', f'file = "{tmp_path / "damaged"}"'), ('cache = "images"', 'cache = "own"')]
+        assert main(["train", str(job(made, tmp_path, *changes, places=("prompts.txt",)))]) == 2
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error and not (tmp_path / "own").exists()
+
+
 def test_a_model_that_reads_more_than_a_latent_is_refused(made, tmp_path, capsys):
     from diffusers import FluxTransformer2DModel
 
