@@ -118,7 +118,7 @@ class Lora:
 
     def _keys(self) -> dict[str, str]:
         """Name of each parameter -> its key in a file."""
-        names, keys, form = self.denoiser.lora_names, {}, PEFT if self._scale else KOHYA
+        names, keys, form = self.denoiser.lora_names, {}, KOHYA if self._scale is None else PEFT
         for name in self.parameters():
             layer, matrix = name.rsplit(".", 1)
             keys[name] = names[layer] + form[matrix]

@@ -15,7 +15,8 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import NoiseSchedule
 from ..networks.network import Network, NetworkFile
 from ..networks.quantised import QUANTISED
-from ..pruning.plan import PruningPlan
+from ..pruning.plan import PruningPlan, preset
+from ..pruning.plan_text import find_plan
 from ..recipe import Recipe, TeacherSettings
 from ..training.memory import Forecast
 from ..training.processes import Processes
@@ -44,6 +45,13 @@ class Models(ABC):
                 "[teacher]: offload is for a teacher beside its student, and here both share their weights; set it to false, and choose "
                 "the dtype fp8 or nf4 to save memory"
             )
+
+    def student_plan(self, teacher: Network) -> PruningPlan | None:
+        """The plan that the recipe gives for the student; None if it gives none."""
+        given = self.recipe.student
+        if given.preset is not None:
+            return preset(given.preset)
+        return None if given.plan is None else find_plan(given.plan, teacher, self.recipe.folder)
 
     @property
     @abstractmethod

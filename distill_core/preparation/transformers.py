@@ -23,10 +23,9 @@ from ..networks.name_map import NameMap
 from ..networks.quantised import QUANTISED, computes, fill, held_bytes, is_narrow, store_in
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.files import TransformerFile, TransformerFolder
-from ..pruning.plan import PruningPlan, name_map, pruned
-from ..pruning.plan_text import find_plan
+from ..pruning.plan import name_map, pruned
 from ..recipe import Recipe
-from ..training.base_memory import Base, on_meta
+from ..training.base_memory import Base
 from ..training.lesson import check_lesson, on_own_weights
 from ..training.memory import Forecast, MemorySettings
 from ..training.processes import Processes
@@ -55,7 +54,7 @@ class TransformerModels(Models):
         self.file = _folder(file)
         self._empty = unfilled(self.file.config)
         _check_complete(self.file, self._empty)
-        self.plan = self._plan()
+        self.plan = self.student_plan(self.file.architecture)
         self.mapping = None if self.plan is None else name_map(self.file.architecture, self.plan)
         self.recipe = replace(recipe, training=on_own_weights(recipe.training, self.mapping))
         self._check_lora(self.recipe.training)
@@ -65,10 +64,6 @@ class TransformerModels(Models):
         trained_shapes(self._denoiser(self._empty), training.lora_rank, training.lora_targets)
         if training.lora_dora and self._settings.dtype in QUANTISED:
             raise ValueError(NO_DORA)
-
-    def _plan(self) -> PruningPlan | None:
-        given = self.recipe.student.preset or self.recipe.student.plan
-        return None if given is None else find_plan(given, self.file.architecture, self.recipe.folder)
 
     @property
     def teacher_files(self) -> Sequence[TransformerFile]:
@@ -164,17 +159,13 @@ def forecast_of(
     """
     dtype, (context, pooled_width) = settings.teacher_dtype, caption
 
-    def on_meta_device() -> PipelineDenoiser:
-        network = nn.Module.to(unfilled(config), DTYPES[computes(dtype)])
-        for module in network.modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                setattr(module, name, on_meta(weight))
-        return denoiser_of(network, transformer, flow())
+    def empty() -> nn.Module:
+        return nn.Module.to(unfilled(config), DTYPES[computes(dtype)])
 
-    held = nn.Module.to(unfilled(config), DTYPES[computes(dtype)])
+    held = empty()
     store_in(held, dtype)
     base = Base(
-        on_meta_device,
+        lambda: denoiser_of(empty(), transformer, flow()),
         mapping,
         held_bytes(held),
         (context[0], context[1]),

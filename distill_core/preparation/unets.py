@@ -17,7 +17,7 @@ from ..networks.architecture import Architecture
 from ..networks.build import load_unet
 from ..networks.files import UNetFile, open_unet
 from ..networks.quantised import QUANTISED, computes, hold, kept_bytes
-from ..pruning.plan import PruningPlan, name_map, plan_between, plan_in, preset, pruned
+from ..pruning.plan import PruningPlan, name_map, plan_between, plan_in, pruned
 from ..pruning.plan_text import find_plan
 from ..pruning.prune import pruned_file
 from ..recipe import DEMO, Recipe, TeacherSettings
@@ -73,11 +73,8 @@ class UNetModels(Models):
             if not self.recipe.teachers:
                 return plan_in(file.metadata), file
             return plan_between(teacher.architecture, file.architecture, plan_in(file.metadata)), file
-        if settings.preset is not None:
-            return preset(settings.preset), None
-        if settings.plan is not None:
-            return find_plan(settings.plan, teacher.architecture, self.recipe.folder), None
-        return None, teacher
+        plan = self.student_plan(teacher.architecture)
+        return plan, teacher if plan is None else None
 
     def _largest(self, teacher: UNetFile) -> PruningPlan:
         """The plan of the largest student."""

@@ -50,8 +50,6 @@ class ModelDenoiser(TransformerDenoiser):
     patcher: ModelPatcher
     delegate_of: ModelPatcher | None = None
     """The MODEL that this one replaces if ComfyUI loads its weights layer by layer, which training cannot use."""
-    has_frames: bool = False
-    """Whether the network takes images as videos of one frame."""
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor, label: Label | None = None) -> Tensor:
         now = self.schedule.at(t, x_t.float())
@@ -64,6 +62,11 @@ class ModelDenoiser(TransformerDenoiser):
                 self._framed(shown), sigma.flatten(), transformer_options=dict(PLAIN_ATTENTION), **asked
             )
         return answer.squeeze(2) if self.has_frames else answer
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether the network takes images as videos of one frame."""
+        return self.shell.latent_format.latent_dimensions == 3
 
     def _framed(self, latents: Tensor) -> Tensor:
         return latents.unsqueeze(2) if self.has_frames else latents
@@ -132,7 +135,6 @@ def shared_base(model: Model) -> ModelDenoiser:
         shell=shell,
         patcher=patcher,
         delegate_of=delegate_of,
-        has_frames=model.has_frames,
     )
 
 
