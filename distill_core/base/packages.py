@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 REQUIRED = (
-    "diffusers>=0.33",
+    "diffusers>=0.37",
     "einops",
     "filelock",
     "matplotlib",
