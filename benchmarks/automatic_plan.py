@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import demo_students as demo
 import torch
-from report import publish, table, with_margin
+from report import table, with_margin
 
 from distill_core.data.dataset import num_examples
 from distill_core.demo.grammar import NUM_TOKENS
@@ -76,7 +76,7 @@ def main() -> None:
         rows.append([like, who, f"{_macs(student) / _macs(original):.1%}", f"{student.architecture.num_parameters:,}",
                      f"{errors.recovered:.3f}, {errors.prompt:.3f}", *distances, *demo.quality(of_seeds)])  # fmt: skip
         written.append([like, who, f"`{write_plan(plan, original.architecture)}`"])
-    publish("automatic_plan", [
+    kept.publish([
         *table(["MACs as", "chosen by", "MACs of teacher", "parameters", "measured before: output, prompt", "output error, pruned",
                 "output error, distilled", *demo.QUALITY], rows), "",
         *table([f"measured before training, MACs as {CHANCE_LIKE}", "rank correlation with the output error after it"],
@@ -85,7 +85,6 @@ def main() -> None:
         "Measured before: error of the output and of what the prompt does to it, with the best linear layers in place of what is removed. "
         f"{arguments.steps} steps of batch {demo.BATCH_SIZE} by bk-sdm on {num_examples(data):,} real scenes. {demo.words(arguments)}",
     ])  # fmt: skip
-    kept.finish()
 
 
 def _plans(original: DiffusersDenoiser, rows: Sequence[str]) -> dict[str, Chosen]:

@@ -165,23 +165,26 @@ def error(student: Denoiser, teacher: Denoiser, dataset: Dataset) -> float:
 
 
 def parsed(parser: argparse.ArgumentParser, rows: Iterable[str] = ()) -> argparse.Namespace:
-    """Arguments, with those of every benchmark of students. rows: of its table, from which a person may choose; default: all."""
+    """Arguments, with those of every benchmark of students, and whether all rows are asked for (``complete``).
+
+    rows: of its table, from which a person may choose; default: all.
+    """
     if rows := list(rows):
         parser.add_argument("rows", nargs="*", help=f"of {', '.join(rows)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, 2 to 10 (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=24, help="of each category, trained and held out (default: %(default)s)")
     arguments = parser.parse_args()
-    if rows:
-        if unknown := [row for row in arguments.rows if row not in rows]:
-            parser.error(f"unknown row {unknown[0]!r}; choose from {', '.join(rows)}")
-        arguments.rows = arguments.rows or rows
+    chosen = getattr(arguments, "rows", [])
+    if unknown := [row for row in chosen if row not in rows]:
+        parser.error(f"unknown row {unknown[0]!r}; choose from {', '.join(rows)}")
+    arguments.rows, arguments.complete = chosen or rows, not chosen
     return arguments
 
 
 def kept(name: str, arguments: argparse.Namespace) -> Kept:
     """Figures found so far; those of a row and seed stay true with more seeds and other rows."""
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("seeds", "rows")}
-    return Kept(name, settings | {"batch_size": BATCH_SIZE, "device": device_words()})
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("seeds", "rows", "complete")}
+    return Kept(name, settings | {"batch_size": BATCH_SIZE, "device": device_words()}, arguments.complete)
 
 
 QUALITY = ("trained prompts", "held-out prompts", "Fréchet distance", "diversity")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import demo_students as demo
-from report import mean_and_margin, publish, table, with_margin
+from report import mean_and_margin, table, with_margin
 
 from distill_core.pruning.plan import preset, preset_names
 from distill_core.training.settings import REFIT_EXAMPLES
@@ -59,11 +59,10 @@ def main() -> None:
         seconds, _ = mean_and_margin([figures["seconds"] for figures in found])
         errors = with_margin([figures["error"] for figures in found], ".5f")
         rows.append([name, f"{round(RECIPES[name].share * arguments.steps)}", f"{seconds:.0f}", errors, *demo.quality(found)])
-    publish("fewer_steps", [
+    kept.publish([
         *table(["recipe", "steps", "seconds", "output error", *demo.QUALITY], rows), "",
         f"Students of {arguments.preset}, batch {demo.BATCH_SIZE}, real scenes. {demo.words(arguments)}",
     ])  # fmt: skip
-    kept.finish()
 
 
 def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import demo_students as demo
-from report import device_words, publish, table, with_margin
+from report import device_words, table, with_margin
 from torch import Tensor
 
 from distill_core.demo.autoencoder import ScenesAutoencoder
@@ -54,8 +54,7 @@ def main() -> None:
     arguments = demo.parsed(parser)
     kept = demo.kept("guidance", arguments)
     found = kept.measure((GUIDED, UNGUIDED, *LORAS), arguments.seeds, partial(_figures, arguments))
-    publish("guidance", _report(found, arguments))
-    kept.finish()
+    kept.publish(_report(found, arguments))
 
 
 def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:

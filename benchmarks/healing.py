@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import demo_students as demo
 import torch
-from report import mean_and_margin, publish, table, with_margin
+from report import mean_and_margin, table, with_margin
 from torch import Tensor
 
 from distill_core.data.dataset import Drawing, draw
@@ -104,12 +104,11 @@ def main() -> None:
     plans = [
         f"{size}, {chosen}: `{plan_of(size, chosen)}`." for size in FIRST_STAY for chosen in (FOLDED, EVEN, REPLACEABLE, ERROR)
     ]
-    publish("healing", [
+    kept.publish([
         *table(columns, lines), "", *plans, "",
         f"The demo's transformer, 4 double and 8 single blocks; batch {demo.BATCH_SIZE}, LoRAs of rank {arguments.rank}, real scenes. "
         + demo.words(arguments),
     ])  # fmt: skip
-    kept.finish()
 
 
 @cache

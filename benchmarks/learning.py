@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import demo_students as demo
-from report import publish, table, with_margin
+from report import table, with_margin
 
 from distill_core.data.dataset import num_examples
 from distill_core.demo.grammar import CATEGORIES
@@ -66,13 +66,12 @@ def main() -> None:
 
     found = kept.measure(STUDENTS, arguments.seeds, figures)
     architecture = demo.pruned_student(original, plan).architecture
-    publish("learning", [
+    kept.publish([
         *_figures(found), "", *_differences(found), "", *_categories(found), "",
         f"Students of {arguments.preset}, {architecture.num_parameters:,} parameters of the teacher's "
         f"{original.architecture.num_parameters:,}; {arguments.steps} steps of batch {demo.BATCH_SIZE} on {num_examples(real):,} real "
         f"or {demo.NUM_MADE:,} teacher-made scenes, all by the same settings. {demo.words(arguments)}",
     ])  # fmt: skip
-    kept.finish()
 
 
 def _student(name: str, original: DiffusersDenoiser, plan: PruningPlan, steps: int, seed: int) -> DiffusersDenoiser:

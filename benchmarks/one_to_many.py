@@ -3,8 +3,8 @@
 One, two and four experts of one size, so that a sampling step costs the same; as many training steps for each student,
 and one student trained for as long as four together. Then, at equal total steps: what experts begin as, where the
 boundaries are, and one base with an adapter per range in place of whole experts. Writes ``results/one_to_many.md``,
-every figure measured in that run. ``--steps 1000`` with the first four rows asks the same of students that were trained for
-longer, and writes ``results/one_to_many_1000.md``. Figures are kept in ``results/one_to_many.jsonl`` as they come, and
+every figure measured in that run. ``--steps 1000`` asks the first four rows of students that were trained for longer, and
+writes ``results/one_to_many_1000.md``. Figures are kept in ``results/one_to_many.jsonl`` as they come, and
 unfinished runs in ``results/one_to_many.runs``, so that an interrupted benchmark goes on; the finished one deletes both.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import demo_students as demo
-from report import RESULTS, mean_and_margin, publish, table, with_margin
+from report import RESULTS, mean_and_margin, table, with_margin
 
 from distill_core.base.storage import atomic
 from distill_core.evaluation.metrics import output_error
@@ -68,6 +68,8 @@ ROWS = {
 }
 """One, two and four experts have as many steps behind each, those it had as one with the others included; of four experts
 all rows have as many in total, and so has the one that is trained as long."""
+MAIN = (ONE, TWO, FOUR, LONG)
+"""Asked with any number of steps."""
 
 
 class Figures(NamedTuple):
@@ -88,13 +90,16 @@ def main() -> None:
     parser.add_argument("--preset", choices=preset_names("sd1"), default="bk-sdm-small", help="plan (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="training steps of a student (default: %(default)s)")
     arguments = demo.parsed(parser, ROWS)
-    name = "one_to_many" if arguments.steps == NUM_STEPS else f"one_to_many_{arguments.steps}"
+    name = "one_to_many"
+    if arguments.steps != NUM_STEPS:
+        name += f"_{arguments.steps}"
+        arguments.rows = MAIN if arguments.complete else arguments.rows
     kept, students = demo.kept(name, arguments), Students(arguments, RESULTS / f"{name}.runs")
     measured = kept.measure(arguments.rows, arguments.seeds, lambda row, seed: students.figures(row, seed)._asdict())
     found = {row: [Figures(**figures) for figures in of_seeds] for row, of_seeds in measured.items()}
-    publish(name, _report(found, arguments))
-    kept.finish()
-    shutil.rmtree(students.folder, ignore_errors=True)
+    kept.publish(_report(found, arguments))
+    if arguments.complete:
+        shutil.rmtree(students.folder, ignore_errors=True)
 
 
 # --- experts
@@ -201,13 +206,13 @@ def _report(found: dict[str, list[Figures]], arguments: argparse.Namespace) -> l
                    "KiB on disk"]  # fmt: skip
         return table(columns, (row(label, name, other) for name, label in labels.items()))
 
-    main_rows, each_bin = [ONE, TWO, FOUR, LONG], 1000 // NUM_BINS
+    each_bin = 1000 // NUM_BINS
     parts = [
-        (main_rows, f"Experts at equal cost per sampling step, {unit} training steps behind each but the last:",
-         lambda: rows({name: name for name in main_rows}, ONE)),
-        (main_rows, "Output error over timesteps:",
+        (MAIN, f"Experts at equal cost per sampling step, {unit} training steps behind each but the last:",
+         lambda: rows({name: name for name in MAIN}, ONE)),
+        (MAIN, "Output error over timesteps:",
          lambda: table(["timesteps", *(f"{i * each_bin} to {(i + 1) * each_bin - 1}" for i in range(NUM_BINS))],
-                       map(bins, main_rows))),
+                       map(bins, MAIN))),
         ([APART, FOUR, HALF], "What four experts begin as, by as many steps in total:",
          lambda: rows({APART: "the pruned teacher", FOUR: "one student distilled over all timesteps",
                        HALF: "the same, for half of all steps"}, APART)),

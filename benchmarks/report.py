@@ -32,10 +32,14 @@ def publish(name: str, lines: Sequence[str]) -> None:
 
 
 class Kept:
-    """Figures of a benchmark as they come, in ``results/NAME.jsonl``, so that an interrupted one by the same settings goes on."""
+    """Figures of a benchmark as they come, in ``results/NAME.jsonl``, so that an interrupted one by the same settings goes on.
 
-    def __init__(self, name: str, settings: Mapping[str, Any]):
-        self._path, self._settings = RESULTS / f"{name}.jsonl", settings
+    complete: all rows are measured; the report of some is printed alone, and leaves that of all as it is.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Any], complete: bool = True):
+        self._name, self._settings, self._complete = name, settings, complete
+        self._path = RESULTS / f"{name}.jsonl"
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         entries = [entry for entry in map(json.loads, lines) if entry.pop("settings") == settings]
         self.found = {(entry.pop("row"), entry.pop("seed")): entry for entry in entries}
@@ -56,9 +60,13 @@ class Kept:
             self.add(row, seed, figures(row, seed))
         return {row: [self.found[row, seed] for seed in range(num_seeds)] for row in rows}
 
-    def finish(self) -> None:
-        """The figures are published."""
-        self._path.unlink(missing_ok=True)
+    def publish(self, lines: Sequence[str]) -> None:
+        """The report: of all rows it takes the place of the figures, of some it is printed and the figures stay."""
+        if self._complete:
+            publish(self._name, lines)
+            self._path.unlink(missing_ok=True)
+        else:
+            print(*lines, "", f"Only some rows: not written to results/{self._name}.md", sep="\n")
 
 
 def device_words() -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import demo_students as demo
-from report import publish, table, with_margin
+from report import table, with_margin
 
 from distill_core.demo.grammar import random_scenes
 from distill_core.demo.teacher import sampled_latents
@@ -108,14 +108,13 @@ def main() -> None:
         "times as fast",
         "training minutes",
     ]
-    publish("turbo", [
+    kept.publish([
         *table(columns, rows), "",
         f"LoRAs of rank {arguments.rank} on every layer, {arguments.steps} steps of batch {arguments.batch}, longer ones three times as many, "
         f"guidance {demo.GUIDANCE:g} learnt; dmd: {arguments.steps // 2} steps of consistency, then {arguments.dmd_steps} of its own. The student: "
         f"{STUDENT}, {STUDENT_STEPS} steps of batch {demo.BATCH_SIZE}. Real scenes, noised. {demo.words(arguments)} Speed: medians of {TIMED_TURNS} turns, in each the teacher's 20 guided steps "
         "and the row, with the LoRA not merged.",
     ])  # fmt: skip
-    kept.finish()
 
 
 def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def run_short(server, tmp_path):
     def run_it(name, change=lambda graph: graph, **shorter):
         graph = shortened(change(json.loads((WORKFLOWS / f"{name}.json").read_text())), known, SHORT, shorter)
         (tmp_path / f"{name}.json").write_text(json.dumps(graph))
+        server.post("free", {"unload_models": True, "free_memory": True})  # several GiB of the workflow before
         run(tmp_path / f"{name}.json", server)
         return {path.stem.rpartition("_")[0].rstrip("_0123456789") for path in (server.output / "distill").glob("*.png")}
 
