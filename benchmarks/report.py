@@ -15,7 +15,6 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantile of Student's t distribution with 1, 2, ... degrees of freedom."""
-NORMAL = statistics.NormalDist().inv_cdf(0.975)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -91,10 +90,3 @@ def with_margin(values: Sequence[float], form: str) -> str:
     """Mean ± half of its interval, both in a format."""
     mean, margin = mean_and_margin(values)
     return f"{mean:{form}} ± {margin:{form.lstrip('+')}}"
-
-
-def share_interval(num_right: int, num_seen: int) -> tuple[float, float]:
-    """95 % interval of a share of independent samples (Wilson 1927)."""
-    share, z2 = num_right / num_seen, NORMAL**2 / num_seen
-    middle, half = share + z2 / 2, NORMAL * math.sqrt(share * (1 - share) / num_seen + z2 / (4 * num_seen))
-    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)

@@ -126,14 +126,13 @@ def train(arguments: argparse.Namespace) -> None:
 
     from .preparation import prepare
     from .recipe import Recipe
-    from .routing.one_to_many import has_begun
-    from .training.checkpoints import checkpoints_in
     from .training.loop import Progress
     from .training.memory import free_bytes
     from .training.processes import Processes
+    from .training.run_folders import steps_kept
 
     recipe, processes = Recipe.read(arguments.recipe), Processes.launched()
-    if (started := recipe.path(recipe.run)) and not arguments.resume and (checkpoints_in(started) or has_begun(started)):
+    if not arguments.resume and steps_kept(started := recipe.path(recipe.run)):
         raise ValueError(f"{started} already holds a run; resume it with --resume, or give the new run another folder")
     bars: dict[str, tqdm] = {}
     quiet = arguments.json or not processes.main

@@ -25,13 +25,24 @@ count = 4
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .base.documents import one_line, read_toml
 from .base.precision import DTYPES
-from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, SIDE_PX, check_range, check_settings, from_mapping, setting
+from .base.settings import (
+    BATCH,
+    GUIDANCE,
+    SAMPLER_STEPS,
+    SEEDS,
+    SIDE_PX,
+    check_names,
+    check_range,
+    check_settings,
+    from_mapping,
+    setting,
+)
 from .data.images import sizes
 from .data.teacher_data import MOST_PICTURES
 from .networks.quantised import QUANTISED
@@ -161,9 +172,8 @@ class Recipe:
     def read(cls, path: Path) -> Recipe:
         """Read a recipe; ``ValueError`` names a setting that is misspelt, missing or of the wrong type."""
         table = read_toml(path)
-        known = {"run", "teacher", "student", "data", "training", "samples", "experts"}
-        if unknown := table.keys() - known:
-            from_mapping(_Sections, {min(unknown): None}, str(path))
+        known = {own.name.replace("teachers", "teacher") for own in fields(cls)} - {"folder"}
+        check_names(table, known, str(path))
         for name in ("run", "data"):
             if name not in table:
                 raise ValueError(f"{path}: {name} is missing")
@@ -203,16 +213,3 @@ class Recipe:
 
     def path(self, name: str) -> Path:
         return self.folder / name
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sections:
-    """Top-level names of a recipe, to suggest the nearest one for a misspelt name."""
-
-    run: str = ""
-    teacher: str = ""
-    student: str = ""
-    data: str = ""
-    training: str = ""
-    samples: str = ""
-    experts: str = ""

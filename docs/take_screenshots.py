@@ -25,7 +25,7 @@ from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-comfyui = importlib.import_module("tests.comfyui")
+comfyui, pages = importlib.import_module("tests.comfyui"), importlib.import_module("tests.nodes.pages")
 
 WORKFLOWS, NODES = ROOT / "workflows", ROOT / "web" / "docs" / "images"
 PICTURES = {"quickstart_scenes": ROOT / "assets" / "quickstart_graph.jpg"}
@@ -103,9 +103,8 @@ def take_all(arguments: argparse.Namespace, place: Path, chromium: str, base: Pa
 
 
 def come(page: Page, server) -> None:
-    page.goto(f"http://127.0.0.1:{server.port}", timeout=120_000)
-    page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.DistillTrainStep", timeout=120_000)
-    page.wait_for_timeout(5000)
+    pages.opened(page, server)
+    page.wait_for_timeout(5000)  # what ComfyUI says at its start is gone
 
 
 def take_opened(page: Page, server, names: list[str], folder: Path) -> None:

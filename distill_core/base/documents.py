@@ -126,9 +126,9 @@ def numbers(value: Any, where: object, kinds: tuple[type, ...] = (int, float)) -
     return value
 
 
-def json_lines(path: Path, max_bytes: int = MAX_LIST_BYTES) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSON Lines file, one per line; empty lines are skipped."""
-    for number, line in enumerate(lines(read_text(path, max_bytes)), 1):
+    for number, line in enumerate(lines(read_text(path, MAX_LIST_BYTES)), 1):
         if line.strip():
             yield _parse_stored(line, f"{path}: line {number}", dict, MAX_BYTES)
 
@@ -195,9 +195,9 @@ def _check_whole_numbers(value: Any) -> None:
         _check_whole_numbers(inner)
 
 
-def read_csv(path: Path, max_bytes: int = MAX_LIST_BYTES) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file, keyed by the names in its first line."""
-    return parse_csv(read_text(path, max_bytes), path)
+    return parse_csv(read_text(path, MAX_LIST_BYTES), path)
 
 
 def parse_csv(text: str, where: object) -> list[dict[str, str]]:

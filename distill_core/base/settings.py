@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_type_hints
 
@@ -102,14 +102,21 @@ def _spelt(value: Any) -> str:
     return f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else repr(value)
 
 
-def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:
-    """A settings dataclass from a table; ``ValueError`` names a setting that is misspelt, missing, of the wrong type or not allowed."""
-    known, hints = {own.name: own for own in fields(kind)}, get_type_hints(kind)
-    for name, value in table.items():
+def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """``ValueError`` for a name that no setting has, with the nearest."""
+    known = list(known)
+    for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
             meant = f"did you mean {nearest[0]!r}?" if nearest else f"the settings are {', '.join(sorted(known))}"
             raise ValueError(f"{where}: there is no setting {one_line(name)!r}; {meant}")
+
+
+def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:
+    """A settings dataclass from a table; ``ValueError`` names a setting that is misspelt, missing, of the wrong type or not allowed."""
+    known, hints = {own.name: own for own in fields(kind)}, get_type_hints(kind)
+    check_names(table, known, where)
+    for name, value in table.items():
         if not _fits(value, hints[name]):
             raise ValueError(f"{where}: {name} must be {_words(hints[name])}, got {one_line(repr(value))}")
     for name, own in known.items():

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..base.storage import fingerprint
 from ..diffusion.conditioning import Caption
 from ..networks.folders import open_module, stored_in
-from .readers import Reader, network_config, open_tokenizer, parts_of
+from ..networks.network import short_title
+from .readers import PARTS, Reader, network_config, open_tokenizer, parts_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -144,9 +145,10 @@ class DiffusersEncoders:
         """
         path, of_texts = Path(path), text_device or device
         parts = parts_of(path, family)
+        models = short_title(family) if family in PARTS else "SD1.x, SD2 or SDXL"
         for name in ["vae", *parts.text_encoders, *parts.tokenizers]:
             if not (path / name).is_dir():
-                raise ValueError(f"{path} has no folder {name}; give the folder of a whole diffusers pipeline of {parts.title}")
+                raise ValueError(f"{path} has no folder {name}; give the folder of a whole diffusers pipeline of {models}")
         try:
             import transformers
         except ImportError as error:

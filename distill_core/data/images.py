@@ -249,13 +249,13 @@ def _offline(config: Any) -> Iterator[None]:
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def bucket_sizes(area_side_px: int, step_px: int = 64, min_px: int | None = None, max_px: int | None = None) -> list[Size]:
+def bucket_sizes(area_side_px: int, step_px: int = 64, min_px: int | None = None) -> list[Size]:
     """Sizes of many shapes, none larger than a given square: for each side the longest other side, in both orientations.
 
     Sides are multiples of ``step_px``, by default from half the square's side to twice that side. ``ValueError`` if there
     are none.
     """
-    min_px, max_px = min_px or area_side_px // 2, max_px or 2 * area_side_px
+    min_px, max_px = min_px or area_side_px // 2, 2 * area_side_px
     sides = range(math.ceil(min_px / step_px) * step_px, max_px + 1, step_px)
     longest = {side: min(area_side_px**2 // side, max_px) // step_px * step_px for side in sides}
     found = {(a, b) for a, b in longest.items() if b >= min_px}

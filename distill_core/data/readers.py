@@ -176,8 +176,6 @@ class Parts:
     """Class in diffusers."""
     as_stored: bool = True
     """Whether text encoders compute in the precision they are stored in; they are too large for another."""
-    title: str = ""
-    """Models of the family."""
 
 
 PARTS = {
@@ -185,15 +183,13 @@ PARTS = {
         FluxReader,
         {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
         {"tokenizer": "CLIPTokenizer", "tokenizer_2": "AutoTokenizer"},
-        title="Flux.1",
     ),
-    "z-image": Parts(ZImageReader, {"text_encoder": "Qwen3Model"}, {"tokenizer": "AutoTokenizer"}, title="Z-Image"),
+    "z-image": Parts(ZImageReader, {"text_encoder": "Qwen3Model"}, {"tokenizer": "AutoTokenizer"}),
     "qwen-image": Parts(
         QwenImageReader,
         {"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         {"tokenizer": "AutoTokenizer"},
         "AutoencoderKLQwenImage",
-        title="Qwen-Image",
     ),
 }
 """Families of transformers whose pipelines can be read."""
@@ -210,7 +206,7 @@ def parts_of(folder: Path, family: str) -> Parts:
     def reader(of: Sequence[Any], by: Sequence[Any], network: Mapping[str, Any]) -> ClipReader:
         return ClipReader(of, by)
 
-    return Parts(reader, clips, tokenizers, as_stored=False, title="SD1.x, SD2 or SDXL")
+    return Parts(reader, clips, tokenizers, as_stored=False)
 
 
 def network_config(folder: Path) -> dict[str, Any]:

@@ -57,11 +57,6 @@ class NoiseSchedule:
         """``sigma_t / alpha_t``, (num_timesteps,): what k-diffusion and ComfyUI call sigma."""
         return self.sigmas / self.alphas
 
-    @property
-    def straight(self) -> bool:
-        """Whether it is the straight line of rectified flow."""
-        return bool(((self.alphas + self.sigmas - 1).abs() < 1e-6).all())
-
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio ``alpha_t**2 / sigma_t**2`` at integer timesteps (B,), float32, on the device of ``t``."""
         return self.noise_ratio[t.cpu()].pow(-2).float().to(t.device)

@@ -160,20 +160,15 @@ class Lora:
         scale = self._scale or 1.0
         return read if scale == 1 else {name: w / scale if name.endswith(".lora_up") else w for name, w in read.items()}
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Load the matrices of a checkpoint."""
-        with torch.no_grad():
-            for name, parameter in self.parameters().items():
-                parameter.copy_(weights[name])
 
-
-def trained_shapes(denoiser: Denoiser, rank: int, targets: Sequence[str] = ATTENTION) -> list[torch.Size]:
-    """Shapes of the matrices that a `Lora` of this rank would train; the network does not change."""
+def trained_shapes(denoiser: Denoiser, rank: int, targets: Sequence[str] = ATTENTION, dora: bool = False) -> list[torch.Size]:
+    """Shapes of what a `Lora` of this rank would train; the network does not change."""
     modules = (denoiser.module(layer) for layer in _matching(denoiser, targets))
     weights = [module.weight for module in modules if isinstance(module, (nn.Linear, nn.Conv2d))]
     downs = [torch.Size([rank, *weight.shape[1:]]) for weight in weights]
     ups = [torch.Size([weight.shape[0], rank, *[1] * (weight.ndim - 2)]) for weight in weights]
-    return [*downs, *ups]
+    magnitudes = [torch.Size([1, weight.shape[1], *[1] * (weight.ndim - 2)]) for weight in weights] if dora else []
+    return [*downs, *ups, *magnitudes]
 
 
 class WithoutLora:

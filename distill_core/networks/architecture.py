@@ -165,7 +165,7 @@ class Architecture:
         blocks |= {block.replace(".attn.", ".resnet.") for block in self.modules if kind(block) == "attn"}
         blocks |= {f"{stage}.resnet.0" for side in ("down", "up") for stage in self.stages(side)}
         for block in blocks:
-            required |= {f"{block}.{name}" for name in _PARAMETERS.get("block" if ".block." in block else kind(block), ())}
+            required |= {f"{block}.{name}" for name in _PARAMETERS.get(kind(block), ())}
         return sorted(required - self.shapes.keys())
 
     def check_whole(self) -> None:
@@ -282,7 +282,7 @@ class Architecture:
 
     def stack_of(self, block: str) -> str | None:
         """The stack of transformer blocks that an attention holds: its blocks are this name and a number."""
-        return f"{block}.block" if kind(block) == "attn" and ".block." not in block else None
+        return f"{block}.block" if kind(block) == "attn" else None
 
     def orphans(self, removed: Set[str]) -> set[str]:
         """The downsampling into, and the upsampling out of, removed stages."""

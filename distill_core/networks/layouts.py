@@ -95,8 +95,12 @@ def split(name: str) -> tuple[str, str]:
 
 
 def kind(module: str) -> str:
-    """``resnet``, ``attn``, ``downsample``, ``upsample`` or, for the ends of the network, its own name."""
-    return next((word for word in ("resnet", "attn", "downsample", "upsample") if f".{word}" in module), module)
+    """``block`` (of a transformer), ``resnet``, ``attn``, ``downsample``, ``upsample`` or, for the ends of the network, its own name."""
+    return next((word for word in ("block", "resnet", "attn", "downsample", "upsample") if f".{word}" in module), module)
+
+
+ADDED_BY = {"resnet": ("conv2",), "attn": ("proj_out",), "block": ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")}
+"""By kind of block, the layers whose outputs it adds to its input, in order: zeros make it the identity."""
 
 
 def heads(name: str) -> list[str]:

@@ -61,7 +61,7 @@ class TransformerModels(Models):
 
     def _check_lora(self, training: TrainingSettings) -> None:
         """``ValueError`` for a LoRA that the network cannot have."""
-        trained_shapes(self._denoiser(self._empty), training.lora_rank, training.lora_targets)
+        trained_shapes(self._denoiser(self._empty), training.lora_rank, training.lora_targets, training.lora_dora)
         if training.lora_dora and self._settings.dtype in QUANTISED:
             raise ValueError(NO_DORA)
 

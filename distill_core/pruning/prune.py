@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ..base.storage import OnBytes, fingerprint, ignore, zeros_like
 from ..networks.architecture import Architecture
 from ..networks.files import UNetFile, open_unet
+from ..networks.layouts import ADDED_BY, kind
 from ..networks.name_map import NameMap
 from ..networks.network import Network, NetworkFile, Same
 from ..networks.residuals import KEY as KEPT
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 Weight = TypeVar("Weight", bound="Tensor | StoredTensor")
 Weights = Mapping[str, "Tensor | StoredTensor"]
-_OUTPUTS = {"block": ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"), "attn": ("proj_out",)}
-"""Layers that compute what a transformer block, and an attention, add to their input: zeros make them the identity."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ def prune(teacher: Same, plan: PruningPlan, *, pad: bool = False, for_comfyui: b
 
 def _is_output(name: str, block: str) -> bool:
     """Whether a parameter belongs to what a block adds to its input."""
-    outputs = _OUTPUTS["block" if ".block." in block else "attn"]
-    return any(name.startswith(f"{block}.{output}.") for output in outputs)
+    return any(name.startswith(f"{block}.{layer}.") for layer in ADDED_BY[kind(block)])
 
 
 def prune_file(

@@ -87,7 +87,7 @@ def skipping(denoiser: Denoiser, mapping: NameMap, stand_ins: Mapping[str, Calla
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(tap(denoiser, {source for _, source in way.rewired.values()}))
         for name, channels in way.passed_over.items():
-            in_tuple = denoiser.layout == "diffusers" and kind(name) == "attn" and ".block." not in name
+            in_tuple = denoiser.layout == "diffusers" and kind(name) == "attn"
             stack.enter_context(instead(denoiser.module(name), _pass_on(channels, in_tuple, stand_ins.get(name))))
         for name, (channels, source) in way.rewired.items():
             module = denoiser.module(name)

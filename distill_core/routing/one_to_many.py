@@ -32,7 +32,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..evaluation.metrics import output_error
 from ..networks.files import open_unet, save_unet
 from ..pruning.plan import PruningPlan
-from ..training.checkpoints import checkpoints_in, own, sound
+from ..training.checkpoints import checkpoints_in, own, sound, step_in
 from ..training.loop import Progress, distill
 from ..training.processes import ALONE, Processes
 from ..training.run import Inputs, Run
@@ -192,7 +192,7 @@ class OneToMany:
         if names and not any(name.startswith(("joint", "range_", "pruned")) for name in names):
             raise ValueError(f"{self.folder} exists but is not a training of several experts; choose another name")
         for path in self.folder.glob("joint*"):
-            if (done := _steps_in(path)) > self.stages.get(path.name, 0):
+            if (done := step_in(path)) > self.stages.get(path.name, 0):
                 raise ValueError(
                     f"the joint student in {self.folder} is trained for {done:,} steps already; set joint_steps to that or more, "
                     "or choose another folder"
@@ -231,7 +231,7 @@ class OneToMany:
 
     def steps_of(self, stage: str) -> int:
         """Completed steps of a stage."""
-        return min(_steps_in(self.folder / stage), self.stages[stage])
+        return min(step_in(self.folder / stage), self.stages[stage])
 
     @property
     def step(self) -> int:
@@ -454,17 +454,6 @@ class OneToMany:
             overwrite=True,
         )
         return path
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether a folder holds a training of several experts with at least one checkpoint."""
-    return any(_steps_in(path.parent) for path in folder.glob("*/checkpoints"))
-
-
-def _steps_in(folder: Path) -> int:
-    """Step of the newest checkpoint in a run's folder."""
-    checkpoints = checkpoints_in(folder)
-    return int(checkpoints[-1].name) if checkpoints else 0
 
 
 def _spelt(plan: PruningPlan | None) -> str:

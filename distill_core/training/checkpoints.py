@@ -43,6 +43,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for path in _named(folder) if is_whole(path)]
 
 
+def step_in(folder: Path) -> int:
+    """Step of the newest checkpoint in a run's folder; 0 before the first."""
+    checkpoints = checkpoints_in(folder)
+    return int(checkpoints[-1].name) if checkpoints else 0
+
+
 def _named(folder: Path) -> list[Path]:
     """Every path that is named like a checkpoint, complete or not."""
     inside = folder / "checkpoints"

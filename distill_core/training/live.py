@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import is_link
+from .objective import LOSSES, MEASURED_WITH_DMD
 from .run import METRICS, RECIPE, read_metrics
 from .run_folders import STAGES, stages_in, total_steps_of
 
@@ -18,19 +19,7 @@ if TYPE_CHECKING:
     from .loop import Progress
 
 MAX_POINTS = 1000
-TERMS = (
-    "total",
-    "task",
-    "output",
-    "feature",
-    "local",
-    "consistency",
-    "dmd",
-    "diversity",
-    "fake",
-    "cosine_distance",
-    "validation",
-)
+TERMS = ("total", *LOSSES, *MEASURED_WITH_DMD, "validation")
 SECONDS_BETWEEN = 1.0
 
 

@@ -71,26 +71,15 @@ def distill(
     with run.training():
         processes.wait()  # until the main process has checked the run's folder
         try:
-            _distill(run, student, teachers, plan, dataset, num_steps, previews, on_step, on_refit, processes)
+            _train(Trainer(run, student, teachers, plan, dataset, processes, on_refit), num_steps, previews, on_step)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(_what_to_lower(run.settings, processes)) from error
 
 
-def _distill(
-    run: Run,
-    student: Denoiser,
-    teachers: Teachers,
-    plan: PruningPlan | None,
-    dataset: Dataset,
-    num_steps: int | None,
-    previews: Previews | None,
-    on_step: Callable[[Progress], None],
-    on_refit: Callable[[int, int], None],
-    processes: Processes,
-) -> None:
-    trainer, first = Trainer(run, student, teachers, plan, dataset, processes, on_refit), run.step
+def _train(trainer: Trainer, num_steps: int | None, previews: Previews | None, on_step: Callable[[Progress], None]) -> None:
+    run, processes, first = trainer.run, trainer.processes, trainer.run.step
     last = min(run.settings.total_steps, first + (run.settings.total_steps if num_steps is None else num_steps))
-    _warn_if_seen_too_often(num_examples(dataset), run.settings.total_steps * run.settings.batch_size)
+    _warn_if_seen_too_often(num_examples(trainer.dataset), run.settings.total_steps * run.settings.batch_size)
     started = time.monotonic()
     with trainer.open(), contextlib.ExitStack() as stack:
         columns = trainer.columns(first)
@@ -113,8 +102,8 @@ def _distill(
                     trainer.save()
                 if previews and _is_sampled(run.settings, done) and trainer.keeps:
                     with trainer.exported():
-                        folder, taught_by = run.folder / "samples", teachers.at(step)
-                        previews.draw(folder, done, student, taught_by, run.settings, write=processes.main)
+                        folder, taught_by = run.folder / "samples", trainer.teachers.at(step)
+                        previews.draw(folder, done, trainer.student, taught_by, run.settings, write=processes.main)
                 on_step(Progress(done, run.settings.total_steps, row, (time.monotonic() - started) / (done - first)))
         finally:
             # A cancel or an error loses only the current step; a second Ctrl+C waits until the checkpoint is saved.

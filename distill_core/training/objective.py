@@ -14,6 +14,11 @@ from ..networks.name_map import NameMap
 from .feature_layers import FEATURE_LAYERS
 from .losses import FEATURE_LOSSES, output_loss, task_loss
 
+LOSSES = ("task", "output", "feature", "local", "consistency", "dmd", "diversity")
+"""Names of the losses: fields of `Objective`, which are their weights, and names in the metrics of a run."""
+MEASURED_WITH_DMD = ("fake", "cosine_distance")
+"""What a run by dmd measures beside its losses: the fake score's own loss, and its distance to the real score in direction."""
+
 
 class Outputs(NamedTuple):
     """Outputs of one network for a batch."""
@@ -65,15 +70,7 @@ class Objective:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each loss by its name."""
-        return {
-            "task": self.task,
-            "output": self.output,
-            "feature": self.feature,
-            "local": self.local,
-            "consistency": self.consistency,
-            "dmd": self.dmd,
-            "diversity": self.diversity,
-        }
+        return {name: getattr(self, name) for name in LOSSES}
 
     @property
     def uses_teacher(self) -> bool:

@@ -24,7 +24,6 @@ class Kind(NamedTuple):
     """Name of its pip package."""
     one_by_one: bool = True
     """Whether it updates each tensor independently, so that tensors can be updated one at a time."""
-    title: str = ""
 
 
 def _from(module: str, name: str, **options) -> Callable[[Parameters, float, float], torch.optim.Optimizer]:
@@ -42,17 +41,18 @@ def _prodigy(parameters: Parameters, learning_rate: float, weight_decay: float) 
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    "adamw": Kind(_from("torch.optim", "AdamW"), title="Loshchilov & Hutter 2019, arXiv 1711.05101"),
-    "adamw8bit": Kind(_from("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes", title="Dettmers et al. 2022, arXiv 2110.02861"),
-    "adafactor": Kind(_from("torch.optim", "Adafactor"), title="Shazeer & Stern 2018, arXiv 1804.04235"),
-    "lion": Kind(_from("lion_pytorch", "Lion"), "lion-pytorch", title="Chen et al. 2023, arXiv 2302.06675"),
-    "prodigy": Kind(_prodigy, "prodigyopt", one_by_one=False, title="Mishchenko & Defazio 2024, arXiv 2306.06101"),
-    "schedulefree": Kind(
-        _from("schedulefree", "AdamWScheduleFree"),
-        "schedulefree",
-        one_by_one=False,
-        title="Defazio et al. 2024, arXiv 2405.15682",
-    ),
+    # Loshchilov & Hutter 2019, arXiv 1711.05101
+    "adamw": Kind(_from("torch.optim", "AdamW")),
+    # Dettmers et al. 2022, arXiv 2110.02861
+    "adamw8bit": Kind(_from("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes"),
+    # Shazeer & Stern 2018, arXiv 1804.04235
+    "adafactor": Kind(_from("torch.optim", "Adafactor")),
+    # Chen et al. 2023, arXiv 2302.06675
+    "lion": Kind(_from("lion_pytorch", "Lion"), "lion-pytorch"),
+    # Mishchenko & Defazio 2024, arXiv 2306.06101
+    "prodigy": Kind(_prodigy, "prodigyopt", one_by_one=False),
+    # Defazio et al. 2024, arXiv 2405.15682
+    "schedulefree": Kind(_from("schedulefree", "AdamWScheduleFree"), "schedulefree", one_by_one=False),
 }
 """Optimisers by name."""
 

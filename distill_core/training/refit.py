@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from ..base.storage import ignore
 from ..diffusion.denoiser import Denoiser, tap
 from ..networks.architecture import Architecture
-from ..networks.layouts import kind
+from ..networks.layouts import ADDED_BY, kind
 from ..networks.name_map import NameMap
 from ..pruning.recover import Moments, best_ridge, places
 from .step import StepInputs, ask
 
 log = logging.getLogger("distill")
-LAST_LAYERS = {"resnet": "conv2", "attn": "proj_out", "block": "ff.net.2"}
-"""The layer of a block whose output is added to the block's input as it is."""
 NUM_PLACES = 256
-"""Of an example's image that are looked at, evenly spaced."""
+"""Positions sampled per example, evenly spaced."""
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Fewer than an analysis tries: the layers of SDXL read up to 5,120 features, and each strength is a system of that size to solve."""
 
@@ -43,7 +41,7 @@ class Cut(NamedTuple):
     @property
     def layer(self) -> str:
         """The layer that makes up for the run."""
-        return f"{self.block}.{LAST_LAYERS['block' if '.block.' in self.block else kind(self.block)]}"
+        return f"{self.block}.{ADDED_BY[kind(self.block)][-1]}"
 
 
 @dataclass(frozen=True)

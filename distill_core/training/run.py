@@ -27,7 +27,7 @@ from ..base.documents import check_regular, expect, lines, one_line, parse_json,
 from ..base.locks import locked
 from ..base.settings import from_mapping, to_toml
 from ..base.storage import WriteError, atomic, read_header, write_tensors, write_text
-from .checkpoints import TRAINING, checkpoints_in, drop, own, result_in, settle, write_checksums
+from .checkpoints import TRAINING, checkpoints_in, drop, own, result_in, settle, step_in, write_checksums
 from .exports import Trained
 from .settings import TrainingSettings
 
@@ -52,7 +52,7 @@ class State(NamedTuple):
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Metrics of each step of a run: ``step``, ``lr``, ``total``, ``task``, ``output``, ``feature``, ``local``, and each feature layer and local block.
+    """Metrics of each step of a run: ``step``, ``lr``, ``total``, the losses (`objective.LOSSES`), and each feature layer and local block.
 
     Also the gradient ``norm``, the mean total by timestep such as ``timesteps/0-99``, and ``validation``. Each row has only
     what was measured in its step. Empty if there are no metrics.
@@ -204,7 +204,7 @@ class Run:
     @property
     def step(self) -> int:
         """Step of the newest checkpoint; 0 before the first."""
-        return int(self.checkpoints[-1].name) if self.checkpoints else 0
+        return step_in(self.folder)
 
     @property
     def total_steps(self) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..base.documents import read_json, read_toml
 from ..base.locks import LOCK, locked
 from ..base.storage import clear_abandoned, discard
-from .checkpoints import checkpoints_in, is_link, own, result_of
+from .checkpoints import checkpoints_in, is_link, own, result_of, step_in
 from .run import METRICS, OWN, RECIPE
 
 STAGES = "stages.json"
@@ -72,6 +72,11 @@ def run_in(folder: Path) -> RunOnDisk | None:
         )
     except OSError:  # it vanished, or is not readable for us
         return None
+
+
+def steps_kept(folder: Path) -> int:
+    """Steps that a run, or all stages of a training of several experts, have kept."""
+    return sum(map(step_in, stages_in(folder)))
 
 
 def is_run(folder: Path) -> bool:

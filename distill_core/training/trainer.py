@@ -37,7 +37,7 @@ from .lesson import (
 )
 from .local import local_terms
 from .losses import pseudo_huber_loss
-from .objective import Objective, Outputs
+from .objective import MEASURED_WITH_DMD, Objective, Outputs
 from .processes import Processes
 from .refit import refit
 from .run import Run, State
@@ -174,7 +174,7 @@ class Trainer:
         used = {name for objective in self.settings.objectives for name, weight in objective.weights.items() if weight}
         losses = [name for name in self.objective.weights if name in used and name not in of_layers]
         losses += dict.fromkeys(name.split("/")[0] for name in layers)
-        losses += ["fake", "cosine_distance"] * bool(self.objective.dmd)
+        losses += MEASURED_WITH_DMD * bool(self.objective.dmd)
         extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.learner.scaler.is_enabled()
         validation = ["validation"] * bool(self.settings.validate_every_steps)
         return ["step", "lr", "total", *losses, "norm", *extra, *validation, *layers, *self._bins]

@@ -21,9 +21,8 @@ from torch import Tensor
 from ...distill_core.base.storage import WriteError
 from ...distill_core.routing.experts import MANIFEST
 from ...distill_core.training import live
-from ...distill_core.training.checkpoints import checkpoints_in
 from ...distill_core.training.run import METRICS
-from ...distill_core.training.run_folders import delete_run, runs_in, stages_in
+from ...distill_core.training.run_folders import delete_run, runs_in, stages_in, steps_kept
 
 log = logging.getLogger("distill")
 
@@ -81,8 +80,7 @@ def newest_step(run_name: str) -> int:
         folder = run_folder(run_name)
     except ValueError:  # execute raises the error about the name
         return 0
-    newest = (checkpoints_in(stage)[-1:] for stage in stages_in(folder))
-    step = sum(int(checkpoint.name) for found in newest for checkpoint in found)
+    step = steps_kept(folder)
     if step < _seen.get(folder, 0):
         _lost[folder] = _lost.get(folder, 0) + 1
     _seen[folder] = step

@@ -282,7 +282,7 @@ def forecast_base(base: ModelDenoiser, mapping: NameMap | None, data: Dataset, s
 def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
     """What a step needs besides activations: the weights as they are held, and what is trained, by exact count."""
     weights = sum(weight.nbytes for weight in base.network.parameters())
-    shapes = trained_shapes(base, settings.lora_rank, settings.lora_targets)
+    shapes = trained_shapes(base, settings.lora_rank, settings.lora_targets, settings.lora_dora)
     learnt = sum(8 * shape.numel() for shape in shapes) + beside_weights(shapes, settings).total()  # 8: gradients too, in float32
     return f"the model takes {gib(weights)}, the LoRA with its gradients and optimizer {gib(learnt)}; activations come on top"
 

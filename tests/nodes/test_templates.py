@@ -2,10 +2,12 @@
 
 import json
 import re
+from itertools import combinations
 
 import pytest
 
 from .. import comfyui
+from ..workflows.test_layout import box, overlap
 from .pages import load, opened
 from .test_locales import LOCALES, OTHERS
 
@@ -61,6 +63,29 @@ def test_the_front_end_shows_it_and_leaves_what_people_wrote(page, server):
         assert {group["title"] for group in graph["groups"]} <= set(page.evaluate(titles))
     finally:
         server.post("settings/Comfy.Locale", "en")
+
+
+BOXES = (
+    """() => window.app.graph.nodes.map(({ id, pos, size }) => [id, [pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]]])"""
+)
+
+
+@pytest.mark.parametrize("new_nodes", [False, True])
+def test_nodes_do_not_grow_over_others_when_opened(page, server, new_nodes):
+    """Those that are too small for their widgets grow; in "Nodes 2.0" most do a little."""
+    server.post("settings/Comfy.VueNodes.Enabled", new_nodes)
+    try:
+        opened(page, server)
+        for name, graph in WORKFLOWS.items():
+            load(page, graph)
+            page.wait_for_timeout(1000)
+            boxes = dict(page.evaluate(BOXES))
+            assert not [pair for pair in combinations(boxes, 2) if overlap(*(boxes[node] for node in pair))], name
+            if not new_nodes:
+                laid_out = {str(node["id"]): box(node) for node in graph["nodes"]}
+                assert {node: tuple(map(round, place)) for node, place in boxes.items()} == laid_out, name
+    finally:
+        server.post("settings/Comfy.VueNodes.Enabled", False)
 
 
 APPS = {name: graph["extra"]["linearData"] for name, graph in WORKFLOWS.items() if "linearData" in graph["extra"]}

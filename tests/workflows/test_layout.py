@@ -11,7 +11,9 @@ PATHS = sorted((comfyui.ROOT / "workflows").glob("*.json"))
 TITLE = 30  # above a node
 WINDOWS = [(1680, 1000), (1920, 969)]
 FILLED = 0.75  # of the window, when ComfyUI opens a template
+PADDING_PX = 10  # on each side of the nodes, then
 LEAST_ZOOM = 8 / 14  # below it ComfyUI draws no text
+LEAST_WIDTH = 225  # to which "Nodes 2.0" widens a node
 SIDEBAR_PX, TOP_BARS_PX = 66, 95
 GROUPS = {"#6fa8d6", "#93c492", "#cf8fd0", "#dbb458"}
 
@@ -40,7 +42,7 @@ def holds(outer, inner):
 def test_it_opens_large_enough_to_be_read(path):
     graph = json.loads(path.read_text("utf-8"))
     lefts, tops, rights, bottoms = zip(*map(box, graph["nodes"]), strict=True)
-    width, height = max(rights) - min(lefts), max(bottoms) - min(tops)
+    width, height = (max(ends) - min(starts) + 2 * PADDING_PX for starts, ends in ((lefts, rights), (tops, bottoms)))
     for window in WINDOWS:
         assert FILLED * min(window[0] / width, window[1] / height) >= LEAST_ZOOM
 
@@ -66,6 +68,12 @@ def test_nothing_lies_over_anything_else(path):
     for node, place in boxes.items():
         around = [outer for outer in frames if overlap(outer, place)]
         assert (not around) if node in notes else (len(around) == 1 and holds(around[0], place))
+
+
+@every_workflow
+def test_no_node_is_widened(path):
+    graph = json.loads(path.read_text("utf-8"))
+    assert not [node["id"] for node in graph["nodes"] if node["size"][0] < LEAST_WIDTH]
 
 
 @every_workflow

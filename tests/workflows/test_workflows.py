@@ -24,7 +24,7 @@ from distill_core.routing.experts import Experts
 from distill_core.training.run import read_metrics
 
 from .. import comfyui
-from .shortened import shortened
+from .shortened import misfits, shortened
 
 WORKFLOWS = comfyui.ROOT / "workflows"
 ASKED = Scene(Group("apple", 2, "red"), "left of", Group("cat"), "flat")
@@ -54,6 +54,7 @@ def test_a_workflow_uses_known_nodes_and_has_its_picture(path, server):
         if node["type"].startswith("Distill"):
             names = [*known[node["type"]]["input"].get("required", {}), *known[node["type"]]["input"].get("optional", {})]
             assert {entry["name"].partition(".")[0] for entry in node["inputs"]} <= set(names)  # models.model_1 is one of models
+    assert misfits(graph, known) == []
 
 
 def test_the_workflows_are_in_the_template_browser(server):

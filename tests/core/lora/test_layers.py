@@ -38,14 +38,15 @@ def student(request, small_teacher):
     return student_of(small_teacher, preset(request.param))
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, ("*",)], ids=["attention", "everything"])
-def test_what_a_lora_will_train_is_known_before(targets, student):
-    expected = trained_shapes(student, 3, targets)
-    found = [parameter.shape for parameter in Lora(copied(student), rank=3, targets=targets).parameters().values()]
-    assert sorted(map(tuple, expected)) == sorted(map(tuple, found)) and len(expected) > 8
-
-
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+
+
+@DORA
+@pytest.mark.parametrize("targets", [ATTENTION, ("*",)], ids=["attention", "everything"])
+def test_what_a_lora_will_train_is_known_before(targets, dora, student):
+    expected = trained_shapes(student, 3, targets, dora)
+    found = [parameter.shape for parameter in Lora(copied(student), rank=3, targets=targets, dora=dora).parameters().values()]
+    assert sorted(map(tuple, expected)) == sorted(map(tuple, found)) and len(expected) > 8
 
 
 @DORA

@@ -19,11 +19,11 @@ from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import plan_in, preset
 from distill_core.routing import one_to_many
 from distill_core.routing.experts import Experts
-from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start, has_begun
+from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from distill_core.routing.router import ExpertDenoiser
 from distill_core.training.live import history
 from distill_core.training.run import Inputs, Run
-from distill_core.training.run_folders import run_in
+from distill_core.training.run_folders import run_in, steps_kept
 from distill_core.training.settings import TrainingSettings
 
 from ...students import student_of
@@ -168,7 +168,7 @@ def test_cancelled_and_resumed_equals_uninterrupted_bit_for_bit(stop_at, trainin
     with pytest.raises(Cancelled):
         training(tmp_path / "x").train(on_step=cancel)
     again = training(tmp_path / "x")
-    assert again.step == stop_at and not again.complete and has_begun(tmp_path / "x")
+    assert again.step == stop_at and not again.complete and steps_kept(tmp_path / "x") == stop_at
     again.train()
     assert again.complete and alike(again, uninterrupted)
 

@@ -538,8 +538,8 @@ def test_nothing_is_named_that_is_in_use():
 
 def test_every_change_is_a_recipe_that_can_be_run():
     for optimizer in OPTIMIZERS:
-        for change in changes(settings_of(EVERYTHING, optimizer=optimizer)):
-            assert change.smaller or change.settings != EVERYTHING
+        for change in changes(now := settings_of(EVERYTHING, optimizer=optimizer)):
+            assert change.smaller or change.settings != now
     prodigy = [change.what for change in changes(settings_of(optimizer="prodigy"))]
     assert "weight_dtype bf16" not in prodigy and "optimizer adamw8bit" in prodigy
     assert "weight_dtype bf16" in [change.what for change in changes(settings_of(optimizer="prodigy", lora_rank=4))]
@@ -552,7 +552,7 @@ def test_every_change_is_a_recipe_that_can_be_run():
 def test_the_free_memory_of_a_device(monkeypatch):
     assert free_bytes(torch.device("cpu")) > 0
     monkeypatch.setattr(memory, "find_spec", lambda name: None)  # where psutil is not installed
-    assert free_bytes(torch.device("cpu")) is None or free_bytes(torch.device("cpu")) > 0
+    assert free_bytes(torch.device("cpu")) is None
     assert free_bytes(torch.device("meta")) is None
 
 
