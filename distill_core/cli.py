@@ -195,13 +195,13 @@ def convert_lora(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    import torch
     from tqdm import tqdm
 
     from .evaluation.compare import Settings, save_chart, work
     from .evaluation.compare import compare as measure
     from .evaluation.comparison import table_text
     from .networks.files import open_unet
+    from .training.memory import is_out_of_memory
 
     names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
     if not len({*names} - {""}) == len(names) == len(arguments.files):
@@ -219,7 +219,9 @@ def compare(arguments: argparse.Namespace) -> None:
     with tqdm(total=work(len(files), settings), desc="comparing", file=sys.stderr, delay=1, leave=False) as progress:
         try:
             comparison = measure(files, settings, progress.update)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise MemoryError("the device is out of memory; lower --size or --batch, or compare fewer models") from error
     save_chart(arguments.out, comparison, overwrite=arguments.overwrite)
     if arguments.json:

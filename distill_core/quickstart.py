@@ -19,13 +19,14 @@ from .diffusion.denoiser import Denoiser
 from .diffusion.macs import count_macs
 from .evaluation import plots, report
 from .evaluation.measuring import in_rounds, seconds_of
-from .networks.files import save_unet
+from .networks.files import UNetFile, save_unet
 from .pruning.plan import preset
-from .pruning.prune import pruned_file
+from .pruning.prune import is_pruned_from, pruned_file
 from .training.loop import distill
-from .training.run import Inputs, Run
+from .training.run import RECIPE, Inputs, Run
 from .training.settings import REFIT_EXAMPLES, TrainingSettings
 
+PRUNED = "pruned.safetensors"
 SHOWN_OF_EACH = 2  # pictures of each category in the report
 OPTIMIZATION: dict[str, Any] = dict(learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20, weight_decay=1e-3)
 """Settings by which students of the demo are trained, here and in benchmarks."""
@@ -67,6 +68,13 @@ class Row:
     """Time per image when sampling a batch; None if not measured."""
 
 
+def _may_be_used(out: Path, teacher: UNetFile) -> bool:
+    """Whether a folder is new or empty, or holds what an unfinished quickstart has made."""
+    if not out.exists() or not any(out.iterdir()):
+        return True
+    return (out / "run" / RECIPE).exists() or is_pruned_from(teacher, out / PRUNED)
+
+
 def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
     """Run the quickstart in the folder ``out``; returns the table.
 
@@ -77,10 +85,10 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         raise ValueError(f"{out} is a file; choose a folder as --out")
     if (out / "report.html").exists():
         raise ValueError(f"{out} holds a finished quickstart; choose another --out, or delete it")
-    if out.exists() and any(out.iterdir()) and not (out / "run" / "recipe.toml").exists():
+    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
+    if not _may_be_used(out, file):
         raise ValueError(f"{out} exists but is not an unfinished quickstart; choose another --out")
     check_writable(out / "report.html")
-    file, plan, dataset = teacher_file(), preset(settings.preset), load_dataset()
     teacher = load_denoiser(file)
     training = TrainingSettings(
         total_steps=settings.train_steps,
@@ -91,7 +99,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
         **OPTIMIZATION,
     )
     run = Run(out / "run", training, Inputs(plan=plan.name, data=dataset.fingerprint))
-    student = load_denoiser(pruned_file(file, out / "pruned.safetensors", plan))
+    student = load_denoiser(pruned_file(file, out / PRUNED, plan))
 
     rows, found = [], {}
     for name, denoiser in (("teacher", teacher), ("pruned only", student), ("distilled", student)):

@@ -184,7 +184,7 @@ def _routed(training: OneToMany, student: bridge.Model):
     """The experts as trained so far as one MODEL; a range that has not started uses the model it will start from."""
 
     def trained(stage: str):
-        state_dict = open_unet(training.run(stage).result_file).state_dict
+        state_dict = open_unet(training.result_of(stage)).state_dict
         return bridge.make_student(state_dict, student.architecture, student, student.origin)
 
     start = trained("joint") if "joint" in training.stages and training.steps_of("joint") else student.patcher
@@ -196,7 +196,7 @@ def _routed(training: OneToMany, student: bridge.Model):
         if not training.steps_of(stage):
             experts.append(start)
         elif training.training.lora_rank:
-            experts.append(bridge.with_lora_file(start, training.run(stage).result_file))
+            experts.append(bridge.with_lora_file(start, training.result_of(stage)))
         else:
             experts.append(trained(stage))
     return bridge.route_experts(experts, training.ranges)

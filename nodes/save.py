@@ -1,5 +1,7 @@
 """Nodes that save students to disk and load them."""
 
+import posixpath
+
 import folder_paths
 from comfy_api.latest import io, ui
 
@@ -61,6 +63,9 @@ class SaveDistilledModel(io.ComfyNode):
     def execute(cls, model, filename_prefix: str, dtype: str, layout: str, clip=None, vae=None, thumbnail=None) -> io.NodeOutput:
         if layout == "checkpoint" and (clip is None or vae is None):
             raise ValueError("the checkpoint layout also needs CLIP and VAE: connect both, or choose the ldm layout")
+        filename_prefix = filename_prefix.replace("\\", "/")  # a graph made on Windows
+        if not filename_prefix.endswith("/"):
+            filename_prefix = posixpath.normpath(filename_prefix)
         first, slash, rest = filename_prefix.partition("/")
         if slash and first in DEFAULT_FOLDERS.values():
             filename_prefix = f"{DEFAULT_FOLDERS[layout]}/{rest}"

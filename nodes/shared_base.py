@@ -96,7 +96,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 # rarely changed
                 io.Int.Input("images_per_caption", default=1, min=1, max=10_000, advanced=True, tooltip="Images made for each "
                              "caption, if no latents are connected."),
-                io.Int.Input("sampler_steps", default=25, min=1, max=1000, advanced=True, tooltip="Sampling steps for each of "
+                io.Int.Input("sampler_steps", default=24, min=1, max=1000, advanced=True, tooltip="Sampling steps for each of "
                              "these images (DDIM)."),
                 io.Int.Input("trajectory_states", default=8, min=0, max=1000, advanced=True, tooltip="Noisy states kept from the "
                              "sampling of each image, to train on; at most sampler_steps. 0 trains on added noise instead."),
@@ -166,7 +166,7 @@ class SharedBaseLoRA(io.ComfyNode):
                 data = _drawn(teacher or model, captions, null_caption, recipe, of_data, folder, node_id)
             else:
                 data = bridge.dataset(latents, captions, null_caption, model)
-            check_trajectories(recipe, data)
+            check_trajectories(recipe, data, (teacher or model).schedule)
             assert data.null is not None  # null_caption is given
             inputs = Inputs(
                 teachers=() if teacher is None else (teacher.fingerprint,),

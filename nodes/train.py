@@ -134,7 +134,7 @@ class DistillTrainStep(io.ComfyNode):
         with torch.inference_mode(False), torch.enable_grad():
             lesson.check_something_to_learn()
             data = bridge.dataset(latents, captions, null_caption, teachers[0])
-            check_trajectories(lesson.settings, data)
+            check_trajectories(lesson.settings, data, teachers[0].schedule)
             run = Run(folder, lesson.settings, lesson.inputs(data))
             if not run.complete:
                 lesson.train(run, data, vae[0], steps_per_queue, node_id)

@@ -51,6 +51,7 @@ _BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+MOST_DIMENSIONS = 8
 _UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "U16", "U32", "U64"}
 """Precisions of the format that this library does not support."""
 OVERWRITABLE = {
@@ -184,6 +185,8 @@ def _entries(text: bytes, num_bytes: int) -> tuple[dict[str, dict], dict[str, st
             raise ValueError(f"{name!r} has the unknown dtype {code!r}")
         if start != previous or end < start:
             raise ValueError(f"{name!r} does not begin where the tensor before it ends")
+        if len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"{name!r} has {len(shape):,} dimensions, more than any tensor of a model")
         if min(shape, default=0) < 0 or prod(max(1, size) for size in shape) >= 2**63:
             raise ValueError(f"{name!r} has an impossible shape, or is too large")
         if code in _BYTES and end - start != prod(shape) * _BYTES[code]:
@@ -265,6 +268,8 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".tmp", dir=path.parent))
         made = temporary / "made"  # no suffix, so that no UI lists a half-written file
         yield made
+        if made.is_dir():
+            _sync(made)
         replaced = path.rename(temporary / "replaced") if path.is_dir() else None
         try:
             os.replace(made, path)
@@ -272,11 +277,24 @@ def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             if replaced is not None:
                 replaced.rename(path)
             raise
+        _sync(path.parent)
     except OSError as error:
         raise WriteError(path, getattr(error, "reason", None) or error.strerror or str(error)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where the system can be asked to."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):  # not every file system knows it
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def discard(paths: Sequence[Path]) -> None:
@@ -344,8 +362,11 @@ def _may_be_written(temporary: Path) -> bool:
 
 
 def write_text(path: Path | str, text: str, *, overwrite: bool = True) -> None:
-    with atomic(path, overwrite=overwrite) as made:
-        made.write_bytes(text.encode())
+    """Write a text file, atomic and durable."""
+    with atomic(path, overwrite=overwrite) as made, open(made, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_tensors(

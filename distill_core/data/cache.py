@@ -127,6 +127,8 @@ class Entry(NamedTuple):
     text: str
     sizes: Sequence[int] | None = None
     """Original height and width, crop from top and left, target height and width in pixels; for SDXL."""
+    source: str | None = None
+    """What it shares with the examples made from the same image or prompt; None if there are no others."""
 
 
 class _Index(NamedTuple):
@@ -162,8 +164,8 @@ def _read_index(folder: Path) -> _Index:
 
 
 def _entry(parts: list) -> Entry:
-    """An example as in the index: two keys, and six sizes or nothing."""
-    if len(parts) not in (2, 3) or not all(isinstance(key, str) for key in parts[:2]):
+    """An example as in the index: two keys, six sizes or nothing, and its source if others share it."""
+    if not 2 <= len(parts) <= 4 or not all(isinstance(key, str) for key in (*parts[:2], *parts[3:])):
         raise ValueError("an example must name a latent and a text")
     entry = Entry(*parts)
     if entry.sizes is not None and len(_below_2_31(entry.sizes, "sizes")) != 6:
@@ -200,9 +202,10 @@ class CachedDataset:
         self._padded, self._num_tokens = index.padded, max(lengths) if index.padded else _tiled_length(lengths)
         self._for_sdxl = f"{self.entries[0].text}.pooled" in stored
         self.bucket_sizes = [len(bucket) for bucket in self._buckets]
+        self._sources = [_numbered([entry.source for entry in bucket]) for bucket in self._buckets]
         self.null = None if index.null is None else self._caption(index.null)
         self.timesteps = None if index.timesteps is None else torch.tensor(index.timesteps)
-        self.fingerprint = key(self.entries, index.null, index.timesteps)[:16]
+        self.fingerprint = key([entry[:3] for entry in self.entries], index.null, index.timesteps)[:16]
 
     @classmethod
     def open(cls, folder: Path | str) -> CachedDataset:
@@ -212,6 +215,9 @@ class CachedDataset:
         for path in _shards_in(folder):
             shards.add(path)
         return cls(folder, shards, index)
+
+    def sources(self, bucket: int) -> Tensor | None:
+        return self._sources[bucket]
 
     def read(self, bucket: int, picked: Tensor) -> Examples:
         """Examples as they are stored; a damaged shard is deleted, and ``ValueError`` names it."""
@@ -233,6 +239,14 @@ class CachedDataset:
         pooled = self._shards.read(f"{text}.pooled") if self._for_sdxl else None
         stretch = pad if self._padded else tile
         return Caption(stretch(self._shards.read(text), self._num_tokens), pooled, self._padded)
+
+
+def _numbered(sources: Sequence[str | None]) -> Tensor | None:
+    """A number for each source, of those that are None one each; None if all are."""
+    if not any(sources):
+        return None
+    numbers: dict[str | int, int] = {}
+    return torch.tensor([numbers.setdefault(source or place, len(numbers)) for place, source in enumerate(sources)])
 
 
 def _check(
@@ -374,7 +388,7 @@ class CacheWriter:
             "null": null,
             "timesteps": timesteps,
             "scales": scales,
-            "examples": [*entries],
+            "examples": [entry if entry.source else entry[:3] for entry in entries],
         }
         if self._padded:
             index["padded"] = True
@@ -488,7 +502,8 @@ def _encode(
             name = latent_key(content, encoders.fingerprint, writer.dtype, size, mirrored)
             if not writer.has(name):
                 queues[size].add(name, (image, mirrored))
-            entries.append(Entry(name, named(image.caption), crop(original, size).sizes))
+            source = latent_key(content, encoders.fingerprint, writer.dtype, size) if flip else None
+            entries.append(Entry(name, named(image.caption), crop(original, size).sizes, source))
         on_item(number, len(images))
     for queue in (texts, *queues.values()):
         queue.empty()

@@ -54,6 +54,12 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """Identifies this data."""
 
+    def sources(self, bucket: int) -> Tensor | None:
+        """What each example of a bucket was made from, such as an image and its mirror image, as a number, (N,) int64.
+
+        None if each was made from something of its own.
+        """
+
     def read(self, bucket: int, picked: Tensor) -> Examples:
         """Examples of a bucket by their numbers, (B,) int64."""
         ...
@@ -149,6 +155,9 @@ class LatentDataset:
         one_scale = len({*(self.scales or ())}) < 2  # then it is the same for all examples
         named = {f"{i}/{name}": tensor for i, name, tensor in parts if not (name == "scales" and one_scale)}
         return fingerprint({name: tensor for name, tensor in named.items() if tensor is not None})
+
+    def sources(self, bucket: int) -> None:
+        return None
 
     def read(self, bucket: int, picked: Tensor) -> Examples:
         return self.buckets[bucket].read(picked)
@@ -251,18 +260,30 @@ def _round(per_round: tuple[int, ...], seed: int, number: int) -> tuple[Tensor, 
     return order, earlier
 
 
-def num_held_out(size: int, share: float) -> int:
-    """Number of a bucket's examples that are kept for validation; a bucket's only example is trained on."""
-    return min(size - 1, round(size * share)) if size else 0
+def _split(dataset: Dataset, bucket: int, drawing: Drawing) -> tuple[Tensor, Tensor]:
+    """A bucket's examples that are trained on, and those kept for validation.
+
+    Those made from one source, such as an image and its mirror image, are on one side. A bucket's only source is trained on.
+    """
+    size, sources = dataset.bucket_sizes[bucket], dataset.sources(bucket)
+    num_sources = size if sources is None else int(sources.max()) + 1
+    num_held_out = min(num_sources - 1, round(num_sources * drawing.held_out)) if size else 0
+    order = _order(num_sources, drawing.seed, bucket, "held out")
+    num_trained = size - num_held_out
+    if sources is not None:
+        num_trained = size - int(torch.isin(sources, order[num_sources - num_held_out :]).sum())
+        order = order.argsort()[sources].argsort(stable=True)
+    return order[:num_trained], order[num_trained:]
 
 
 def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, drawing: Drawing) -> Batch:
     """The batch of a step: examples, noise, timesteps, some captions replaced by the empty one."""
-    sizes = [size - num_held_out(size, drawing.held_out) for size in dataset.bucket_sizes]
+    trained = [_split(dataset, bucket, drawing)[0] for bucket in range(len(dataset.bucket_sizes))] if drawing.held_out else []
+    sizes = [len(of_bucket) for of_bucket in trained] or dataset.bucket_sizes
     bucket, earlier = which_bucket(step, drawing.batch_size, sizes, drawing.seed)
     picked = indices(earlier, drawing.batch_size, sizes[bucket], drawing.seed, f"order {bucket}" if bucket else "order")
     if drawing.held_out:
-        picked = _order(dataset.bucket_sizes[bucket], drawing.seed, bucket, "held out")[picked]
+        picked = trained[bucket][picked]
     examples = dataset.read(bucket, picked)
     batch = _noised(dataset, examples, schedule, drawing, generator(drawing.seed, step, "noise"))
     return _scaled(batch, examples, drawing, step, "scales")
@@ -271,9 +292,9 @@ def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, drawing: Drawing)
 def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing, limit: int) -> list[Batch]:
     """At most ``limit`` batches of held-out examples, with noise and timesteps that are always the same."""
     batches, plain = [], drawing._replace(caption_dropout=0.0, noise_offset=0.0, input_perturbation=0.0)
-    for bucket, size in enumerate(dataset.bucket_sizes):
-        order = _order(size, drawing.seed, bucket, "held out")[size - num_held_out(size, drawing.held_out) :]
-        batches += [dataset.read(bucket, picked) for picked in order.split(drawing.batch_size) if len(picked)]
+    for bucket in range(len(dataset.bucket_sizes)):
+        _, held_out = _split(dataset, bucket, drawing)
+        batches += [dataset.read(bucket, picked) for picked in held_out.split(drawing.batch_size) if len(picked)]
     noised = []
     for number, examples in enumerate(batches[:limit]):
         batch = _noised(dataset, examples, schedule, plain, generator(drawing.seed, number, "validation"))

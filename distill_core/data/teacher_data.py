@@ -290,7 +290,7 @@ def _drawn(
         waiting.clear()
 
     for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
-        entries.append(Entry(job.name, job.text, sizes))
+        entries.append(Entry(job.name, job.text, sizes, job.text if making.num_per_prompt > 1 else None))
         if not writer.has(job.name):
             if teacher is None:
                 tell(done - 1)

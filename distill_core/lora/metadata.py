@@ -21,6 +21,8 @@ _DEFAULT = 8
 """Default rank and alpha of peft."""
 _MOST_PATTERNS = 4096
 """More than any network has layers."""
+_LONGEST_PATH = 200
+"""More characters than the path of any layer has."""
 _MOST_CHOICES, _MOST_CHOICES_OF_ALL = 3, 48
 """Places in one pattern, and in all, where the matcher must guess: each multiplies its time by the length of a path."""
 
@@ -68,6 +70,8 @@ class PeftConfig:
 
     def _of(self, path: str, patterns: str, field: str) -> float:
         """Value for a layer: that of the first pattern that matches, else that of the field."""
+        if len(path) > _LONGEST_PATH:
+            raise ValueError(f"{path[:60]!r}... is too long for the name of a layer; the LoRA is damaged, or not one")
         for pattern, value in self._patterns(patterns).items():
             if _compiled(pattern).match(path):
                 return value

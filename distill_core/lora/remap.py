@@ -356,6 +356,8 @@ def remap_lora_file(
     ``distill.remapped`` records the conversion. Raises ``ValueError`` also if the file is not a LoRA, was remapped already,
     or if ``out`` exists.
     """
+    if layout is not None and not isinstance(teacher, Architecture):
+        raise ValueError(f"layout {layout!r} is for UNets; the LoRA of a transformer keeps its names, so leave layout out")
     header = read_header(path)
     if "distill.remapped" in header.metadata:
         raise ValueError(f"{path} is already a LoRA for a student; start from the one made for the teacher")

@@ -178,7 +178,7 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
     if found_transformer := Transformer.find({name: tensor.shape for name, tensor in header.tensors.items()}):
         title = found_transformer[0].of.title
         raise ValueError(
-            f"it is {title}, a transformer: distill prune cuts it, but only UNets can be trained, analysed and compared yet"
+            f"it is {title}, a transformer, and this takes UNets; distill prune, train and remap-lora take transformers, and so do nodes"
         )
     layout, prefix = find_unet(header.tensors)
     markers = {name: tensor for name, tensor in header.tensors.items() if is_marker(name)}

@@ -40,7 +40,7 @@ def _read_shards(index: Path) -> Header:
     weight_map = read_json(index, max_bytes=MAX_LIST_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} names no shards; download it again")
-    headers = {str(shard): read_header(index.parent / Path(str(shard)).name) for shard in weight_map.values()}
+    headers = {shard: read_header(index.parent / Path(shard).name) for shard in sorted(set(map(str, weight_map.values())))}
     if missing := [name for name, shard in weight_map.items() if name not in headers[str(shard)].tensors]:
         raise ValueError(f"{weight_map[missing[0]]} lacks {missing[0]}, which {index.name} says it holds; download it again")
     tensors = {name: headers[str(shard)].tensors[name] for name, shard in weight_map.items()}

@@ -85,20 +85,16 @@ class Data:
         return caption_dataset(
             self.encoders,
             prompts,
-            self._latent_shape(self._one_size),
-            self._one_size,
+            self._latent_shape(self._size),
+            self._size,
             cache,
             batch_size=self.recipe.data.encode_batch_size,
             on_caption=partial(on_item, "encoding"),
         )
 
     @property
-    def _one_size(self) -> Size:
-        resolution = self.recipe.data.resolution
-        (size, *others) = sizes(resolution)
-        if others:
-            raise ValueError(f"[data]: with prompts all images have one size, got resolution {resolution!r}")
-        return size
+    def _size(self) -> Size:
+        return _one_size(self.recipe.data.resolution, "[data]: with prompts all images have one size")
 
     def _latent_shape(self, size: Size) -> tuple[int, int, int]:
         each = self.models.pixels_per_latent
@@ -107,7 +103,7 @@ class Data:
     def _made(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
         data = self.recipe.data
         making = Making(
-            size=self._one_size,
+            size=self._size,
             guidance=data.guidance,
             guidance_min=self.recipe.training.guidance_min if data.trajectory_states else None,
             num_steps=data.sampler_steps,
@@ -144,9 +140,16 @@ class Data:
         return Previews(
             captions=captions,
             null=null,
-            latent_shape=self._latent_shape(sizes(samples.resolution)[0]),
+            latent_shape=self._latent_shape(_one_size(samples.resolution, "[samples]: all sample images have one size")),
             decode=self.encoders.decode,
             guidance=samples.guidance,
             num_steps=samples.steps,
             seed=samples.seed,
         )
+
+
+def _one_size(resolution: str, rule: str) -> Size:
+    (size, *others) = sizes(resolution)
+    if others:
+        raise ValueError(f"{rule}, got resolution {resolution!r}")
+    return size

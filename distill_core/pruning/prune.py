@@ -129,15 +129,19 @@ def precision_note(teacher: NetworkFile, pruning: Pruning) -> str:
 
 def pruned_file(teacher: UNetFile, path: Path, plan: PruningPlan) -> UNetFile:
     """File of a student before training: the existing one, or a new one if that has another plan or teacher."""
-    try:
-        file = open_unet(path)
-        same = file.origin.get("distill.teacher") == fingerprint(teacher.tensors) and file.sampling == teacher.sampling
-        if same and plan.metadata.items() <= file.metadata.items():
-            return file
-    except (ValueError, OSError):  # it does not exist, or is damaged
-        pass
+    if is_pruned_from(teacher, path) and plan.metadata.items() <= (file := open_unet(path)).metadata.items():
+        return file
     prune_file(teacher, path, plan, overwrite=True)
     return open_unet(path)
+
+
+def is_pruned_from(teacher: UNetFile, path: Path) -> bool:
+    """Whether a file is a whole student that this library pruned from a teacher."""
+    try:
+        file = open_unet(path)
+    except (ValueError, OSError):  # it does not exist, or is damaged
+        return False
+    return file.origin.get("distill.teacher") == fingerprint(teacher.tensors) and file.sampling == teacher.sampling
 
 
 def describe(file: NetworkFile) -> dict[str, Any]:

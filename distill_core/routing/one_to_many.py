@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..base.documents import numbers, read_json
 from ..base.locks import locked
@@ -97,7 +97,7 @@ class ExpertsSettings:
         """Settings of every stage: of a joint student for each plan, then of each expert. training: of an expert in its range."""
         count = self.num_experts(schedule)
         steps = self.steps_together(training, count)
-        return [joint_settings(training, steps)] * (num_plans if steps else 0) + [training] * count
+        return (num_plans * [joint_settings(training, steps)] if steps else []) + [training] * count
 
     def ranges(self, schedule: NoiseSchedule) -> TimestepRanges:
         """The ranges, if no measurement is needed."""
@@ -105,15 +105,17 @@ class ExpertsSettings:
 
 
 def joint_settings(training: TrainingSettings, steps: int) -> TrainingSettings:
-    """Settings of a joint stage: all timesteps, all weights."""
-    return replace(
-        training,
-        total_steps=max(1, steps),
-        lora_rank=0,
-        lora_alpha=None,
-        lora_targets=TrainingSettings.lora_targets,
-        lora_dora=False,
-    )
+    """Settings of a joint stage of so many steps: all timesteps, all weights. ``ValueError`` if only a LoRA can be trained so."""
+    whole: dict[str, Any] = {
+        "lora_rank": 0,
+        "lora_alpha": None,
+        "lora_targets": TrainingSettings.lora_targets,
+        "lora_dora": False,
+    }
+    try:
+        return replace(training, total_steps=steps, **whole)
+    except ValueError as error:
+        raise ValueError(f"the joint student is trained as a whole, without a LoRA: {error}; or set joint_steps to 0") from error
 
 
 class Start(NamedTuple):
@@ -344,7 +346,7 @@ class OneToMany:
         plan, make = self.starts[number]
         student = make()
         if not stage.startswith("joint") and self.joint_steps:
-            student.load_state_dict(open_unet(sound(self._result(self._joint_of(number)))).state_dict)
+            student.load_state_dict(open_unet(sound(self.result_of(self._joint_of(number)))).state_dict)
         with self.processes.main_first():
             run = self.run(stage, main=self.processes.main)
             (self.folder / "experts" / MANIFEST).unlink(missing_ok=True)  # it describes outdated files
@@ -367,15 +369,17 @@ class OneToMany:
 
     def run(self, stage: str, *, main: bool = False) -> Run:
         """The run of a stage; main: False to only read it. ``ValueError`` if it was started with other settings."""
-        number, training = self._number(stage), self._joint_training
+        number = self._number(stage)
         inputs = replace(self.inputs, plan=_spelt(self.starts[number].plan))
-        if not stage.startswith("joint"):
+        if stage.startswith("joint"):
+            training = self._joint_training
+        else:
             ranges = self.ranges
             assert ranges is not None  # measured by now
             timesteps = ranges.timesteps(number, self.settings.overlap)
             training = replace(self.training, timestep_range=(timesteps.start, timesteps.stop))
             if self.joint_steps:
-                inputs = replace(inputs, joint=fingerprint(open_unet(self._result(self._joint_of(number))).tensors))
+                inputs = replace(inputs, joint=fingerprint(open_unet(self.result_of(self._joint_of(number))).tensors))
         return Run(self.folder / stage, training, inputs, main=main)
 
     @property
@@ -388,8 +392,8 @@ class OneToMany:
             return int(stage.removeprefix("range_"))
         return next(number for number in range(len(self)) if self._joint_of(number) == stage)
 
-    def _result(self, stage: str) -> Path:
-        """Result file of a stage: the best one with ``keep_best``, otherwise the newest."""
+    def result_of(self, stage: str) -> Path:
+        """Result file of a stage so far: the best one with ``keep_best``, otherwise the newest."""
         run = self.run(stage)
         return run.best_result_file if run.settings.keep_best else run.result_file
 
@@ -397,7 +401,7 @@ class OneToMany:
 
     def _measure(self) -> None:
         """Measure the error of the joint student and write the boundaries, once."""
-        path, file = self.folder / "ranges.json", open_unet(sound(self._result("joint")))
+        path, file = self.folder / "ranges.json", open_unet(sound(self.result_of("joint")))
         joint = fingerprint(file.tensors)
         with self.processes.main_first():
             if not self.processes.main or (path.exists() and read_json(path).get("joint") == joint):
@@ -425,7 +429,7 @@ class OneToMany:
         if self.processes.main:
             steps = [self.training.total_steps] * len(self)
             base = self._base() if self.training.lora_rank else None
-            files = [sound(self._result(f"range_{number}")) for number in range(len(self))]
+            files = [sound(self.result_of(f"range_{number}")) for number in range(len(self))]
             ranges = self.ranges
             assert ranges is not None  # all are trained
             write_experts(
@@ -442,7 +446,7 @@ class OneToMany:
     def _base(self) -> Path:
         """The base file of all LoRAs."""
         if self.joint_steps:
-            return sound(self._result("joint"))
+            return sound(self.result_of("joint"))
         path, (plan, make) = self.folder / "base.safetensors", self.starts[0]
         student = make()
         save_unet(

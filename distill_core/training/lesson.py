@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 
 from ..base.storage import fingerprint
 from ..data.dataset import Dataset
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.sampling import timesteps
+from ..diffusion.schedule import NoiseSchedule
 from ..networks.architecture import Architecture
 from ..networks.name_map import NameMap
 from .settings import TrainingSettings
@@ -77,9 +80,16 @@ def predict_the_same(teacher: Denoiser, student: Denoiser) -> bool:
     return teacher.network is student.network or (theirs.keys() == ours.keys() and fingerprint(theirs) == fingerprint(ours))
 
 
-def check_trajectories(settings: TrainingSettings, dataset: Dataset) -> None:
-    """Raise ``ValueError`` if the stored trajectories were sampled with another guidance than the run learns."""
-    if dataset.timesteps is None or settings.guidance == 1 or not settings.uses_images:
+def check_trajectories(settings: TrainingSettings, dataset: Dataset, schedule: NoiseSchedule) -> None:
+    """Raise ``ValueError`` if a run cannot learn from the stored trajectories.
+
+    They may have been sampled with another guidance, or lack the noise levels at which a student of few steps is sampled.
+    """
+    if dataset.timesteps is None or not settings.uses_images:
+        return
+    if settings.few_steps and any(objective.consistency for objective in settings.objectives):
+        _check_starts(settings.few_steps, {*dataset.timesteps.tolist()}, schedule)
+    if settings.guidance == 1:
         return
     drawn, wanted = dataset.scales, settings.scales
     if settings.guidance_min is None and drawn is None:  # older data do not store it
@@ -89,6 +99,21 @@ def check_trajectories(settings: TrainingSettings, dataset: Dataset) -> None:
         raise ValueError(
             f"the stored trajectories were sampled with {theirs}, but this run learns guidance {_scales(wanted)}; create them "
             "again, or set trajectory_states to 0"
+        )
+
+
+def _check_starts(num_steps: int, stored: Set[int], schedule: NoiseSchedule) -> None:
+    """``ValueError`` unless there are states wherever a sampler of so many steps asks the student."""
+    missing = sorted({*timesteps(schedule, num_steps).tolist()} - stored, reverse=True)
+    if missing:
+        fitting = [n for n in range(2, len(stored) + 1) if {*timesteps(schedule, n).tolist()} <= stored]
+        ways = [f"set phases to {', '.join(map(str, fitting))}"] * bool(fitting)
+        ways += [
+            f"store all states of a number of sampling steps that {num_steps} divides, such as {24 // num_steps * num_steps or num_steps}"
+        ]
+        raise ValueError(
+            f"the stored trajectories have no states at timesteps {', '.join(map(str, missing[:8]))}, where a student of {num_steps} steps "
+            f"is sampled; {', or '.join(ways)}"
         )
 
 

@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
-
 from ..base.interrupts import uninterrupted
 from ..base.storage import ignore
 from ..data.dataset import Dataset, num_examples
 from ..diffusion.denoiser import Denoiser
 from ..pruning.plan import PruningPlan
-from .memory import MemorySettings, changes
+from .memory import MemorySettings, changes, is_out_of_memory
 from .previews import Previews
 from .processes import ALONE, Processes
 from .run import Run
@@ -72,7 +70,9 @@ def distill(
         processes.wait()  # until the main process has checked the run's folder
         try:
             _train(Trainer(run, student, teachers, plan, dataset, processes, on_refit), num_steps, previews, on_step)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemory(_what_to_lower(run.settings, processes)) from error
 
 
@@ -85,17 +85,24 @@ def _train(trainer: Trainer, num_steps: int | None, previews: Previews | None, o
         columns = trainer.columns(first)
         metrics = stack.enter_context(run.open_metrics(first, columns)) if processes.main else None
         trackers = open_trackers(run, stack) if processes.main else []
+        written = first
+
+        def write(measured: Mapping[str, float]) -> dict[str, float]:
+            nonlocal written
+            row = {"step": trainer.done, "lr": trainer.learning_rate(trainer.done - 1), **measured}
+            if metrics is not None:
+                metrics.write(row)
+                for track in trackers:
+                    track(row)
+            written = trainer.done
+            return row
+
         try:
             for step in range(first, last):
-                values = trainer.step(step)
-                done = step + 1
+                values, done = trainer.step(step), step + 1
                 if run.settings.validate_every_steps and done % run.settings.validate_every_steps == 0:
                     values["validation"] = trainer.validate(step)
-                row = {"step": done, "lr": trainer.learning_rate(step), **values}
-                if metrics is not None:
-                    metrics.write(row)
-                    for track in trackers:
-                        track(row)
+                row = write(values)
                 if done < last and (
                     done % run.settings.save_every_steps == 0 or (run.settings.keep_best and "validation" in row)
                 ):
@@ -109,6 +116,8 @@ def _train(trainer: Trainer, num_steps: int | None, previews: Previews | None, o
             # A cancel or an error loses only the current step; a second Ctrl+C waits until the checkpoint is saved.
             with uninterrupted():
                 trainer.save_if_sound()
+                if trainer.done > written and trainer.sound:
+                    write(trainer.measured)
 
 
 def _is_sampled(settings: TrainingSettings, done: int) -> bool:

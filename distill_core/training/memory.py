@@ -76,6 +76,12 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory: on a CPU and on MPS it says so in words alone."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in words)
+
+
 # --- optimisers -----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..base.interrupts import uninterrupted
 from .sharding import shared_like
 
 Parameters = list[nn.Parameter]
@@ -110,13 +111,13 @@ class Optimizer:
             yield
             return
         trained = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
-        self._call("eval")
         try:
+            self._call("eval")
             yield
         finally:
-            self._call("train")
-            with torch.no_grad():  # converting there and back rounds
-                for name, parameter in self.parameters.items():
+            with uninterrupted(), torch.no_grad():
+                self._call("train")
+                for name, parameter in self.parameters.items():  # converting there and back rounds
                     parameter.copy_(trained[name])
 
     def _call(self, name: str) -> None:

@@ -161,7 +161,7 @@ class TrainingSettings:
     )
 
     lora_rank: int = setting(0, "Train a LoRA of this rank instead of the weights; 0 trains the weights.", within=(0, 4096))
-    lora_alpha: float | None = setting(None, "LoRA alpha; scale = alpha / rank.", unset="alpha equals rank", within=_WEIGHTS)
+    lora_alpha: float | None = setting(None, "LoRA alpha; scale = alpha / rank.", unset="alpha equals rank", above=0)
     lora_targets: tuple[str, ...] = setting(
         ("*.attn1.to_*", "*.attn2.to_*"), "Name patterns of the layers that get a LoRA, such as `mid.*`."
     )
@@ -175,7 +175,7 @@ class TrainingSettings:
         "learning_rate to 1. All except adamw and adafactor need an extra package.",
         choices=OPTIMIZERS,
     )
-    learning_rate: float = setting(5e-5, "Peak learning rate.", above=0)
+    learning_rate: float = setting(5e-5, "Peak learning rate.", within=(1e-12, 1000))
     lr_schedule: str = setting(
         "constant",
         "How the learning rate decreases over total_steps. With constant, you can raise total_steps later.",
@@ -183,7 +183,7 @@ class TrainingSettings:
     )
     warmup_steps: int = setting(0, "Steps over which the learning rate rises from 0.", within=OR_NONE)
     weight_decay: float = setting(1e-2, "Decoupled weight decay.", within=(0, 1000))
-    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm.", above=0)
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm.", within=(1e-12, 1_000_000_000))
     ema_decay: float = setting(
         0.0,
         "Decay of the EMA (exponential moving average) of the weights; the output is then the EMA. 0.9999 for long runs; 0 turns "
@@ -242,6 +242,8 @@ class TrainingSettings:
             )
         if self.timestep_range and not (len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1]):
             raise ValueError(f"timestep_range must be [start, end), for example [0, 500], got {list(self.timestep_range)}")
+        if self.refit_examples == 1:
+            raise ValueError("refit_examples must be 0, or at least 2: one half of them tests what fits the other")
 
     def _check_validation(self) -> None:
         if bool(self.validate_every_steps) != bool(self.validation_share):
@@ -277,6 +279,11 @@ class TrainingSettings:
             self._check_dmd()
 
     def _check_dmd(self) -> None:
+        if 0 < self.consistency_steps <= self.local_steps:
+            raise ValueError(
+                f"consistency_steps count from the beginning, so they must be above local_steps, got {self.consistency_steps} and "
+                f"{self.local_steps}"
+            )
         if self.phases < 2:
             raise ValueError(
                 "objective dmd needs phases of 2 or more: its first step keeps images varied, the others make them sharp"
@@ -298,7 +305,13 @@ class TrainingSettings:
             )
 
     def _check_guidance(self) -> None:
-        if self.weighted_objective.feature and self.guidance != 1:  # raises first if all weights are 0
+        objective = self.weighted_objective  # raises first if all weights are 0
+        if self.guidance != 1 and not (objective.output or objective.few_steps):
+            raise ValueError(
+                f"objective {self.objective} does not compare outputs with the teacher, from which guidance is learnt; set guidance to 1, "
+                'or use objective "guidance"'
+            )
+        if objective.feature and self.guidance != 1:
             raise ValueError(
                 f'objective {self.objective} has a feature loss, which cannot be combined with guidance; use objective "guidance"'
             )

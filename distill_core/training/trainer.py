@@ -74,11 +74,12 @@ class Trainer:
             check_trainable(student.architecture, student.sampling)
         if settings.guidance != 1 and dataset.null is None:
             raise ValueError("guidance needs the empty caption, which this dataset lacks; connect null_caption")
-        check_trajectories(settings, dataset)
+        check_trajectories(settings, dataset, student.schedule)
         self.in_fp16 = settings.precision == "fp16" or student.computes_in_fp16
         compute = settings.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
         self.done, self.sound = 0, True  # sound: no update was interrupted, all weights are finite
+        self.measured: Mapping[str, float] = {}  # metrics of the newest step that is done
         self._theirs: dict[int, dict[str, Tensor]] = {}
         self._next: tuple[int, Future[Batch]] | None = None
         self._held_out: list[Batch] | None = None
@@ -100,10 +101,11 @@ class Trainer:
                 if settings.refits and self.plan is not None and self.student.architecture is not None:
                     self._feature_layers(teacher)  # for its checks
                     self._refit(teacher)
+            del teacher  # the next in turn takes its place
         network.train()
         self.trained = trained(self.student, settings, self.plan)
         with contextlib.ExitStack() as stack:
-            self._stack = stack
+            self._taps = stack.enter_context(contextlib.ExitStack())
             self._reader = stack.enter_context(ThreadPoolExecutor(1))
             if settings.gradient_checkpointing:
                 stack.enter_context(checkpointing(self.student))
@@ -198,9 +200,11 @@ class Trainer:
         with uninterrupted():
             of_fake = self._fake_step(step)
             if step >= self.settings.first_dmd_step:
-                return self._student_step(step, objective) | of_fake
-            self.done = step + 1
-            return {"total": of_fake.get("fake", math.nan), **of_fake}
+                self.measured = self._student_step(step, objective) | of_fake
+                return self.measured
+            values = {"total": of_fake.get("fake", math.nan), **of_fake}
+            self.done, self.measured = step + 1, values
+            return values
 
     def _student_step(self, step: int, objective: Objective) -> dict[str, float]:
         batch = self._batch(step)
@@ -224,9 +228,9 @@ class Trainer:
             if self.learner.update(values["norm"], self.learning_rate(step), self._rounding(step)):
                 for lagging in filter(None, (self.average, self.target)):
                     lagging.update(self.parameters, step)
-            if not self.settings.jumps_from(step + 1):
+            if not (self.settings.jumps_from(step + 1) or self.objective.consistency):  # else validation asks it once more
                 self.target = None
-            self.done, self.sound = step + 1, True
+            self.done, self.measured, self.sound = step + 1, values, True
         return values
 
     def _fake_step(self, step: int) -> dict[str, float]:
@@ -375,7 +379,8 @@ class Trainer:
                 raise ValueError("the teachers have different shapes; all teachers of a run must have one architecture")
             if self.settings.teacher_mode == "sequence":
                 self._theirs.clear()
-            self._theirs[number] = self._stack.enter_context(tap(teacher, self.layers))
+                self._taps.close()
+            self._theirs[number] = self._taps.enter_context(tap(teacher, self.layers))
         features = self._theirs[number]
         return teacher_outputs(teacher, features, inputs, self.layers, self.student, null=self.dataset.null, scale=scale)
 
@@ -448,12 +453,13 @@ class Trainer:
         self._put_on(None)
         with self.learner.optimizer.exported():
             own = {name: weight.detach().cpu().clone() for name, weight in self.parameters.items()} if self.average else {}
-            self._put(self.average.weights if self.average else {})
             try:
+                self._put(self.average.weights if self.average else {})
                 yield
             finally:
-                self._put(own)
-                network.train()
+                with uninterrupted():
+                    self._put(own)
+                    network.train()
 
     def _put_on(self, strengths: Tensor | None) -> None:
         """Set the LoRA strength of each example of a batch if it chooses the scale; None for full strength."""
@@ -477,7 +483,7 @@ class Trainer:
             tensors = under("optimizer", tensors)
             if self.average or self.learner.optimizer.averages:
                 tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
-            if self.target:
+            if self.target and self.settings.jumps_from(self.done):
                 tensors |= under("target", self.target.weights)
             if self.fake:
                 of_fake, rest["fake"] = self.fake.state()

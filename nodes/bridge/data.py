@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sd
@@ -27,6 +28,7 @@ from .training import check_trainable, denoiser
 
 STATES = "distill_states"  # in a LATENT: noisy states of the teacher's sampling (B, K, C, H, W), and their timesteps
 TIMESTEPS = "distill_timesteps"
+OF_STATES = "distill_states_of"  # identifies the samples they lead to
 SCALES = "distill_scales"  # the guidance scale each was sampled with, (B,)
 STORED = "fp16"  # precision on disk
 NUM_PREVIEWS = 4
@@ -226,7 +228,12 @@ def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> lis
     for entry in latents:
         samples = model.scaled(entry["samples"].float().cpu())
         states, scales = (entry.get(name, [None] * len(samples)) for name in (STATES, SCALES))
-        for example in zip(samples, states, scales, encoded, strict=False):
+        if STATES in entry and entry.get(OF_STATES) != fingerprint({"samples": entry["samples"]}):
+            raise ValueError(
+                "the latents have trajectories, but another node changed them after Teacher Dataset, so that the trajectories do not "
+                "belong to them; connect Teacher Dataset directly, or set its trajectory_states to 0"
+            )
+        for example in zip(samples, states, scales, islice(encoded, len(samples)), strict=True):
             by_shape.setdefault((*samples.shape[2:], len(example[-1].context)), []).append(example)
     return [
         _bucket(examples, 8 * height, 8 * width, one_for_all=len(captions) == 1)
@@ -319,9 +326,10 @@ def _in_order(data: CachedDataset, prompts: list[str], encoders: ClipEncoders, t
     latents, captions, of_text = [], [], {}
     for number in sorted(range(len(data.entries)), key=lambda number: order[data.entries[number].text]):
         example, text = data.read(0, torch.tensor([number])), data.entries[number].text
-        latent: dict[str, Tensor | None] = {"samples": teacher.unscaled(example.latents.float())}
+        samples = teacher.unscaled(example.latents.float())
+        latent: dict[str, Any] = {"samples": samples}
         if example.states is not None:
-            latent |= {STATES: example.states, TIMESTEPS: data.timesteps}
+            latent |= {STATES: example.states, TIMESTEPS: data.timesteps, OF_STATES: fingerprint({"samples": samples})}
         if example.scale is not None:
             latent[SCALES] = example.scale
         if text not in of_text:

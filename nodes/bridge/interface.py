@@ -28,6 +28,7 @@ log = logging.getLogger("distill")
 
 RUNS_ROUTE, RUN_ROUTE = "/distill/runs", "/distill/runs/{name}"
 OWN_FOLDERS = ("distill_runs", "distill_data")  # under the output folder; saved models and reports stay out of them
+MOST_NAME_BYTES = 180  # of the 255 that file systems allow; temporary folders have longer names
 THUMBNAIL_PX = 256
 _seen: dict[Path, int] = {}  # steps of each run at the last look
 _lost: dict[Path, int] = {}
@@ -48,6 +49,8 @@ def _output_folder(inside: str, name: str, setting: str) -> Path:
     folder = os.path.join(root, name)
     if not _is_plain(name) or not folder_paths.is_within_directory(root, folder):
         raise ValueError(f"{setting} {name!r} must be a plain name of letters, digits, spaces, dots, dashes and underscores")
+    if len(name.encode()) > MOST_NAME_BYTES:
+        raise ValueError(f"{setting} {name!r} is too long for the name of a folder; choose a shorter one")
     return Path(folder)
 
 
@@ -96,11 +99,12 @@ def experts_folders() -> dict[str, Path]:
     """Folders of experts by their name in the list: the run's name, or the path under models/diffusion_models."""
     runs = Path(folder_paths.get_output_directory()) / "distill_runs"
     found = {path.parents[1].name: path.parent for path in sorted(runs.glob(f"*/experts/{MANIFEST}"))}
-    files = {Path(name).parent.as_posix(): name for name in folder_paths.get_filename_list("diffusion_models")}
-    for name, file in files.items():
-        folder = Path(folder_paths.get_full_path_or_raise("diffusion_models", file)).parent
-        if name != "." and (folder / MANIFEST).exists():
-            found.setdefault(name, folder)
+    for file in folder_paths.get_filename_list("diffusion_models"):
+        name = Path(file).parent.as_posix()
+        if name == "." or name in found or (path := folder_paths.get_full_path("diffusion_models", file)) is None:
+            continue  # None: a link that leads nowhere
+        if (Path(path).parent / MANIFEST).exists():
+            found[name] = Path(path).parent
     return found
 
 
@@ -138,11 +142,9 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def file_in(folder: str, name: str) -> Path:
-    """Path of a file in one of ComfyUI's model folders; ``ValueError`` for a name outside the folder, or without a file."""
-    for root in folder_paths.get_folder_paths(folder):
-        path = os.path.join(root, name)
-        if folder_paths.is_within_directory(root, path) and os.path.isfile(path):
-            return Path(path)
+    """Path of a file that ComfyUI lists in one of its model folders, be it a link; ``ValueError`` for any other name."""
+    if name in folder_paths.get_filename_list(folder) and (path := folder_paths.get_full_path(folder, name)) is not None:
+        return Path(path)
     raise ValueError(f"there is no file {name!r} under models/{folder}; press R to refresh the list")
 
 

@@ -32,7 +32,8 @@ def serve_presets() -> None:
     async def tell(request: web.Request) -> web.Response:
         asked = request.query
         if "demo" in asked:
-            return web.json_response({"fit": await asyncio.to_thread(_fitting_demo, asked["demo"])})
+            of_demo = await asyncio.to_thread(_fitting_demo) if asked["demo"] == "unet" else []
+            return web.json_response({"fit": of_demo})
         if "file" not in asked:
             return web.json_response({"presets": await asyncio.to_thread(_about)})
         try:
@@ -49,8 +50,8 @@ def _about() -> dict[str, dict[str, str]]:
 
 
 @cache
-def _fitting_demo(network: str) -> list[str]:
-    return fitting_presets(teacher_file().architecture) if network == "unet" else []
+def _fitting_demo() -> list[str]:
+    return fitting_presets(teacher_file().architecture)
 
 
 def _fitting_file(folder: str, name: str) -> list[str] | None:

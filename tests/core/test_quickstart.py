@@ -60,10 +60,13 @@ def _measured(row):
     return row.trained, row.held_out, row.trained_interval
 
 
-def test_an_interrupted_one_ends_as_the_uninterrupted(finished, tmp_path):
-    sampled = len(every_prompt(TINY.num_prompts, TINY.seed)) * TINY.sample_steps * 2
+SAMPLED = len(every_prompt(TINY.num_prompts, TINY.seed)) * TINY.sample_steps * 2
+
+
+@pytest.mark.parametrize("cancel_at", [1, 2 * SAMPLED + 4 * TINY.batch_size * 2], ids=["at once", "while it trains"])
+def test_an_interrupted_one_ends_as_the_uninterrupted(cancel_at, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        quickstart(tmp_path / "out", TINY, Bar(cancel_at=2 * sampled + 4 * TINY.batch_size * 2))
+        quickstart(tmp_path / "out", TINY, Bar(cancel_at=cancel_at))
     bar = Bar()
     rows = quickstart(tmp_path / "out", TINY, bar)
     assert [_measured(row) for row in rows] == [_measured(row) for row in finished[1]]

@@ -346,6 +346,36 @@ def test_the_chart_is_of_the_run_that_is_named_and_of_none_where_there_is_none(p
     page.locator(CHART).wait_for(state="detached")
 
 
+NAME_BY_ANOTHER = """() => {
+    const node = app.graph.nodes.find((node) => node.type === "DistillTrainStep");
+    const names = LiteGraph.createNode("PrimitiveString");
+    app.graph.add(names);
+    names.connect(0, node, node.findInputSlot("run_name"));
+    return String(node.id);
+}"""
+SAY = "([kind, detail]) => app.api.dispatchEvent(new CustomEvent(kind, { detail }))"
+
+
+def test_a_chart_that_another_node_names_shows_what_this_page_runs(page, drawn):
+    """Not the training of another tab, or in a subgraph, whose node has the same number."""
+    load(page, workflow())
+    node = page.evaluate(NAME_BY_ANOTHER)
+    told = {
+        "run": "live view",
+        "total_steps": 7,
+        "after": None,
+        "step": 5,
+        "points": {"step": [], "mean": {}, "min": {}, "max": {}},
+    }
+    page.evaluate(SAY, ["execution_start", {"prompt_id": "ours"}])
+    for foreign in ({"node": node, "prompt": "theirs"}, {"node": f"7:{node}", "prompt": "ours"}):
+        page.evaluate(SAY, ["distill.progress", told | foreign])
+        page.wait_for_timeout(500)
+        assert page.locator(CHART).count() == 0
+    page.evaluate(SAY, ["distill.progress", told | {"node": node, "prompt": "ours"}])
+    page.locator(CHART).wait_for(timeout=30_000)
+
+
 def run_name(page):
     return page.evaluate("app.graph.nodes.find((node) => node.type === 'DistillTrainStep').widgets[0].value")
 

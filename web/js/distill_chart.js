@@ -5,7 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { after, inputInPlaceOf, outside } from "./graph.js";
+import { after, executionIds, inputInPlaceOf, outside } from "./graph.js";
 import { bars, element, lines, short } from "./plot.js";
 import { RunList } from "./runs.js";
 import { button, html, say, toggle } from "./words.js";
@@ -246,7 +246,7 @@ class Chart {
 
   isOf(message) {
     if (!this._isNamedElsewhere) return message.run === this.runName;
-    return String(message.node).split(":").at(-1) === String(this.node.id);
+    return message.prompt === ownPrompt && executionIds(this.node).includes(String(message.node));
   }
 
   _follow(name) {
@@ -492,7 +492,12 @@ class Chart {
 }
 
 const charts = new Set();
+let ownPrompt = null; // what of this page's own runs on the server, which tells it to no other page
 
+for (const begins of ["execution_start", "progress_state"]) {
+  // the second alone comes after a reload
+  api.addEventListener(begins, ({ detail }) => (ownPrompt = detail.prompt_id));
+}
 api.addEventListener("distill.progress", ({ detail }) => {
   for (const chart of charts) if (chart.isOf(detail)) chart.tell(detail);
 });

@@ -13,10 +13,21 @@ export function outside(node, input) {
   const { graph } = node;
   const link = graph?.getLink?.(input.link);
   if (Number(link?.origin_id) !== SUBGRAPH_INPUTS) return null;
-  const graphs = [graph.rootGraph, ...(graph.rootGraph.subgraphs?.values() ?? [])];
-  const [host, ...others] = graphs.flatMap(({ nodes }) => nodes).filter(({ subgraph }) => subgraph === graph);
+  const [host, ...others] = hostsOf(graph);
   if (!host || others.length) return null;
   return { host, name: graph.inputs[link.origin_slot].name, slot: link.origin_slot };
+}
+
+/** The nodes that a graph is the subgraph of. */
+function hostsOf(graph) {
+  const graphs = [graph.rootGraph, ...(graph.rootGraph.subgraphs?.values() ?? [])];
+  return graphs.flatMap(({ nodes }) => nodes).filter(({ subgraph }) => subgraph === graph);
+}
+
+/** What the server calls a node: "5", or "7:5" in the subgraph of node 7; several if several nodes share the subgraph. */
+export function executionIds({ id, graph }) {
+  if (!graph?.rootGraph || graph === graph.rootGraph) return [String(id)];
+  return hostsOf(graph).flatMap(executionIds).map((host) => `${host}:${id}`);
 }
 
 /** Call `then` after a method of an object, if it has one. */

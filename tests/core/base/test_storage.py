@@ -94,6 +94,7 @@ def _file(path, header, data=b""):
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)),  # a hole
         ({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}, bytes(4)),  # an overlap
         ({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
+        ({"a": {"dtype": "F32", "shape": [1] * 1500, "data_offsets": [0, 4]}}, bytes(4)),
         (b"[" * 200_000, b""),
         ({"__metadata__": 5}, b""),
         ({"__metadata__": {"a": 5}}, b""),

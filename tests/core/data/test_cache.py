@@ -216,6 +216,10 @@ def test_mirrored_images_are_mirrored(pictures, tmp_path):
     decoded = Plain().decode(dataset.read(0, torch.arange(6)).latents)
     partners = [[torch.allclose(one, other.flip(-1), atol=1e-6) for other in decoded] for one in decoded]
     assert all(sum(row) == 1 for row in partners) and not any(partners[i][i] for i in range(6))
+    sources = CachedDataset.open(tmp_path / "cache").sources(0)
+    of_one = sources[:, None] == sources
+    assert of_one.fill_diagonal_(False).tolist() == partners
+    assert encoded(pictures, Plain(), tmp_path / "other").sources(0) is None
 
 
 def test_names_and_order_of_files_do_not_matter(pictures, tmp_path):

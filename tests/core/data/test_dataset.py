@@ -14,7 +14,6 @@ from distill_core.data.dataset import (
     held_out_batches,
     indices,
     largest_example,
-    num_held_out,
     which_bucket,
 )
 from distill_core.diffusion.conditioning import Caption
@@ -194,10 +193,26 @@ def test_held_out_examples_are_never_trained_on(share):
     trained = {n for step in range(200) for n in draw(data, step, SCHEDULE, drawing).context.flatten().tolist()}
     batches = held_out_batches(data, SCHEDULE, drawing, 100)
     held_out = {n for batch in batches for n in batch.context.flatten().tolist()}
-    assert len(held_out) == num_held_out(20, share) + num_held_out(10, share)
+    assert len(held_out) == 30 * share
     assert not trained & held_out and len(trained | held_out) == 30
     assert all(equal(a, b) for a, b in zip(batches, held_out_batches(data, SCHEDULE, drawing, 100), strict=True))
     assert len(held_out_batches(data, SCHEDULE, drawing, 1)) == 1
+
+
+class Mirrored(LatentDataset):
+    """Every two examples that follow one another are of one image."""
+
+    def sources(self, bucket):
+        return torch.arange(self.bucket_sizes[bucket]) // 2
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_what_was_made_of_one_image_is_held_out_as_one(share):
+    data, drawing = Mirrored([bucket(20, 2)]), Drawing(batch_size=4, seed=3, held_out=share, caption_dropout=0.5)
+    trained = {n for step in range(200) for n in draw(data, step, SCHEDULE, drawing).context.flatten().tolist()}
+    held_out = {n for batch in held_out_batches(data, SCHEDULE, drawing, 100) for n in batch.context.flatten().tolist()}
+    images = [{n // 2 for n in side} for side in (trained, held_out)]
+    assert len(held_out) == 20 * share and len(trained | held_out) == 20 and not images[0] & images[1]
 
 
 @pytest.mark.parametrize("make,message", [

@@ -135,6 +135,7 @@ def test_several_images_of_a_prompt_differ(tmp_path, small_teacher):
     )
     latents = everything(dataset).latents
     assert len(latents) == 6 and len({tuple(latent.flatten()[:4].tolist()) for latent in latents}) == 6
+    assert sorted(dataset.sources(0).tolist()) == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("change", [{"guidance": 3.0}, {"num_steps": 5}, {"seed": 1}, {"num_states": 2}, {"size": (64, 128)}])

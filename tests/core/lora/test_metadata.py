@@ -242,6 +242,22 @@ def test_metadata_that_is_damaged_or_hostile_is_refused_at_once(text, message, s
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 and time.monotonic() - began < 5
 
 
+def test_a_layer_with_an_endless_name_is_refused_at_once(small_teacher):
+    path, began = "text_encoder." + "a." * 1500 + "to_q", time.monotonic()
+    tensors = {f"{path}.lora_A.weight": torch.ones(2, 64), f"{path}.lora_B.weight": torch.ones(64, 2)}
+    tensors |= {f"unet.{MOVED}.to_q.lora_A.weight": torch.ones(2, 64), f"unet.{MOVED}.to_q.lora_B.weight": torch.ones(64, 2)}
+    text = json.dumps({"text_encoder.alpha_pattern": {".*.*.*z": 1}})
+    with pytest.raises(ValueError, match="too long for the name of a layer"):
+        remap_lora(
+            tensors,
+            small_teacher.architecture,
+            name_map(small_teacher.architecture, preset("bk-sdm-base")),
+            metadata={KEY: text},
+            layout="ldm",
+        )
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name,message", [("DoRA", "part of peft's DoRA"), ("LoRA with biases", "a bias of a LoRA")])
 def test_what_comfyui_has_no_place_for_is_refused_in_its_layout(name, message, small_teacher, tmp_path):

@@ -301,6 +301,22 @@ def test_students_of_different_plans(training, tmp_path):
         assert ExpertDenoiser.open(several.experts)(*x).isfinite().all()
 
 
+@pytest.mark.parametrize("change,words", [
+    ({"objective": "guidance", "guidance": 3.0, "guidance_min": 1.5, "caption_dropout": 0.0}, "guidance_min must be below guidance"),
+    ({"weight_dtype": "bf16", "optimizer": "prodigy"}, "prodigy updates all weights together"),
+    ({"weight_dtype": "bf16", "objective": "consistency"}, "needs weight_dtype fp32"),
+], ids=["scales", "prodigy", "consistency"])  # fmt: skip
+def test_what_only_a_lora_can_learn_is_not_asked_of_the_joint_student(change, words, training, tmp_path):
+    recipe = replace(RECIPE, lora_rank=2, **change)
+    several = training(tmp_path / "x", replace(TWO, joint_steps=0), recipe)
+    assert several.heaviest_settings == recipe and several.run("range_0").settings.lora_rank == 2
+    assert replace(TWO, joint_steps=0).stages(recipe, scaled_linear()) == [recipe] * 2
+    with pytest.raises(
+        ValueError, match=f"joint student is trained as a whole, without a LoRA: .*{words}.*; or set joint_steps to 0"
+    ):
+        training(tmp_path / "y", TWO, recipe).run("joint")
+
+
 @pytest.mark.parametrize("joint_steps,dora", [(0, False), (2, False), (2, True)], ids=str)
 def test_one_base_and_an_adapter_for_each_range(joint_steps, dora, training, tmp_path, uninterrupted):
     pytest.importorskip("peft")

@@ -1,6 +1,7 @@
 """A student that learns to jump along the teacher's path: values, slopes and copies against a plain computation from the papers."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_core.base.storage import read_header
-from distill_core.data.dataset import draw
+from distill_core.data.dataset import LatentDataset, draw
 from distill_core.diffusion.sampling import timesteps
 from distill_core.diffusion.schedule import CLEAN, PREDICTIONS, ddim_step, flow, scaled_linear
 from distill_core.networks.model_sampling import ModelSampling
 from distill_core.training.checkpoints import TRAINING, checkpoints_in
 from distill_core.training.consistency import course
+from distill_core.training.lesson import check_trajectories
 from distill_core.training.loop import distill
 from distill_core.training.processes import ALONE
 from distill_core.training.run import Run
@@ -37,13 +39,21 @@ SCHEDULE = scaled_linear()
 # --- the course
 
 
+@pytest.mark.parametrize("phases", range(2, 21))
+def test_phases_end_where_samplers_begin_their_next_step(phases):
+    simple = [999 - int(number * 1000 / phases) for number in range(phases)]  # ComfyUI's scheduler
+    for starts in (simple, timesteps(SCHEDULE, phases).tolist()):
+        way = course(torch.tensor(starts), SCHEDULE, phases=phases, solver_steps=1000)
+        assert way.end.tolist() == [*simple[1:], CLEAN]
+
+
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=8), st.integers(1, 60), st.integers(0, 60), st.integers(0, 900))
 def test_a_step_leads_to_the_end_of_its_phase_and_not_beyond(t, phases, more, lowest):
     t = torch.tensor(t).clamp(min=lowest)
     way = course(t, SCHEDULE, phases=phases, solver_steps=phases + more, lowest=lowest)
     assert bool(((way.end <= way.step) & (way.step < t) & (way.end >= lowest - 1)).all())
     assert bool((t - way.step <= 1000 // (phases + more)).all())
-    ends = {CLEAN, *(1000 * i // phases - 1 for i in range(phases))}
+    ends = {CLEAN, *(math.ceil(1000 * i / phases) - 1 for i in range(phases))}
     for start, end in zip(t.tolist(), way.end.tolist(), strict=True):
         assert end == max(lowest - 1, *(each for each in ends if each < start))
 
@@ -108,7 +118,7 @@ def plainly(teacher, target, student, prediction, null, batch, scale, phases, st
     for i, t in enumerate(batch.t.tolist()):
         x, context = batch.x_t[i : i + 1].double(), batch.context[i : i + 1].double()
         w = scale if batch.scale is None else batch.scale[i].item()
-        end = max(1000 * phase // phases - 1 for phase in range(phases) if 1000 * phase // phases - 1 < t)
+        end = max(end for phase in range(phases) if (end := math.ceil(1000 * phase / phases) - 1) < t)
         step, now = max(t - stride, end), torch.tensor([t])
         with torch.no_grad():
             conditional = teacher(x, now, context)
@@ -233,7 +243,32 @@ def test_an_expert_is_asked_only_in_its_range(small_teacher, small_data, tmp_pat
     assert 599 <= seen.min() and seen.max() < 800  # 599 only where its answer is not used
 
 
+def test_validation_asks_after_the_last_step_too(small_teacher, small_data, tmp_path):
+    recipe = replace(RECIPE, total_steps=2, validate_every_steps=1, validation_share=0.25)
+    base = copied(small_teacher)
+    distill(run := Run(tmp_path / "run", recipe), student=base, teacher=WithoutLora(base), plan=None, dataset=small_data)
+    assert run.complete and all(row["validation"] > 0 for row in run.metrics())
+    assert not any(name.startswith("target/") for name in read_header(run.checkpoints[-1] / TRAINING).tensors)
+
+
 # --- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "phases", "fits"), [(24, 4, True), (24, 3, True), (20, 4, True), (25, 4, False), (25, 5, True), (25, 1, False)]
+)
+def test_stored_states_must_lie_where_the_student_is_sampled(num_steps, phases, fits, small_data):
+    (bucket,) = small_data.buckets
+    states = bucket.latents[:, None].expand(-1, num_steps, -1, -1, -1)
+    data = LatentDataset([replace(bucket, states=states)], small_data.null, timesteps(SCHEDULE, num_steps))
+    recipe = replace(RECIPE, guidance=1.0, phases=phases)
+    if fits:
+        check_trajectories(recipe, data, SCHEDULE)
+        return
+    with pytest.raises(
+        ValueError, match="no states at timesteps 749, 499, 249, where a student of 4 steps is sampled; set phases to 5, 25, or"
+    ):
+        check_trajectories(recipe, data, SCHEDULE)
 
 
 @pytest.mark.parametrize(

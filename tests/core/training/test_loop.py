@@ -1,7 +1,9 @@
 """Every option of a recipe does what it says."""
 
 import copy
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,10 +17,12 @@ from distill_core.networks.files import open_unet
 from distill_core.networks.model_sampling import ModelSampling
 from distill_core.pruning.plan import PruningPlan, name_map
 from distill_core.training.loop import OutOfMemory, distill
+from distill_core.training.optim import Optimizer
 from distill_core.training.previews import Previews
 from distill_core.training.refit import refit
 from distill_core.training.run import Run
 from distill_core.training.teachers import Teachers
+from distill_core.training.trainer import Trainer
 
 from ...students import student_of
 from .runs import PLAN, RECIPE, train, weights
@@ -279,6 +283,22 @@ def test_a_mixture_draws_teachers_by_their_shares(small_teacher):
     assert drawn == which(Teachers([lambda: small_teacher] * 2, recipe), recipe, 2000)
 
 
+def test_of_teachers_in_sequence_only_one_is_in_memory(tmp_path, small_teacher, data):
+    recipe, there, most = replace(RECIPE, total_steps=3), [], []
+
+    def load(seed):
+        there.append(weakref.ref((teacher := teacher_like(small_teacher, seed)).network))
+        return teacher
+
+    def count(progress):
+        gc.collect()
+        most.append(sum(network() is not None for network in there))
+
+    train(tmp_path / "run", None, data, recipe, student=student_of(small_teacher, PLAN), on_step=count,
+          teachers=Teachers([lambda n=n: load(n) for n in range(3)], recipe))  # fmt: skip
+    assert len(there) == 3 and most == [1, 1, 1]
+
+
 @pytest.mark.parametrize("mode", ["sequence", "mixture"])
 def test_each_teacher_teaches_its_steps(mode, tmp_path, small_teacher, data):
     recipe = replace(RECIPE, total_steps=4, teacher_mode=mode)
@@ -395,6 +415,35 @@ def test_validation_is_of_what_is_given_out_and_disturbs_nothing(tmp_path, small
     assert run.metrics()[2]["validation"] == seldom.metrics()[2]["validation"]
 
 
+@pytest.mark.parametrize("change", [{"ema_decay": 0.5}, {"optimizer": "schedulefree"}], ids=["average", "schedule-free"])
+def test_interrupted_while_it_gives_out_weights_a_run_keeps_its_own(change, tmp_path, small_teacher, data, monkeypatch):
+    """In the middle of putting others into the network, and the step that was done has its row."""
+    if "optimizer" in change:
+        pytest.importorskip("schedulefree")
+    recipe = replace(RECIPE, validation_share=0.25, validate_every_steps=2, save_every_steps=100, **change)
+    whole, _ = train(tmp_path / "whole", small_teacher, data, recipe)
+    place, name = (Trainer, "_put") if "ema_decay" in change else (Optimizer, "_call")
+    plainly = getattr(place, name)
+
+    def half(self, what):
+        if isinstance(what, str):
+            plainly(self, what)
+            next(iter(self.parameters.values())).data.zero_()
+        else:
+            plainly(self, dict(list(what.items())[: len(what) // 2]))
+        raise KeyboardInterrupt
+
+    def interrupt(progress):
+        monkeypatch.setattr(place, name, half)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", small_teacher, data, recipe, on_step=interrupt)
+    monkeypatch.undo()
+    run, _ = train(tmp_path / "run", small_teacher, data, recipe)
+    assert difference(weights(run), weights(whole)) == 0
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.metrics()[1]["total"] == whole.metrics()[1]["total"]
+
+
 def test_validation_without_examples_is_refused(tmp_path, small_teacher, data):
     with pytest.raises(ValueError, match="holds out no example"):
         train(tmp_path / "run", small_teacher, data, replace(RECIPE, validation_share=0.01, validate_every_steps=1))
@@ -448,9 +497,15 @@ def test_wandb_is_offline_unless_asked(tmp_path, small_teacher, data, monkeypatc
 # --- when something goes wrong
 
 
-def test_out_of_memory_says_what_to_lower_in_order(tmp_path, small_teacher, data):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+], ids=["CUDA", "MPS", "CPU", "Windows"])  # fmt: skip
+def test_out_of_memory_says_what_to_lower_in_order(error, tmp_path, small_teacher, data):
     def explode(*inputs, **named):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     teacher = teacher_like(small_teacher, 1)
     train(tmp_path / "run", teacher, data, num_steps=1)

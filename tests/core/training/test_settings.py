@@ -23,7 +23,7 @@ RANGES = {name: limits.within for name, limits in LIMITS.items() if limits.withi
      ("weighting", "snr"), ("optimizer", "adam"), ("precision", "fp8"), ("weight_dtype", "fp16"), ("ema_decay", 1.0),
      ("teacher_mode", "all"), ("teacher_shares", (0.5, 0.0)), ("teacher_shares", (1.0, math.inf)), ("trackers", ("comet",)), ("accumulation_steps", 0),
      ("task_weight", -1.0), ("timestep_range", (5, 5)), ("timestep_range", (5,)), ("lora_rank", -1), ("learning_rate", math.nan), ("noise_offset", 2.0), ("input_perturbation", -0.1),
-     ("timesteps", "normal"), ("snr_gamma", 0.0), ("keep_checkpoints", 0), ("validation_share", 0.9)],
+     ("timesteps", "normal"), ("snr_gamma", 0.0), ("keep_checkpoints", 0), ("validation_share", 0.9), ("lora_alpha", 0.0), ("learning_rate", 1e300), ("max_grad_norm", 1e-320), ("refit_examples", 1)],
 )  # fmt: skip
 def test_a_bad_setting_is_named(field, value):
     with pytest.raises(ValueError, match=field):
@@ -33,8 +33,8 @@ def test_a_bad_setting_is_named(field, value):
 def test_every_number_of_a_recipe_has_a_range():
     hints = get_type_hints(TrainingSettings)
     numbers = {name for name, hint in hints.items() if hint in (int, float, int | None, float | None)}
-    assert numbers == RANGES.keys() | {"learning_rate", "max_grad_norm", "snr_gamma"}
-    assert LIMITS["learning_rate"].above == LIMITS["max_grad_norm"].above == LIMITS["snr_gamma"].above == 0
+    assert numbers == RANGES.keys() | {"lora_alpha", "snr_gamma"}
+    assert LIMITS["lora_alpha"].above == LIMITS["snr_gamma"].above == 0
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,9 @@ def test_all_settings_are_held_to_their_ranges(kind, settings, message):
      ({"objective": "guidance", "guidance": 3.0, "guidance_min": 3.0, "lora_rank": 4}, "guidance_min must be below guidance"),
      ({"objective": "guidance", "guidance": 3.0, "guidance_min": 2.0}, "set lora_rank above 0"),
      ({"weight_dtype": "bf16", "precision": "fp16"}, "precision to bf16"),
+     ({"objective": "task", "guidance": 7.5}, "set guidance to 1"),
+     ({"objective": "local", "guidance": 7.5}, "set guidance to 1"),
+     ({"objective": "dmd", "total_steps": 100, "local_steps": 20, "consistency_steps": 20}, "must be above local_steps, got 20 and 20"),
      ({"weight_dtype": "bf16", "optimizer": "prodigy"}, "needs weight_dtype fp32")],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(settings, message):
