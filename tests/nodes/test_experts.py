@@ -100,6 +100,16 @@ def test_trained_folders_are_loaded_by_their_run(in_one, server):
     assert torch.equal(drawn_by(server, nodes, ["load", 0], "loaded"), drawn(server, "experts in one"))
 
 
+def test_with_keep_best_the_model_is_of_the_best_steps_as_the_folder_is(server):
+    kept = {"recipe": recipe(validate_every_steps=1, keep_best=1, validation_share=0.05)}
+    wild = {"learning_rate": 0.02, "count": 2, "joint_steps": 3, "total_steps": 3}  # it only gets worse
+    folder, _ = trained(server, "the best experts", kept, recipe=["recipe", 0], **wild)
+    losses = [row["validation"] for row in rows(folder / "joint")]
+    assert min(losses) < losses[-1]
+    nodes = {"load": {"class_type": "DistillLoadExperts", "inputs": {"name": "the best experts"}}}
+    assert torch.equal(drawn_by(server, nodes, ["load", 0], "the best loaded"), drawn(server, "the best experts"))
+
+
 def test_a_folder_that_was_moved_among_the_models_is_loaded(in_one, server):
     shutil.copytree(in_one[0] / "experts", server.base / "models" / "diffusion_models" / "demo" / "three")
     nodes = {"load": {"class_type": "DistillLoadExperts", "inputs": {"name": "demo/three"}}}

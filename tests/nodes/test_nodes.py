@@ -198,6 +198,7 @@ SMALL = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64,
         ({"x": save(["again", 0], "x"), "again": TWICE}, "is already pruned"),
         ({"x": save(["teacher", 0], "../../evil")}, "leads out of the output folder"),
         ({"x": save(["t", 0], "x"), "t": train("../evil")}, "must be a plain name"),
+        ({"x": save(["t", 0], "x"), "t": train("名" * 80)}, "is too long for the name of a folder"),
         *[({"x": save(["prune", 0], prefix)}, "leads into a folder reserved for runs or data") for prefix in
           ("distill_runs/a/checkpoints/00000004/extra", "x/../Distill_Data/y", "./distill_runs/y", "distill_runs\\y")],
         *[({"x": save(["prune", 0], prefix)}, "has no file name") for prefix in ("", " ", ".", "folder/", "folder/..")],
@@ -215,6 +216,32 @@ def test_bad_input_is_one_clear_sentence(change, message, server):
     assert [p for p in sorted(server.output.rglob("*")) if p not in before and p.is_file()] == []
     numbers = str(result.messages["execution_error"]["current_inputs"]).count("tensor(")
     assert numbers < 20  # of the prompts alone: those of 4,096 examples would take a minute
+
+
+@pytest.mark.parametrize("prefix", ["checkpoints/spelt", "checkpoints\\spelt", "./checkpoints//spelt"])
+def test_a_layout_is_saved_where_its_loader_looks(prefix, server):
+    before = {*server.output.rglob("spelt_*")}
+    result = server.run({**PROMPT, "x": save(["prune", 0], prefix)})
+    assert result.succeeded, result.error
+    (saved,) = {*server.output.rglob("spelt_*")} - before
+    assert saved.parent == server.output / "diffusion_models"
+
+
+def test_links_among_the_models_are_followed_and_those_that_lead_nowhere_do_no_harm(server, tmp_path):
+    place = server.base / "models" / "diffusion_models"
+    (place / "apart").mkdir(parents=True, exist_ok=True)
+    (place / "apart" / "gone.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    assert server.run({**PROMPT, "save": save(["prune", 0], "to be linked")}).succeeded
+    shutil.copy(newest(server, "to be linked_*.safetensors"), tmp_path / "elsewhere.safetensors")
+    (place / "linked.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    try:
+        assert {"DistillLoadExperts", "DistillTimestepRouterSampler"} <= server.get("object_info").keys()
+        load = {"class_type": "DistillLoadDistilledModel", "inputs": {"name": "linked.safetensors"}}
+        result = server.run({**PROMPT, "load": load, "save": save(["load", 0], "was linked")})
+        assert result.succeeded, result.error
+    finally:
+        (place / "linked.safetensors").unlink()
+        (place / "apart" / "gone.safetensors").unlink()
 
 
 def test_a_link_does_not_lead_what_is_saved_into_a_run(server):

@@ -78,7 +78,7 @@ def test_nodes_do_not_grow_over_others_when_opened(page, server, new_nodes):
         opened(page, server)
         for name, graph in WORKFLOWS.items():
             load(page, graph)
-            page.wait_for_timeout(1000)
+            page.wait_for_timeout(1000 if new_nodes else 100)
             boxes = dict(page.evaluate(BOXES))
             assert not [pair for pair in combinations(boxes, 2) if overlap(*(boxes[node] for node in pair))], name
             if not new_nodes:

@@ -338,6 +338,20 @@ def test_the_student_learns_from_the_teachers_trajectories(server):
     assert measured == {"timesteps/900-999", "timesteps/400-499"}  # 999 and 499, the first and third of four sampler steps
 
 
+@pytest.mark.parametrize("node", [
+    {"class_type": "LatentFlip", "inputs": {"samples": ["data", 0], "flip_method": "y-axis: horizontally"}},
+    {"class_type": "RepeatLatentBatch", "inputs": {"samples": ["data", 0], "amount": 2}},
+], ids=["flipped", "repeated"])  # fmt: skip
+def test_trajectories_of_other_latents_are_refused(node, server):
+    """Stock nodes change the samples alone."""
+    data = teacher_data("trajectories", images_per_prompt=3, trajectory_states=2)
+    given = {"latents": ["changed", 0], "captions": ["prompt", 0], "null_caption": ["data", 2], "total_steps": 1}
+    result = server.run(
+        {**PROMPT, "data": data, "changed": node, "train": train("changed", **given), "x": save(["train", 0], "x")}
+    )
+    assert "the latents have trajectories, but another node changed them" in result.error
+
+
 def test_cancelled_it_keeps_what_was_made_and_goes_on(server):
     folder = server.output / "distill_data" / "drawing_cancelled"
 

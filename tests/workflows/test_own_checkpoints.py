@@ -39,7 +39,7 @@ SHORT = {
 def server(comfyui_path, tmp_path_factory):
     """One that keeps models in half precision, so that other tests have room beside it."""
     where = tmp_path_factory.mktemp("comfyui")
-    with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), where, "--bf16-unet", "--bf16-text-enc") as running:
+    with comfyui.Server(comfyui_path, comfyui.python(comfyui_path), where, "--bf16-unet") as running:
         yield running
 
 
