@@ -215,9 +215,9 @@ def _judged(comparison, clip_vision, real_images, clip, prompt: str, node_id: st
         text = bridge.text_features(clip, prompt, width)
     features = {name: bridge.image_features(clip_vision, seen, progress.add) for name, seen in comparison.images.items()}
     of_real = None if real is None else bridge.image_features(clip_vision, real, progress.add)
-    held_against = f"{len(images)} images by {first}" if real is None else f"{len(real)} real images"
+    reference = f"{len(images)} images by {first}" if real is None else f"{len(real)} real images"
     return compare.judge(features, of_real, text), {
-        "judged": f"{len(images)} images of each model, compared with {held_against}",
+        "judged": f"{len(images)} images of each model, compared with {reference}",
         **({"prompt": prompt} if clip is not None else {}),
     }
 

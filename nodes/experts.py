@@ -83,19 +83,15 @@ class TrainTimestepExperts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run_name, count, boundaries, joint_steps, total_steps, steps_per_queue, **_):
-        """The step an execution ends at: an unfinished training is executed again, a complete one is not.
-
-        NaN, which never equals the last value, if one of these inputs is linked: its value is not known yet.
-        """
-        if None in (run_name[0], count[0], boundaries[0], joint_steps[0], total_steps[0], steps_per_queue[0]):
-            return float("nan")  # a new object each time: ComfyUI takes the same object for the same value
-        try:
-            num_experts = len(read_boundaries(boundaries[0])) + 1 if boundaries[0] else count[0]
-        except ValueError as error:  # execute raises it again
-            return str(error)
-        total = joint_steps[0] + num_experts * total_steps[0]
-        newest = bridge.newest_step(run_name[0])
-        return f"{min(total, newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
+        """As that of a run of all stages."""
+        total = None
+        if None not in (count[0], boundaries[0], joint_steps[0], total_steps[0]):
+            try:
+                num_experts = len(read_boundaries(boundaries[0])) + 1 if boundaries[0] else count[0]
+            except ValueError as error:  # execute raises it again
+                return str(error)
+            total = joint_steps[0] + num_experts * total_steps[0]
+        return bridge.SEEN_RUNS.fingerprint(run_name[0], total, steps_per_queue[0])
 
     @classmethod
     def execute(
@@ -138,7 +134,7 @@ class TrainTimestepExperts(io.ComfyNode):
                 _train(training, run_name[0], steps_per_queue[0], node_id, needs)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
-        bridge.newest_step(run_name[0])  # so that the next call notices if they are gone
+        bridge.SEEN_RUNS.look(run_name[0])
         written = str(training.folder / "experts") if training.complete else ""
         state = "complete" if training.complete else "queue again to go on"
         bridge.show_text(f"step {training.step} of {training.total_steps}: {state}\n{_begins(training)}", node_id)

@@ -116,7 +116,7 @@ class PruneTransformerBlocks(io.ComfyNode):
             category="distill",
             description="Removes blocks from a diffusion transformer (Flux, Z-Image, Qwen-Image, Wan and others) and keeps the "
             "weights of the rest, quantised ones as they are. The result is an ordinary MODEL, smaller and faster, that stock "
-            "ComfyUI opens once it is saved. Its images suffer, the more the more you remove. The input MODEL does not change.",
+            "ComfyUI opens once it is saved. Image quality drops with every block you remove. The input MODEL does not change.",
             search_aliases=["remove blocks", "prune", "flux", "flux lite", "flux mini", "z-image", "qwen", "wan", "small model",
                             "block removal", "depth", "smaller", "faster", "distill", "compress", "加速", "压缩"],
             inputs=_prune_inputs(

@@ -23,7 +23,7 @@ from .inputs import (
     size_inputs,
     vae_input,
 )
-from .train import last_step, sampled, show_run, train_on_base
+from .train import sampled, show_run, train_on_base
 
 OBJECTIVES = ("guidance", "consistency", "dmd")
 CONSISTENCY_STEPS = 500
@@ -127,8 +127,8 @@ class SharedBaseLoRA(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
-        return last_step(**inputs)
+    def fingerprint_inputs(cls, run_name, total_steps, steps_per_queue, **_):
+        return bridge.SEEN_RUNS.fingerprint(run_name[0], total_steps[0], steps_per_queue[0])
 
     @classmethod
     def execute(

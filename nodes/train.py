@@ -99,8 +99,8 @@ class DistillTrainStep(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
-        return last_step(**inputs)
+    def fingerprint_inputs(cls, run_name, total_steps, steps_per_queue, **_):
+        return bridge.SEEN_RUNS.fingerprint(run_name[0], total_steps[0], steps_per_queue[0])
 
     @classmethod
     def execute(
@@ -299,23 +299,12 @@ def show_run(run: Run, node_id: str) -> tuple[dict, torch.Tensor]:
     """Show the progress of a run on the node; returns its losses for Plot Loss Graph, and their curve as an image."""
     metrics = run.metrics()
     curve = bridge.to_image(plots.loss_curve(metrics, title(run)))
-    bridge.newest_step(run.folder.name)  # so that the next call notices if they are gone
+    bridge.SEEN_RUNS.look(run.folder.name)
     state = "complete" if run.complete else "queue again to go on"
     sampling = ", ".join(f"{name} {value}" for name, value in run.settings.sampling.items())
     hint = f"\nSample with {sampling}" if sampling else ""
     bridge.show_text(f"step {run.step} of {run.settings.total_steps}: {state}{hint}", node_id)
     return {"loss": [row["total"] for row in metrics]}, curve
-
-
-def last_step(run_name, total_steps, steps_per_queue, **_) -> str | float:
-    """The step an execution ends at: an unfinished run is executed again, a complete one is not, unless it was deleted.
-
-    NaN, which never equals the last value, if one of the three inputs is linked: its value is not known yet.
-    """
-    if None in (run_name[0], total_steps[0], steps_per_queue[0]):
-        return float("nan")  # a new object each time: ComfyUI takes the same object for the same value
-    newest = bridge.newest_step(run_name[0])
-    return f"{min(total_steps[0], newest + steps_per_queue[0])}, lost {bridge.times_lost(run_name[0])}"
 
 
 class Watch:

@@ -400,7 +400,7 @@ class CacheWriter:
 def writing(folder: Path | str, *, dtype: str = "fp16", verify: bool = False, padded: bool = False) -> Iterator[CacheWriter]:
     """Lock a cache's folder while adding to it, as in `CacheWriter`; waiting entries are written at the end, however it ends.
 
-    ``ValueError`` if another process holds the folder for longer than ``_WAIT_S``.
+    ``ValueError`` if another process holds the folder for longer than half a minute.
     """
     _check_ours(Path(folder))
     with locked(Path(folder), wait_s=_WAIT_S):

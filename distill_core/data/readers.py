@@ -1,4 +1,4 @@
-"""What reads captions for a network, as the pipelines of diffusers do: tokenizers and text encoders of each family."""
+"""Tokenizers and text encoders of each family, read as the pipelines of diffusers do."""
 
 from __future__ import annotations
 

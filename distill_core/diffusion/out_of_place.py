@@ -1,4 +1,4 @@
-"""Networks that write over their tensors, made to compute new ones instead, so that their gradients are right."""
+"""Runs the in-place operations of networks out of place, so that gradients are correct."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def device_of_choice() -> torch.device:
-    """The GPU that training would use: CUDA (or ROCm), MPS, or else the CPU."""
+    """CUDA (or ROCm) if there is one, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

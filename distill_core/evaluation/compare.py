@@ -226,9 +226,9 @@ def judge(features: Mapping[str, Tensor], real: Tensor | None = None, text: Tens
     """
     judged = []
     for number, (name, seen) in enumerate(features.items()):
-        held_against = next(iter(features.values())) if real is None else real
+        reference = next(iter(features.values())) if real is None else real
         is_reference = real is None and number == 0
-        frechet, kernel = (None, None) if is_reference else feature_distances(held_against, seen)
+        frechet, kernel = (None, None) if is_reference else feature_distances(reference, seen)
         score = None if text is None else clip_score(seen, text)
         judged.append(
             Judged(

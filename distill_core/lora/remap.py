@@ -22,7 +22,7 @@ from ..base.modelspec import OF_ONE_FILE
 from ..base.storage import StoredTensor, read_header, write_tensors
 from ..networks.architecture import Architecture
 from ..networks.layouts import heads, layout_named
-from ..networks.lora_names import _DIALECTS, _TRANSLATED_PREFIX, _paths, comfyui_reads_diffusers_names
+from ..networks.lora_names import DIALECTS, TRANSLATED_PREFIX, comfyui_reads_diffusers_names, paths_in
 from ..networks.name_map import NameMap
 from ..networks.network import Network
 from ..pruning.plan import pruned
@@ -71,8 +71,8 @@ def _places(keys: Mapping[str, object], teacher: Architecture) -> dict[str, _Pla
     if "lora_controlnet" in keys:
         raise ValueError("this file is a Control-LoRA, which is a ControlNet and not a LoRA; open it with Load ControlNet Model")
     tables: dict[str, dict[str, tuple[str, str]]] = {".": {}, "_": {}}
-    for name, dialect in _DIALECTS.items():
-        for layer, path in _paths(teacher, dialect).items():
+    for name, dialect in DIALECTS.items():
+        for layer, path in paths_in(teacher, dialect).items():
             tables[dialect.separator].setdefault(path, (layer, name))
     places = {}
     for key in keys:
@@ -245,7 +245,7 @@ def remap_lora(
     renamed = _respell(left.places, kept, student, target)
     remapped: dict[str, Weight] = {renamed.get(key, key): tensor for key, tensor in left.tensors.items()}
     kept_metadata = {key: text for key, text in (metadata or {}).items() if key not in OF_ONE_FILE}
-    if target == "ldm" or any(target not in (None, _DIALECTS[place.dialect].layout) for place in left.places.values()):
+    if target == "ldm" or any(target not in (None, DIALECTS[place.dialect].layout) for place in left.places.values()):
         remapped |= _alphas(left, renamed, teacher)
         kept_metadata.pop(KEY, None)
     elif left.configs:
@@ -261,7 +261,7 @@ def remap_lora(
 
 
 def _has_diffusers_names(places: Mapping[str, _Place]) -> bool:
-    return any(_DIALECTS[place.dialect].layout == "diffusers" for place in places.values())
+    return any(DIALECTS[place.dialect].layout == "diffusers" for place in places.values())
 
 
 def _respell(places: Mapping[str, _Place], kept: Mapping[str, str], student: Architecture, target: str | None) -> dict[str, str]:
@@ -269,11 +269,11 @@ def _respell(places: Mapping[str, _Place], kept: Mapping[str, str], student: Arc
 
     kept: teacher's layer -> student's. target: layout to write; None keeps that of each key.
     """
-    paths = {name: _paths(student, dialect) for name, dialect in _DIALECTS.items()}
+    paths = {name: paths_in(student, dialect) for name, dialect in DIALECTS.items()}
     renamed: dict[str, str] = {}
     for key, (prefix, layer, dialect, rest) in places.items():
-        if target not in (None, _DIALECTS[dialect].layout):
-            prefix, dialect = _TRANSLATED_PREFIX, f"{target} with underscores"
+        if target not in (None, DIALECTS[dialect].layout):
+            prefix, dialect = TRANSLATED_PREFIX, f"{target} with underscores"
         renamed[key] = prefix + paths[dialect][kept[layer]] + rest
     return renamed
 
@@ -294,7 +294,7 @@ def _moved(lora: _Lora, kept: Mapping[str, str], teacher: Architecture, student:
     """The configurations of a LoRA, with the UNet's adapted to the student. kept: teacher's layer -> student's."""
     if (network := _of_unet(lora.configs)) not in lora.configs:
         return lora.configs
-    old, new = (_paths(architecture, _DIALECTS["diffusers with dots"]) for architecture in (teacher, student))
+    old, new = (paths_in(architecture, DIALECTS["diffusers with dots"]) for architecture in (teacher, student))
     whole = {layer for layer, keys in lora.layers.items() if not keys.keys() - {"weight", "bias"}}
     moved = lora.configs[network].moved(
         {old[layer]: new[kept[layer]] for layer in kept.keys() - whole},
@@ -309,7 +309,7 @@ def _alphas(lora: _Lora, renamed: Mapping[str, str], teacher: Architecture) -> d
 
     renamed: key -> that of the student. ``ValueError`` for tensors that ComfyUI does not read.
     """
-    paths, config = _paths(teacher, _DIALECTS["diffusers with dots"]), lora.configs.get(_of_unet(lora.configs))
+    paths, config = paths_in(teacher, DIALECTS["diffusers with dots"]), lora.configs.get(_of_unet(lora.configs))
     found: dict[str, Tensor] = {}
     for layer, keys in lora.layers.items():
         for name in _PEFT_ALONE.keys() & keys.keys():
@@ -395,7 +395,7 @@ def diffusers_lora(
         if role(place.rest) not in _MATRICES:
             raise ValueError(f"{key}: this LoRA is of a kind (DoRA, LoHa, LoKr …) that diffusers' form cannot store")
     lora.check(model)
-    paths, matrices = _paths(model, _DIALECTS["diffusers with dots"]), {}
+    paths, matrices = paths_in(model, DIALECTS["diffusers with dots"]), {}
     for layer, keys in lora.layers.items():
         down, up = _plain(lora, keys, paths[layer])
         outputs, inputs, *kernel = model.shapes[f"{layer}.weight"]

@@ -1,1 +1,1 @@
-"""Checkpoints of UNets: architecture, parameter names and sampling, and the networks built from them."""
+"""Checkpoints of UNets and transformers: architecture, parameter names and sampling, and the networks built from them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .diffusers_config import _beyond_diffusers, _config, _envelope, diffusers_config
+from .diffusers_config import beyond_diffusers, config_of, diffusers_config, envelope
 from .files import UNetFile
 from .layouts import from_diffusers, split, to_diffusers
 
@@ -30,8 +30,8 @@ def build_unet(architecture: Architecture) -> UNet2DConditionModel:
     """
     from diffusers import UNet2DConditionModel
 
-    if _beyond_diffusers(architecture):
-        network = UNet2DConditionModel.from_config(_config(architecture, _envelope(architecture)))
+    if beyond_diffusers(architecture):
+        network = UNet2DConditionModel.from_config(config_of(architecture, envelope(architecture)))
         _take_out(network, architecture)
     else:
         network = UNet2DConditionModel.from_config(diffusers_config(architecture))

@@ -9,9 +9,9 @@ from .architecture import Architecture
 
 def diffusers_config(architecture: Architecture) -> dict[str, Any]:
     """``config.json`` of ``UNet2DConditionModel`` for an architecture; ``ValueError`` names what it cannot express."""
-    if reason := _beyond_diffusers(architecture):
+    if reason := beyond_diffusers(architecture):
         raise ValueError(f"{reason}, which the diffusers layout cannot express; write the ldm layout")
-    return _config(architecture, {stage: _depths(architecture, stage) for stage in _stages(architecture)})
+    return config_of(architecture, {stage: _depths(architecture, stage) for stage in _stages(architecture)})
 
 
 def _stages(architecture: Architecture) -> list[str]:
@@ -23,7 +23,7 @@ def _depths(architecture: Architecture, stage: str) -> list[int]:
     return [architecture.depth(f"{stage}.attn.{j}") for j in architecture.numbers(f"{stage}.resnet")]
 
 
-def _beyond_diffusers(architecture: Architecture) -> str | None:
+def beyond_diffusers(architecture: Architecture) -> str | None:
     """What a diffusers config cannot express; None if it can express everything."""
     for stage in _stages(architecture):
         if any(depths := _depths(architecture, stage)) and not all(depths):
@@ -34,7 +34,7 @@ def _beyond_diffusers(architecture: Architecture) -> str | None:
     return None
 
 
-def _config(architecture: Architecture, depths: dict[str, list[int]]) -> dict[str, Any]:
+def config_of(architecture: Architecture, depths: dict[str, list[int]]) -> dict[str, Any]:
     if architecture.context_width is None:
         raise ValueError("diffusers builds no UNet of this kind without any attention; keep one at least")
     down, up = architecture.stages("down"), architecture.stages("up")
@@ -78,7 +78,7 @@ def _config(architecture: Architecture, depths: dict[str, list[int]]) -> dict[st
     return config
 
 
-def _envelope(architecture: Architecture) -> dict[str, list[int]]:
+def envelope(architecture: Architecture) -> dict[str, list[int]]:
     """Depths a config can express, none below the architecture's: one per stage; the innermost is at least the mid's."""
     depths = {stage: _depths(architecture, stage) for stage in _stages(architecture)}
     inner = architecture.stages("down")[-1]

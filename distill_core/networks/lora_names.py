@@ -30,7 +30,7 @@ def _as_processor(path: str) -> str:
     return path.replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out")
 
 
-_DIALECTS = {
+DIALECTS = {
     "ldm with dots": _Dialect("ldm", ".", _with_dots),
     "ldm with underscores": _Dialect("ldm", "_", _with_underscores),
     "diffusers with dots": _Dialect("diffusers", ".", _with_dots),
@@ -39,12 +39,12 @@ _DIALECTS = {
 }
 
 
-_TRANSLATED_PREFIX = "lora_unet_"
+TRANSLATED_PREFIX = "lora_unet_"
 """Prefix of translated layers, with underscores: ComfyUI reads it in both layouts, for every kind of adapter."""
 
 
-def _paths(architecture: Architecture, dialect: _Dialect) -> dict[str, str]:
-    """Canonical layer -> its layout in a dialect, for all layers of a network."""
+def paths_in(architecture: Architecture, dialect: _Dialect) -> dict[str, str]:
+    """Canonical layer -> its name in a dialect, for all layers of a network."""
     names = layout_named(dialect.layout).from_canonical(architecture.shapes)
     return {_parent(name): dialect.spell(_parent(path)) for name, path in names.items()}
 
@@ -66,5 +66,5 @@ def comfyui_reads_diffusers_names(architecture: Architecture) -> bool:
 
 def kohya_names(architecture: Architecture) -> dict[str, str]:
     """Canonical layer -> its name in kohya's trainer, spelled so that ComfyUI and diffusers both find it in this network."""
-    dialect = _DIALECTS[("diffusers" if comfyui_reads_diffusers_names(architecture) else "ldm") + " with underscores"]
-    return {layer: _TRANSLATED_PREFIX + path for layer, path in _paths(architecture, dialect).items()}
+    dialect = DIALECTS[("diffusers" if comfyui_reads_diffusers_names(architecture) else "ldm") + " with underscores"]
+    return {layer: TRANSLATED_PREFIX + path for layer, path in paths_in(architecture, dialect).items()}

@@ -1,4 +1,4 @@
-"""What a recipe's models are to its training, whichever networks they are."""
+"""The interface that a recipe's models offer to training."""
 
 from __future__ import annotations
 

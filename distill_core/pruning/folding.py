@@ -26,7 +26,9 @@ def runs(numbers: Sequence[int], num_removed: int, *, head: int = HEAD, tail: in
     before, after = num_short // 2, num_short - num_short // 2
     first = (len(free) - 3 * num_long) // 2
     if first < 2 * before or len(free) - first - 3 * num_long < 2 * after:
-        raise ValueError(f"{num_removed} of {len(numbers)} blocks are too many to fold two or three at a time, the ends staying")
+        raise ValueError(
+            f"cannot remove {num_removed} of {len(numbers)} blocks in runs of two or three while both ends stay; remove fewer"
+        )
     lengths = [2] * before + [3] * num_long + [2] * after
     at, found = first - 2 * before, []
     for length in lengths:

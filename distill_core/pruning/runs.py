@@ -172,7 +172,7 @@ def analyse(
 ) -> Analysis:
     """Scores of every run that may be folded; the network is only read.
 
-    network: the transformer, its lists of blocks under ComfyUI's names. ``on_part(done, total)`` is called before the
+    network: the transformer, its lists of blocks under ComfyUI's names or those of diffusers. ``on_part(done, total)`` is called before the
     first part and after each; an error it raises ends the measuring.
     """
     found = candidates(teacher, settings)

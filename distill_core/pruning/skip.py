@@ -19,7 +19,7 @@ from ..networks.name_map import NameMap
 class Detour:
     """How a teacher runs as its student: which modules pass on their input, and which skip connections are rewired."""
 
-    passed_over: dict[str, int]
+    passed_through: dict[str, int]
     """Skipped module or transformer block -> channels that arrive from the layer before: all of its input or, if a skip
     connection is joined to it, the first part."""
     rewired: dict[str, tuple[int, str]]
@@ -86,7 +86,7 @@ def skipping(denoiser: Denoiser, mapping: NameMap, stand_ins: Mapping[str, Calla
     way = detour(denoiser.architecture, mapping)
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(tap(denoiser, {source for _, source in way.rewired.values()}))
-        for name, channels in way.passed_over.items():
+        for name, channels in way.passed_through.items():
             in_tuple = denoiser.layout == "diffusers" and kind(name) == "attn"
             stack.enter_context(instead(denoiser.module(name), _pass_on(channels, in_tuple, stand_ins.get(name))))
         for name, (channels, source) in way.rewired.items():

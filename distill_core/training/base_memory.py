@@ -1,4 +1,4 @@
-"""Forecast of the memory that a LoRA on a network needs which is teacher and student at once, as `memory` forecasts it for others.
+"""Memory forecast for a LoRA on a network that is both teacher and student; `memory` forecasts other runs.
 
 The step is simulated with the network itself, its weights without contents.
 """

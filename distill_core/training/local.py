@@ -1,4 +1,4 @@
-"""Local healing: a block that stands for a run of blocks learns to make of the teacher's own hidden states what the run makes of them.
+"""Local healing: each folded block learns to map the teacher's hidden states as its run of blocks does.
 
 The teacher runs without gradients, and each of these blocks is asked by itself, so only single blocks hold activations and
 gradients (PPCL, arXiv 2511.16156).

@@ -144,7 +144,7 @@ def beside_weights(shapes: Iterable[torch.Size], training: TrainingSettings) -> 
     has_fake = bool(training.weighted_objective.dmd)
     return Counter({
         "optimizer": state,
-        "moving average": training.num_averages * copy,
+        "EMA": training.num_averages * copy,
         "fake score": has_fake * (copy + state),
     })  # fmt: skip
 
@@ -250,7 +250,7 @@ PARTS = (
     "half-precision weights",
     "gradients",
     "optimizer",
-    "moving average",
+    "EMA",
     "fake score",
     "kept activations",
     "working memory",

@@ -7,29 +7,14 @@ from .compare import Drawing, compare_models, image_features, text_features
 from .data import blank_latents, calibration, dataset, encoded_captions, make_data, num_captions, previews
 from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
-from .interface import (
-    about_graph,
-    data_folder,
-    experts_folder,
-    experts_folders,
-    file_in,
-    losses_of,
-    losses_written,
-    newest_step,
-    output_path,
-    pixels_of,
-    run_folder,
-    serve_runs,
-    show_text,
-    tell_chart,
-    thumbnail,
-    times_lost,
-    to_image,
-)
+from .folders import data_folder, experts_folder, experts_folders, file_in, output_path, run_folder
+from .images import pixels_of, thumbnail, to_image
+from .interface import about_graph, show_text
 from .model import Model, with_lora
 from .presets import serve_presets
 from .progress import Progress
 from .router import boundary_sigmas, describe_route, route_models, sample_routed, share_boundaries, sorted_boundaries
+from .runs import SEEN_RUNS, losses_of, losses_written, serve_runs, tell_chart
 from .shared_base import (
     check_healing,
     check_shares_weights,
@@ -53,6 +38,7 @@ from .training import (
 )
 
 __all__ = [
+    "SEEN_RUNS",
     "DemoVAE",
     "Drawing",
     "Model",
@@ -89,7 +75,6 @@ __all__ = [
     "make_data",
     "make_student",
     "memory_in_use",
-    "newest_step",
     "num_captions",
     "opened_base",
     "output_path",
@@ -116,7 +101,6 @@ __all__ = [
     "tell_chart",
     "text_features",
     "thumbnail",
-    "times_lost",
     "to_image",
     "encoded_captions",
     "trainable",

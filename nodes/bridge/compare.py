@@ -31,7 +31,8 @@ from ...distill_core.evaluation.compare import NUM_BINS, NUM_WARM_UPS
 from ...distill_core.evaluation.comparison import Comparison, Measured
 from ...distill_core.evaluation.measuring import device_words, each_round, synchronize, watched_memory
 from .asking import at_levels, even_levels
-from .interface import pixels_of, throw_if_cancelled, to_images
+from .images import pixels_of, to_images
+from .interface import throw_if_cancelled
 from .progress import Progress
 from .training import PLAIN_ATTENTION
 

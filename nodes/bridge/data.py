@@ -21,7 +21,7 @@ from ...distill_core.data.teacher_data import Making, make_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label, tile
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
-from .interface import pixels_of
+from .images import pixels_of
 from .model import Model
 from .shared_base import check_base, in_own_pixels, opened_base
 from .training import check_trainable, denoiser

@@ -11,7 +11,7 @@ import folder_paths
 from ...distill_core.demo.teacher import teacher_file
 from ...distill_core.networks.network import open_network, short_title
 from ...distill_core.pruning.plan import all_preset_names, fitting_presets, preset
-from .interface import routes_without
+from .runs import routes_without
 
 PRESETS_ROUTE = "/distill/presets"
 FOLDERS = ("checkpoints", "diffusion_models")

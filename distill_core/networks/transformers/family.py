@@ -46,7 +46,7 @@ class BlockList:
     """The same of diffusers' blocks."""
 
     def given(self, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """Of a call of a block, what it passes on: what the block would return if it changed nothing."""
+        """The hidden states among a block's arguments: what it would return if it changed nothing."""
         if not self.streams:
             return args[0]
         found = tuple(named[name] if name in named else args[place] for place, name in enumerate(self.streams))

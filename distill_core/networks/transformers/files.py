@@ -1,4 +1,4 @@
-"""Transformers on disk: reading single files of ComfyUI's, and writing ones that it opens."""
+"""Transformers on disk: ComfyUI's single files and diffusers folders, read and written."""
 
 from __future__ import annotations
 

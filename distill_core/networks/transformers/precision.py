@@ -30,12 +30,12 @@ def note_on_fp16(teacher: bool | None, student: bool | None) -> str:
     """What a person must know if a student's answer is not its teacher's; empty if it is."""
     if teacher is student or teacher is None or student is None:
         return ""
-    told = "ComfyUI tells by the last block but one whether a model of this family may compute in float16, and that is another block now. "
+    told = "ComfyUI decides by the second-to-last block whether a model of this family may compute in float16, and pruning changed that block. "
     if student:
         return told + (
-            "It may now, and its teacher may not: on cards without bfloat16 images may turn black. Keep the teacher's last block but one."
+            "The student may, its teacher may not: on cards without bfloat16 images may turn black. Keep the teacher's second-to-last block."
         )
     return told + (
-        "It may not, and its teacher may: cards without bfloat16 will compute in float32, which takes longer. Keep the teacher's last block "
-        "but one to avoid that."
+        "The student may not, its teacher may: cards without bfloat16 will compute in float32, which takes longer. Keep the teacher's "
+        "second-to-last block to avoid that."
     )

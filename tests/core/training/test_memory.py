@@ -148,7 +148,7 @@ def test_what_a_real_step_leaves_is_counted_to_the_byte(name, weight_dtype, tiny
         "student weights": weights.values(),
         "gradients": gradients,
         "optimizer": states,
-        "moving average": EMA(weights, 0.9).weights.values(),
+        "EMA": EMA(weights, 0.9).weights.values(),
         "teacher weights": tiny.teacher.network.parameters(),
     }.items():
         assert counted[part] == sum(tensor.nbytes for tensor in tensors), part
@@ -319,7 +319,7 @@ LESS = {
     "gradient_checkpointing": (True, "kept activations"),
 }
 MORE = {
-    "ema_decay": (0.9, "moving average"),
+    "ema_decay": (0.9, "EMA"),
     "optimizer": ("prodigy", "optimizer"),
     "num_teachers": (2, "teacher weights"),
 }
@@ -490,7 +490,7 @@ def made_up(settings, shape=(4, 64, 64), enough=math.inf):
         "teacher weights": 0 if settings.teacher_offloaded else 1000 * DTYPES[settings.teacher_dtype].itemsize,
         "optimizer": 10 * STATE_BYTES[recipe.optimizer](torch.Size([16, 1024])) // 1024,
         "student weights": 1000 * DTYPES[recipe.weight_dtype].itemsize,
-        "moving average": 4000 * bool(recipe.ema_decay),
+        "EMA": 4000 * bool(recipe.ema_decay),
     }
     parts = tuple(Part(*part) for part in cost.items())
     return Forecast(moment="", parts=parts, settings=settings, latent_shape=shape, again=made_up)
@@ -593,7 +593,7 @@ def test_few_steps_need_what_guidance_needs_and_one_more_lora(tiny):
         for objective in ("guidance", "consistency")
     )
     one_more = 4 * sum(shape.numel() for shape in layers.trained_shapes(tiny.teacher, 4, ("*",)))
-    assert of_few == of_guidance | {"moving average": one_more} and of_guidance["moving average"] == 0 < one_more
+    assert of_few == of_guidance | {"EMA": one_more} and of_guidance["EMA"] == 0 < one_more
 
 
 def test_dmd_needs_a_second_lora_that_is_trained_too(tiny):
@@ -601,9 +601,9 @@ def test_dmd_needs_a_second_lora_that_is_trained_too(tiny):
     told = tiny.forecast(objective="dmd", lora_rank=4, lora_targets=("*",), consistency_steps=0)
     shapes = layers.trained_shapes(tiny.student, 4, ("*",))
     assert dict(told.parts)["fake score"] == sum(4 * shape.numel() + STATE_BYTES["adamw"](shape) for shape in shapes)
-    assert dict(told.parts)["moving average"] == 0
+    assert dict(told.parts)["EMA"] == 0
     begins = tiny.forecast(told.settings, objective="dmd", consistency_steps=10)
-    assert dict(begins.parts)["moving average"] == 4 * sum(shape.numel() for shape in shapes)
+    assert dict(begins.parts)["EMA"] == 4 * sum(shape.numel() for shape in shapes)
 
 
 def test_the_student_waits_while_both_scores_see_what_it_drew(tiny):
