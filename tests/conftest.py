@@ -27,11 +27,19 @@ _tried: list[str] = []
 refuse(_tried.append)
 
 
+COMFY = ("workflows", "nodes")
+
+
 def pytest_collection_modifyitems(items):
-    """What starts or asks a real ComfyUI is marked by where it lies."""
-    for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in ("nodes", "workflows"):
+    """What starts or asks a real ComfyUI is marked by where it lies, and comes first.
+
+    It has the longest files: of several processes none is left alone with one at the end.
+    """
+    places = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    for item, place in places.items():
+        if place in COMFY:
             item.add_marker(pytest.mark.comfy)
+    items.sort(key=lambda item: COMFY.index(places[item]) if places[item] in COMFY else len(COMFY))
 
 
 @pytest.fixture(autouse=True)
