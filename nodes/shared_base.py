@@ -1,14 +1,19 @@
 """A node that trains guidance, or sampling in a few steps, into a LoRA on the model's own weights."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.storage import fingerprint, read_header
 from ..distill_core.data.dataset import Dataset
 from ..distill_core.data.teacher_data import Making
+from ..distill_core.diffusion.conditioning import Caption
 from ..distill_core.training.lesson import check_lesson, check_own_weights, check_trajectories
 from ..distill_core.training.preflight import check_run
-from ..distill_core.training.run import Inputs, Run
+from ..distill_core.training.run import Inputs, Run, started
 from ..distill_core.training.settings import TrainingSettings
 from . import bridge
 from .inputs import (
@@ -162,22 +167,25 @@ class SharedBaseLoRA(io.ComfyNode):
                 check_lesson(recipe, None, None, same=bridge.predict_alike([model, teacher]))
             if latents is None and not recipe.uses_images:
                 latents = [bridge.blank_latents(model, of_data["width"], of_data["height"], bridge.num_captions(captions, model))]
-            if latents is None:
-                data = _drawn(teacher or model, captions, null_caption, recipe, of_data, folder, node_id)
-            else:
-                data = bridge.dataset(latents, captions, null_caption, model)
-            check_trajectories(recipe, data, (teacher or model).schedule)
-            assert data.null is not None  # null_caption is given
             inputs = Inputs(
                 teachers=() if teacher is None else (teacher.fingerprint,),
                 student=model.fingerprint,
-                data=data.fingerprint,
                 sampling=(teacher or model).sampling_identity,
-                null_caption=fingerprint({"context": data.null.context}),
             )
-            run = Run(folder, recipe, inputs)
-            if not run.complete:
-                train_on_base(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
+            if latents is None:
+                own = _OwnImages.of(teacher or model, captions, null_caption, recipe, of_data)
+                known = replace(inputs, data=own.fingerprint, null_caption=started(folder).inputs.null_caption)
+                run = Run(folder, recipe, known)
+                data = None if run.complete else own.draw(folder, recipe, node_id)
+            else:
+                data = bridge.dataset(latents, captions, null_caption, model)
+            if data is not None:
+                check_trajectories(recipe, data, (teacher or model).schedule)
+                assert data.null is not None  # null_caption is given
+                null = fingerprint({"context": data.null.context})
+                run = Run(folder, recipe, replace(inputs, data=data.fingerprint, null_caption=null))
+                if not run.complete:
+                    train_on_base(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
         shown = show_run(run, node_id)
         with_lora, _ = bridge.with_lora(model.patcher, None, lora, 1.0, 0.0)
@@ -202,24 +210,41 @@ def _of_lora(settings: dict) -> dict:
     }
 
 
-def _drawn(model, captions, null_caption, recipe: TrainingSettings, settings: dict, folder, node_id: str) -> Dataset:
-    """Training data the model makes itself, stored in a data folder named after the run."""
-    num_states = min(settings["trajectory_states"], settings["sampler_steps"])
-    making = Making(
-        size=(settings["height"], settings["width"]),
-        guidance=recipe.guidance,
-        guidance_min=recipe.guidance_min if num_states else None,
-        num_steps=settings["sampler_steps"],
-        num_per_prompt=settings["images_per_caption"],
-        num_states=num_states,
-        seed=recipe.seed,
-    )
-    encoded = bridge.encoded_captions(captions, null_caption, model)
-    progress = bridge.Progress(node_id, "images", each=making.num_steps)
-    try:
-        return bridge.draw_latents(model, *encoded, making, bridge.data_folder(folder.name), recipe.batch_size, progress.at)
-    finally:
-        bridge.release_memory()
+class _OwnImages(NamedTuple):
+    """Training data that a model draws itself, stored in a data folder named after the run."""
+
+    model: bridge.Model
+    captions: list[Caption]
+    null: Caption
+    making: Making
+
+    @classmethod
+    def of(
+        cls, model: bridge.Model, captions: list, null_caption: list, recipe: TrainingSettings, settings: dict
+    ) -> "_OwnImages":
+        num_states = min(settings["trajectory_states"], settings["sampler_steps"])
+        making = Making(
+            size=(settings["height"], settings["width"]),
+            guidance=recipe.guidance,
+            guidance_min=recipe.guidance_min if num_states else None,
+            num_steps=settings["sampler_steps"],
+            num_per_prompt=settings["images_per_caption"],
+            num_states=num_states,
+            seed=recipe.seed,
+        )
+        return cls(model, *bridge.encoded_captions(captions, null_caption, model), making)
+
+    @property
+    def fingerprint(self) -> str:
+        """Known before they are drawn, so that a complete run draws none."""
+        return bridge.drawn_fingerprint(*self)
+
+    def draw(self, folder: Path, recipe: TrainingSettings, node_id: str) -> Dataset:
+        progress = bridge.Progress(node_id, "images", each=self.making.num_steps)
+        try:
+            return bridge.draw_latents(*self, bridge.data_folder(folder.name), recipe.batch_size, progress.at)
+        finally:
+            bridge.release_memory()
 
 
 NODES = [SharedBaseLoRA]

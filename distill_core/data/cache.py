@@ -131,6 +131,16 @@ class Entry(NamedTuple):
     """What it shares with the examples made from the same image or prompt; None if there are no others."""
 
 
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Examples in the order of their keys, which is that of a dataset."""
+    return sorted(entries, key=json.dumps)
+
+
+def fingerprint_of(entries: Iterable[Entry], null: str | None, timesteps: Sequence[int] | None) -> str:
+    """The fingerprint of a dataset of these examples, the empty caption's key, and the timesteps of states."""
+    return key([entry[:3] for entry in in_order(entries)], null, timesteps)[:16]
+
+
 class _Index(NamedTuple):
     examples: list[Entry]
     null: str | None
@@ -188,7 +198,7 @@ class CachedDataset:
 
     def __init__(self, folder: Path, shards: _Shards, index: _Index):
         self._shards, stored = shards, shards.tensors
-        self.entries = sorted(index.examples, key=json.dumps)
+        self.entries = in_order(index.examples)
         texts = {text for text in (index.null, *(entry.text for entry in self.entries)) if text is not None}
         self.scales = index.scales if index.timesteps else None
         self._each_scale = self.scales is not None and self.scales[0] < self.scales[1]
@@ -205,7 +215,7 @@ class CachedDataset:
         self._sources = [_numbered([entry.source for entry in bucket]) for bucket in self._buckets]
         self.null = None if index.null is None else self._caption(index.null)
         self.timesteps = None if index.timesteps is None else torch.tensor(index.timesteps)
-        self.fingerprint = key([entry[:3] for entry in self.entries], index.null, index.timesteps)[:16]
+        self.fingerprint = fingerprint_of(self.entries, index.null, index.timesteps)
 
     @classmethod
     def open(cls, folder: Path | str) -> CachedDataset:

@@ -21,7 +21,7 @@ from ..diffusion.conditioning import Caption, conditions
 from ..diffusion.denoiser import Denoiser, Load
 from ..diffusion.sampling import sample, timesteps
 from ..diffusion.schedule import NoiseSchedule
-from .cache import CachedDataset, CacheWriter, Entry, key, text_key, writing
+from .cache import CachedDataset, CacheWriter, Entry, fingerprint_of, key, text_key, writing
 from .encoders import TextEncoders, pads, warn_of_cut
 from .images import Size
 
@@ -215,17 +215,39 @@ def draw_dataset(
 ) -> CachedDataset:
     """`make_dataset` for captions that are encoded already, and an empty caption or negative prompt."""
     check_range("batch_size", batch_size, BATCH)
-    texts = []
     with writing(folder, dtype=dtype, padded=null.padded) as writer:
-        for caption in [*captions, null]:
-            parts = (part for part in (caption.context, caption.pooled) if part is not None)
-            content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in parts)
-            texts.append(key("caption", *content, writer.dtype))
-            if not writer.has(texts[-1]):
-                writer.add_text(texts[-1], caption)
+        *named, (_, null_text) = _named([*captions, null], dtype)
+        for (_, name), caption in zip([*named, (null_text, null_text)], [*captions, null], strict=True):
+            if not writer.has(name):
+                writer.add_text(name, caption)
         writer.flush()
-        named = [(name, name) for name in texts[:-1]]
-        return _drawn(writer, load_teacher, teacher_fingerprint, named, texts[-1], making, schedule, batch_size, on_item, on_step)
+        return _drawn(writer, load_teacher, teacher_fingerprint, named, null_text, making, schedule, batch_size, on_item, on_step)
+
+
+def drawn_fingerprint(
+    teacher_fingerprint: str,
+    captions: Sequence[Caption],
+    null: Caption,
+    making: Making,
+    *,
+    schedule: NoiseSchedule,
+    dtype: str = "fp16",
+) -> str:
+    """The fingerprint that the dataset of `draw_dataset` has, without drawing it."""
+    *named, (_, null_text) = _named([*captions, null], dtype)
+    entries = [job.entry(making, null) for job in _jobs(named, making, teacher_fingerprint, dtype)]
+    kept = making.kept(schedule)
+    return fingerprint_of(entries, null_text, None if kept is None else kept.tolist())
+
+
+def _named(captions: Sequence[Caption], dtype: str) -> list[tuple[str, str]]:
+    """For each caption what determines its noise, and its key: the same, as it has no text."""
+    names = []
+    for caption in captions:
+        parts = (part for part in (caption.context, caption.pooled) if part is not None)
+        content = (hashlib.sha256(part.float().numpy().tobytes()).hexdigest() for part in parts)
+        names.append(key("caption", *content, dtype))
+    return [(name, name) for name in names]
 
 
 class _Job(NamedTuple):
@@ -239,6 +261,9 @@ class _Job(NamedTuple):
     """Its number among the images of its caption."""
     name: str
     """Its key."""
+
+    def entry(self, making: Making, null: Caption) -> Entry:
+        return Entry(self.name, self.text, _sizes(null, making.size), self.text if making.num_per_prompt > 1 else None)
 
 
 def _jobs(captions: Sequence[tuple[str, str]], making: Making, teacher_fingerprint: str, dtype: str) -> Iterator[_Job]:
@@ -269,7 +294,6 @@ def _drawn(
     """
     null, total = writer.caption(null_text), len(captions) * making.num_per_prompt
     _check_room(writer, total, making)
-    sizes = _sizes(null, making.size)
     entries: list[Entry] = []
     waiting: list[_Job] = []
     teacher = None
@@ -290,7 +314,7 @@ def _drawn(
         waiting.clear()
 
     for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
-        entries.append(Entry(job.name, job.text, sizes, job.text if making.num_per_prompt > 1 else None))
+        entries.append(job.entry(making, null))
         if not writer.has(job.name):
             if teacher is None:
                 tell(done - 1)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ...distill_core.base.sizes import gib
 from ...distill_core.base.storage import fingerprint
+from ...distill_core.data import teacher_data
 from ...distill_core.data.cache import CachedDataset
 from ...distill_core.data.dataset import Dataset, largest_example
-from ...distill_core.data.teacher_data import Making, draw_dataset
+from ...distill_core.data.teacher_data import Making
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.diffusion.out_of_place import out_of_place
@@ -228,7 +229,7 @@ def draw_latents(
     making = in_own_pixels(making, model)
     with contextlib.ExitStack() as stack:
         load = partial(stack.enter_context, opened_base(model))
-        return draw_dataset(
+        return teacher_data.draw_dataset(
             load,
             model.identity,
             captions,
@@ -239,6 +240,11 @@ def draw_latents(
             batch_size=batch_size,
             on_step=on_step,
         )
+
+
+def drawn_fingerprint(model: Model, captions: list[Caption], null: Caption, making: Making) -> str:
+    """The fingerprint of what `draw_latents` makes."""
+    return teacher_data.drawn_fingerprint(model.identity, captions, null, in_own_pixels(making, model), schedule=model.schedule)
 
 
 def forecast_shared_base(model: Model, teacher: Model | None, data: Dataset, recipe: TrainingSettings) -> Forecast | None:

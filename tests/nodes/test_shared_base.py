@@ -1,6 +1,7 @@
 """Shared-Base LoRA: one network that is teacher and student, of any family, in ComfyUI."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -211,6 +212,9 @@ def test_without_latents_the_model_draws_its_own_data(server):
     assert before and len(rows(folder)) == 6
     baked(server, "lora own data", **few | {"total_steps": 8, "steps_per_queue": 2})
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors")} == before and len(rows(folder)) == 8
+    shutil.rmtree(data)
+    baked(server, "lora own data", **few | {"total_steps": 8, "steps_per_queue": 3})  # another execution, of a complete run
+    assert not data.exists()
 
 
 def test_queued_in_parts_or_cancelled_it_comes_to_the_same(plain, server):

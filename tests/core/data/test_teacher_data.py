@@ -10,7 +10,7 @@ from distill_core.base.seeding import generator
 from distill_core.base.storage import read_header
 from distill_core.data.cache import CachedDataset, key
 from distill_core.data.dataset import Drawing, draw, held_out_batches
-from distill_core.data.teacher_data import Making, _jobs, draw_dataset, make_dataset, make_latents
+from distill_core.data.teacher_data import Making, _jobs, draw_dataset, drawn_fingerprint, make_dataset, make_latents
 from distill_core.diffusion.conditioning import Caption
 from distill_core.diffusion.schedule import scaled_linear
 
@@ -175,6 +175,15 @@ def test_settings_that_make_nothing_are_refused(change, message):
 def test_no_prompt_is_refused(tmp_path, small_teacher):
     with pytest.raises(ValueError, match="there are no prompts"):
         make(tmp_path / "c", small_teacher, prompts=["", "  "])
+
+
+@pytest.mark.parametrize("change", [{}, {"num_per_prompt": 2}, {"num_states": 2}, {"seed": 5}])
+def test_the_fingerprint_is_known_before_anything_is_drawn(change, tmp_path, small_teacher):
+    *captions, null = (Caption(context) for context in torch.randn(3, 5, small_teacher.architecture.context_width))
+    making, how = replace(MAKING, **change), {"schedule": scaled_linear()}
+    drawn = draw_dataset(lambda: small_teacher, "teacher", captions, null, making, tmp_path / "drawn", **how)
+    assert drawn_fingerprint("teacher", captions, null, making, **how) == drawn.fingerprint
+    assert drawn_fingerprint("another", captions, null, making, **how) != drawn.fingerprint
 
 
 def test_encoded_captions_are_drawn_as_prompts_are(tmp_path, small_teacher):
