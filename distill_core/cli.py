@@ -199,13 +199,11 @@ def compare(arguments: argparse.Namespace) -> None:
 
     from .evaluation.compare import Settings, save_chart, work
     from .evaluation.compare import compare as measure
-    from .evaluation.comparison import table_text
+    from .evaluation.comparison import read_names, table_text
     from .networks.files import open_unet
     from .training.memory import is_out_of_memory
 
-    names = [name.strip() for name in arguments.names.split(",")] if arguments.names else _distinct_names(arguments.files)
-    if not len({*names} - {""}) == len(names) == len(arguments.files):
-        raise ValueError(f"--names: give one unique name per model ({len(arguments.files)}), got {', '.join(names)}")
+    names = read_names(arguments.names or "", _distinct_names(arguments.files), "--names")
     _check_image(arguments)
     settings = Settings(
         size_px=(arguments.size, arguments.size),
@@ -239,6 +237,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .base.image_grid import save_png
     from .evaluation import bench as benches
     from .evaluation.comparison import table_text
 
@@ -260,7 +259,7 @@ def bench(arguments: argparse.Namespace) -> None:
             progress.update(count)
 
         measured = benches.bench(settings, on_step)
-    benches.save_picture(arguments.out, benches.picture(measured), overwrite=arguments.overwrite)
+    save_png(arguments.out, benches.picture(measured), overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps(measured.facts() | {"image": str(arguments.out)}, indent=2))
         return

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .base.disk import check_writable
+from .base.image_grid import save_png
 from .base.settings import BATCH, GUIDANCE, SAMPLER_STEPS, SEEDS, STEPS, check_settings, setting
-from .base.storage import atomic, write_text
+from .base.storage import write_text
 from .demo.grammar import NUM_TOKENS, random_scenes
 from .demo.score import KINDS, Judged, every_prompt, judged
 from .demo.teacher import LATENT_SHAPE, load_dataset, load_denoiser, sampled_latents, teacher_file
@@ -245,8 +246,7 @@ def _shown(found: Judged) -> list[int]:
 def write_report(out: Path, rows: Sequence[Row], found: Mapping[str, Judged], metrics, settings: Settings) -> None:
     """Write ``report.png``, ``report.json`` and, last, ``report.html``."""
     drawn = plots.to_image(draw_report(rows, found, metrics, settings))
-    with atomic(out / "report.png", overwrite=True) as made:
-        drawn.save(made, format="png")
+    save_png(out / "report.png", drawn, overwrite=True)
     facts = {"settings": asdict(settings), "models": [asdict(row) for row in rows]}
     write_text(out / "report.json", json.dumps(facts, indent=2))
     page = report.page(

@@ -6,6 +6,7 @@ import time
 from comfy_api.latest import io, ui
 
 from ..distill_core.base.disk import check_writable
+from ..distill_core.base.image_grid import save_png
 from ..distill_core.base.storage import write_text
 from ..distill_core.evaluation import bench
 from ..distill_core.pruning.plan import preset_names
@@ -80,7 +81,7 @@ class BenchmarkPresets(io.ComfyNode):
         measured = bridge.run_bench(settings, cls.hidden.unique_id)
         figures = json.dumps(measured.facts(), indent=2)
         drawn = bench.picture(measured)
-        bench.save_picture(path, drawn)
+        save_png(path, drawn)
         write_text(path.with_suffix(".json"), figures)
         bridge.show_text(f"Saved {path}", cls.hidden.unique_id)
         image = bridge.to_image(drawn)

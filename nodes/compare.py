@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..distill_core.base.disk import check_writable
 from ..distill_core.base.image_grid import stacked
 from ..distill_core.evaluation import compare, plots
+from ..distill_core.evaluation.comparison import read_names
 from ..distill_core.evaluation.metrics import distance_metrics
 from . import bridge
 from .inputs import sampler_inputs, seed_input
@@ -80,20 +81,13 @@ class CompareModels(io.ComfyNode):
         connected = list(models.values())
         if len(connected) < 2:
             raise ValueError(f"connect at least two models, got {len(connected)}")
-        called = _names(names, list(models))
+        called = read_names(names, list(models))
         cfgs = _cfgs(cfg_of_each, cfg, len(connected))
         drawing = bridge.Drawing(latent=latent_image, cfg=cfgs, **settings)
         comparison = bridge.compare_models(dict(zip(called, connected, strict=True)), drawing, cls.hidden.unique_id)
         bridge.show_text(comparison.summary(), cls.hidden.unique_id)
         grid, table = (bridge.to_image(image) for image in (compare.grid(comparison), compare.chart(comparison)))
         return io.NodeOutput(grid, table, comparison, ui=ui.PreviewImage(grid, cls=cls))
-
-
-def _names(text: str, default: list[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")] if text.strip() else default
-    if not len({*names} - {""}) == len(names) == len(default):
-        raise ValueError(f"names: give one unique name per model ({len(default)}), got {text!r}; or leave it empty")
-    return names
 
 
 def _cfgs(text: str, cfg: float, count: int) -> list[float]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .storage import atomic
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -69,3 +71,9 @@ def stacked(images: Sequence[Image]) -> Image:
         sheet.paste(image, ((sheet.width - image.width) // 2, top))
         top += image.height
     return sheet
+
+
+def save_png(path: Path, image: Image, *, overwrite: bool = False) -> None:
+    """Write an image as PNG, atomically."""
+    with atomic(path, overwrite=overwrite) as made:
+        image.save(made, format="png")

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,6 @@ from ..base.image_grid import stacked
 from ..base.precision import DTYPES, PRECISIONS
 from ..base.settings import SIDE_PX, check_settings, setting
 from ..base.sizes import GIB, gib
-from ..base.storage import atomic
 from ..data.dataset import LatentDataset
 from ..diffusion.denoiser import DiffusersDenoiser
 from ..networks.architecture import Architecture
@@ -230,12 +228,6 @@ def chart(measured: Bench) -> Image:
 def picture(measured: Bench) -> Image:
     """The table, and the chart below it."""
     return stacked([plots.table_image(Bench.COLUMNS, measured.cells()), chart(measured)])
-
-
-def save_picture(path: Path, image: Image, *, overwrite: bool = False) -> None:
-    """Write `picture` as PNG."""
-    with atomic(path, overwrite=overwrite) as made:
-        image.save(made, format="png")
 
 
 def quick(settings: Settings) -> Settings:

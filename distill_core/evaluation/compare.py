@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..base.image_grid import image_rows, stacked
+from ..base.image_grid import image_rows, save_png, stacked
 from ..base.precision import DTYPES, PRECISIONS
 from ..base.settings import SEEDS, SIDE_PX, check_settings, setting
-from ..base.storage import atomic, write_text
+from ..base.storage import write_text
 from ..data.dataset import LatentDataset
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser
 from ..networks.build import load_unet
@@ -298,5 +298,4 @@ def votes_path(path: Path) -> Path:
 
 
 def save_chart(path: Path, comparison: Comparison, *, overwrite: bool = False) -> None:
-    with atomic(path, overwrite=overwrite) as made:
-        chart(comparison).save(made, format="png")
+    save_png(path, chart(comparison), overwrite=overwrite)

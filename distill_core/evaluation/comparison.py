@@ -12,6 +12,14 @@ from torch import Tensor
 MEBI = 2**20
 
 
+def read_names(text: str, default: Sequence[str], setting: str = "names") -> list[str]:
+    """Names of models, from a text with commas between them; empty: the default. ``ValueError`` unless each has one of its own."""
+    names = [name.strip() for name in text.split(",")] if text.strip() else [*default]
+    if not len({*names} - {""}) == len(names) == len(default):
+        raise ValueError(f"{setting}: give one unique name per model ({len(default)}), got {text!r}; or leave it empty")
+    return names
+
+
 COLUMNS = (
     "model", "parameters", "GMACs", "ms per step", "s per image", "peak memory (MiB)", "weights (MiB)", "mean distance",
 )  # fmt: skip

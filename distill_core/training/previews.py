@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.image_grid import image_rows
+from ..base.image_grid import image_rows, save_png
 from ..base.seeding import generator
 from ..base.settings import GUIDANCE, SAMPLER_STEPS, SEEDS, check_settings, setting
-from ..base.storage import atomic
 from ..diffusion.conditioning import Caption, conditions
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sampling import sample
@@ -71,8 +70,7 @@ class Previews:
             ),
         }
         if write:
-            with atomic(path, overwrite=True) as made:
-                image_rows(rows).save(made, format="png")
+            save_png(path, image_rows(rows), overwrite=True)
             self.latest = path
 
     def _images(

@@ -13,6 +13,16 @@ from torch import Tensor
 from ...distill_core.pruning.runs import Examples, Predict
 from .model import Model
 
+EMPTY_LATENTS = "the latents are empty; connect images that the model should make well: VAE Encode, or a KSampler"
+
+
+def check_one_each(num_latents: int, num_captions: int) -> None:
+    """``ValueError`` unless there is a caption for each latent, or one for all."""
+    if num_captions not in (1, num_latents):
+        raise ValueError(
+            f"there are {num_latents} latents but {num_captions} captions; give one caption for each, or one for all"
+        )
+
 
 def at_levels(
     patcher: ModelPatcher,
@@ -62,14 +72,11 @@ def examples_of(model: Model, latents: list[dict], captions: list, *, num_exampl
     """
     single = [sample[None] for entry in latents for sample in entry["samples"]]
     conditioning = [own for one in captions for entry in one for own in _one_each(entry)]
-    if len(conditioning) not in (1, len(single)):
-        raise ValueError(
-            f"there are {len(single)} latents but {len(conditioning)} captions; give one caption for each, or one for all"
-        )
+    check_one_each(len(single), len(conditioning))
     if any(sample.ndim > 4 and sample.shape[2] > 1 for sample in single):
         raise ValueError("the latents are videos; give single images, or single frames: use VAE Encode of an image")
     if not any(sample.any() for sample in single):
-        raise ValueError("the latents are empty; connect images that the model should make well: VAE Encode, or a KSampler")
+        raise ValueError(EMPTY_LATENTS)
     random = torch.Generator().manual_seed(seed)
     picked = torch.randperm(len(single), generator=random)[:num_examples].tolist()
     sigmas = even_levels(model.patcher, num_levels)

@@ -21,6 +21,7 @@ from ...distill_core.data.teacher_data import Making, make_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label, tile
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
+from .asking import EMPTY_LATENTS, check_one_each
 from .images import pixels_of
 from .model import Model
 from .shared_base import check_base, in_own_pixels, opened_base
@@ -92,7 +93,7 @@ def calibration(
     """
     bucket = max(_buckets(latents, _captions(positive, model), model), key=lambda bucket: len(bucket.latents))
     if not bucket.latents.any():
-        raise ValueError("the latents are empty; connect images that the model should make well: VAE Encode, or a KSampler")
+        raise ValueError(EMPTY_LATENTS)
     return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
 
 
@@ -219,10 +220,7 @@ def _buckets(latents: list[dict], captions: list[_Encoded], model: Model) -> lis
                 "encode the images with the model's own VAE, and do not use inpainting models"
             )
     num_latents = sum(len(entry["samples"]) for entry in latents)
-    if len(captions) not in (1, num_latents):
-        raise ValueError(
-            f"there are {num_latents} latents but {len(captions)} captions; give one caption for each, or one for all"
-        )
+    check_one_each(num_latents, len(captions))
     by_shape: dict[tuple[int, int, int], list[tuple[Tensor, Tensor | None, Tensor | None, _Encoded]]] = {}
     encoded = iter(captions if len(captions) > 1 else captions * num_latents)
     for entry in latents:

@@ -284,8 +284,8 @@ def test_the_command_prints_a_table_and_draws_a_picture(compared, tmp_path, caps
 @pytest.mark.parametrize(
     "more,message",
     [
-        (["--names", "one"], "one unique name per model (2), got one"),
-        (["--names", "one, one"], "one unique name per model (2), got one, one"),
+        (["--names", "one"], "one unique name per model (2), got 'one'; or leave it empty"),
+        (["--names", "one, one"], "one unique name per model (2), got 'one, one'"),
         (["--names", "one, two, one"], "one unique name per model (2)"),
         (["--names", "one,"], "one unique name per model (2)"),
         (["--out", "{teacher}"], "exists already; choose another --out"),
