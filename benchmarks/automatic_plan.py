@@ -29,7 +29,7 @@ from distill_core.pruning.analyse import (
     Errors,
     Planner,
     Unit,
-    answers_of,
+    references_of,
     decide,
     errors_together,
     examples,
@@ -92,7 +92,7 @@ def _plans(original: DiffusersDenoiser, rows: Sequence[str]) -> dict[str, Chosen
     data, random, plans = demo.real_scenes(), torch.Generator().manual_seed(0), {}
     picked = torch.randperm(num_examples(data), generator=random)[:NUM_SCORED]
     batches = examples(original, *data.read(0, picked)[:2], num_timesteps=8, generator=random)
-    analysis, answers = score(original, batches), answers_of(original, batches)
+    analysis, references = score(original, batches), references_of(original, batches)
     for name in PRESETS:
         budget = _macs(original) - _macs(demo.pruned_student(original, preset(name)))
         for who in (who for who in rows if who not in CHANCE or name == CHANCE_LIKE):
@@ -108,7 +108,7 @@ def _plans(original: DiffusersDenoiser, rows: Sequence[str]) -> dict[str, Chosen
                 planner = Planner(_at_random(analysis, CHANCE.index(who)))
                 choice = planner.choose(budget)
                 plan, units = planner.plan_of(choice, row), choice.units
-            plans[row] = Chosen(plan, errors_together(original, batches, answers, units))
+            plans[row] = Chosen(plan, errors_together(original, batches, references, units))
     return plans
 
 

@@ -25,7 +25,7 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image
     """
     from PIL import Image, ImageDraw
 
-    width, height = as_picture(next(iter(rows.values()))[0]).size
+    width, height = to_pil(next(iter(rows.values()))[0]).size
     count = max(map(len, rows.values()))
     gap, text_px = max(4, width // 40), max(15, count * width // 64)
     line = 2 * text_px
@@ -38,12 +38,12 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image
         drawing.text((gap, top + line // 2), name, "black", font, anchor="lm")
         top += line
         for number, image in enumerate(images):
-            sheet.paste(as_picture(image).resize((width, height), 0), (gap + number * (width + gap), top))
+            sheet.paste(to_pil(image).resize((width, height), 0), (gap + number * (width + gap), top))
         top += height
     return sheet
 
 
-def as_picture(image: Tensor) -> Image:
+def to_pil(image: Tensor) -> Image:
     """An RGB image (3, H, W) in [-1, 1], pixel by pixel; a small one enlarged by a whole factor."""
     from PIL import Image
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..base.image_grid import as_picture
+from ..base.image_grid import to_pil
 from . import report
 
 MOST_VOTED = 24
@@ -50,7 +50,7 @@ def votes_page(title: str, images: Mapping[str, Tensor], seeds: Sequence[str]) -
 
 
 def _source(image: Tensor) -> str:
-    picture = as_picture(image)
+    picture = to_pil(image)
     picture.thumbnail((SIDE_PX, SIDE_PX))
     return report.data_url(picture, "jpeg")
 

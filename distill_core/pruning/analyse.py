@@ -288,7 +288,7 @@ def score(
     units = removable_units(teacher)
     macs = _macs(teacher, batches[0])
     on_unit(0, len(units))
-    changes, answers = dict.fromkeys(units, 0.0), []
+    changes, references = dict.fromkeys(units, 0.0), []
     ends = {end for unit in units for span in unit.spans for end in span}
     with tap(denoiser, ends) as outputs, tap(denoiser, ends, of_input=True) as inputs:
         for batch in batches:
@@ -296,27 +296,27 @@ def score(
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
-            answers.append(_answer(denoiser, batch, own))
+            references.append(_reference(denoiser, batch, own))
     scores = []
     for group in _groups(units, teacher):
         maps = affine_maps(denoiser, batches, (span for unit in group for span in unit.spans))
         for unit in group:
-            errors = _errors(denoiser, batches, answers, unit, maps)
+            errors = _errors(denoiser, batches, references, unit, maps)
             scores.append(Score(unit, errors, changes[unit], *_savings(unit.blocks, teacher, macs), prompt_weight))
             on_unit(len(scores), len(units))
     return Analysis(teacher, tuple(scores), sum(count for block, count in macs.items() if ".block." not in block))
 
 
-class Answer(NamedTuple):
+class Reference(NamedTuple):
     """What the whole network predicts for an example, and how that differs from the prediction for another caption."""
 
     prediction: Tensor
     effect: Tensor
 
 
-def _answer(denoiser: Denoiser, batch: Example, own: Tensor) -> Answer:
+def _reference(denoiser: Denoiser, batch: Example, own: Tensor) -> Reference:
     """Captions that are all the same have no effect to see: nothing, and not what two passes differ by in rounding."""
-    return Answer(own, torch.zeros_like(own) if batch.all_alike else own - denoiser(*batch.of_others))
+    return Reference(own, torch.zeros_like(own) if batch.all_alike else own - denoiser(*batch.of_others))
 
 
 def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
@@ -336,7 +336,7 @@ def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
 def _errors(
     denoiser: Denoiser,
     batches: list[Example],
-    answers: list[Answer],
+    references: list[Reference],
     unit: Unit,
     maps: Mapping[tuple[str, str], list[AffineMap]],
 ) -> Errors:
@@ -356,17 +356,17 @@ def _errors(
         recovered.append(own)
         of_others.append(own - other)
         number += len(own)
-    predictions, effects = [answer.prediction for answer in answers], [answer.effect for answer in answers]
+    predictions, effects = [reference.prediction for reference in references], [reference.effect for reference in references]
     return Errors(_error(plain, predictions), _error(recovered, predictions), _error(of_others, effects))
 
 
 @torch.no_grad()
-def answers_of(denoiser: Denoiser, batches: list[Example]) -> list[Answer]:
-    return [_answer(denoiser, batch, denoiser(*batch)) for batch in batches]
+def references_of(denoiser: Denoiser, batches: list[Example]) -> list[Reference]:
+    return [_reference(denoiser, batch, denoiser(*batch)) for batch in batches]
 
 
 @torch.no_grad()
-def errors_together(denoiser: Denoiser, batches: list[Example], answers: list[Answer], units: Sequence[Unit]) -> Errors:
+def errors_together(denoiser: Denoiser, batches: list[Example], references: list[Reference], units: Sequence[Unit]) -> Errors:
     """Errors without all of some units that do not overlap; the network is only read."""
     maps: dict[tuple[str, str], list[AffineMap]] = {}
     for group in _groups(list(units), denoiser.architecture):
@@ -377,7 +377,7 @@ def errors_together(denoiser: Denoiser, batches: list[Example], answers: list[An
         tuple(span for unit in units for span in unit.spans),
         units[0].stage,
     )
-    return _errors(denoiser, batches, answers, whole, maps)
+    return _errors(denoiser, batches, references, whole, maps)
 
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -610,9 +610,9 @@ def decide(
     candidates = planner.candidates(saving)
     on_candidate(0, len(candidates))
     weight, measured = planner.scores[0].prompt_weight, []
-    answers = answers_of(denoiser, batches)
+    references = references_of(denoiser, batches)
     for choice in candidates:
-        errors = errors_together(denoiser, batches, answers, choice.units)
+        errors = errors_together(denoiser, batches, references, choice.units)
         measured.append(Decision(planner.plan_of(choice, name), choice, errors))
         on_candidate(len(measured), len(candidates))
     return min(measured, key=lambda decision: decision.errors.recoverability(weight))

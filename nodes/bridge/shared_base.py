@@ -123,8 +123,8 @@ def shared_base(model: Model) -> ModelDenoiser:
         comfy.model_management.load_models_gpu([patcher], memory_required=EVERYTHING, force_full_load=True)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in patcher.model.diffusion_model.parameters()):
         raise ValueError("the weights of this MODEL are quantised; load it in fp32, bf16, fp16 or plain fp8")
-    shell = twin(patcher.model)
-    sampling = shell.model_sampling = twin(patcher.get_model_object("model_sampling"))
+    shell = alias_of(patcher.model)
+    sampling = shell.model_sampling = alias_of(patcher.get_model_object("model_sampling"))
     sampling.calculate_denoised = lambda sigma, output, x: output
     return (UNetDenoiser if model.unet else ModelDenoiser)(
         network=shell.diffusion_model,
@@ -263,7 +263,7 @@ def forecast_base(base: ModelDenoiser, mapping: NameMap | None, data: Dataset, s
         return None
 
     def unfilled() -> TransformerDenoiser:
-        shell = twin(base.shell, parameter=on_meta)
+        shell = alias_of(base.shell, parameter=on_meta)
         for module in shell.modules():  # to where the step is simulated
             module._buffers.update({name: buffer.cpu() for name, buffer in module._buffers.items() if buffer is not None})
         return replace(base, network=shell.diffusion_model, shell=shell)
@@ -293,7 +293,7 @@ def describe_memory(base: ModelDenoiser, settings: TrainingSettings) -> str:
     return f"the model takes {gib(weights)}, the LoRA with its gradients and optimizer {gib(learnt)}; activations come on top"
 
 
-def twin(
+def alias_of(
     module: _Module, seen: dict[int, Any] | None = None, parameter: Callable[[Tensor], nn.Parameter] | None = None
 ) -> _Module:
     """An alias of a module: a new module on the same weights that lets gradients through to layers added to it.
@@ -310,7 +310,7 @@ def twin(
     own.__dict__.pop("forward", None)  # left by a LoRA in bypass mode, it would compute with the given module's weights
     own._parameters = {name: p if p is None else parameter(p) for name, p in module._parameters.items()}
     own._buffers = {name: buffer if buffer is None else _alias(buffer) for name, buffer in module._buffers.items()}
-    own._modules = {name: child if child is None else twin(child, seen, parameter) for name, child in module._modules.items()}
+    own._modules = {name: child if child is None else alias_of(child, seen, parameter) for name, child in module._modules.items()}
     return own
 
 

@@ -58,7 +58,7 @@ def _forecast(kind, config, dtype, plan, latents, context, pooled, way):
         transformer, _ = core["networks.transformers.architecture"].Transformer.find(shapes)
 
         def unfilled():
-            shell = shared_base.twin(model, parameter=core["training.base_memory"].on_meta)
+            shell = shared_base.alias_of(model, parameter=core["training.base_memory"].on_meta)
             shell.model_sampling.calculate_denoised = lambda sigma, output, x: output
             flow = sampling.ModelSampling(prediction="flow", noise=sampling.FLOW)
             return shared_base.ModelDenoiser(

@@ -214,7 +214,7 @@ def _asked_in_double(family):
     model = model_of(family, dtype=torch.float64)
     with torch.inference_mode():
         filled(model.diffusion_model)
-    shell = shared_base.twin(model)
+    shell = shared_base.alias_of(model)
     shapes = {name: tuple(weight.shape) for name, weight in shell.diffusion_model.state_dict().items()}
     transformer = transformers.Transformer(transformers.FAMILIES[family], shapes)
     names = transformer.refiners + transformer.in_order

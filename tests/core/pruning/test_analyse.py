@@ -17,10 +17,10 @@ from distill_core.pruning.analyse import (
     Planner,
     Score,
     agreement,
-    answers_of,
     decide,
     errors_together,
     examples,
+    references_of,
     removable_units,
     report,
     score,
@@ -171,15 +171,15 @@ def test_every_timestep_counts_the_same():
 
 
 def test_errors_together_are_those_of_the_units_if_there_is_one(small_teacher, batches, analysis):
-    answers = answers_of(small_teacher, batches)
+    references = references_of(small_teacher, batches)
     for one in analysis.scores[:2]:
-        assert errors_together(small_teacher, batches, answers, [one.unit]) == pytest.approx(one.errors, rel=1e-3, abs=1e-9)
+        assert errors_together(small_teacher, batches, references, [one.unit]) == pytest.approx(one.errors, rel=1e-3, abs=1e-9)
 
 
 def test_attentions_that_stand_in_for_each_other_cost_more_together(small_teacher, batches, analysis):
     """Without them, only the mid block reads the prompt."""
     attentions = [one for one in analysis.scores if ".attn." in one.unit.name and "block" not in one.unit.name]
-    errors = errors_together(small_teacher, batches, answers_of(small_teacher, batches), [one.unit for one in attentions])
+    errors = errors_together(small_teacher, batches, references_of(small_teacher, batches), [one.unit for one in attentions])
     assert errors.prompt > max(one.errors.prompt for one in attentions)
 
 
@@ -198,7 +198,7 @@ def test_the_candidate_that_does_best_as_a_whole_is_taken(small_teacher, batches
     candidates = planner.candidates(budget)
     best = candidates[-1]
 
-    def errors(denoiser, batches, answers, units):
+    def errors(denoiser, batches, references, units):
         return Errors(0.0, 0.5, 0.1) if units == best.units else Errors(0.0, 0.1, 0.1 + 0.5 / 0.3)
 
     monkeypatch.setattr(analyse, "errors_together", errors)
@@ -269,7 +269,7 @@ def test_the_prompts_effect_is_that_of_the_next_caption(small_teacher, batches, 
     assert not other.all_alike and not other._replace(context=torch.ones(2, 3, 4)).all_alike
     alike = [batch._replace(context=batch.context[:1].expand_as(batch.context)) for batch in batches]
     assert {batch.all_alike for batch in alike} == {True} and {batch.all_alike for batch in batches} == {False}
-    rounded = [answers_of(lambda x_t, *_: x_t + 1e-6 * torch.rand(x_t.shape), kind)[0].effect for kind in (alike, batches)]
+    rounded = [references_of(lambda x_t, *_: x_t + 1e-6 * torch.rand(x_t.shape), kind)[0].effect for kind in (alike, batches)]
     assert [bool(effect.any()) for effect in rounded] == [False, True]
     assert {one.errors.prompt for one in score(small_teacher, alike).scores} == {0.0}
     assert all(one.errors.prompt > 0 for one in score(small_teacher, batches).scores)
