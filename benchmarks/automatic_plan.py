@@ -29,10 +29,10 @@ from distill_core.pruning.analyse import (
     Errors,
     Planner,
     Unit,
-    references_of,
     decide,
     errors_together,
     examples,
+    references_of,
     score,
 )
 from distill_core.pruning.plan import PruningPlan, name_map, preset
