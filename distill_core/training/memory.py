@@ -377,10 +377,7 @@ class _Step:
             mapping = name_map(teacher, plan) if plan else NameMap.identity(teacher)
             self.layers = training.weighted_objective.feature_layers(teacher, student, mapping)
         self.guided = training.guidance != 1
-        unwalked = self._unfilled_student(training, training.weight_dtype)
-        self._unwalked = {(_of_passes(training), training.weight_dtype): unwalked}
-        network = unwalked.network
-        self.trained_shapes = [weight.shape for weight in network.parameters() if weight.requires_grad]
+        self.trained_shapes = _trained_shapes(student, training)
         self.num_trained = sum(shape.numel() for shape in self.trained_shapes)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # only one, so that the teacher's outputs can go from pass to pass
         self._teacher_pass, self._student_pass = cache(self._walk_teacher), cache(self._walk_student)
@@ -474,8 +471,7 @@ class _Step:
 
     def _walk_student(self, settings: MemorySettings, latent_shape: LatentShape) -> tuple[Counter, Counter]:
         _, from_teacher = self._teacher_pass(settings.micro_batch, settings.teacher_dtype, latent_shape)
-        wanted = settings.training, settings.student_dtype
-        network = self._unwalked.pop(wanted, None) or self._unfilled_student(*wanted)  # a walk leaves nothing of it
+        network = self._unfilled_student(settings.training, settings.student_dtype)
         with without_contents(self.mode):
             inputs = inputs_of(network, latent_shape, self.num_tokens, settings.micro_batch)
             network = emptied(network)
@@ -490,6 +486,14 @@ def _unfilled(architecture: Architecture, dtype: str) -> Denoiser:
         network = build_unet(architecture)
     nn.Module.to(network, DTYPES[dtype])  # diffusers' own `to` warns
     return DiffusersDenoiser(network=network, architecture=architecture)
+
+
+def _trained_shapes(student: Architecture, training: TrainingSettings) -> list[torch.Size]:
+    if not training.lora_rank:
+        return [torch.Size(shape) for shape in student.shapes.values()]
+    from ..lora.layers import trained_shapes  # needs peft
+
+    return trained_shapes(_unfilled(student, "fp32"), training.lora_rank, training.lora_targets, training.lora_dora)
 
 
 def _num_gathered(student: Denoiser) -> int:
