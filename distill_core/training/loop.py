@@ -92,9 +92,9 @@ def _train(trainer: Trainer, num_steps: int | None, previews: Previews | None, o
             row = {"step": trainer.done, "lr": trainer.learning_rate(trainer.done - 1), **measured}
             if metrics is not None:
                 metrics.write(row)
-                for track in trackers:
-                    track(row)
             written = trainer.done
+            for track in trackers:
+                track(row)
             return row
 
         try:
