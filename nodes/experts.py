@@ -83,7 +83,7 @@ class TrainTimestepExperts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run_name, count, boundaries, joint_steps, total_steps, steps_per_queue, **_):
-        """As that of a run of all stages."""
+        """The fingerprint of a run with the steps of all stages."""
         total = None
         if None not in (count[0], boundaries[0], joint_steps[0], total_steps[0]):
             try:
