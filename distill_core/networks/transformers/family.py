@@ -77,7 +77,7 @@ class Family:
     entries_in: str = ""
     """Key of configs with such an entry for each block: ``llama_layers``."""
     spread: tuple[str, float] | None = None
-    """Parameter of the last block but one by whose standard deviation, if below a number, ComfyUI lets the network compute in float16."""
+    """Parameter of the second-to-last block; if its standard deviation is below the number, ComfyUI lets the network compute in float16."""
     learns: bool = False
     """Whether gradients through ComfyUI's blocks are right, plain and checkpointed (tests/nodes/healing.py compares differences)."""
     believes_config: bool = False
