@@ -33,15 +33,15 @@ def presets(arguments: argparse.Namespace) -> None:
         told = ("name", "title", "teacher", "source", "choice")
         print(json.dumps([*rows, *({key: getattr(plan, key) for key in told} for plan in of_transformers)], indent=2))
         return
-    print(f"{'preset':<17}{'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what is removed")
+    print(f"{'preset':<20}{'teacher':<8} {'parameters':>13} {'of teacher':>10} {'GMACs':>8} {'of teacher':>10}  what is removed")
     for row in rows:
         print(
-            f"{row['name']:<17}{row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
+            f"{row['name']:<20}{row['teacher']:<8} {row['parameters']:>13,} {row['parameters_of_teacher']:>10.1%} "
             f"{row['gmacs']:>8.1f} {row['gmacs_of_teacher']:>10.1%}  {row['title']}"
         )
     print("\nFor transformers, cut by distill prune:")
     for plan in of_transformers:
-        print(f"{plan.name:<17}{plan.teacher:<12} {plan.title}")
+        print(f"{plan.name:<20}{plan.teacher:<12} {plan.title}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -52,9 +52,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return
-    for name, value in facts.items():
-        if name not in ("stages", "blocks"):
-            print(f"{name.replace('_', ' '):<14} {_words(value)}")
+    words = {name.replace("_", " "): _words(value) for name, value in facts.items() if name not in ("stages", "blocks")}
+    for name, value in words.items():
+        print(f"{name:<{max(map(len, words))}} {value}")
     for word, numbers in facts.get("blocks", {}).items():
         print(f"  {word:<8} {numbers}")
     for stage in facts.get("stages", []):
@@ -78,6 +78,10 @@ def prune(arguments: argparse.Namespace) -> None:
 
     if arguments.layout != "diffusers":
         _check_suffix(arguments.out)
+    elif arguments.out.suffix == ".safetensors":
+        raise ValueError(
+            f"{arguments.out} will be a folder with --layout diffusers; leave out .safetensors, or choose another layout"
+        )
     teacher = open_network(arguments.teacher)
     plan = _plan(arguments, teacher.architecture)
     change = {"change": partial(merged, teacher=teacher.architecture, lora=arguments.lora)} if arguments.lora else {}
@@ -125,12 +129,16 @@ def train(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .preparation import prepare
-    from .recipe import Recipe
+    from .recipe import Recipe, example_names
     from .training.loop import Progress
     from .training.memory import free_bytes
     from .training.processes import Processes
     from .training.run_folders import steps_kept
 
+    if (name := str(arguments.recipe)) in example_names() and not arguments.recipe.exists():
+        raise ValueError(
+            f"{name} is an example; write it to a file first, and set your own: distill recipes {name} > my_run.toml"
+        )
     recipe, processes = Recipe.read(arguments.recipe), Processes.launched()
     if not arguments.resume and steps_kept(started := recipe.path(recipe.run)):
         raise ValueError(f"{started} already holds a run; resume it with --resume, or give the new run another folder")

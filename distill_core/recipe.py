@@ -174,9 +174,9 @@ class Recipe:
         table = read_toml(path)
         known = {own.name.replace("teachers", "teacher") for own in fields(cls)} - {"folder"}
         check_names(table, known, str(path))
-        for name in ("run", "data"):
+        for name, what in (("run", "run"), ("data", "the section [data]")):
             if name not in table:
-                raise ValueError(f"{path}: {name} is missing")
+                raise ValueError(f"{path}: {what} is missing")
         if not isinstance(table["run"], str) or not table["run"]:
             raise ValueError(f"{path}: run must be the name of a folder, got {one_line(repr(table['run']))}")
         teachers = table.get("teacher", [])

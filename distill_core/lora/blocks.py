@@ -19,7 +19,7 @@ from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.family import Family
 from .metadata import KEY, PeftConfig, read_configs
 from .remapped import UNET_BLOCKS, Remapped, layer_of
-from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
+from .tensors import check_adapter, check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
 
 if TYPE_CHECKING:
     from .remapped import Weight
@@ -137,6 +137,7 @@ def remap_on_blocks(
             f"this LoRA was not made for the teacher: none of its tensors belongs to a block of {teacher.title}; "
             f"its first is {next(iter(tensors), 'missing, because the file is empty')}"
         )
+    check_adapter(tensors)
     layers = _by_layer(places)
     goes = {name for name, keys in layers.items() if _goes(keys, places[next(iter(keys.values()))], mapping)}
     of_text = {name for name in layers if name.startswith(_TEXT_ENCODERS)}

@@ -29,7 +29,7 @@ from ..pruning.plan import pruned
 from .blocks import remap_on_blocks
 from .metadata import KEY, PeftConfig, read_configs, written
 from .remapped import UNET_BLOCKS, Remapped, by_layer
-from .tensors import check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
+from .tensors import check_adapter, check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,7 @@ def _places(keys: Mapping[str, object], teacher: Architecture) -> dict[str, _Pla
         if place := _find(key, tables):
             places[key] = place
         elif _is_of_a_unet(key):
+            check_adapter(keys)
             raise ValueError(
                 f"the teacher has no layer for {key}: this LoRA was made for another model (SD1.x, SD2 and SDXL differ), "
                 "or the given teacher is already pruned; give the full model the LoRA was made for"
@@ -88,6 +89,7 @@ def _places(keys: Mapping[str, object], teacher: Architecture) -> dict[str, _Pla
             "this LoRA was not made for the teacher: none of its tensors belongs to a Stable Diffusion UNet; "
             f"its first is {next(iter(keys), 'missing, because the file is empty')}"
         )
+    check_adapter(keys)
     return places
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ _ROLES = {
 KOHYA = {"lora_down": ".lora_down.weight", "lora_up": ".lora_up.weight", "alpha": ".alpha", "dora_scale": ".dora_scale"}
 PEFT = {"lora_down": ".lora_A.weight", "lora_up": ".lora_B.weight"}
 """What follows a layer's name in the LoRAs that are trained here, by role: in kohya's form, and in peft's, which has no alpha."""
+_CHANGES = re.compile(r"lora|hada_|lokr_|oft_|\.(diff|diff_b|set_weight|reshape_weight|w_norm|b_norm|alpha|[ab][12](\.weight)?)$")
+"""In the names of tensors that change a weight, of any kind of adapter."""
 _PRODUCTS = (
     ("lora_up", "lora_down", "lora_mid"),
     ("hada_w1_a", "hada_w1_b", "hada_t1"),
@@ -38,6 +41,12 @@ def role(rest: str) -> str:
     """Role of a tensor, from the part of its key after the layer: ``.lora_A.default.weight`` -> ``lora_down``."""
     name = rest.lstrip("._").removesuffix(".weight").removesuffix(".default")
     return _ROLES.get(name, name)
+
+
+def check_adapter(keys: Iterable[str]) -> None:
+    """``ValueError`` for the weights of a model, none of which changes another's."""
+    if not any(map(_CHANGES.search, keys)):
+        raise ValueError("this is not a LoRA: none of its tensors changes a weight; it may be a whole model")
 
 
 def rank(shapes: Mapping[str, Shape]) -> int | None:

@@ -126,6 +126,7 @@ def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
     ([("preset =", "preste =")], "did you mean 'preset'"),
     ([("[training]", "[trainin]")], "did you mean 'training'"),
     ([('run = "run"', "")], "run is missing"),
+    ([("[data]", "[datta]")], "there is no setting 'datta'; did you mean 'data'"),
     ([('file = "demo"', 'file = "none.safetensors"')], "none.safetensors does not exist"),
     ([('file = "demo"', 'file = "demo"\ndtype = "int3"')], "dtype: unknown 'int3'"),
     ([('file = "demo"', 'file = "demo"\noffload = true\ndtype = "int8"')], "int8 teacher cannot be offloaded"),

@@ -467,5 +467,8 @@ def test_the_command_cuts_and_shows(flux, tmp_path, capsys):
 
 
 def test_what_needs_a_unet_says_that_this_is_a_transformer(flux):
-    with pytest.raises(ValueError, match="it is Flux.1, a transformer, and this takes UNets; distill prune, train and remap-lora take transformers"):
+    with pytest.raises(
+        ValueError,
+        match="it is Flux.1, a transformer, and this takes UNets; distill prune, train and remap-lora take transformers",
+    ):
         open_unet(flux)
