@@ -27,11 +27,16 @@ def inputs(told: dict) -> dict:
 
 
 def misfits(graph: dict, known: dict) -> list[str]:
-    """Values of widgets that the server would refuse; of lists of files, which are another person's, none."""
+    """Values of widgets that the server would refuse.
+
+    Not those of lists of files, which are another person's, nor of nodes whose widgets depend on what is chosen in one.
+    """
     found = []
     for node in graph["nodes"]:
         if (told := known.get(node["type"])) and isinstance(node.get("widgets_values"), list):
             asked = inputs(told)
+            if any(str(kind).startswith("COMFY_DYNAMICCOMBO") for kind, *_ in asked.values()):
+                continue
             for name, value in zip(widgets(told), node["widgets_values"], strict=False):
                 if name != "after" and not _fits(value, *asked[name]):
                     found.append(f"{node['type']} {node['id']}: {name} {value!r}")
