@@ -53,8 +53,9 @@ def inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2))
         return
     words = {name.replace("_", " "): _words(value) for name, value in facts.items() if name not in ("stages", "blocks")}
+    width = max(map(len, words))
     for name, value in words.items():
-        print(f"{name:<{max(map(len, words))}} {value}")
+        print(f"{name:<{width}} {value}")
     for word, numbers in facts.get("blocks", {}).items():
         print(f"  {word:<8} {numbers}")
     for stage in facts.get("stages", []):

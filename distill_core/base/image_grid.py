@@ -1,4 +1,4 @@
-"""Grids of images: rows with names, and images stacked vertically."""
+"""Grids of images: rows with names, images stacked vertically, and their PNG files."""
 
 from __future__ import annotations
 

@@ -265,10 +265,14 @@ def _split(dataset: Dataset, bucket: int, drawing: Drawing) -> tuple[Tensor, Ten
 
     Those made from one source, such as an image and its mirror image, are on one side. A bucket's only source is trained on.
     """
-    size, sources = dataset.bucket_sizes[bucket], dataset.sources(bucket)
+    return _sides(dataset.bucket_sizes[bucket], dataset.sources(bucket), bucket, drawing.seed, drawing.held_out)
+
+
+@lru_cache(maxsize=64)  # every step asks for every bucket
+def _sides(size: int, sources: Tensor | None, bucket: int, seed: int, share: float) -> tuple[Tensor, Tensor]:
     num_sources = size if sources is None else int(sources.max()) + 1
-    num_held_out = min(num_sources - 1, round(num_sources * drawing.held_out)) if size else 0
-    order = _order(num_sources, drawing.seed, bucket, "held out")
+    num_held_out = min(num_sources - 1, round(num_sources * share)) if size else 0
+    order = _order(num_sources, seed, bucket, "held out")
     num_trained = size - num_held_out
     if sources is not None:
         num_trained = size - int(torch.isin(sources, order[num_sources - num_held_out :]).sum())

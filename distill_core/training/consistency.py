@@ -38,9 +38,8 @@ def course(t: Tensor, schedule: NoiseSchedule, *, phases: int, solver_steps: int
     phases: number of phases, of equal length. solver_steps: steps the teacher's solver would need for the whole path.
     lowest: the lowest timestep of the student's range; no jump goes beyond where the next range begins.
     """
-    ends = (
-        torch.arange(phases) * schedule.num_timesteps + phases - 1
-    ) // phases + CLEAN  # rounded up, as samplers begin their steps
+    # rounded up: there samplers begin their next step
+    ends = (torch.arange(phases) * schedule.num_timesteps + phases - 1) // phases + CLEAN
     ends = torch.cat([ends[ends >= lowest], ends.new_tensor([lowest - 1])]).sort().values
     end = ends[torch.searchsorted(ends, t) - 1]  # the highest below t
     stride = max(1, schedule.num_timesteps // solver_steps)
