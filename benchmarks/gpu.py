@@ -292,7 +292,7 @@ def presets(rounds: int) -> Iterator[str]:
     for family in TEACHER_CONFIGS:
         settings = benches.Settings(family=family, num_rounds=rounds, size_px=8 * LATENT_SHAPES[family][1])
         measured = benches.bench(settings)
-        yield from table(measured.COLUMNS, measured.cells())
+        yield from table(measured.columns, measured.cells())
         yield from ("", "; ".join(f"{name}: {value}" for name, value in measured.settings.items()) + ".", "")
 
 

@@ -60,7 +60,8 @@ def inspect(arguments: argparse.Namespace) -> None:
         print(f"  {word:<8} {numbers}")
     for stage in facts.get("stages", []):
         depths = " ".join(map(str, stage["transformer_depth"]))
-        print(f"  {stage['name']:<8} {stage['channels']:>5} channels  {stage['resnets']} resnets  transformer depth {depths}")
+        resnets = f"{stage['resnets']} resnet{'s' * (stage['resnets'] != 1)}"
+        print(f"  {stage['name']:<8} {stage['channels']:>5} channels  {resnets:<9}  transformer depth {depths}")
 
 
 def _words(value: object) -> str:
@@ -89,7 +90,8 @@ def prune(arguments: argparse.Namespace) -> None:
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
 
         def on_bytes(done: int, total: int) -> None:
-            progress.total = total
+            if progress.total is None:
+                progress.reset(total)  # what was imported before does not count as pruning
             progress.update(done - progress.n)
 
         pruning = prune_file(
@@ -272,8 +274,8 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(measured.facts() | {"image": str(arguments.out)}, indent=2))
         return
-    print(table_text(measured.COLUMNS, measured.cells()))
-    print("\n" + "\n".join(f"{name}: {value}" for name, value in {**benches.MEANINGS, **measured.settings}.items()))
+    print(table_text(measured.columns, measured.cells()))
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in {**measured.meanings, **measured.settings}.items()))
     print(f"image: {arguments.out}")
 
 
@@ -281,8 +283,6 @@ def _check_image(arguments: argparse.Namespace) -> None:
     """Raise errors of `_add_image`'s arguments before the long work."""
     from .base.disk import check_writable
 
-    if arguments.out.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.out} exists already; choose another --out, or add --overwrite")
     check_writable(arguments.out, overwrite=arguments.overwrite)
 
 
@@ -598,11 +598,16 @@ def _ended_in_order() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for invalid input, 130 if interrupted, 143 if terminated."""
+    from .base.storage import ExistsError
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         arguments = _parser().parse_args(argv)
         with _ended_in_order():
             arguments.function(arguments)
+    except ExistsError as error:
+        print(f"distill: {error.path} exists already; choose another name, or add --overwrite", file=sys.stderr)
+        return 2
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2

@@ -37,6 +37,7 @@ from .base.settings import (
     SAMPLER_STEPS,
     SEEDS,
     SIDE_PX,
+    check_choice,
     check_names,
     check_range,
     check_settings,
@@ -61,8 +62,7 @@ def example_names() -> list[str]:
 
 def example(name: str) -> str:
     """Text of an example recipe; ``ValueError`` lists the choices."""
-    if name not in example_names():
-        raise ValueError(f"unknown recipe {name!r}; choose from {example_names()}")
+    check_choice(name, example_names(), "unknown recipe")
     return (EXAMPLES / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -213,3 +213,12 @@ class Recipe:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    def check_paths(self) -> None:
+        """``ValueError`` naming a setting whose file or folder does not exist."""
+        named = [("[teacher] file", teacher.file) for teacher in self.teachers]
+        named += [("[student] file", self.student.file)]
+        named += [(f"[data] {name}", getattr(self.data, name)) for name in ("images", "dataset", "prompts")]
+        for name, given in named:
+            if given not in (None, DEMO) and not self.path(given).exists():
+                raise ValueError(f"{name}: {self.path(given)} does not exist; write a path that begins in the recipe's folder")

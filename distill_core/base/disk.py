@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from .sizes import gib
-from .storage import WriteError
+from .storage import ExistsError, WriteError
 
 
 def check_room(folder: Path, num_bytes: int, what: str, remedy: str) -> None:
@@ -22,7 +22,7 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; choose a file name")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another name or allow overwriting")
+        raise ExistsError(path)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=_nearest(path.parent)):
             pass

@@ -49,7 +49,7 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"cannot read {path}: {path.name} does not exist") from error
+        raise ValueError(f"{path} does not exist; check the name and its folder") from error
     except (OSError, ValueError) as error:  # the name is too long, or contains a null byte
         raise ValueError(
             f"cannot read {one_line(path)} ({one_line(getattr(error, 'strerror', error))}); give another name"
@@ -75,6 +75,8 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
     """Text in UTF-8, or in UTF-16 as Windows PowerShell writes it, without a byte order mark."""
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights, not text; give a text file")
     content = read_bytes(path, max_bytes)
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:

@@ -48,8 +48,8 @@ class Limits:
         for entry in entries:
             if self.within is not None:
                 check_range(name, entry, self.within)
-            if self.choices and entry not in self.choices:
-                raise ValueError(f"{name}: unknown {one_line(repr(entry))}; choose from {list(self.choices)}")
+            if self.choices:
+                check_choice(entry, self.choices, f"{name}: unknown")
         if self.above is not None and not all(self.above < entry < math.inf for entry in entries):
             got = (
                 f"a number above {self.above:g}, got {value}"
@@ -102,14 +102,30 @@ def _spelt(value: Any) -> str:
     return f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else repr(value)
 
 
+def check_choice(value: Any, choices: Collection[str], said: str) -> None:
+    """``ValueError`` unless a value is one of the choices. said: how the error begins, such as "unknown preset"."""
+    if value not in tuple(choices):  # it may be of any type
+        raise ValueError(f"{said} {one_line(repr(value))}; {meant(value, choices)}")
+
+
 def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
     """``ValueError`` for a name that no setting has, with the nearest."""
-    known = list(known)
+    known = sorted(known)
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {nearest[0]!r}?" if nearest else f"the settings are {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: there is no setting {one_line(name)!r}; {meant}")
+            raise ValueError(f"{where}: there is no setting {one_line(name)!r}; {meant(name, known, 'the settings are')}")
+
+
+def meant(value: Any, choices: Collection[str], otherwise: str = "choose from") -> str:
+    """The choice nearest to a value as a question, or, if none is near, all of them."""
+    near = nearest(value, choices)
+    return f"{otherwise} {', '.join(choices)}" if near is None else f"did you mean {near!r}?"
+
+
+def nearest(value: Any, choices: Collection[str]) -> str | None:
+    """The choice that a value is probably a misspelling of."""
+    near = difflib.get_close_matches(value, choices, 1, cutoff=0.8) if isinstance(value, str) else []
+    return near[0] if near else None
 
 
 def from_mapping(kind: type[Settings], table: Mapping[str, Any], where: str) -> Settings:

@@ -249,16 +249,24 @@ class WriteError(OSError):
         self.path, self.reason = path, reason
 
 
+class ExistsError(ValueError):
+    """A file or folder is there already and may not be replaced."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} exists already; choose another name or allow overwriting")
+        self.path = path
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path``, and move the finished result from there into place.
 
-    Whatever goes wrong, no half-written file is left. Raises ``ValueError`` if ``path`` exists and may not be
+    Whatever goes wrong, no half-written file is left. Raises `ExistsError` if ``path`` exists and may not be
     overwritten, ``OSError`` in one sentence if it cannot be written.
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another name or allow overwriting")
+        raise ExistsError(path)
     if path.is_dir() and not {p.name for p in path.iterdir()} <= OVERWRITABLE:
         raise ValueError(f"{path} is a folder that holds other files, which overwriting would delete; choose another name")
     temporary = None

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..base.documents import MAX_LIST_BYTES, expect, numbers, read_json
 from ..base.locks import locked
 from ..base.precision import DTYPES
+from ..base.settings import check_choice
 from ..base.storage import StoredTensor, ignore, read_header, write_tensors, write_text
 from ..diffusion.conditioning import Caption, Label, pad, tile
 from .dataset import Examples
@@ -314,8 +315,7 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path | str, *, dtype: str = "fp16", verify: bool = False, padded: bool = False):
-        if dtype not in STORED:
-            raise ValueError(f"unknown dtype {dtype!r} for a cache; choose from {sorted(STORED)}")
+        check_choice(dtype, STORED, "unknown dtype of a cache")
         self.folder, self.dtype, self._padded = Path(folder), dtype, padded
         _check_ours(self.folder)
         self._shards, self._num_waiting = _Shards(), 0

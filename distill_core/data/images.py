@@ -7,7 +7,6 @@ the excess is cropped evenly.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import logging
@@ -24,6 +23,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..base.documents import json_lines, one_line, read_bytes, read_csv, read_text
+from ..base.settings import check_choice, meant
 
 log = logging.getLogger("distill")
 
@@ -210,12 +210,10 @@ def hugging_face(
     except Exception as error:  # the library raises other errors for each kind of file
         raise ValueError(f"{path} cannot be read as a data set ({one_line(error)}); download it again") from error
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
-    if split not in splits:
-        raise ValueError(f"{path} has no split {split!r}; choose from {sorted(splits)}")
+    check_choice(split, splits, f"{path} has no split")
     rows = splits[split]
     for column in (image_column, caption_column):
-        if column not in rows.column_names:
-            raise ValueError(f"{path} has no column {column!r}; choose from {rows.column_names}")
+        check_choice(column, rows.column_names, f"{path} has no column")
     captions = list(rows[caption_column])
     if odd := [type(caption).__name__ for caption in captions if not isinstance(caption, str | None)]:
         raise ValueError(f"column {caption_column!r} of {path} holds {odd[0]}, not text; choose another column")
@@ -284,8 +282,9 @@ def sizes(text: str) -> list[Size]:
         re.fullmatch(r"([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,8}))?", part.strip()) for part in text[:_MAX_SIZES_CHARS].split(",")
     ]
     if None in parts or len(text) > _MAX_SIZES_CHARS:
-        near = difflib.get_close_matches(text, RESOLUTIONS, cutoff=0.4) or list(RESOLUTIONS)
-        raise ValueError(f"unknown sizes {one_line(text)!r}; choose from {near}, or write height x width as in 768x512,512x768")
+        raise ValueError(
+            f"sizes {one_line(text)!r} must be height x width, as in 768x512,512x768, or a name; {meant(text, RESOLUTIONS)}"
+        )
     found = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
     if odd := [side for size in found for side in size if side % _SIDE_STEP_PX]:
         raise ValueError(f"sizes {one_line(text)!r} must have sides that are multiples of {_SIDE_STEP_PX}, got {odd[0]}")

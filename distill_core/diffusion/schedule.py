@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.settings import check_choice
 from ..networks.model_sampling import FLOW, ZERO_SNR, ModelSampling
 
 
@@ -159,8 +160,7 @@ PREDICTIONS: dict[str, Prediction] = {
 
 def prediction(name: str) -> Prediction:
     """Prediction type by name; ``ValueError`` lists the choices."""
-    if name not in PREDICTIONS:
-        raise ValueError(f"unknown prediction type {name!r}; choose from {sorted(PREDICTIONS)}")
+    check_choice(name, PREDICTIONS, "unknown prediction type")
     return PREDICTIONS[name]
 
 

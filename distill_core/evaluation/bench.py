@@ -110,21 +110,19 @@ class Bench:
     rows: tuple[Row, ...]
     settings: dict[str, str]
 
-    COLUMNS = (
-        "network",
-        "parameters",
-        "GMACs",
-        "ms per step",
-        "s per image",
-        "sampling",
-        "training",
-        "steps per s",
-        "10,000 steps",
-    )
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the table; those of training only where it was measured."""
+        return (*SAMPLING_COLUMNS, *(TRAINING_COLUMNS if any(row.training for row in self.rows) else ()))
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What the columns say that need a word."""
+        return {name: words for name, words in MEANINGS.items() if name in self.columns}
 
     def cells(self) -> list[list[str]]:
-        """Cell texts of the table for `COLUMNS`."""
-        return [_cells(row) for row in self.rows]
+        """Cell texts of the table for `columns`."""
+        return [_cells(row)[: len(self.columns)] for row in self.rows]
 
     def facts(self) -> dict[str, Any]:
         """All figures, for scripts."""
@@ -135,6 +133,8 @@ class Bench:
         return {"rows": rows, "settings": self.settings}
 
 
+SAMPLING_COLUMNS = ("network", "parameters", "GMACs", "ms per step", "s per image", "sampling")
+TRAINING_COLUMNS = ("training", "steps per s", "10,000 steps")
 MEANINGS = {
     "ms per step": "median time of a sampling step with guidance (two predictions); in brackets, of the full model's, timed in turn.",
     "sampling": "peak memory of such a step, including the weights. On a CPU: of all tensors.",
@@ -227,7 +227,7 @@ def chart(measured: Bench) -> Image:
 
 def picture(measured: Bench) -> Image:
     """The table, and the chart below it."""
-    return stacked([plots.table_image(Bench.COLUMNS, measured.cells()), chart(measured)])
+    return stacked([plots.table_image(measured.columns, measured.cells()), chart(measured)])
 
 
 def quick(settings: Settings) -> Settings:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base.documents import one_line, read_json
 from ..base.modelspec import modelspec
+from ..base.settings import check_choice
 from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from .architecture import Architecture
 from .diffusers_config import diffusers_config
@@ -302,10 +303,9 @@ def save_unet(
     ``ValueError`` if the architecture, its sampling, or the path does not allow the layout.
     """
     sampling.check_writable(layout)
-    if layout not in FILE_LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose from {sorted(FILE_LAYOUTS)}")
-    if dtype is not None and dtype not in CODES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose from {sorted(CODES)}")
+    check_choice(layout, FILE_LAYOUTS, "unknown layout")
+    if dtype is not None:
+        check_choice(dtype, CODES, "unknown dtype")
     if layout == "checkpoint" and not others:
         raise ValueError("a full checkpoint needs a VAE and a text encoder, and there are none; write the ldm layout")
     prefix = _FULL_PREFIX if layout == "checkpoint" else ""

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from ..base.settings import check_choice
+
 _LDM_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embed.0": "time_embed.0",
@@ -256,8 +258,7 @@ LAYOUTS = {
 
 def layout_named(name: str) -> Layout:
     """Look a layout up by name; ``ValueError`` lists the choices."""
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}; choose from {sorted(LAYOUTS)}")
+    check_choice(name, LAYOUTS, "unknown layout")
     return LAYOUTS[name]
 
 

@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, processes: Processes = ALONE, on_item: OnItem = lamb
     ``ValueError`` for a recipe that cannot be trained.
     """
     processes.check(recipe.training)
+    recipe.check_paths()
     models = open_models(recipe, processes)
     recipe = models.recipe
     _check_run(models)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base.settings import SEEDS, check_settings, setting
+from ..base.settings import SEEDS, check_choice, check_settings, setting
 from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, tap
 from ..diffusion.distance import squared_error
@@ -243,8 +243,7 @@ class Score:
     prompt_weight: float = Settings.prompt_weight
 
     def by(self, criterion: str) -> float:
-        if criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {criterion!r}; choose from {sorted(CRITERIA)}")
+        check_choice(criterion, CRITERIA, "unknown criterion")
         return {
             "recoverability": self.errors.recoverability(self.prompt_weight),
             "output error": self.errors.output,
@@ -267,8 +266,7 @@ class Analysis:
 
     def total(self, measure: str) -> int:
         """Total of which a saving is a share; ``ValueError`` lists the measures."""
-        if measure not in MEASURES:
-            raise ValueError(f"unknown measure {measure!r}; choose from {list(MEASURES)}")
+        check_choice(measure, MEASURES, "unknown measure")
         return getattr(self, measure)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base.documents import expect, lines, one_line, parse_json, read_text
+from ..base.settings import check_choice, meant, nearest
 from ..networks.name_map import NameMap
 from ..networks.network import TITLES, UNETS, Network, Same
 from .folding import middle
@@ -21,6 +22,7 @@ EXAMPLE = '{"name": "mine", "remove": ["mid", "down.*.resnet.1"], "keep": {"down
 MAX_PATTERNS, MAX_PATTERN_CHARS, MAX_NAME_CHARS = 500, 100, 2000
 """Limits of a plan: several times what it takes to name every block of SDXL."""
 _METADATA = "distill.plan"
+_WORD = re.compile(r"[a-z_]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,8 @@ class PruningPlan:
                     f"plan {self.name!r}: 'fold' of {stack!r} must list the first and the last block of each run, in ascending order, "
                     "such as [[5, 7], [9, 10]]"
                 )
-        if self.teacher not in (None, *TITLES):
-            raise ValueError(f"plan {self.name!r}: unknown teacher {self.teacher!r}; choose from {sorted(TITLES)}")
+        if self.teacher is not None:
+            check_choice(self.teacher, TITLES, f"plan {self.name!r}: unknown teacher")
 
     @classmethod
     def from_json(cls, text: str, example: str = EXAMPLE) -> PruningPlan:
@@ -172,9 +174,8 @@ def fitting_presets(teacher: Network) -> list[str]:
 
 def preset(name: str) -> PruningPlan:
     """Published plan by name; ``ValueError`` lists the choices."""
-    if not re.fullmatch(r"[\w-]+", name) or not (path := PRESETS / f"{name}.json").exists():
-        raise ValueError(f"unknown preset {name!r}; choose from {all_preset_names()}")
-    return PruningPlan.from_json(read_text(path))
+    check_choice(name, all_preset_names(), "unknown preset")
+    return PruningPlan.from_json(read_text(PRESETS / f"{name}.json"))
 
 
 def name_map(teacher: Network, plan: PruningPlan) -> NameMap:
@@ -252,9 +253,15 @@ def _matching(pattern: str, teacher: Network, plan_name: str) -> set[str]:
     expression = re.compile(re.sub(r"(?:\\\*)+", "[^.]+", re.escape(teacher.spelled_out(pattern))))
     found = {block for block in teacher.blocks if any(expression.fullmatch(node) for node in teacher.nodes(block))}
     if not found:
+        words = {word for block in teacher.blocks for word in _WORD.findall(block)}
+        misspelt = [word for word in _WORD.findall(pattern) if word not in words and nearest(word, words)]
         raise ValueError(
-            f"{plan_name} names {pattern!r}, which this {teacher.kind} does not have: it is already pruned, "
-            "or has another shape; start from the full model"
+            f"{plan_name} names {pattern!r}, which this {teacher.kind} does not have"
+            + (
+                f"; {meant(misspelt[0], words)}"
+                if misspelt
+                else ": it is already pruned, or has another shape; start from the full model"
+            )
         )
     return found
 

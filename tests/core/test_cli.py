@@ -58,8 +58,11 @@ def test_inspect_reads_the_demo(capsys):
             ["prune", "nowhere.safetensors", "{tmp}/o.safetensors", "--preset", "bk-sdm-base"],
             "nowhere.safetensors does not exist",
         ),
-        (["prune", "{teacher}", "{teacher}", "--preset", "bk-sdm-base"], "exists already"),
-        (["prune", "{teacher}", "{tmp}/o.safetensors", "--plan", "nowhere.json"], "cannot read nowhere.json"),
+        (
+            ["prune", "{teacher}", "{teacher}", "--preset", "bk-sdm-base"],
+            "exists already; choose another name, or add --overwrite",
+        ),
+        (["prune", "{teacher}", "{tmp}/o.safetensors", "--plan", "nowhere.json"], "nowhere.json does not exist"),
         (["prune", "{teacher}", "{tmp}/o.ckpt", "--preset", "bk-sdm-base"], "o.ckpt must end in .safetensors"),
         (
             ["prune", "{teacher}", "{tmp}/o.safetensors", "--preset", "bk-sdm-base", "--layout", "diffusers"],
@@ -71,6 +74,7 @@ def test_inspect_reads_the_demo(capsys):
             "this is not a LoRA",
         ),
         (["convert-lora", "{teacher}", "{tmp}/o.safetensors", "--model", "{teacher}"], "this is not a LoRA"),
+        (["train", "{teacher}"], "holds weights, not text"),
         (["train", "bk-sdm-small"], "distill recipes bk-sdm-small > my_run.toml"),
         (["remap-lora", "l", "{tmp}/o.pt", "--teacher", "{teacher}", "--preset", "bk-sdm-base"], "o.pt must end in .safetensors"),
         (["prune", "{teacher}", "{teacher}/o.safetensors", "--preset", "bk-sdm-base"], "cannot write"),

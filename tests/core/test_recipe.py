@@ -127,10 +127,10 @@ def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
     ([("[training]", "[trainin]")], "did you mean 'training'"),
     ([('run = "run"', "")], "run is missing"),
     ([("[data]", "[datta]")], "there is no setting 'datta'; did you mean 'data'"),
-    ([('file = "demo"', 'file = "none.safetensors"')], "none.safetensors does not exist"),
+    ([('file = "demo"', 'file = "none.safetensors"')], r"\[teacher\] file: .*none.safetensors does not exist; write a path that begins"),
     ([('file = "demo"', 'file = "demo"\ndtype = "int3"')], "dtype: unknown 'int3'"),
     ([('file = "demo"', 'file = "demo"\noffload = true\ndtype = "int8"')], "int8 teacher cannot be offloaded"),
-    ([('prompts = "prompts.txt"', 'prompts = "none.txt"')], "cannot read .*none.txt"),
+    ([('prompts = "prompts.txt"', 'prompts = "none.txt"')], r"\[data\] prompts: .*none.txt does not exist"),
     ([('prompts = "prompts.txt"', 'prompts = "prompts.txt"\nimages = "x"')], "one of images, dataset and prompts"),
     ([('resolution = "64"', 'resolution = "abc"')], "abc"),
     ([("batch_size = 4", "batch_size = 4\naccumulation_steps = 3")], "3 equal parts"),
@@ -303,7 +303,8 @@ def test_recipes_are_listed_by_their_first_line(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == example_names()
-    assert main(["recipes", "none"]) == 2 and "choose from" in capsys.readouterr().err
+    assert main(["recipes", "none"]) == 2 and "unknown recipe 'none'; choose from" in capsys.readouterr().err
+    assert main(["recipes", "heal-flx"]) == 2 and "did you mean 'heal-flux'?" in capsys.readouterr().err
 
 
 LONG = [("total_steps = 4", "total_steps = 24"), ("save_every_steps = 2", "save_every_steps = 3\nema_decay = 0.9")]
@@ -571,7 +572,7 @@ def test_killed_while_students_train_and_resumed_it_is_as_if_nothing_had_happene
     ([("count = 2", "cuont = 2")], [], r"\[experts\]: there is no setting 'cuont'; did you mean 'count'"),
     ([("count = 2", 'boundaries = "abc"')], [], "boundaries must be numbers"),
     ([("count = 2", 'split = "error"'), ("joint_steps = 2", "joint_steps = 0")], [], "set joint_steps above 0"),
-    ([("count = 2", 'plans = ["none"]'), ('preset = "bk-sdm-base"', "")], [], "cannot read .*none"),
+    ([("count = 2", 'plans = ["none"]'), ('preset = "bk-sdm-base"', "")], [], "none does not exist"),
     ([], ["--range", "2"], "there is no expert 2; choose one of 0 to 1"),
     ([], ["--range", "-1"], "must be at least 0"),
     ([("[experts]\ncount = 2\njoint_steps = 2", "")], ["--range", "0"], "this recipe trains a single student"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...base.documents import one_line, parse_json, read_json
 from ...base.modelspec import OF_ONE_FILE, modelspec
+from ...base.settings import check_choice
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from ..folders import CONFIG, WEIGHTS, check_place, folder_of, read_folder
 from ..residuals import Rename
@@ -263,8 +264,8 @@ def save_transformer(
     tensors: weights, scales and markers by name. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what is there; a quantised
     network keeps what is there. prefix, others: of a full checkpoint. metadata: entries of the header, see `rewritten`.
     """
-    if dtype is not None and dtype not in CODES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose from {sorted(CODES)}")
+    if dtype is not None:
+        check_choice(dtype, CODES, "unknown dtype")
     if dtype is not None and architecture.quantised:
         raise ValueError("the weights of a quantised transformer can only be copied; leave the precision as it is")
     named = {prefix + name: tensor for name, tensor in tensors.items()}

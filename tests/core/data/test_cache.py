@@ -467,7 +467,7 @@ def test_one_warning_counts_the_captions_that_are_cut(pictures, tmp_path, caplog
 
 
 def test_an_unknown_precision_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown dtype 'fp8' for a cache; choose from \['fp16', 'fp32'\]"):
+    with pytest.raises(ValueError, match="unknown dtype of a cache 'fp8'; choose from "):
         CacheWriter(tmp_path, dtype="fp8")
 
 

@@ -37,7 +37,8 @@ def test_every_preset_is_measured_beside_the_full_model(small):
         )
     assert full.gmacs > base.gmacs > tiny.gmacs > 0
     assert full.sampling_bytes > base.sampling_bytes > tiny.sampling_bytes
-    assert all(len(cells) == len(Bench.COLUMNS) for cells in measured.cells())
+    assert all(len(cells) == len(measured.columns) == 9 for cells in measured.cells())
+    assert {*measured.meanings} <= {*measured.columns}
 
 
 def test_the_peak_of_training_is_near_its_forecast(small):
@@ -58,7 +59,8 @@ def test_training_can_be_left_out(small):
     settings = Settings(**QUICK | {"train": False})
     measured = bench(settings)
     assert work(settings) == 6 and all(row.training is None for row in measured.rows)
-    assert all(len(cells) == len(Bench.COLUMNS) for cells in measured.cells())
+    assert all(len(cells) == len(measured.columns) == 6 for cells in measured.cells())
+    assert [*measured.meanings] == ["ms per step", "sampling"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_training_can_be_left_out(small):
         ({"presets": ("ssd-1b",)}, "ssd-1b is a preset for sdxl, not for sd1"),
         ({"size_px": 100}, "size_px must be a multiple of 64"),
         ({"num_rounds": 0}, "num_rounds must be between 1 and 10,000"),
-        ({"dtype": "fp8"}, "dtype: unknown 'fp8'; choose from .'fp32', 'bf16', 'fp16'."),
+        ({"dtype": "fp8"}, "dtype: unknown 'fp8'; choose from fp32, bf16, fp16"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

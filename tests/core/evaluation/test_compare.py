@@ -69,7 +69,7 @@ def test_figures_depend_on_the_seed_and_nothing_else(files, comparison):
         ({"num_tokens": True}, "num_tokens must be a whole number, got True"),
         ({"size_px": (64, 64 * 10**6)}, "size_px must be between 64 and 16,384, got 64,000,000"),
         ({"size_px": (64, 72)}, "multiples of 64 pixels, got 64 x 72"),
-        ({"dtype": "fp8"}, "dtype: unknown 'fp8'; choose from .'fp32', 'bf16', 'fp16'."),
+        ({"dtype": "fp8"}, "dtype: unknown 'fp8'; choose from fp32, bf16, fp16"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(changes, message):
@@ -288,7 +288,7 @@ def test_the_command_prints_a_table_and_draws_a_picture(compared, tmp_path, caps
         (["--names", "one, one"], "one unique name per model (2), got 'one, one'"),
         (["--names", "one, two, one"], "one unique name per model (2)"),
         (["--names", "one,"], "one unique name per model (2)"),
-        (["--out", "{teacher}"], "exists already; choose another --out"),
+        (["--out", "{teacher}"], "exists already; choose another name, or add --overwrite"),
         (["nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["{teacher}"], "a file is given twice"),
     ],
