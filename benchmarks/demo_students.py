@@ -40,9 +40,9 @@ BATCH_SIZE = 64
 GUIDANCE, NUM_STEPS = 3.0, 20
 ERROR_SEED, ERROR_BATCHES = 999, 2  # of no training
 NUM_VARIED, NUM_EACH = 12, 4
-"""Prompts, and pictures of each, that diversity is measured on."""
+"""Prompts, and images of each, that diversity is measured on."""
 NUM_MADE = 2048
-"""Pictures the teacher draws for a student, as many as there are real ones."""
+"""Images the teacher draws for a student, as many as there are real ones."""
 
 
 # --- students
@@ -132,7 +132,7 @@ def teacher_made(seed: int, guidance: float = GUIDANCE, guidance_min: float | No
 
 
 def judged(student: Denoiser, seed: int, num_prompts: int, **how: Any) -> dict[str, Any]:
-    """Which pictures are right, how far all are from real scenes, and how much those of one prompt differ, real ones being 1.
+    """Which images are right, how far all are from real scenes, and how much those of one prompt differ, real ones being 1.
 
     how: as for `sampled`.
     """
@@ -215,7 +215,7 @@ def _share(found: score.Score) -> str:
 def words(arguments: argparse.Namespace) -> str:
     """What a table of `quality` needs to be read."""
     return (
-        f"Pictures that show all their prompt says, means of the categories, in brackets the 95 % interval by the bootstrap over "
+        f"Images that show all their prompt says, means of the categories, in brackets the 95 % interval by the bootstrap over "
         f"{arguments.prompts} prompts of each category and seed; other figures: means over {arguments.seeds} seeds ± half the 95 % "
         f"interval by Student's t. Guidance {GUIDANCE:g}, {NUM_STEPS} steps of sampling. {device_words()}."
     )

@@ -1,6 +1,6 @@
 """Guidance learnt by a LoRA on the teacher of scenes: ``python benchmarks/guidance.py``.
 
-The student is the teacher with the LoRA on, evaluated once a step. How near are its pictures to those the teacher draws with
+The student is the teacher with the LoRA on, evaluated once a step. How near are its images to those the teacher draws with
 guidance, from the same noise, against how near the teacher's own are without? By LoRAs trained on real scenes that are noised
 anew, on the states of the teacher's guided sampling, and on such states with a scale each; asked for prompts whose
 combinations were trained on, and for held-out ones. Writes ``results/guidance.md``, every figure measured in that run;
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """By kind of prompt: mean distance of latents to the guided teacher's, and how many pictures are right."""
+    """By kind of prompt: mean distance of latents to the guided teacher's, and how many images are right."""
     student = demo.teacher() if name in (GUIDED, UNGUIDED) else _student(LORAS[name], seed, arguments)
     figures = {}
     for kind in KINDS:
@@ -104,7 +104,7 @@ def _report(found: Mapping[str, Sequence[Mapping[str, Any]]], arguments: argpars
         "",
         f"LoRAs of rank {arguments.rank} on every layer, {arguments.steps} steps of batch {demo.BATCH_SIZE}, guidance {arguments.guidance:g}; "
         "that for every scale is asked at strength 1. Distance of latents to the guided ones from the same noise, in parts of that of "
-        f"the teacher in one pass; right: pictures that show all their prompt says. {arguments.prompts} prompts of each category and "
+        f"the teacher in one pass; right: images that show all their prompt says. {arguments.prompts} prompts of each category and "
         f"seed, means over {arguments.seeds} seeds ± half the 95 % interval by Student's t. {device_words()}.",
     ]
 

@@ -1,7 +1,7 @@
 """What distillation is worth on the demo: ``python benchmarks/learning.py``.
 
 Students of one size, trained for as many steps on as many examples, several seeds each: by every published objective, without
-the teacher's predictions, from random weights, and on pictures the teacher made. Writes ``results/learning.md``, every
+the teacher's predictions, from random weights, and on images the teacher made. Writes ``results/learning.md``, every
 figure measured in that run. Each student's figures are written to ``results/learning.jsonl``, so that an interrupted run
 continues; a finished one deletes it.
 """

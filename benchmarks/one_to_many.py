@@ -130,10 +130,10 @@ class Students:
         errors = output_error(
             student, self.teacher, self.dataset, num_bins=NUM_BINS, num_batches=demo.ERROR_BATCHES, seed=demo.ERROR_SEED
         )
-        pictures = demo.judged(student, seed, self.arguments.prompts)
+        images = demo.judged(student, seed, self.arguments.prompts)
         if name != HALF:
             shutil.rmtree(training.folder)
-        return Figures(errors.tolist(), num_bytes, boundaries, pictures)
+        return Figures(errors.tolist(), num_bytes, boundaries, images)
 
     def training(self, name: str, row: Row, seed: int) -> OneToMany:
         joint, each = row.steps(self.unit)

@@ -1,4 +1,4 @@
-"""Run the quickstart and keep its picture and table: ``python benchmarks/quickstart.py [--preset P]``.
+"""Run the quickstart and keep its image and table: ``python benchmarks/quickstart.py [--preset P]``.
 
 Writes ``results/quickstart.png`` and ``results/quickstart.md`` (for other presets ``quickstart-P.*``), every figure
 measured in that run.
@@ -37,7 +37,7 @@ def main() -> None:
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     lines += ["", f"Student over teacher: trained prompts {student.trained / teacher.trained:.3f}, held-out prompts "
               f"{student.held_out / teacher.held_out:.3f}. {settings.train_steps} steps of batch {settings.batch_size}, "
-              f"{len(every_prompt(settings.num_prompts, settings.seed))} pictures judged of each model, {minutes:.1f} minutes in all."]  # fmt: skip
+              f"{len(every_prompt(settings.num_prompts, settings.seed))} images judged of each model, {minutes:.1f} minutes in all."]  # fmt: skip
     (RESULTS / f"{stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -2,7 +2,7 @@
 
 The bare sum is the teacher's forward pass without gradient, the student's forward and backward pass by one plain loss, and
 the optimiser's step, of the same networks on the same examples. Beside the distillation step it is taken turn by turn in
-one run, so that a busy machine slows both. The loop of published training scripts is the bare sum too, with pictures and
+one run, so that a busy machine slows both. The loop of published training scripts is the bare sum too, with images and
 captions encoded before each step. Networks have SD1.5's shapes and random weights. Writes ``results/training_step.md``.
 """
 
@@ -71,13 +71,13 @@ class Case(NamedTuple):
 def main() -> None:
     on_gpu = DEVICE.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=512, help="of pictures, px (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="of images, px (default: %(default)s)")
     parser.add_argument(
         "--batch", type=int, default=16 if on_gpu else 1, help="examples a step of the full network (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=20 if on_gpu else 8, help="turns of each (default: %(default)s)")
     arguments = parser.parse_args()
-    # Of a narrow network on large pictures activations are what fills memory, as they do at large batches.
+    # Of a narrow network on large images activations are what fills memory, as they do at large batches.
     costs = {}
     for case in (Case(64, 512, 4), Case(320, arguments.size, arguments.batch, encodes=True)):
         costs[case] = measure(case, arguments.rounds)
@@ -111,7 +111,7 @@ def _report(costs: Mapping[Case, Cost], rounds: int) -> list[str]:
         *cost_tables(costs), "",
         *table([f"training, {last.title}", "samples a second", "ratio"], [
             ["distillation from cached latents and embeddings", f"{cached:.3f}", f"{_median_ratio(loop, cost.steps):.2f}"],
-            ["bare sum, pictures and captions encoded each step", f"{encoded:.3f}", "1"],
+            ["bare sum, images and captions encoded each step", f"{encoded:.3f}", "1"],
         ]), "",
         f"Student by {PLAN.name}, objective bk-sdm, AdamW, fp32. Medians of {rounds} turns of each, ratios of each turn; memory is "
         f"what a step makes, besides weights and the optimiser's state. Encoding takes {share:.0%} of the time of the loop that does "
@@ -246,7 +246,7 @@ def _noise(case: Case) -> LatentDataset:
 
 
 class Encoders:
-    """SD1.5's autoencoder and text encoder with random weights, and pictures and captions of noise to encode."""
+    """SD1.5's autoencoder and text encoder with random weights, and images and captions of noise to encode."""
 
     num_examples = 8
 
@@ -282,7 +282,7 @@ class Encoders:
         writer, entries = CacheWriter(folder), []
         for number in range(self.num_examples):
             picked = torch.tensor([number])
-            entry = Entry(f"picture {number}", f"caption {number}")
+            entry = Entry(f"image {number}", f"caption {number}")
             writer.add_latent(entry.latent, self._latents(picked)[0])
             writer.add_text(entry.text, Caption(self._contexts(picked)[0]))
             entries.append(entry)

@@ -1,8 +1,8 @@
 """Few steps of sampling, by LoRAs on the teacher of scenes: ``python benchmarks/turbo.py``.
 
-How right, how near to real scenes and how varied are pictures in 2, 4 and 8 evaluations by the teacher alone and by LoRAs that
+How right, how near to real scenes and how varied are images in 2, 4 and 8 evaluations by the teacher alone and by LoRAs that
 learnt guidance or to sample so (the objectives consistency and dmd), against the teacher with 20 guided steps, and what does a
-picture cost? Then the same for a pruned and distilled student, and LoRAs on that. Minutes are those of training. Writes ``results/turbo.md``, every figure measured in that run; figures are kept in ``results/turbo.jsonl`` as they come, so that an
+image cost? Then the same for a pruned and distilled student, and LoRAs on that. Minutes are those of training. Writes ``results/turbo.md``, every figure measured in that run; figures are kept in ``results/turbo.jsonl`` as they come, so that an
 interrupted benchmark goes on.
 """
 
@@ -25,7 +25,7 @@ TIMED_PICTURES, TIMED_TURNS = 16, 3
 
 
 class Row(NamedTuple):
-    """How pictures are drawn."""
+    """How images are drawn."""
 
     steps: int
     guidance: float = demo.GUIDANCE
@@ -132,7 +132,7 @@ def _figures(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, A
 
 
 def _speed(drawer: Denoiser, how: dict[str, Any]) -> float:
-    """How many times as fast as the teacher's guided sampling some pictures are drawn: of medians, both in turn."""
+    """How many times as fast as the teacher's guided sampling some images are drawn: of medians, both in turn."""
     scenes, teacher, seconds = random_scenes(TIMED_PICTURES, 0), demo.teacher(), [[], []]
     for _ in range(TIMED_TURNS):
         for each, (denoiser, asked) in zip(seconds, ((teacher, ROWS[TEACHER].how), (drawer, how)), strict=True):

@@ -270,7 +270,7 @@ def bench(arguments: argparse.Namespace) -> None:
             progress.update(count)
 
         measured = benches.bench(settings, on_step)
-    save_png(arguments.out, benches.picture(measured), overwrite=arguments.overwrite)
+    save_png(arguments.out, benches.summary_image(measured), overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps(measured.facts() | {"image": str(arguments.out)}, indent=2))
         return
@@ -350,7 +350,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
     with tqdm(total=work(settings), bar_format=bar, file=sys.stderr, delay=1) as progress:
         rows = run_quickstart(arguments.out, settings, progress)
     print(summary(rows))
-    print(f"Open {arguments.out / 'report.html'} (or report.png): pictures, loss curves and figures of all three models.")
+    print(f"Open {arguments.out / 'report.html'} (or report.png): images, loss curves and figures of all three models.")
     print(
         f"Next: distill inspect {arguments.out / 'student.safetensors'}, or prune a model of your own: "
         "distill prune YOUR_SD15.safetensors small.safetensors --preset bk-sdm-small"

@@ -28,7 +28,7 @@ from .training.run import RECIPE, Inputs, Run
 from .training.settings import REFIT_EXAMPLES, TrainingSettings
 
 PRUNED = "pruned.safetensors"
-SHOWN_OF_EACH = 2  # pictures of each category in the report
+SHOWN_OF_EACH = 2  # images of each category in the report
 OPTIMIZATION: dict[str, Any] = dict(learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20, weight_decay=1e-3)
 """Settings by which students of the demo are trained, here and in benchmarks."""
 TIMED_STEPS, TIMED_ROUNDS, TIMED_BATCH = 2, 5, 36
@@ -42,7 +42,7 @@ class Settings:
     train_steps: int = setting(200, "Distillation steps.", within=STEPS)
     batch_size: int = setting(64, "Scenes per distillation step.", within=BATCH)
     num_prompts: int = setting(12, "Prompts of each category, trained and held out, to judge a model by.", within=(1, 10_000))
-    sample_steps: int = setting(20, "Sampler steps per picture.", within=SAMPLER_STEPS)
+    sample_steps: int = setting(20, "Sampler steps per image.", within=SAMPLER_STEPS)
     guidance: float = setting(3.0, "Classifier-free guidance scale.", within=GUIDANCE)
     seed: int = setting(0, "Seed of training and sampling noise.", within=SEEDS)
 
@@ -59,7 +59,7 @@ class Row:
     gmacs: float
     """Multiply-accumulates of one network evaluation, in units of 1e9."""
     trained: float
-    """Share of pictures that show all their prompt says, of prompts whose combinations the teacher was trained on."""
+    """Share of images that show all their prompt says, of prompts whose combinations the teacher was trained on."""
     held_out: float
     """The same of prompts with combinations that no model was trained on."""
     trained_interval: tuple[float, float]
@@ -135,8 +135,8 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
 
 def work(settings: Settings) -> int:
     """Length of a quickstart in network evaluations, for a progress bar."""
-    num_pictures = len(every_prompt(settings.num_prompts, settings.seed))
-    return 3 * num_pictures * settings.sample_steps * 2 + settings.train_steps * _train_cost(settings)
+    num_images = len(every_prompt(settings.num_prompts, settings.seed))
+    return 3 * num_images * settings.sample_steps * 2 + settings.train_steps * _train_cost(settings)
 
 
 def _train_cost(settings: Settings) -> int:
@@ -167,7 +167,7 @@ def judge(name: str, denoiser: Denoiser, settings: Settings, on_step=lambda n: N
 
 
 def _ms_per_image(denoisers: Sequence[Denoiser], settings: Settings) -> list[float]:
-    """Time per picture of each model: the median over rounds in which the models take turns to sample a batch."""
+    """Time per image of each model: the median over rounds in which the models take turns to sample a batch."""
     scenes = random_scenes(TIMED_BATCH, settings.seed)
     draw = partial(sampled_latents, scenes=scenes, seed=settings.seed, guidance=settings.guidance, num_steps=TIMED_STEPS)
     timed = [partial(seconds_of, partial(draw, one), one.device) for one in denoisers]
@@ -185,12 +185,12 @@ COLUMNS = {
     "ms_per_image": "ms per image",
 }
 MEANINGS = {
-    "trained prompts": "share of pictures that show all their prompt says, by a judge that reads objects, numbers, colors and "
+    "trained prompts": "share of images that show all their prompt says, by a judge that reads objects, numbers, colors and "
     "places; prompts whose combinations the teacher was trained on.",
     "held-out prompts": "the same of combinations that no model was trained on. In brackets the 95 % interval, by the bootstrap "
     "over prompts.",
     "GMACs": "billions of multiply-accumulates in one evaluation of the network.",
-    "ms per image": "time per picture in a batch; the models take turns, so that a slowdown of the machine affects all of them.",
+    "ms per image": "time per image in a batch; the models take turns, so that a slowdown of the machine affects all of them.",
 }
 FILES = {
     "student.safetensors": "the distilled student, fp16. distill inspect student.safetensors shows its contents.",
@@ -225,8 +225,8 @@ def draw_report(rows: Sequence[Row], found: Mapping[str, Judged], metrics, setti
     )
     shown = _shown(found[rows[0].model])
     captions = [found[rows[0].model].prompts[place].scene.caption for place in shown]
-    pictures = {f"{row.model}\n{row.parameters / 1e6:.2f} M": found[row.model].images[shown] for row in rows}
-    plots.draw_prompts(top, captions, pictures)
+    images = {f"{row.model}\n{row.parameters / 1e6:.2f} M": found[row.model].images[shown] for row in rows}
+    plots.draw_prompts(top, captions, images)
     curve, table = bottom.subplots(1, 2, width_ratios=(1, 1.4))
     plots.draw_losses(curve, metrics)
     curve.set_title("distillation loss", fontsize=11)
@@ -269,6 +269,6 @@ def summary(rows: Sequence[Row]) -> str:
     teacher, before, after = rows
     return (
         f"The student has {1 - after.parameters / teacher.parameters:.0%} fewer parameters and needs "
-        f"{1 - after.gmacs / teacher.gmacs:.0%} fewer multiply-accumulates; {after.held_out:.1%} of its pictures of held-out prompts "
+        f"{1 - after.gmacs / teacher.gmacs:.0%} fewer multiply-accumulates; {after.held_out:.1%} of its images of held-out prompts "
         f"are right (teacher {teacher.held_out:.1%}, directly after pruning {before.held_out:.1%})."
     )

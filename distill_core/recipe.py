@@ -11,7 +11,7 @@ dtype = "fp16"
 preset = "bk-sdm-small"
 
 [data]
-images = "pictures"             # or prompts = "prompts.txt", and the teacher draws them
+images = "my_images"            # or prompts = "prompts.txt", and the teacher draws them
 encoders = "sd15-diffusers"
 
 [training]                      # `settings.TrainingSettings`
@@ -45,7 +45,7 @@ from .base.settings import (
     setting,
 )
 from .data.images import sizes
-from .data.teacher_data import MOST_PICTURES
+from .data.teacher_data import MOST_IMAGES
 from .networks.quantised import QUANTISED
 from .routing.one_to_many import ExpertsSettings
 from .training.settings import TrainingSettings
@@ -118,9 +118,7 @@ class DataSettings:
     encode_batch_size: int = setting(8, "Images or captions that are encoded at once.", within=BATCH)
     guidance: float = setting(7.5, "Guidance scale of teacher-made images.", within=GUIDANCE)
     sampler_steps: int = setting(25, "Sampling steps of teacher-made images.", within=SAMPLER_STEPS)
-    images_per_prompt: int = setting(
-        1, "Teacher-made images for each prompt, each from its own noise.", within=(1, MOST_PICTURES)
-    )
+    images_per_prompt: int = setting(1, "Teacher-made images for each prompt, each from its own noise.", within=(1, MOST_IMAGES))
     trajectory_states: int = setting(
         0,
         "Number of noisy states of the teacher's trajectory to train on; 0 adds random noise to the images instead.",
@@ -216,9 +214,8 @@ class Recipe:
 
     def check_paths(self) -> None:
         """``ValueError`` naming a setting whose file or folder does not exist."""
-        named = [("[teacher] file", teacher.file) for teacher in self.teachers]
-        named += [("[student] file", self.student.file)]
-        named += [(f"[data] {name}", getattr(self.data, name)) for name in ("images", "dataset", "prompts")]
-        for name, given in named:
+        of_data = {f"[data] {name}": getattr(self.data, name) for name in ("images", "dataset", "prompts")}
+        named = [*(("[teacher] file", teacher.file) for teacher in self.teachers), ("[student] file", self.student.file)]
+        for name, given in (*named, *of_data.items()):
             if given not in (None, DEMO) and not self.path(given).exists():
                 raise ValueError(f"{name}: {self.path(given)} does not exist; write a path that begins in the recipe's folder")

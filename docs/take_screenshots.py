@@ -1,4 +1,4 @@
-"""Takes the pictures of the workflows and of single nodes in a real ComfyUI: ``python docs/take_screenshots.py o2mkd_scenes``.
+"""Takes the images of the workflows and of single nodes in a real ComfyUI: ``python docs/take_screenshots.py o2mkd_scenes``.
 
 Opens each workflow in Chromium, runs it if asked (``--run``), and writes ``workflows/NAME.jpg`` (quickstart_scenes:
 ``assets/quickstart_graph.jpg``, as its card shows scenes); with ``--node TYPE`` also
@@ -40,7 +40,7 @@ FORMS = {
     "new-nodes-zh": (True, "dark", "zh", SMALL),
 }
 """Whether nodes are drawn by Vue, the palette, the language and the window."""
-MARGIN_PX = 8  # around the picture
+MARGIN_PX = 8  # around the image
 BEFORE_PX, AFTER_PX = 120, 420  # what ComfyUI itself shows at the left and the top, at the right and the bottom
 MOST_WIDE_PX = 1400
 PLACE = """([left, top, scale]) => {
@@ -71,9 +71,9 @@ NODE_BOX = """type => {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="WORKFLOW", choices=[path.stem for path in WORKFLOWS.glob("*.json")])
-    parser.add_argument("--run", action="store_true", help="run each workflow before its picture is taken")
-    parser.add_argument("--node", action="append", default=[], metavar="TYPE", help="take a picture of this node, too")
-    parser.add_argument("--alone", action="append", default=[], metavar="TYPE", help="take a picture of this node by itself")
+    parser.add_argument("--run", action="store_true", help="run each workflow before its image is taken")
+    parser.add_argument("--node", action="append", default=[], metavar="TYPE", help="take an image of this node, too")
+    parser.add_argument("--alone", action="append", default=[], metavar="TYPE", help="take an image of this node by itself")
     parser.add_argument("--opened", type=Path, metavar="FOLDER", help="take what is seen on opening, in every form, into FOLDER")
     parser.add_argument("--base", type=Path, help="new folder for ComfyUI's files: Save Distilled Model shows its path")
     arguments = parser.parse_args()
@@ -159,7 +159,7 @@ def take(page: Page, server, name: str, run: bool, node_types: list[str]) -> Non
 
 
 def take_alone(page: Page, kind: str) -> None:
-    """A picture of a node by itself, with its defaults."""
+    """An image of a node by itself, with its defaults."""
     page.evaluate("() => window.app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4})")
     page.evaluate(ADD, kind)
     page.wait_for_timeout(1000)

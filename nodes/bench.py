@@ -80,7 +80,7 @@ class BenchmarkPresets(io.ComfyNode):
         check_writable(path)
         measured = bridge.run_bench(settings, cls.hidden.unique_id)
         figures = json.dumps(measured.facts(), indent=2)
-        drawn = bench.picture(measured)
+        drawn = bench.summary_image(measured)
         save_png(path, drawn)
         write_text(path.with_suffix(".json"), figures)
         bridge.show_text(f"Saved {path}", cls.hidden.unique_id)

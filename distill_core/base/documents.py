@@ -27,7 +27,7 @@ MAX_TOML_BYTES, _MAX_TOML_DOTS = 128 << 10, 400
 _MAX_WHOLE = 2**64
 _MAX_REASON = 200
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-_BACKSLASHES = "write paths with forward slashes (\"C:/pictures\") or in single quotes ('C:\\pictures')"
+_BACKSLASHES = "write paths with forward slashes (\"C:/images\") or in single quotes ('C:\\images')"
 _WINDOWS_PATH = re.compile(r'^[^#\n]*"(?:[A-Za-z]:|\.\.?)\\(?!\\)', re.MULTILINE)
 """A drive, or dots, and one backslash between double quotes; TOML reads it as the start of an escape such as a tab."""
 

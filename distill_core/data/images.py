@@ -32,7 +32,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 MAX_PIXELS = 1 << 26
 """Largest image, 8192 x 8192: decoded, turned and flattened it takes one to two GiB. A 60-megapixel camera stays below."""
-MAX_PICTURE_BYTES = 512 << 20
+MAX_IMAGE_BYTES = 512 << 20
 """Largest image file: that many pixels take this size uncompressed, 64 bits each."""
 _CAPTION_COLUMNS = ("text", "caption")
 _LISTS = {"metadata.csv": read_csv, "metadata.jsonl": json_lines}
@@ -131,7 +131,7 @@ def folder(path: Path | str) -> list[ImageFile]:
     _warn_of_missing(captions, path)
     _warn_of_unused(path, names)
     return [
-        ImageFile(str(path / name), caption or "", partial(read_bytes, path / name, MAX_PICTURE_BYTES))
+        ImageFile(str(path / name), caption or "", partial(read_bytes, path / name, MAX_IMAGE_BYTES))
         for name, caption in zip(names, captions, strict=True)
     ]
 
@@ -229,7 +229,7 @@ def _stored_bytes(images: Any, number: int, column: str) -> bytes:
     stored = images[number][column] or {"bytes": b"", "path": None}
     if stored["path"] is None or stored["bytes"]:
         return stored["bytes"]
-    return read_bytes(Path(stored["path"]), MAX_PICTURE_BYTES)
+    return read_bytes(Path(stored["path"]), MAX_IMAGE_BYTES)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from .cache import CachedDataset, CacheWriter, Entry, fingerprint_of, key, text_
 from .encoders import TextEncoders, pads, warn_of_cut
 from .images import Size
 
-MOST_PICTURES = 10_000_000  # a gigabyte of index
+MOST_IMAGES = 10_000_000  # a gigabyte of index
 TELL_EVERY = 1000  # images that already exist
 FEWEST_CHANNELS = 4  # of a latent
 
@@ -41,7 +41,7 @@ class Making:
     """Lowest of a range of scales up to ``guidance``. Each image and its trajectory get one, drawn uniformly, so that a range is
     trained on the states that each scale leads through (Perez Jensen and Sadat 2025, arXiv 2503.07274). None for one scale."""
     num_steps: int = setting(25, "Sampler steps.", within=SAMPLER_STEPS)
-    num_per_prompt: int = setting(1, "Images for each prompt, from different noise.", within=(1, MOST_PICTURES))
+    num_per_prompt: int = setting(1, "Images for each prompt, from different noise.", within=(1, MOST_IMAGES))
     num_states: int = setting(0, "Noisy states stored for each image.", within=(0, SAMPLER_STEPS[1]))
     """They come from the teacher's own trajectory, to train on instead of adding noise. A guided student will see such states
     (Jensen et al. 2025, arXiv 2503.07274, Sec. 3.2). 0 stores none."""
@@ -349,9 +349,9 @@ def _draw(
 
 def _check_room(writer: CacheWriter, total: int, making: Making) -> None:
     """``ValueError`` for more images than a dataset can hold, or than fit on the disk."""
-    if total > MOST_PICTURES:
+    if total > MOST_IMAGES:
         raise ValueError(
-            f"{total:,} images are more than the {MOST_PICTURES:,} a dataset can hold; give fewer prompts, or fewer images each"
+            f"{total:,} images are more than the {MOST_IMAGES:,} a dataset can hold; give fewer prompts, or fewer images each"
         )
     height, width = making.size
     values = FEWEST_CHANNELS * (height // 8) * (width // 8) * (1 + making.num_states)

@@ -1,4 +1,4 @@
-"""The autoencoder of the demo: pictures of 64 x 64 pixels to latents of 4 x 8 x 8 and back, as Stable Diffusion's does."""
+"""The autoencoder of the demo: images of 64 x 64 pixels to latents of 4 x 8 x 8 and back, as Stable Diffusion's does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Residual(nn.Module):
 
 
 class ScenesAutoencoder(nn.Module):
-    """Pictures (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 8, 8) of mean 0 and variance 1."""
+    """Images (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 8, 8) of mean 0 and variance 1."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""Make the demo from two packages of emoji: pictures, autoencoder, judge, then its teachers, a UNet and a transformer.
+"""Make the demo from two packages of emoji: images, autoencoder, judge, then its teachers, a UNet and a transformer.
 
 ``npm pack @iconify-json/noto@1.2.9 @iconify-json/fluent-emoji-flat@1.2.6`` fetches the packages;
 ``python -m distill_core.demo.build OUT --packages FOLDER`` draws and trains. Needs resvg-py. Some hours on two CPU
@@ -140,7 +140,7 @@ def build_judge(path: Path, *, num_steps: int, num_held_out: int = 2000, seed: i
         schedule.step()
     judge.eval()
     right = judge.agrees(as_images(pixels[:num_held_out]), scenes[:num_held_out])
-    print(f"reads {right.float().mean():.2%} of {num_held_out} unseen pictures whole")
+    print(f"reads {right.float().mean():.2%} of {num_held_out} unseen images whole")
     save_half(path, judge.state_dict())
 
 

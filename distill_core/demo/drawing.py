@@ -1,7 +1,7 @@
-"""Scenes as pictures: emoji in their own or another color, on a pale background.
+"""Scenes as images: emoji in their own or another color, on a pale background.
 
-Pictures are (B, 3, 64, 64) in [-1, 1]. The emoji are those of Noto Emoji (shaded) and Fluent Emoji (flat), drawn once
-by `.build` and bundled as one picture; see data/NOTICE.
+Images are (B, 3, 64, 64) in [-1, 1]. The emoji are those of Noto Emoji (shaded) and Fluent Emoji (flat), drawn once
+by `.build` and bundled as one image; see data/NOTICE.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BACKGROUNDS = ((250, 246, 236), (228, 240, 250), (250, 230, 234), (230, 245, 230
 CELL_PX = 8
 """Objects stand on a grid of this pitch, the pixels of one latent, so that a small autoencoder keeps them sharp."""
 LARGE, SMALL = 6, 4
-"""Sides of the square an object fills, in cells: alone in the picture, and otherwise."""
+"""Sides of the square an object fills, in cells: alone in the image, and otherwise."""
 MARGIN_PX = 1
 
 
@@ -53,15 +53,15 @@ def emoji(noun: str, style: str, color: str | None) -> Image:
     """One object, 48 x 48 RGBA; in ``color``, its brightness alone is kept."""
     number, column = OBJECTS.index(noun), STYLES.index(style)
     left, top = EMOJI_PX * (number % PER_ROW * len(STYLES) + column), EMOJI_PX * (number // PER_ROW)
-    picture = _atlas().crop((left, top, left + EMOJI_PX, top + EMOJI_PX))
-    return picture if color is None else recolored(picture, RGB[color])
+    image = _atlas().crop((left, top, left + EMOJI_PX, top + EMOJI_PX))
+    return image if color is None else recolored(image, RGB[color])
 
 
-def recolored(picture: Image, rgb: tuple[int, int, int]) -> Image:
-    """The picture's brightness as shades of ``rgb``: its median is the color itself, what is brighter tends to white."""
+def recolored(image: Image, rgb: tuple[int, int, int]) -> Image:
+    """The image's brightness as shades of ``rgb``: its median is the color itself, what is brighter tends to white."""
     from PIL import Image
 
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels = np.asarray(image).astype(np.float32)
     brightness, opaque = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32), pixels[..., 3] > 128
     away = brightness - np.median(brightness[opaque])
     away = np.clip(away / max(np.percentile(np.abs(away[opaque]), 90), 30), -1, 1)[..., None]  # 0 at the median
@@ -91,7 +91,7 @@ def _corners(arrangement: str, counts: list[int], rng: random.Random) -> Iterato
 
 
 def draw(scene: Scene, rng: random.Random) -> np.ndarray:
-    """One picture (64, 64, 3) uint8; background and places vary with ``rng``, and the style if it is open."""
+    """One image (64, 64, 3) uint8; background and places vary with ``rng``, and the style if it is open."""
     from PIL import Image
 
     style = scene.style or rng.choice(STYLES)
@@ -99,8 +99,8 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
     arrangement, groups = scene.placed
     for number, (x, y), side in _corners(arrangement, [group.count for group in groups], rng):
         group, side_px = groups[number], CELL_PX * side - 2 * MARGIN_PX
-        picture = _scaled(group.object, style, group.color, side_px)
-        canvas.paste(picture, (CELL_PX * x + MARGIN_PX, CELL_PX * y + MARGIN_PX), picture)
+        image = _scaled(group.object, style, group.color, side_px)
+        canvas.paste(image, (CELL_PX * x + MARGIN_PX, CELL_PX * y + MARGIN_PX), image)
     return np.asarray(canvas)
 
 
@@ -112,7 +112,7 @@ def _scaled(noun: str, style: str, color: str | None, side_px: int) -> Image:
 
 
 def draw_all(scenes: list[Scene], seed: int) -> Tensor:
-    """Pictures (B, 3, 64, 64) of uint8 0..255."""
+    """Images (B, 3, 64, 64) of uint8 0..255."""
     rng = random.Random(seed)
     return torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2)
 

@@ -69,7 +69,7 @@ class Scene:
 
     @property
     def placed(self) -> tuple[str, tuple[Group, ...]]:
-        """How the groups stand, and the groups from the left or the top: "left of" and "right of" draw the same picture."""
+        """How the groups stand, and the groups from the left or the top: "left of" and "right of" draw the same image."""
         arrangement = {None: "alone", "left of": "in a row", "right of": "in a row"}.get(self.relation, "in a column")
         return arrangement, self.groups[::-1] if self.relation in ("right of", "below") else self.groups
 

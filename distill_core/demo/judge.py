@@ -1,4 +1,4 @@
-"""The judge of scenes: a classifier that reads objects, numbers, colors, places and style off a picture."""
+"""The judge of scenes: a classifier that reads objects, numbers, colors, places and style off an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_FEATURES = 192
 
 
 class ScenesJudge(nn.Module):
-    """Pictures (B, 3, 64, 64) in [-1, 1] -> the logits of each question in `ANSWERS`."""
+    """Images (B, 3, 64, 64) in [-1, 1] -> the logits of each question in `ANSWERS`."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class ScenesJudge(nn.Module):
         self.heads = nn.ModuleDict({question: nn.Linear(NUM_FEATURES, len(answers)) for question, answers in ANSWERS.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 192), in which distances between sets of pictures are measured."""
+        """(B, 192), in which distances between sets of images are measured."""
         return self.body(images)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class ScenesJudge(nn.Module):
 
     @torch.no_grad()
     def agrees(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        """Whether each picture (B, 3, 64, 64) shows all that its scene says: bool (B,)."""
+        """Whether each image (B, 3, 64, 64) shows all that its scene says: bool (B,)."""
         asked, right = asked_of(scenes), torch.ones(len(images), dtype=torch.bool)
         for question, logits in self(images.clamp(-1, 1)).items():
             right &= (logits.argmax(1) == asked[question]) | (asked[question] == NOT_ASKED)

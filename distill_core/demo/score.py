@@ -1,4 +1,4 @@
-"""How well a model draws the scenes it is asked for: the share of right pictures by category, distance and diversity."""
+"""How well a model draws the scenes it is asked for: the share of right images by category, distance and diversity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def all_prompts(num_prompts: int, seed: int, *, held_out: bool) -> dict[str, lis
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of pictures that show all their prompt says."""
+    """Shares of images that show all their prompt says."""
 
     by_category: dict[str, float]
     interval: tuple[float, float]
@@ -42,7 +42,7 @@ class Score:
 
 
 def score(right: Mapping[str, Sequence[Tensor] | Tensor], seed: int = 0) -> Score:
-    """right: by category, whether each picture is right, bool (prompts,) or (prompts, pictures of each)."""
+    """right: by category, whether each image is right, bool (prompts,) or (prompts, images of each)."""
     by_prompt = {name: torch.as_tensor(values).float().reshape(len(values), -1).mean(1) for name, values in right.items()}
     random = torch.Generator().manual_seed(seed)
     drawn = [
@@ -64,18 +64,18 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """Pictures of a model, and what the judge finds in them."""
+    """Images of a model, and what the judge finds in them."""
 
     prompts: list[Prompt]
     images: Tensor
     """(N, 3, 64, 64) in [-1, 1]."""
     right: list[bool]
-    """Whether a picture shows all its prompt says."""
+    """Whether an image shows all its prompt says."""
     frechet_distance: float
     """From real scenes of the same prompts, in the judge's features."""
 
     def by_category(self, kind: str) -> dict[str, list[bool]]:
-        """Which pictures of a kind are right."""
+        """Which images of a kind are right."""
         found: dict[str, list[bool]] = {}
         for prompt, right in zip(self.prompts, self.right, strict=True):
             if prompt.kind == kind:
@@ -110,6 +110,6 @@ def every_prompt(num_prompts: int, seed: int) -> list[Prompt]:
 
 
 def spread(features: Tensor) -> float:
-    """Mean distance between pictures of one prompt. features: (prompts, pictures of each, D)."""
+    """Mean distance between images of one prompt. features: (prompts, images of each, D)."""
     count = features.shape[1]
     return (torch.cdist(features, features).sum((1, 2)) / (count * (count - 1))).mean().item()

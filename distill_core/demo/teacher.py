@@ -40,7 +40,7 @@ def load_denoiser(file: UNetFile) -> DiffusersDenoiser:
 
 
 def latents_of(scenes: Sequence[Scene], seed: int, autoencoder: ScenesAutoencoder) -> Tensor:
-    """One picture of each scene as latents (N, 4, 8, 8)."""
+    """One image of each scene as latents (N, 4, 8, 8)."""
     rng, parts = random.Random(seed), []
     for start in range(0, len(scenes), ENCODED_AT_ONCE):
         pixels = torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes[start : start + ENCODED_AT_ONCE]]))
@@ -72,7 +72,7 @@ def sampled_latents(
 
     transformer: whether it reads what the demo's transformer does.
 
-    ``on_step(count)`` is called after each step with the number of pictures it was for.
+    ``on_step(count)`` is called after each step with the number of images it was for.
     """
     text = ScenesTextEncoder.bundled()
     channels, *size = LATENT_SHAPE
@@ -89,7 +89,7 @@ def sampled_latents(
 
 
 def sampled(denoiser: Denoiser, scenes: Sequence[Scene], **how: Any) -> Tensor:
-    """Pictures (N, 3, 64, 64) in [-1, 1] of scenes by a model; ``how`` as for `sampled_latents`."""
+    """Images (N, 3, 64, 64) in [-1, 1] of scenes by a model; ``how`` as for `sampled_latents`."""
     latents = sampled_latents(denoiser, scenes, **how)
     with torch.no_grad():
         return torch.cat([ScenesAutoencoder.bundled().decode(part).clamp(-1, 1) for part in latents.split(ENCODED_AT_ONCE)])

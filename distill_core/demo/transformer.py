@@ -23,7 +23,7 @@ from .teacher import load_dataset
 from .text import CONTEXT_WIDTH, ScenesTextEncoder
 
 CONFIG: dict[str, Any] = dict(
-    patch_size=1,  # pictures come to it as patches
+    patch_size=1,  # images come to it as patches
     in_channels=PATCH**2 * NUM_CHANNELS * COPIES,
     num_layers=4,
     num_single_layers=8,

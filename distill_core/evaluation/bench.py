@@ -225,7 +225,7 @@ def chart(measured: Bench) -> Image:
     return plots.to_image(drawing)
 
 
-def picture(measured: Bench) -> Image:
+def summary_image(measured: Bench) -> Image:
     """The table, and the chart below it."""
     return stacked([plots.table_image(measured.columns, measured.cells()), chart(measured)])
 

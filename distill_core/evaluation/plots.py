@@ -156,11 +156,11 @@ def _place(module: str) -> tuple[int, list[int]]:
     return ("down", "mid", "up").index(side), [int(part) for part in rest if part.isdigit()]
 
 
-def draw_prompts(figure: SubFigure, captions: Sequence[str], pictures: Mapping[str, Tensor]) -> None:
-    """Draw pictures (N, 3, H, W) in [-1, 1], a row for each name, under their N captions."""
-    for row, (name, images) in enumerate(pictures.items()):
+def draw_prompts(figure: SubFigure, captions: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+    """Draw images (N, 3, H, W) in [-1, 1], a row for each name, under their N captions."""
+    for row, (name, images) in enumerate(rows.items()):
         for column, image in enumerate(images):
-            axes = figure.add_subplot(len(pictures), len(captions), row * len(captions) + column + 1, xticks=[], yticks=[])
+            axes = figure.add_subplot(len(rows), len(captions), row * len(captions) + column + 1, xticks=[], yticks=[])
             axes.imshow((image.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).cpu().numpy())
             if not row:
                 axes.set_title(textwrap.fill(captions[column], 16), fontsize=9)

@@ -50,9 +50,9 @@ def votes_page(title: str, images: Mapping[str, Tensor], seeds: Sequence[str]) -
 
 
 def _source(image: Tensor) -> str:
-    picture = to_pil(image)
-    picture.thumbnail((SIDE_PX, SIDE_PX))
-    return report.data_url(picture, "jpeg")
+    small = to_pil(image)
+    small.thumbnail((SIDE_PX, SIDE_PX))
+    return report.data_url(small, "jpeg")
 
 
 @cache

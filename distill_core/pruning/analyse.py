@@ -381,7 +381,7 @@ def errors_together(denoiser: Denoiser, batches: list[Example], references: list
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     """Mean squared error over the mean square of what was expected, averaged over batches; 0 where that is nothing.
 
-    Each batch counts the same: at high noise the prompt's effect is small, and decides what the picture shows.
+    Each batch counts the same: at high noise the prompt's effect is small, and decides what the image shows.
     """
     ratios = []
     for one, other in zip(found, expected, strict=True):

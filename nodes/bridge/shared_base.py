@@ -208,7 +208,7 @@ def _with_old_values(base: ModelDenoiser) -> AbstractContextManager:
 
 
 def in_own_pixels(making: Making, model: Model) -> Making:
-    """The same for a MODEL whose latents are not one eighth of a picture's size, as the core's are."""
+    """The same for a MODEL whose latents are not one eighth of an image's size, as the core's are."""
     height, width = (side // model.pixels_per_latent * 8 for side in making.size)
     return replace(making, size=(height, width))
 

@@ -1,4 +1,4 @@
-"""Flux.1, Flux.2 and Chroma (Black Forest Labs; Lodestone Rock): double blocks for pictures and text apart, then single ones."""
+"""Flux.1, Flux.2 and Chroma (Black Forest Labs; Lodestone Rock): double blocks for images and text apart, then single ones."""
 
 from .family import BlockList, Family
 

@@ -1,4 +1,4 @@
-"""SD3 and SD3.5 (Stability AI): joint blocks for pictures and text, the last of which needs no text.
+"""SD3 and SD3.5 (Stability AI): joint blocks for images and text, the last of which needs no text.
 
 ComfyUI takes the number of blocks from the width (hidden size / 64), not from the file: its own loaders would fill in the missing
 blocks of a student with whatever is in memory, so this pack's must open it.

@@ -148,7 +148,7 @@ def test_a_wrong_line_is_named(tmp_path):
         ("a = " + "9" * 5000, "not valid TOML"),
         ("a = {b = [18446744073709551616]}", "a whole number is too large"),
         ("a." * 20_000 + "a = 1", "dots in a line"),
-        ('a = "C:\\Users\\me"', r"forward slashes \(\"C:/pictures\"\) or in single quotes"),
+        ('a = "C:\\Users\\me"', r"forward slashes \(\"C:/images\"\) or in single quotes"),
         ('a = "C:\\new\\train"', "backslashes between double quotes"),
         ('a = ["x", "..\\new"]', "backslashes between double quotes"),
         ("#" * (129 << 10), "larger than 0.125 MiB"),
