@@ -103,6 +103,7 @@ class DataSettings:
 
     images: str | None = setting(None, "Folder of images with .txt captions, metadata.csv or metadata.jsonl.")
     dataset: str | None = setting(None, "Folder of a Hugging Face dataset.")
+    split: str = setting("train", "Split of the dataset.")
     image_column: str = setting("image", "Column of the dataset with the images.")
     caption_column: str = setting("text", "Column of the dataset with the captions.")
     prompts: str | None = setting(None, "Text file with one prompt per line, from which the teacher draws the images.")

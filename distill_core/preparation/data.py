@@ -67,7 +67,7 @@ class Data:
             images = folder(self.recipe.path(data.images))
         elif data.dataset is not None:
             path = self.recipe.path(data.dataset)
-            images = hugging_face(path, image_column=data.image_column, caption_column=data.caption_column)
+            images = hugging_face(path, data.split, data.image_column, data.caption_column)
         else:
             return CachedDataset.open(cache)
         return encode(

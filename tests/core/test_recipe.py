@@ -275,6 +275,22 @@ def test_images_are_encoded_and_trained_on(folder, tmp_path):
     assert prepare(Recipe.read(job)).dataset.bucket_sizes == [6]
 
 
+def test_a_split_of_a_dataset_and_its_columns_are_chosen(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    files = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for number, file in enumerate(files):
+        Image.new("L", (64, 64), 60 * number).save(file)
+    rows = datasets.Dataset.from_dict({"drawn": files, "said": ["a cat, flat"] * 3}).cast_column("drawn", datasets.Image())
+    datasets.DatasetDict(train=rows, best=rows.select([0, 2])).save_to_disk(tmp_path / "set")
+    columns = 'dataset = "set"\nimage_column = "drawn"\ncaption_column = "said"\ncache = "encoded"'
+    job = write(folder, ('prompts = "prompts.txt"', f'{columns}\nsplit = "best"'))
+    assert prepare(Recipe.read(job)).dataset.bucket_sizes == [2]
+    with pytest.raises(ValueError, match="no split 'bets'; did you mean 'best'"):
+        prepare(Recipe.read(write(folder, ('prompts = "prompts.txt"', f'{columns}\nsplit = "bets"'))))
+
+
 # --- killed
 
 
