@@ -287,8 +287,8 @@ def test_a_split_of_a_dataset_and_its_columns_are_chosen(folder, tmp_path):
     columns = 'dataset = "set"\nimage_column = "drawn"\ncaption_column = "said"\ncache = "encoded"'
     job = write(folder, ('prompts = "prompts.txt"', f'{columns}\nsplit = "best"'))
     assert prepare(Recipe.read(job)).dataset.bucket_sizes == [2]
-    with pytest.raises(ValueError, match="no split 'bets'; did you mean 'best'"):
-        prepare(Recipe.read(write(folder, ('prompts = "prompts.txt"', f'{columns}\nsplit = "bets"'))))
+    with pytest.raises(ValueError, match="no split 'bestt'; did you mean 'best'"):
+        prepare(Recipe.read(write(folder, ('prompts = "prompts.txt"', f'{columns}\nsplit = "bestt"'))))
 
 
 # --- killed
