@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_core.base.storage import fingerprint
 from distill_core.data.dataset import Dataset, LatentDataset, num_examples
-from distill_core.data.teacher_data import Making, make_dataset
+from distill_core.data.teacher_data import GenerationSettings, make_dataset
 from distill_core.demo import score
 from distill_core.demo.drawing import as_images, draw_all
 from distill_core.demo.encoders import ScenesEncoders
@@ -113,11 +113,11 @@ def teacher_made(seed: int, guidance: float = GUIDANCE, guidance_min: float | No
     guidance_min: each scene has a scale of its own, from here to ``guidance``.
     """
     file, prompts = teacher_file(), [scene.caption for scene in random_scenes(NUM_MADE, 10_000 + seed)]
-    making = Making(
+    generation = GenerationSettings(
         size=(64, 64), guidance=guidance, guidance_min=guidance_min, num_steps=NUM_STEPS, num_states=NUM_STEPS, seed=seed
     )
     with tempfile.TemporaryDirectory() as folder:
-        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), ScenesEncoders(), prompts, making,
+        made = make_dataset(lambda: load_denoiser(file), fingerprint(file.tensors), ScenesEncoders(), prompts, generation,
                             Path(folder) / "cache", schedule=scaled_linear(), batch_size=100)  # fmt: skip
         examples = made.read(0, torch.arange(num_examples(made)))
     plain = LatentDataset.of(examples.latents, examples.contexts, made.null.context)

@@ -21,7 +21,7 @@ import torch
 from report import mean_and_margin, table, with_margin
 from torch import Tensor
 
-from distill_core.data.dataset import Drawing, draw
+from distill_core.data.dataset import Batching, draw
 from distill_core.demo.transformer import load_transformer, load_transformer_dataset, transformer_of
 from distill_core.diffusion.pipelines import FluxDenoiser
 from distill_core.lora.layers import without_lora
@@ -135,7 +135,7 @@ def plan_of(size: str, chosen: str) -> str:
 
 def _examples(teacher: FluxDenoiser, settings: Settings) -> Examples:
     """Scenes at even noise levels."""
-    batches = draw(load_transformer_dataset(demo.NUM_MADE), 0, teacher.schedule, Drawing(settings.num_examples, settings.seed))
+    batches = draw(load_transformer_dataset(demo.NUM_MADE), 0, teacher.schedule, Batching(settings.num_examples, settings.seed))
     size = teacher.schedule.num_timesteps
     levels = [round(size * (place + 0.5) / settings.num_timesteps) for place in range(settings.num_timesteps)]
 

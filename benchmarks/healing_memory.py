@@ -16,7 +16,7 @@ from report import publish, table
 
 from distill_core.base.sizes import gib
 from distill_core.networks.transformers.architecture import FAMILIES, Transformer
-from distill_core.preparation.transformers import forecast_of, unfilled
+from distill_core.preparation.transformers import empty_network, forecast_of
 from distill_core.pruning.plan import name_map, preset
 from distill_core.pruning.plan_text import find_plan
 from distill_core.recipe import EXAMPLES, Recipe
@@ -56,7 +56,7 @@ MODELS = {
 def main() -> None:
     rows = []
     for title, model in MODELS.items():
-        shapes = {name: tuple(weight.shape) for name, weight in unfilled(model.config).state_dict().items()}
+        shapes = {name: tuple(weight.shape) for name, weight in empty_network(model.config).state_dict().items()}
         transformer = Transformer(FAMILIES[model.family].in_diffusers, shapes)
         for dtype in DTYPES:
             forecasts = [_forecast(model, transformer, dtype, way) for way in WAYS]

@@ -150,7 +150,7 @@ def _measure(case: Case, folder: Path, rounds: int) -> Cost:
     encoders = Encoders(case) if case.encodes else None
     dataset = encoders.cached(folder / "cache") if encoders else _noise(case)
     recipe = TrainingSettings(total_steps=2 + rounds, batch_size=case.batch_size)
-    batch = draw(dataset, 0, student.schedule, recipe.drawing)
+    batch = draw(dataset, 0, student.schedule, recipe.batching)
 
     student.network.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(student.network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..distill_core.base.storage import fingerprint, read_header
 from ..distill_core.data.dataset import Dataset
-from ..distill_core.data.teacher_data import Making
+from ..distill_core.data.teacher_data import GenerationSettings
 from ..distill_core.diffusion.conditioning import Caption
 from ..distill_core.training.lesson import check_lesson, check_own_weights, check_trajectories
 from ..distill_core.training.preflight import check_run
@@ -216,14 +216,14 @@ class _OwnImages(NamedTuple):
     model: bridge.Model
     captions: list[Caption]
     null: Caption
-    making: Making
+    generation: GenerationSettings
 
     @classmethod
     def of(
         cls, model: bridge.Model, captions: list, null_caption: list, recipe: TrainingSettings, settings: dict
     ) -> "_OwnImages":
         num_states = min(settings["trajectory_states"], settings["sampler_steps"])
-        making = Making(
+        generation = GenerationSettings(
             size=(settings["height"], settings["width"]),
             guidance=recipe.guidance,
             guidance_min=recipe.guidance_min if num_states else None,
@@ -232,7 +232,7 @@ class _OwnImages(NamedTuple):
             num_states=num_states,
             seed=recipe.seed,
         )
-        return cls(model, *bridge.encoded_captions(captions, null_caption, model), making)
+        return cls(model, *bridge.encoded_captions(captions, null_caption, model), generation)
 
     @property
     def fingerprint(self) -> str:
@@ -240,7 +240,7 @@ class _OwnImages(NamedTuple):
         return bridge.drawn_fingerprint(*self)
 
     def draw(self, folder: Path, recipe: TrainingSettings, node_id: str) -> Dataset:
-        progress = bridge.Progress(node_id, "images", each=self.making.num_steps)
+        progress = bridge.Progress(node_id, "images", each=self.generation.num_steps)
         try:
             return bridge.draw_latents(*self, bridge.data_folder(folder.name), recipe.batch_size, progress.at)
         finally:

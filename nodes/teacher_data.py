@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..distill_core.base.documents import lines
-from ..distill_core.data.teacher_data import Making
+from ..distill_core.data.teacher_data import GenerationSettings
 from . import bridge
 from .inputs import seed_input, size_inputs
 
@@ -96,7 +96,7 @@ class TeacherDataset(io.ComfyNode):
         prompts = [line for text in prompts for line in lines(text)]
         if not any(map(str.strip, prompts)):
             raise ValueError("there are no prompts; write what the images should show, one prompt per line")
-        making = Making(
+        generation = GenerationSettings(
             size=(height[0], width[0]),
             guidance=guidance[0],
             num_steps=steps[0],
@@ -110,11 +110,11 @@ class TeacherDataset(io.ComfyNode):
                 bridge.Model(teacher[0]),
                 clip[0],
                 prompts,
-                making,
+                generation,
                 bridge.data_folder(name[0]),
                 batch_size[0],
                 on_caption=bridge.Progress(node_id, "prompts encoded").at,
-                on_step=bridge.Progress(node_id, "images", each=making.num_steps).at,
+                on_step=bridge.Progress(node_id, "images", each=generation.num_steps).at,
             )
         finally:
             bridge.release_memory()

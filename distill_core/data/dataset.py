@@ -190,7 +190,7 @@ class Batch(NamedTuple):
         return Batch(self.x0[which], self.eps[which], self.x_t[which], self.t[which], self.context[which], label, scale)
 
 
-class Drawing(NamedTuple):
+class Batching(NamedTuple):
     """How batches are drawn."""
 
     batch_size: int
@@ -260,12 +260,12 @@ def _round(per_round: tuple[int, ...], seed: int, number: int) -> tuple[Tensor, 
     return order, earlier
 
 
-def _split(dataset: Dataset, bucket: int, drawing: Drawing) -> tuple[Tensor, Tensor]:
+def _split(dataset: Dataset, bucket: int, batching: Batching) -> tuple[Tensor, Tensor]:
     """A bucket's examples that are trained on, and those kept for validation.
 
     Those made from one source, such as an image and its mirror image, are on one side. A bucket's only source is trained on.
     """
-    return _sides(dataset.bucket_sizes[bucket], dataset.sources(bucket), bucket, drawing.seed, drawing.held_out)
+    return _sides(dataset.bucket_sizes[bucket], dataset.sources(bucket), bucket, batching.seed, batching.held_out)
 
 
 @lru_cache(maxsize=64)  # every step asks for every bucket
@@ -280,55 +280,55 @@ def _sides(size: int, sources: Tensor | None, bucket: int, seed: int, share: flo
     return order[:num_trained], order[num_trained:]
 
 
-def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, drawing: Drawing) -> Batch:
+def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, batching: Batching) -> Batch:
     """The batch of a step: examples, noise, timesteps, some captions replaced by the empty one."""
-    trained = [_split(dataset, bucket, drawing)[0] for bucket in range(len(dataset.bucket_sizes))] if drawing.held_out else []
+    trained = [_split(dataset, bucket, batching)[0] for bucket in range(len(dataset.bucket_sizes))] if batching.held_out else []
     sizes = [len(of_bucket) for of_bucket in trained] or dataset.bucket_sizes
-    bucket, earlier = which_bucket(step, drawing.batch_size, sizes, drawing.seed)
-    picked = indices(earlier, drawing.batch_size, sizes[bucket], drawing.seed, f"order {bucket}" if bucket else "order")
-    if drawing.held_out:
+    bucket, earlier = which_bucket(step, batching.batch_size, sizes, batching.seed)
+    picked = indices(earlier, batching.batch_size, sizes[bucket], batching.seed, f"order {bucket}" if bucket else "order")
+    if batching.held_out:
         picked = trained[bucket][picked]
     examples = dataset.read(bucket, picked)
-    batch = _noised(dataset, examples, schedule, drawing, generator(drawing.seed, step, "noise"))
-    return _scaled(batch, examples, drawing, step, "scales")
+    batch = _noised(dataset, examples, schedule, batching, generator(batching.seed, step, "noise"))
+    return _scaled(batch, examples, batching, step, "scales")
 
 
-def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, drawing: Drawing, limit: int) -> list[Batch]:
+def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, batching: Batching, limit: int) -> list[Batch]:
     """At most ``limit`` batches of held-out examples, with noise and timesteps that are always the same."""
-    batches, plain = [], drawing._replace(caption_dropout=0.0, noise_offset=0.0, input_perturbation=0.0)
+    batches, plain = [], batching._replace(caption_dropout=0.0, noise_offset=0.0, input_perturbation=0.0)
     for bucket in range(len(dataset.bucket_sizes)):
-        _, held_out = _split(dataset, bucket, drawing)
-        batches += [dataset.read(bucket, picked) for picked in held_out.split(drawing.batch_size) if len(picked)]
+        _, held_out = _split(dataset, bucket, batching)
+        batches += [dataset.read(bucket, picked) for picked in held_out.split(batching.batch_size) if len(picked)]
     noised = []
     for number, examples in enumerate(batches[:limit]):
-        batch = _noised(dataset, examples, schedule, plain, generator(drawing.seed, number, "validation"))
-        noised.append(_scaled(batch, examples, drawing, number, "validation scales"))
+        batch = _noised(dataset, examples, schedule, plain, generator(batching.seed, number, "validation"))
+        noised.append(_scaled(batch, examples, batching, number, "validation scales"))
     return noised
 
 
-def _scaled(batch: Batch, examples: Examples, drawing: Drawing, number: int, purpose: str) -> Batch:
+def _scaled(batch: Batch, examples: Examples, batching: Batching, number: int, purpose: str) -> Batch:
     """A batch with a guidance scale for each example, if there is a range of scales.
 
     A state on a trajectory has the scale of that trajectory (Jensen et al. 2025, arXiv 2503.07274); other examples get a
     scale drawn uniformly.
     """
-    if drawing.scales is None:
+    if batching.scales is None:
         return batch
     if examples.states is not None:
         return batch._replace(scale=examples.scale)
-    least, largest = drawing.scales
-    share = torch.rand(len(batch.t), generator=generator(drawing.seed, number, purpose))
+    least, largest = batching.scales
+    share = torch.rand(len(batch.t), generator=generator(batching.seed, number, purpose))
     return batch._replace(scale=least + (largest - least) * share)
 
 
-def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, drawing: Drawing, random: torch.Generator) -> Batch:
+def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, batching: Batching, random: torch.Generator) -> Batch:
     x0, context, label = examples.latents.float(), examples.contexts.float(), examples.label
     eps = torch.randn(x0.shape, generator=random)
-    first, end = drawing.within or (0, schedule.num_timesteps)
+    first, end = batching.within or (0, schedule.num_timesteps)
     if end > schedule.num_timesteps:
         raise ValueError(f"timestep_range ends at {end}, but the schedule has {schedule.num_timesteps} timesteps")
-    t = first + TIMESTEPS[drawing.timesteps](len(x0), end - first, random)
-    dropped = torch.rand(len(x0), generator=random) < drawing.caption_dropout
+    t = first + TIMESTEPS[batching.timesteps](len(x0), end - first, random)
+    dropped = torch.rand(len(x0), generator=random) < batching.caption_dropout
     if dataset.null is not None:
         context = torch.where(dropped[:, None, None], dataset.null.context.float(), context)
         if label is not None and dataset.null.pooled is not None:
@@ -342,9 +342,9 @@ def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, drawi
         t, x_t = dataset.timesteps[stored], examples.states[torch.arange(len(x0)), stored].float()
         alpha, sigma = schedule.at(t, x_t)
         return Batch(x0, (x_t - alpha * x0) / sigma, x_t, t, context, label)
-    if drawing.noise_offset:
-        eps = eps + drawing.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=random)
+    if batching.noise_offset:
+        eps = eps + batching.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=random)
     shown = eps
-    if drawing.input_perturbation:
-        shown = eps + drawing.input_perturbation * torch.randn(eps.shape, generator=random)
+    if batching.input_perturbation:
+        shown = eps + batching.input_perturbation * torch.randn(eps.shape, generator=random)
     return Batch(x0, eps, schedule.add_noise(x0, shown, t), t, context, label)

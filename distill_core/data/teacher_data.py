@@ -31,7 +31,7 @@ FEWEST_CHANNELS = 4  # of a latent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Making:
+class GenerationSettings:
     """How a teacher generates data."""
 
     size: Size
@@ -87,26 +87,26 @@ def make_latents(
     captions: Sequence[Caption],
     null: Caption,
     noise: Tensor,
-    making: Making,
+    generation: GenerationSettings,
     scales: Tensor | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor | None]:
     """Latents (B, C, H, W) that the teacher generates for captions from noise, and states (B, K, C, H, W) on the way.
 
-    scales: guidance scales, (B,), in place of the one in ``making``.
+    scales: guidance scales, (B,), in place of the one in ``generation``.
     """
-    kept, states = making.kept(teacher.schedule), []
-    if making.scales == (1, 1):  # the empty caption is not asked for, and may have another length
+    kept, states = generation.kept(teacher.schedule), []
+    if generation.scales == (1, 1):  # the empty caption is not asked for, and may have another length
         null = captions[0]
-    context, label, null = conditions(captions, null, making.size)
+    context, label, null = conditions(captions, null, generation.size)
     latents = sample(
         teacher,
         context,
         null,
         noise=noise,
         label=label,
-        num_steps=making.num_steps,
-        guidance=making.guidance if scales is None else scales,
+        num_steps=generation.num_steps,
+        guidance=generation.guidance if scales is None else scales,
         on_step=on_step,
         on_state=lambda x_t, t: states.append(x_t.cpu()) if kept is not None and t in kept else None,
     )
@@ -118,7 +118,7 @@ def make_dataset(
     teacher_fingerprint: str,
     encoders: TextEncoders,
     prompts: Sequence[str],
-    making: Making,
+    generation: GenerationSettings,
     folder: Path | str,
     *,
     schedule: NoiseSchedule,
@@ -142,7 +142,17 @@ def make_dataset(
     with writing(folder, dtype=dtype, padded=pads(encoders)) as writer:
         captions, null = _encoded(writer, encoders, prompts, batch_size, on_caption)
         return _drawn(
-            writer, load_teacher, teacher_fingerprint, captions, null, making, schedule, batch_size, on_item, on_step, one_length
+            writer,
+            load_teacher,
+            teacher_fingerprint,
+            captions,
+            null,
+            generation,
+            schedule,
+            batch_size,
+            on_item,
+            on_step,
+            one_length,
         )
 
 
@@ -204,7 +214,7 @@ def draw_dataset(
     teacher_fingerprint: str,
     captions: Sequence[Caption],
     null: Caption,
-    making: Making,
+    generation: GenerationSettings,
     folder: Path | str,
     *,
     schedule: NoiseSchedule,
@@ -221,22 +231,24 @@ def draw_dataset(
             if not writer.has(name):
                 writer.add_text(name, caption)
         writer.flush()
-        return _drawn(writer, load_teacher, teacher_fingerprint, named, null_text, making, schedule, batch_size, on_item, on_step)
+        return _drawn(
+            writer, load_teacher, teacher_fingerprint, named, null_text, generation, schedule, batch_size, on_item, on_step
+        )
 
 
 def drawn_fingerprint(
     teacher_fingerprint: str,
     captions: Sequence[Caption],
     null: Caption,
-    making: Making,
+    generation: GenerationSettings,
     *,
     schedule: NoiseSchedule,
     dtype: str = "fp16",
 ) -> str:
     """The fingerprint that the dataset of `draw_dataset` has, without drawing it."""
     *named, (_, null_text) = _named([*captions, null], dtype)
-    entries = [job.entry(making, null) for job in _jobs(named, making, teacher_fingerprint, dtype)]
-    kept = making.kept(schedule)
+    entries = [job.entry(generation, null) for job in _jobs(named, generation, teacher_fingerprint, dtype)]
+    kept = generation.kept(schedule)
     return fingerprint_of(entries, null_text, None if kept is None else kept.tolist())
 
 
@@ -262,16 +274,18 @@ class _Job(NamedTuple):
     name: str
     """Its key."""
 
-    def entry(self, making: Making, null: Caption) -> Entry:
-        return Entry(self.name, self.text, _sizes(null, making.size), self.text if making.num_per_prompt > 1 else None)
+    def entry(self, generation: GenerationSettings, null: Caption) -> Entry:
+        return Entry(self.name, self.text, _sizes(null, generation.size), self.text if generation.num_per_prompt > 1 else None)
 
 
-def _jobs(captions: Sequence[tuple[str, str]], making: Making, teacher_fingerprint: str, dtype: str) -> Iterator[_Job]:
+def _jobs(
+    captions: Sequence[tuple[str, str]], generation: GenerationSettings, teacher_fingerprint: str, dtype: str
+) -> Iterator[_Job]:
     """All images, one at a time: one for every caption, then again from other noise."""
     seen: dict[tuple[str, str], int] = {}
-    for caption in chain.from_iterable(repeat(captions, making.num_per_prompt)):
+    for caption in chain.from_iterable(repeat(captions, generation.num_per_prompt)):
         number = seen[caption] = seen.get(caption, -1) + 1
-        name = key("made", caption[1], number, teacher_fingerprint, *making.words, dtype)
+        name = key("made", caption[1], number, teacher_fingerprint, *generation.words, dtype)
         yield _Job(*caption, number, name)
 
 
@@ -281,7 +295,7 @@ def _drawn(
     teacher_fingerprint: str,
     captions: Sequence[tuple[str, str]],
     null_text: str,
-    making: Making,
+    generation: GenerationSettings,
     schedule: NoiseSchedule,
     batch_size: int,
     on_item: Callable[[int, int], None],
@@ -292,29 +306,29 @@ def _drawn(
 
     captions: for each, the text that determines its noise, and its key.
     """
-    null, total = writer.caption(null_text), len(captions) * making.num_per_prompt
-    _check_room(writer, total, making)
+    null, total = writer.caption(null_text), len(captions) * generation.num_per_prompt
+    _check_room(writer, total, generation)
     entries: list[Entry] = []
     waiting: list[_Job] = []
     teacher = None
 
     def tell(done: int) -> None:
         on_item(done, total)
-        on_step(done * making.num_steps, total * making.num_steps)
+        on_step(done * generation.num_steps, total * generation.num_steps)
 
     def draw(done: int) -> None:
         assert teacher is not None
-        steps = ((done - len(waiting)) * making.num_steps + step * len(waiting) for step in range(1, making.num_steps))
+        steps = ((done - len(waiting)) * generation.num_steps + step * len(waiting) for step in range(1, generation.num_steps))
 
         def tell_step() -> None:
             if (of_all := next(steps, None)) is not None:  # the last is told once the images are written
-                on_step(of_all, total * making.num_steps)
+                on_step(of_all, total * generation.num_steps)
 
-        _draw(writer, teacher, waiting, null, making, tell_step)
+        _draw(writer, teacher, waiting, null, generation, tell_step)
         waiting.clear()
 
-    for done, job in enumerate(_jobs(captions, making, teacher_fingerprint, writer.dtype), 1):
-        entries.append(job.entry(making, null))
+    for done, job in enumerate(_jobs(captions, generation, teacher_fingerprint, writer.dtype), 1):
+        entries.append(job.entry(generation, null))
         if not writer.has(job.name):
             if teacher is None:
                 tell(done - 1)
@@ -327,37 +341,42 @@ def _drawn(
             tell(done)
         elif not waiting and (done % TELL_EVERY == 0 or done == total):
             tell(done)
-    scales = making.scales if making.num_states else None
-    return writer.finish(entries, null_text, making.kept(schedule), scales)
+    scales = generation.scales if generation.num_states else None
+    return writer.finish(entries, null_text, generation.kept(schedule), scales)
 
 
 def _draw(
-    writer: CacheWriter, teacher: Denoiser, jobs: Sequence[_Job], null: Caption, making: Making, on_step: Callable[[], None]
+    writer: CacheWriter,
+    teacher: Denoiser,
+    jobs: Sequence[_Job],
+    null: Caption,
+    generation: GenerationSettings,
+    on_step: Callable[[], None],
 ) -> None:
     """Generate some images and write them."""
-    shape = teacher.latent_channels, *(side // 8 for side in making.size)
-    noise = torch.stack([torch.randn(shape, generator=generator(making.seed, job.number, job.source)) for job in jobs])
-    scales = [making.scale(job.number, job.source) for job in jobs]
+    shape = teacher.latent_channels, *(side // 8 for side in generation.size)
+    noise = torch.stack([torch.randn(shape, generator=generator(generation.seed, job.number, job.source)) for job in jobs])
+    scales = [generation.scale(job.number, job.source) for job in jobs]
     drawn = [scale for scale in scales if scale is not None]
     together = torch.stack(drawn) if drawn else None
     captions = [writer.caption(job.text) for job in jobs]
-    latents, states = make_latents(teacher, captions, null, noise, making, together, on_step)
+    latents, states = make_latents(teacher, captions, null, noise, generation, together, on_step)
     for i, job in enumerate(jobs):
         writer.add_latent(job.name, latents[i], None if states is None else states[i], scales[i])
     writer.flush()
 
 
-def _check_room(writer: CacheWriter, total: int, making: Making) -> None:
+def _check_room(writer: CacheWriter, total: int, generation: GenerationSettings) -> None:
     """``ValueError`` for more images than a dataset can hold, or than fit on the disk."""
     if total > MOST_IMAGES:
         raise ValueError(
             f"{total:,} images are more than the {MOST_IMAGES:,} a dataset can hold; give fewer prompts, or fewer images each"
         )
-    height, width = making.size
-    values = FEWEST_CHANNELS * (height // 8) * (width // 8) * (1 + making.num_states)
+    height, width = generation.size
+    values = FEWEST_CHANNELS * (height // 8) * (width // 8) * (1 + generation.num_states)
     check_room(
         writer.folder,
         total * values * DTYPES[writer.dtype].itemsize - writer.num_bytes,
-        f"{total:,} images" + f" with {making.num_states} states each" * bool(making.num_states),
+        f"{total:,} images" + f" with {generation.num_states} states each" * bool(generation.num_states),
         "generate fewer or smaller ones, store fewer states, or free some space",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import Batch, Dataset, Drawing, draw
+from ..data.dataset import Batch, Batching, Dataset, draw
 from ..diffusion.conditioning import Caption
 from ..diffusion.denoiser import Predictor
 from ..diffusion.distance import squared_error
@@ -112,8 +112,8 @@ def output_error(
     """
     size, errors = student.schedule.num_timesteps, []
     for i in range(num_bins):
-        drawing = Drawing(batch_size, seed, within=(size * i // num_bins, size * (i + 1) // num_bins))
-        batches = (draw(dataset, number, student.schedule, drawing) for number in range(num_batches))
+        batching = Batching(batch_size, seed, within=(size * i // num_bins, size * (i + 1) // num_bins))
+        batches = (draw(dataset, number, student.schedule, batching) for number in range(num_batches))
         distances = []
         for batch in batches:
             distances.append(_distance(student, teacher, batch, dataset.null, guidance))

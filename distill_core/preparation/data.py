@@ -11,7 +11,7 @@ from ..data.cache import CachedDataset, encode
 from ..data.dataset import Dataset
 from ..data.encoders import DiffusersEncoders, Encoders, warn_of_cut
 from ..data.images import Size, folder, hugging_face, sizes
-from ..data.teacher_data import Making, caption_dataset, make_dataset
+from ..data.teacher_data import GenerationSettings, caption_dataset, make_dataset
 from ..demo.encoders import ScenesEncoders
 from ..diffusion.denoiser import Denoiser
 from ..recipe import DEMO, Recipe
@@ -102,7 +102,7 @@ class Data:
 
     def _made(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
         data = self.recipe.data
-        making = Making(
+        generation = GenerationSettings(
             size=self._size,
             guidance=data.guidance,
             guidance_min=self.recipe.training.guidance_min if data.trajectory_states else None,
@@ -121,7 +121,7 @@ class Data:
             self.models.fingerprints[0],
             self.encoders,
             prompts,
-            making,
+            generation,
             cache,
             schedule=self.models.schedule,
             batch_size=data.encode_batch_size,

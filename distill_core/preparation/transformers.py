@@ -52,7 +52,7 @@ class TransformerModels(Models):
         self.check_shared()
         self._settings = recipe.teachers[0]
         self.file = _folder(file)
-        self._empty = unfilled(self.file.config)
+        self._empty = empty_network(self.file.config)
         _check_complete(self.file, self._empty)
         self.plan = self.student_plan(self.file.architecture)
         self.mapping = None if self.plan is None else name_map(self.file.architecture, self.plan)
@@ -106,7 +106,7 @@ class TransformerModels(Models):
         """The network with all its blocks."""
         dtype = self._settings.dtype
         compute = DTYPES[computes(dtype)]
-        network = nn.Module.to(unfilled(self.file.config), compute)
+        network = nn.Module.to(empty_network(self.file.config), compute)
         store_in(network, dtype)
         fill(network, self.file.tensors, dtype, self.device)  # never the whole in the computer's memory
         return replace(self._denoiser(network.eval()), computes=(self.device, compute))
@@ -130,7 +130,7 @@ class TransformerModels(Models):
         return forecast_of(self.file.config, self.file.architecture, self.mapping, (channels, height, width), caption, settings)
 
 
-def unfilled(config: Mapping[str, Any]) -> nn.Module:
+def empty_network(config: Mapping[str, Any]) -> nn.Module:
     """The network of a config of diffusers, without contents; ``ValueError`` if there is no such network."""
     import diffusers
     from accelerate import init_empty_weights
@@ -160,7 +160,7 @@ def forecast_of(
     dtype, (context, pooled_width) = settings.teacher_dtype, caption
 
     def empty() -> nn.Module:
-        return nn.Module.to(unfilled(config), DTYPES[computes(dtype)])
+        return nn.Module.to(empty_network(config), DTYPES[computes(dtype)])
 
     held = empty()
     store_in(held, dtype)

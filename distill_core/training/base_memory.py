@@ -46,7 +46,7 @@ from .step import StepInputs
 class Base:
     """A network that is teacher and student at once, and what it is asked."""
 
-    unfilled: Callable[[], TransformerDenoiser]
+    empty: Callable[[], TransformerDenoiser]
     """Makes it anew, all its weights on the meta device."""
     mapping: NameMap | None
     """To the student; None for a LoRA on the whole network."""
@@ -109,7 +109,7 @@ class Base:
             return ledger.most
 
     def _network(self, training: TrainingSettings, *, lora: bool) -> TransformerDenoiser:
-        denoiser = self.unfilled()
+        denoiser = self.empty()
         if lora:
             denoiser = replace(denoiser, mapping=self.mapping)
             with torch.device("meta"):

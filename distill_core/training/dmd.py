@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..base.seeding import generator
 from ..diffusion.sampling import timesteps
 from ..diffusion.schedule import CLEAN, NoiseSchedule, convert, ddim_step, prediction
-from .learner import Learner, lent, of, under
+from .learner import Learner, swapped, with_prefix, without_prefix
 from .losses import matching_loss, task_loss
 from .settings import TrainingSettings
 
@@ -180,7 +180,7 @@ class FakeScore:
     @contextmanager
     def on(self) -> Iterator[None]:
         """While open, the network computes with these values, and gradients are added to theirs."""
-        with lent(self._theirs, self.parameters):
+        with swapped(self._theirs, self.parameters):
             yield
 
     def update(self, learning_rate: float) -> float:
@@ -193,13 +193,13 @@ class FakeScore:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The values and everything the next update needs: tensors, and the rest as JSON."""
         tensors, rest = self.learner.state()
-        weights = under("weights", {name: weight.detach() for name, weight in self.parameters.items()})
-        return weights | under("optimizer", tensors), rest | {"num_updates": self.num_updates}
+        weights = with_prefix("weights", {name: weight.detach() for name, weight in self.parameters.items()})
+        return weights | with_prefix("optimizer", tensors), rest | {"num_updates": self.num_updates}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Restore from `state`."""
-        for name, weight in of("weights", tensors).items():
+        for name, weight in without_prefix("weights", tensors).items():
             self.parameters[name].copy_(weight)
-        self.learner.load(of("optimizer", tensors), rest)
+        self.learner.load(without_prefix("optimizer", tensors), rest)
         self.num_updates = rest["num_updates"]

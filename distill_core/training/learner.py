@@ -72,7 +72,7 @@ class Learner:
 
 
 @contextlib.contextmanager
-def lent(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """While open, parameters have other values and their gradients, by name; nothing is copied."""
     own = {name: (parameter.data, parameter.grad) for name, parameter in parameters.items()}
     try:
@@ -85,11 +85,11 @@ def lent(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) 
             parameter.data, parameter.grad = own[name]
 
 
-def under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_prefix(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a checkpoint under the name of their kind."""
     return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def of(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that `under` put under the name of a kind."""
+def without_prefix(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that `with_prefix` put under the name of a kind."""
     return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}

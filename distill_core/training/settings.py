@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base.precision import PRECISIONS
 from ..base.settings import BATCH, GUIDANCE, OR_NONE, SEEDS, SHARE, STEPS, check_settings, setting
-from ..data.dataset import TIMESTEPS, Drawing
+from ..data.dataset import TIMESTEPS, Batching
 from .losses import FEATURE_LOSSES
 from .objective import OBJECTIVES, Objective
 from .optim import OPTIMIZERS
@@ -428,9 +428,9 @@ class TrainingSettings:
         return self.weight_dtype == "bf16" and not self.lora_rank
 
     @property
-    def drawing(self) -> Drawing:
+    def batching(self) -> Batching:
         """How batches are drawn."""
-        return Drawing(
+        return Batching(
             batch_size=self.batch_size,
             seed=self.seed,
             caption_dropout=self.caption_dropout,

@@ -26,7 +26,7 @@ from .consistency import Course, course, jump, landing
 from .dmd import Draws, FakeScore, Matching, drawn
 from .ema import EMA
 from .exports import trained
-from .learner import Learner, lent, of, under
+from .learner import Learner, swapped, with_prefix, without_prefix
 from .lesson import (
     FEATURES_OF_UNETS,
     NOTHING_FOLDED,
@@ -239,11 +239,11 @@ class Trainer:
         Those made before an error in this step are not made again.
         """
         assert self.fake is not None  # the objective has one
-        drawing = self.settings.drawing._replace(seed=generator(self.settings.seed, 0, "fake score").initial_seed())
+        batching = self.settings.batching._replace(seed=generator(self.settings.seed, 0, "fake score").initial_seed())
         first, end = (each * self.settings.fake_updates for each in (step, step + 1))
         losses = []
         for number in range(max(first, self.fake.num_updates), end):
-            batch = draw(self.dataset, number, self.student.schedule, drawing)
+            batch = draw(self.dataset, number, self.student.schedule, batching)
             draws = self._drawn(batch, number, of_fake=True)
             for which in self._parts():
                 matching, part = self._matching(batch.part(which), draws.part(which), step), draws.part(which)
@@ -320,7 +320,7 @@ class Trainer:
         return batch
 
     def _draw(self, step: int) -> Batch:
-        return draw(self.dataset, step, self.student.schedule, self.settings.drawing)
+        return draw(self.dataset, step, self.student.schedule, self.settings.batching)
 
     def _rounding(self, step: int) -> torch.Generator | None:
         if not self.learner.optimizer.rounding:
@@ -395,7 +395,7 @@ class Trainer:
             solver_steps=settings.solver_steps,
             lowest=settings.timestep_range[0] if settings.timestep_range else 0,
         )
-        with lent(self.parameters, self.target.weights):
+        with swapped(self.parameters, self.target.weights):
             return way, landing(self.student, from_teacher.prediction, inputs, way, self.autocast)
 
     def _readable(self, measured: list[dict[str, Tensor]], t: Tensor | None, norm: Tensor) -> dict[str, float]:
@@ -437,7 +437,7 @@ class Trainer:
     def validate(self, step: int) -> float:
         """Mean loss of the exported weights over held-out examples."""
         if self._held_out is None:
-            self._held_out = held_out_batches(self.dataset, self.student.schedule, self.settings.drawing, MAX_VALIDATION_BATCHES)
+            self._held_out = held_out_batches(self.dataset, self.student.schedule, self.settings.batching, MAX_VALIDATION_BATCHES)
         if not self._held_out:
             raise ValueError("validation_share holds out no example of this small dataset; raise it, or turn validation off")
         with self.exported():
@@ -480,18 +480,18 @@ class Trainer:
         """Write a checkpoint."""
         if self.keeps:
             tensors, rest = self.learner.state()
-            tensors = under("optimizer", tensors)
+            tensors = with_prefix("optimizer", tensors)
             if self.average or self.learner.optimizer.averages:
                 tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
             if self.target and self.settings.jumps_from(self.done):
-                tensors |= under("target", self.target.weights)
+                tensors |= with_prefix("target", self.target.weights)
             if self.fake:
                 of_fake, rest["fake"] = self.fake.state()
-                tensors |= under("fake", of_fake)
+                tensors |= with_prefix("fake", of_fake)
             with self.learner.optimizer.exported():
                 exported = self.average.weights if self.average else self.parameters
                 weights = {name: whole(weight.detach()) for name, weight in exported.items()}
-                tensors |= {} if self.trained.exact else under("exported", weights)
+                tensors |= {} if self.trained.exact else with_prefix("exported", weights)
                 state = State(self.done, weights, tensors, rest)
                 if self.processes.main:
                     self.run.save(state, self.trained)
@@ -516,16 +516,16 @@ class Trainer:
 
     def _take(self, state: State) -> None:
         """Load the weights, the optimizer and the rest of a checkpoint."""
-        exported = of("exported", state.tensors) or state.weights
-        own = of("weights", state.tensors) or exported
+        exported = without_prefix("exported", state.tensors) or state.weights
+        own = without_prefix("weights", state.tensors) or exported
         self._put({name: shared_like(weight, self.parameters[name]) for name, weight in own.items()})
         if self.average:
             self.average.load(exported)
         if self.target:
-            self.target.load(of("target", state.tensors))
+            self.target.load(without_prefix("target", state.tensors))
         if self.fake:
-            self.fake.load(of("fake", state.tensors), state.rest["fake"])
-        self.learner.load(of("optimizer", state.tensors), state.rest)
+            self.fake.load(without_prefix("fake", state.tensors), state.rest["fake"])
+        self.learner.load(without_prefix("optimizer", state.tensors), state.rest)
         self.done = state.step
 
 

@@ -3,7 +3,7 @@
 from .asking import examples_of
 from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, precision_note, prune_model, save_model
-from .compare import Drawing, compare_models, image_features, text_features
+from .compare import SampleSettings, compare_models, image_features, text_features
 from .data import blank_latents, calibration, dataset, encoded_captions, make_data, num_captions, previews
 from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
@@ -41,7 +41,7 @@ from .training import (
 __all__ = [
     "SEEN_RUNS",
     "DemoVAE",
-    "Drawing",
+    "SampleSettings",
     "Model",
     "Progress",
     "predict_alike",

@@ -44,7 +44,7 @@ PROJECTING = (comfy.sdxl_clip.SDXLClipG, comfy.text_encoders.sd2_clip.SD2ClipHMo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class SampleSettings:
     """What every model samples: the conditioning, the latents, and the settings of KSampler."""
 
     positive: list
@@ -80,50 +80,50 @@ class Drawing:
         return [f"seed {seed}" + f" #{n + 1}" * (count > 1) for seed in self.seeds for n in range(count)]
 
 
-def compare_models(models: Mapping[str, ModelPatcher], drawing: Drawing, node_id: str) -> Comparison:
+def compare_models(models: Mapping[str, ModelPatcher], settings: SampleSettings, node_id: str) -> Comparison:
     """Sample every model from the same noise, and measure what that costs; the given MODELs do not change.
 
     Distances compare what the sampler receives, guidance included: the noise, or the velocity of a flow. ``ValueError`` for
     models that do not share latents.
     """
-    _check(models, drawing)
-    of_each = 1 + NUM_WARM_UPS + drawing.num_seeds * drawing.steps + NUM_BINS * drawing.num_parts
+    _check(models, settings)
+    of_each = 1 + NUM_WARM_UPS + settings.num_seeds * settings.steps + NUM_BINS * settings.num_parts
     progress = Progress(node_id, total=len(models) * of_each)
-    artists = [
-        Artist(name=name, model=model, cfg=cfg, drawing=drawing, progress=progress)
-        for (name, model), cfg in zip(models.items(), drawing.cfg, strict=True)
+    candidates = [
+        Candidate(name=name, model=model, cfg=cfg, settings=settings, progress=progress)
+        for (name, model), cfg in zip(models.items(), settings.cfg, strict=True)
     ]
-    for artist in artists:
-        artist.prepare()
-    seconds = each_round([artist.draw for artist in artists], drawing.num_seeds)
-    first, *_ = artists
+    for candidate in candidates:
+        candidate.prepare()
+    seconds = each_round([candidate.draw for candidate in candidates], settings.num_seeds)
+    first, *_ = candidates
     examples = torch.cat(first.latents)[:NUM_EXAMPLES]
     reference, measured = first.predictions(examples, first.model), []
-    for artist, of_rounds in zip(artists, seconds, strict=True):
-        predictions = reference if artist is first else artist.predictions(examples, first.model)
+    for candidate, of_rounds in zip(candidates, seconds, strict=True):
+        predictions = reference if candidate is first else candidate.predictions(examples, first.model)
         measured.append(
             Measured(
-                name=artist.name,
-                parameters=artist.num_parameters,
-                weight_bytes=artist.weight_bytes,
-                gmacs=artist.macs / 1e9,
+                name=candidate.name,
+                parameters=candidate.num_parameters,
+                weight_bytes=candidate.weight_bytes,
+                gmacs=candidate.macs / 1e9,
                 ms_of_rounds=tuple(1000 * of_a_step for of_a_step in of_rounds),
-                peak_bytes=artist.peak_bytes,
-                steps_per_image=drawing.steps / len(drawing.latent["samples"]),
+                peak_bytes=candidate.peak_bytes,
+                steps_per_image=settings.steps / len(settings.latent["samples"]),
                 distances=None
                 if predictions is None or reference is None
                 else tuple((ours - theirs).square().mean().item() for ours, theirs in zip(predictions, reference, strict=True)),
             )
         )
-    images = {artist.name: artist.images() for artist in artists}
+    images = {candidate.name: candidate.images() for candidate in candidates}
     return Comparison(
-        models=tuple(measured), settings=_settings(artists, images[first.name]), images=images, seeds=drawing.places
+        models=tuple(measured), settings=_settings(candidates, images[first.name]), images=images, seeds=settings.places
     )
 
 
-def _check(models: Mapping[str, ModelPatcher], drawing: Drawing) -> None:
+def _check(models: Mapping[str, ModelPatcher], settings: SampleSettings) -> None:
     (first, model), *others = models.items()
-    form, latents = model.model.latent_format, drawing.latent["samples"]
+    form, latents = model.model.latent_format, settings.latent["samples"]
     if form.latent_dimensions not in (2, 3):
         raise ValueError(f"{first} ({type(model.model).__name__}) is not an image model; only image models can be compared")
     if latents.ndim > 4 and latents.shape[2] > 1:  # Qwen-Image and others draw images as videos of one frame
@@ -137,18 +137,18 @@ def _check(models: Mapping[str, ModelPatcher], drawing: Drawing) -> None:
             raise ValueError(f"{name} does not go with {first}: their latents differ ({names}); compare models of one family")
 
 
-def _settings(artists: Sequence[Artist], images: Tensor) -> dict[str, str]:
-    drawing, device = artists[0].drawing, artists[0].device
-    guidance = {artist.name: f"{artist.cfg:g}" for artist in artists}
-    precisions = {artist.name: str(artist.model.model_dtype()).removeprefix("torch.") for artist in artists}
+def _settings(candidates: Sequence[Candidate], images: Tensor) -> dict[str, str]:
+    settings, device = candidates[0].settings, candidates[0].device
+    guidance = {candidate.name: f"{candidate.cfg:g}" for candidate in candidates}
+    precisions = {candidate.name: str(candidate.model.model_dtype()).removeprefix("torch.") for candidate in candidates}
     return {
         "device": device_words(device),
         "precision": _each(precisions),
-        "images": f"{images.shape[3]} x {images.shape[2]} px, {len(drawing.latent['samples'])} in a batch",
-        "seeds": f"{drawing.seed}" if drawing.num_seeds == 1 else f"{drawing.seeds[0]} to {drawing.seeds[-1]}",
-        "sampling": f"{drawing.sampler_name}, {drawing.scheduler}, {drawing.steps} steps",
+        "images": f"{images.shape[3]} x {images.shape[2]} px, {len(settings.latent['samples'])} in a batch",
+        "seeds": f"{settings.seed}" if settings.num_seeds == 1 else f"{settings.seeds[0]} to {settings.seeds[-1]}",
+        "sampling": f"{settings.sampler_name}, {settings.scheduler}, {settings.steps} steps",
         "cfg": _each(guidance),
-        "distance": f"{min(NUM_EXAMPLES, len(images))} images by {artists[0].name} with added noise, in {NUM_BINS} bins of "
+        "distance": f"{min(NUM_EXAMPLES, len(images))} images by {candidates[0].name} with added noise, in {NUM_BINS} bins of "
         "timesteps",
     }
 
@@ -160,13 +160,13 @@ def _each(words: Mapping[str, str]) -> str:
 
 
 @dataclass(kw_only=True)
-class Artist:
+class Candidate:
     """One model, the images it made, and what they cost."""
 
     name: str
     model: ModelPatcher
     cfg: float
-    drawing: Drawing
+    settings: SampleSettings
     progress: Progress
     latents: list[Tensor] = field(default_factory=list)
     """One batch per seed."""
@@ -188,7 +188,7 @@ class Artist:
         counted = _wrapped(self.model, WrappersMP.APPLY_MODEL, networks)
         options = counted.model_options.get("transformer_options", {})
         counted.model_options["transformer_options"] = options | PLAIN_ATTENTION
-        self._sample(counted, self.drawing.latent["samples"][:1], self.drawing.seed, "euler", cfg=1.0)
+        self._sample(counted, self.settings.latent["samples"][:1], self.settings.seed, "euler", cfg=1.0)
         weights = networks.weights  # not kept: ComfyUI removes those that a LoRA patches from the network again
         self.macs, self.num_parameters = networks.mean_macs, sum(weight.numel() for weight in weights)
         self.weight_bytes = sum(weight.nbytes for weight in weights)
@@ -204,14 +204,14 @@ class Artist:
             return result
 
         watched = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, watch)
-        steps = NUM_WARM_UPS if networks.count == 1 else self.drawing.steps  # every network of a routed MODEL must run
-        self._sample(watched, self.drawing.latent["samples"], self.drawing.seed, self.drawing.sampler_name, steps=steps)
+        steps = NUM_WARM_UPS if networks.count == 1 else self.settings.steps  # every network of a routed MODEL must run
+        self._sample(watched, self.settings.latent["samples"], self.settings.seed, self.settings.sampler_name, steps=steps)
         self.progress.add(NUM_WARM_UPS)
 
     def draw(self) -> float:
         """Sample the images of the next seed; returns the seconds per step."""
-        drawing, begun, aside, spent = self.drawing, self.progress.done, 0.0, 0.0
-        seed = drawing.seeds[len(self.latents)]
+        settings, begun, aside, spent = self.settings, self.progress.done, 0.0, 0.0
+        seed = settings.seeds[len(self.latents)]
         self.progress.tell(f"{self.name}, seed {seed}")
         previewer = latent_preview.get_previewer(self.device, self.model.model.latent_format)
 
@@ -232,16 +232,16 @@ class Artist:
             return result
 
         timed = _wrapped(self.model, WrappersMP.SAMPLER_SAMPLE, clock)
-        self.latents.append(self._sample(timed, drawing.latent["samples"], seed, drawing.sampler_name, callback=show))
-        self.progress.add(begun + drawing.steps - self.progress.done)  # some samplers report another number of steps
-        return (spent - aside) / drawing.steps
+        self.latents.append(self._sample(timed, settings.latent["samples"], seed, settings.sampler_name, callback=show))
+        self.progress.add(begun + settings.steps - self.progress.done)  # some samplers report another number of steps
+        return (spent - aside) / settings.steps
 
     def images(self) -> Tensor:
         """The sampled images, (N, 3, H, W) in [-1, 1], float16."""
         made = []
         for latents in self.latents:
             throw_if_cancelled()
-            images = self.drawing.vae.decode(latents)
+            images = self.settings.vae.decode(latents)
             made.append(pixels_of(images.flatten(0, -4)).half())
         return torch.cat(made)
 
@@ -257,20 +257,20 @@ class Artist:
         callback: Callable | None = None,
     ) -> Tensor:
         """Sample as KSampler does."""
-        drawing = self.drawing
-        ratios = (drawing.latent.get(f"downscale_ratio_{of}") for of in ("spacial", "temporal"))
+        settings = self.settings
+        ratios = (settings.latent.get(f"downscale_ratio_{of}") for of in ("spacial", "temporal"))
         latents = comfy.sample.fix_empty_latent_channels(model, latents, *ratios)
         return comfy.sample.sample(
             model,
-            comfy.sample.prepare_noise(latents, seed, drawing.latent.get("batch_index")),
-            drawing.steps if steps is None else steps,
+            comfy.sample.prepare_noise(latents, seed, settings.latent.get("batch_index")),
+            settings.steps if steps is None else steps,
             self.cfg if cfg is None else cfg,
             sampler_name,
-            drawing.scheduler,
-            drawing.positive,
-            drawing.negative,
+            settings.scheduler,
+            settings.positive,
+            settings.negative,
             latents,
-            noise_mask=drawing.latent.get("noise_mask"),
+            noise_mask=settings.latent.get("noise_mask"),
             callback=callback,
             disable_pbar=True,
             seed=seed,
@@ -283,18 +283,18 @@ class Artist:
         """
         sampling, firsts = (model.get_model_object("model_sampling") for model in (self.model, first))
         if isinstance(sampling, comfy.model_sampling.CONST) != isinstance(firsts, comfy.model_sampling.CONST):
-            self.progress.add(NUM_BINS * self.drawing.num_parts)
+            self.progress.add(NUM_BINS * self.settings.num_parts)
             return None
         self.progress.tell(f"{self.name}, distance")
-        sigmas, drawing = even_levels(first, NUM_BINS), self.drawing
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(drawing.seed))
+        sigmas, settings = even_levels(first, NUM_BINS), self.settings
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(settings.seed))
         parts: list[list[Tensor]] = []
 
         def visit(predict: Callable[[], Tensor]) -> None:
             parts[-1].append(predict())
             self.progress.add()
 
-        size = len(drawing.latent["samples"])
+        size = len(settings.latent["samples"])
         for part, its_noise in zip(latents.split(size), noise.split(size), strict=True):
             parts.append([])
             at_levels(
@@ -302,10 +302,10 @@ class Artist:
                 part,
                 its_noise,
                 sigmas,
-                positive=drawing.positive,
-                negative=drawing.negative,
+                positive=settings.positive,
+                negative=settings.negative,
                 cfg=self.cfg,
-                seed=drawing.seed,
+                seed=settings.seed,
                 visit=visit,
             )
         return [torch.cat(predictions) for predictions in zip(*parts, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...distill_core.base.storage import fingerprint
 from ...distill_core.data.cache import CachedDataset, text_key
 from ...distill_core.data.dataset import Bucket, Dataset, LatentDataset
-from ...distill_core.data.teacher_data import Making, make_dataset
+from ...distill_core.data.teacher_data import GenerationSettings, make_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label, tile
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
@@ -275,7 +275,7 @@ def make_data(
     teacher: Model,
     clip: comfy.sd.CLIP,
     prompts: list[str],
-    making: Making,
+    generation: GenerationSettings,
     folder: Path,
     batch_size: int,
     on_caption: Callable[[int, int], None],
@@ -288,7 +288,7 @@ def make_data(
     is_transformer = teacher.known_transformer is not None
     if is_transformer:
         check_base(teacher)
-        making = in_own_pixels(making, teacher)
+        generation = in_own_pixels(generation, teacher)
     else:
         check_trainable(teacher)
     encoders = ClipEncoders(clip, _reads(teacher))
@@ -297,7 +297,7 @@ def make_data(
         def load() -> Denoiser:
             if is_transformer:
                 return stack.enter_context(opened_base(teacher))
-            height, width = (side // 8 for side in making.size)
+            height, width = (side // 8 for side in generation.size)
             return denoiser(teacher, batch_shape=(2 * batch_size, teacher.architecture.channels("conv_in")[0], height, width))
 
         data = make_dataset(
@@ -305,7 +305,7 @@ def make_data(
             teacher.identity,
             encoders,
             prompts,
-            making,
+            generation,
             folder,
             schedule=teacher.schedule,
             batch_size=batch_size,

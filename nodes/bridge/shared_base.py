@@ -23,7 +23,7 @@ from ...distill_core.base.storage import fingerprint
 from ...distill_core.data import teacher_data
 from ...distill_core.data.cache import CachedDataset
 from ...distill_core.data.dataset import Dataset, largest_example
-from ...distill_core.data.teacher_data import Making
+from ...distill_core.data.teacher_data import GenerationSettings
 from ...distill_core.diffusion.conditioning import Caption, Label
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.diffusion.out_of_place import out_of_place
@@ -207,26 +207,26 @@ def _with_old_values(base: ModelDenoiser) -> AbstractContextManager:
     return torch.autograd.graph.allow_mutation_on_saved_tensors()  # it keeps copies; not with checkpointing
 
 
-def in_own_pixels(making: Making, model: Model) -> Making:
+def in_own_pixels(generation: GenerationSettings, model: Model) -> GenerationSettings:
     """The same for a MODEL whose latents are not one eighth of an image's size, as the core's are."""
-    height, width = (side // model.pixels_per_latent * 8 for side in making.size)
-    return replace(making, size=(height, width))
+    height, width = (side // model.pixels_per_latent * 8 for side in generation.size)
+    return replace(generation, size=(height, width))
 
 
 def draw_latents(
     model: Model,
     captions: list[Caption],
     null: Caption,
-    making: Making,
+    generation: GenerationSettings,
     folder: Path,
     batch_size: int,
     on_step: Callable[[int, int], None],
 ) -> CachedDataset:
     """Images a MODEL samples from captions, and their noisy states, as training data on disk; see `teacher_data.draw_dataset`.
 
-    making: its size is in pixels; the MODEL's own downscaling ratio converts it to latents.
+    generation: its size is in pixels; the MODEL's own downscaling ratio converts it to latents.
     """
-    making = in_own_pixels(making, model)
+    generation = in_own_pixels(generation, model)
     with contextlib.ExitStack() as stack:
         load = partial(stack.enter_context, opened_base(model))
         return teacher_data.draw_dataset(
@@ -234,7 +234,7 @@ def draw_latents(
             model.identity,
             captions,
             null,
-            making,
+            generation,
             folder,
             schedule=model.schedule,
             batch_size=batch_size,
@@ -242,9 +242,11 @@ def draw_latents(
         )
 
 
-def drawn_fingerprint(model: Model, captions: list[Caption], null: Caption, making: Making) -> str:
+def drawn_fingerprint(model: Model, captions: list[Caption], null: Caption, generation: GenerationSettings) -> str:
     """The fingerprint of what `draw_latents` makes."""
-    return teacher_data.drawn_fingerprint(model.identity, captions, null, in_own_pixels(making, model), schedule=model.schedule)
+    return teacher_data.drawn_fingerprint(
+        model.identity, captions, null, in_own_pixels(generation, model), schedule=model.schedule
+    )
 
 
 def forecast_shared_base(model: Model, teacher: Model | None, data: Dataset, recipe: TrainingSettings) -> Forecast | None:
@@ -262,7 +264,7 @@ def forecast_base(base: ModelDenoiser, mapping: NameMap | None, data: Dataset, s
     if base.transformer is None or not base.transformer.of.learns:
         return None
 
-    def unfilled() -> TransformerDenoiser:
+    def empty() -> TransformerDenoiser:
         shell = alias_of(base.shell, parameter=on_meta)
         for module in shell.modules():  # to where the step is simulated
             module._buffers.update({name: buffer.cpu() for name, buffer in module._buffers.items() if buffer is not None})
@@ -271,7 +273,7 @@ def forecast_base(base: ModelDenoiser, mapping: NameMap | None, data: Dataset, s
     example = largest_example(data)
     _, channels, height, width = example.latents.shape
     what = Base(
-        unfilled,
+        empty,
         mapping,
         sum(weight.nbytes for weight in base.network.parameters()),
         (example.contexts.shape[1], example.contexts.shape[2]),

@@ -23,7 +23,7 @@ def drawing_of(bridge, cfgs, **changes):
     clip = bridge.demo_clip()
     positive, negative = ([[*clip.encode_from_tokens_scheduled(clip.tokenize(text))][0]] for text in ("a cat, flat", ""))
     settings = SETTINGS | {"latent": {"samples": torch.zeros(2, 4, 8, 8)}} | changes
-    return bridge.Drawing(positive=positive, negative=negative, vae=bridge.DemoVAE(), cfg=cfgs, **settings)
+    return bridge.SampleSettings(positive=positive, negative=negative, vae=bridge.DemoVAE(), cfg=cfgs, **settings)
 
 
 def shifted(model, shift):

@@ -561,7 +561,7 @@ def compared(out):
             filled(patcher.model.diffusion_model)
         question = asked(teacher.model)
         conditioning = [[question["c_crossattn"][:1], {"pooled_output": torch.zeros(1, 64), "guidance": 3.5}]]
-        drawing = bridge.Drawing(positive=conditioning, negative=conditioning, latent={"samples": torch.zeros(2, 16, 8, 8)},
+        drawing = bridge.SampleSettings(positive=conditioning, negative=conditioning, latent={"samples": torch.zeros(2, 16, 8, 8)},
                                  vae=Pixels(), seed=3, num_seeds=1, steps=2, cfg=[1.0, 1.0, 1.0], sampler_name="euler", scheduler="simple")  # fmt: skip
         routed = bridge.route_models([teacher, student], [ranges.Boundary(50, "percent")])
         comparison = bridge.compare_models({"teacher": teacher, "student": student, "routed": routed}, drawing, "1")

@@ -57,7 +57,7 @@ def _forecast(kind, config, dtype, plan, latents, context, pooled, way):
         shapes = {name: tuple(weight.shape) for name, weight in model.diffusion_model.state_dict().items()}
         transformer, _ = core["networks.transformers.architecture"].Transformer.find(shapes)
 
-        def unfilled():
+        def empty():
             shell = shared_base.alias_of(model, parameter=core["training.base_memory"].on_meta)
             shell.model_sampling.calculate_denoised = lambda sigma, output, x: output
             flow = sampling.ModelSampling(prediction="flow", noise=sampling.FLOW)
@@ -69,7 +69,7 @@ def _forecast(kind, config, dtype, plan, latents, context, pooled, way):
         read = importlib.import_module("pack.distill_core.pruning.plan_text").read_plan(plan, transformer)
         mapping = core["pruning.plan"].name_map(transformer, read)
         held = sum(weight.nbytes for weight in model.diffusion_model.parameters())
-        base = core["training.base_memory"].Base(unfilled, mapping, held, context, pooled, shared_base.with_gradients)
+        base = core["training.base_memory"].Base(empty, mapping, held, context, pooled, shared_base.with_gradients)
         targets = tuple(f"{block}.*" for block in mapping.folded) if way == "local" else ("*",)
         training = core["training.settings"].TrainingSettings(
             objective=way, lora_rank=RANK, lora_targets=targets, batch_size=1, optimizer="adamw8bit", gradient_checkpointing=True

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from distill_core.base.storage import read_header
 from distill_core.data.cache import CachedDataset
-from distill_core.data.dataset import Bucket, Drawing, LatentDataset, draw
+from distill_core.data.dataset import Batching, Bucket, LatentDataset, draw
 from distill_core.demo.autoencoder import ScenesAutoencoder
 from distill_core.demo.grammar import random_scenes
 from distill_core.demo.judge import ScenesJudge
@@ -296,7 +296,7 @@ def test_sdxl_is_trained_with_its_labels(server):
     answers = {}
     for who, path in (("teacher", teacher), ("student", student)):
         denoiser = in_diffusers(path)
-        batch = draw(data, 0, denoiser.schedule, Drawing(batch_size=2, seed=0))
+        batch = draw(data, 0, denoiser.schedule, Batching(batch_size=2, seed=0))
         with torch.no_grad():
             answers[who] = denoiser(batch.x_t, batch.t, batch.context, batch.label)
     assert row["task"] == pytest.approx((answers["student"] - batch.eps).square().mean().item(), rel=1e-3)

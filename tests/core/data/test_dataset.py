@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from distill_core.data.dataset import (
     TIMESTEPS,
+    Batching,
     Bucket,
-    Drawing,
     LatentDataset,
     draw,
     fingerprint,
@@ -28,7 +28,7 @@ def dataset():
 
 
 def settings(**changes):
-    return Drawing(**dict(batch_size=4, caption_dropout=0.5, seed=7) | changes)
+    return Batching(**dict(batch_size=4, caption_dropout=0.5, seed=7) | changes)
 
 
 def drawn(dataset, step, **changes):
@@ -115,7 +115,7 @@ def test_input_perturbation_is_seen_but_not_to_be_found(dataset):
 def test_latents_keep_their_captions():
     numbered = torch.arange(6.0)
     data = LatentDataset.of(numbered.reshape(6, 1, 1, 1), numbered.reshape(6, 1, 1))
-    batch = draw(data, 0, SCHEDULE, Drawing(batch_size=6, seed=7))
+    batch = draw(data, 0, SCHEDULE, Batching(batch_size=6, seed=7))
     assert torch.equal(batch.x0.flatten(), batch.context.flatten())
 
 
@@ -141,7 +141,7 @@ def test_buckets_are_drawn_from_by_their_size_each_example_equally_often():
     data = LatentDataset([bucket(30, 2), bucket(10, 4, first=100)])
     seen = {}
     for step in range(400):
-        batch = draw(data, step, SCHEDULE, Drawing(batch_size=4, seed=1))
+        batch = draw(data, step, SCHEDULE, Batching(batch_size=4, seed=1))
         assert batch.x0.shape[2] == (4 if batch.x0.flatten()[0] >= 100 else 2)
         assert torch.equal(batch.x0[:, 0, 0, 0], batch.context.flatten())
         for number in batch.context.flatten().tolist():
@@ -154,7 +154,7 @@ def test_labels_follow_their_examples_and_are_dropped_with_the_caption():
     data = LatentDataset(
         [bucket(4, 2, pooled=torch.arange(4.0)[:, None] + 1, sizes=sizes)], Caption(torch.zeros(1, 1), torch.zeros(1))
     )
-    batch = draw(data, 0, SCHEDULE, Drawing(batch_size=64, seed=0, caption_dropout=0.5))
+    batch = draw(data, 0, SCHEDULE, Batching(batch_size=64, seed=0, caption_dropout=0.5))
     assert torch.equal(batch.label.sizes[:, 0], batch.x0[:, 0, 0, 0])
     dropped = batch.label.pooled[:, 0] == 0
     assert 16 < dropped.sum() < 48
@@ -165,7 +165,7 @@ def test_labels_follow_their_examples_and_are_dropped_with_the_caption():
 def test_parts_of_a_batch_are_the_batch():
     sizes = torch.arange(4.0)[:, None].expand(4, 6)
     data = LatentDataset([bucket(4, 2, pooled=torch.ones(4, 1), sizes=sizes)])
-    batch = draw(data, 0, SCHEDULE, Drawing(batch_size=6, seed=0))
+    batch = draw(data, 0, SCHEDULE, Batching(batch_size=6, seed=0))
     parts = [batch.part(slice(0, 2)), batch.part(slice(2, 6))]
     assert all(torch.equal(torch.cat([p[i] for p in parts]), batch[i]) for i in range(5))
     assert torch.equal(torch.cat([p.label.sizes for p in parts]), batch.label.sizes)
@@ -176,27 +176,27 @@ def test_stored_states_are_trained_on_as_they_are():
     at = torch.tensor([900, 300])
     states = torch.stack([SCHEDULE.add_noise(x0, eps, t.expand(5)) for t in at], 1)
     data = LatentDataset([Bucket(latents=x0, contexts=torch.zeros(1, 3, 5), states=states)], timesteps=at)
-    batch = draw(data, 0, SCHEDULE, Drawing(batch_size=20, seed=0))
+    batch = draw(data, 0, SCHEDULE, Batching(batch_size=20, seed=0))
     assert set(batch.t.tolist()) == {900, 300}
     torch.testing.assert_close(SCHEDULE.add_noise(batch.x0, batch.eps, batch.t), batch.x_t)
     known = {tuple(s.flatten()[:3].tolist()) for s in states.flatten(0, 1)}
     assert {tuple(x.flatten()[:3].tolist()) for x in batch.x_t} <= known
-    assert set(draw(data, 0, SCHEDULE, Drawing(batch_size=20, seed=0, within=(300, 900))).t.tolist()) == {300}
+    assert set(draw(data, 0, SCHEDULE, Batching(batch_size=20, seed=0, within=(300, 900))).t.tolist()) == {300}
     with pytest.raises(ValueError, match="contains none of the teacher's states"):
-        draw(data, 0, SCHEDULE, Drawing(batch_size=20, seed=0, within=(0, 300)))
+        draw(data, 0, SCHEDULE, Batching(batch_size=20, seed=0, within=(0, 300)))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_held_out_examples_are_never_trained_on(share):
     data = LatentDataset([bucket(20, 2), bucket(10, 4, first=100)])
-    drawing = Drawing(batch_size=4, seed=3, held_out=share, caption_dropout=0.5)
-    trained = {n for step in range(200) for n in draw(data, step, SCHEDULE, drawing).context.flatten().tolist()}
-    batches = held_out_batches(data, SCHEDULE, drawing, 100)
+    batching = Batching(batch_size=4, seed=3, held_out=share, caption_dropout=0.5)
+    trained = {n for step in range(200) for n in draw(data, step, SCHEDULE, batching).context.flatten().tolist()}
+    batches = held_out_batches(data, SCHEDULE, batching, 100)
     held_out = {n for batch in batches for n in batch.context.flatten().tolist()}
     assert len(held_out) == 30 * share
     assert not trained & held_out and len(trained | held_out) == 30
-    assert all(equal(a, b) for a, b in zip(batches, held_out_batches(data, SCHEDULE, drawing, 100), strict=True))
-    assert len(held_out_batches(data, SCHEDULE, drawing, 1)) == 1
+    assert all(equal(a, b) for a, b in zip(batches, held_out_batches(data, SCHEDULE, batching, 100), strict=True))
+    assert len(held_out_batches(data, SCHEDULE, batching, 1)) == 1
 
 
 class Mirrored(LatentDataset):
@@ -208,9 +208,9 @@ class Mirrored(LatentDataset):
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_what_was_made_of_one_image_is_held_out_as_one(share):
-    data, drawing = Mirrored([bucket(20, 2)]), Drawing(batch_size=4, seed=3, held_out=share, caption_dropout=0.5)
-    trained = {n for step in range(200) for n in draw(data, step, SCHEDULE, drawing).context.flatten().tolist()}
-    held_out = {n for batch in held_out_batches(data, SCHEDULE, drawing, 100) for n in batch.context.flatten().tolist()}
+    data, batching = Mirrored([bucket(20, 2)]), Batching(batch_size=4, seed=3, held_out=share, caption_dropout=0.5)
+    trained = {n for step in range(200) for n in draw(data, step, SCHEDULE, batching).context.flatten().tolist()}
+    held_out = {n for batch in held_out_batches(data, SCHEDULE, batching, 100) for n in batch.context.flatten().tolist()}
     images = [{n // 2 for n in side} for side in (trained, held_out)]
     assert len(held_out) == 20 * share and len(trained | held_out) == 20 and not images[0] & images[1]
 

@@ -134,7 +134,7 @@ def test_any_boundaries_are_drawn_from_within(boundaries, overlap, timesteps, st
     for number in range(len(ranges)):
         own = ranges.timesteps(number, overlap)
         recipe = replace(RECIPE, timestep_range=(own.start, own.stop), timesteps=timesteps, batch_size=32)
-        assert all(t in own for t in draw(data, step, scaled_linear(), recipe.drawing).t.tolist())
+        assert all(t in own for t in draw(data, step, scaled_linear(), recipe.batching).t.tolist())
 
 
 # --- stages

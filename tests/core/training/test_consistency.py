@@ -154,7 +154,7 @@ def test_the_loss_and_its_slope_are_those_of_the_papers(prediction, phases, guid
     with training.open():
         for step in range(2):
             training.step(step)
-        batch = draw(small_data, 2, base.schedule, recipe.drawing)
+        batch = draw(small_data, 2, base.schedule, recipe.batching)
         batch.t[:4] = torch.tensor([999, 1000 // phases % 1000 + 3, 12, 0])  # the noisiest, steps to the ends of phases, the last
         batch = batch._replace(x_t=base.schedule.add_noise(batch.x0, batch.eps, batch.t))
         terms, total = training.losses(batch, 2, training.objective)

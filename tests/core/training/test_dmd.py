@@ -137,7 +137,7 @@ def test_the_loss_and_its_slope_are_those_of_the_papers(prediction, phases, guid
     with training.open():
         for step in range(3):
             training.step(step)
-        batch = draw(data, 3, base.schedule, recipe.drawing)
+        batch = draw(data, 3, base.schedule, recipe.batching)
         draws = drawn(batch.x0.shape, base.schedule, phases=phases, first=0, seed=7, batch=1, purpose="test")
         draws.t[-2:] = torch.tensor([0, 999])
         assert set(draws.sampling_step.tolist()) == set(range(phases))
@@ -172,7 +172,7 @@ def test_the_fake_score_learns_to_denoise_what_the_student_samples(demo, tmp_pat
         training.learning_rate = lambda step: 500.0  # so large that float32 tells differences
         found = training._fake_step(3)
         assert all(torch.equal(weight, own[name]) for name, weight in weights_of(training).items())  # only the fake score learns
-        seeded = recipe.drawing._replace(seed=generator(recipe.seed, 0, "fake score").initial_seed())
+        seeded = recipe.batching._replace(seed=generator(recipe.seed, 0, "fake score").initial_seed())
         batch = draw(data, 3, base.schedule, seeded)
         draws = training._drawn(batch, 3, of_fake=True)
         assert int(draws.sampling_step.min()) == 1

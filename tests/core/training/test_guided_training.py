@@ -42,7 +42,7 @@ def train(folder, base, data, recipe=RECIPE, teacher=None):
 def test_the_student_learns_the_guided_answer(small_teacher, small_data, tmp_path):
     base = copied(small_teacher)
     first = train(tmp_path / "run", base, small_data).metrics()[0]
-    batch = draw(small_data, 0, base.schedule, RECIPE.drawing)
+    batch = draw(small_data, 0, base.schedule, RECIPE.batching)
     with torch.no_grad():
         conditional = small_teacher(batch.x_t, batch.t, batch.context)
         unconditional = small_teacher(batch.x_t, batch.t, small_data.null.context.expand_as(batch.context))
@@ -67,7 +67,7 @@ def test_the_teacher_is_the_base_before_while_and_after_it_trains(dora, small_te
         assert torch.equal(teacher(*batch), before)
     metrics = train(tmp_path / "run", base, small_data, replace(RECIPE, lora_dora=dora), listening).metrics()
     with torch.no_grad():
-        drawn = [draw(small_data, step, base.schedule, RECIPE.drawing) for step in range(RECIPE.total_steps)]
+        drawn = [draw(small_data, step, base.schedule, RECIPE.batching) for step in range(RECIPE.total_steps)]
         for answer, (_, _, x_t, t, context, *_) in zip(answers, drawn, strict=True):
             null = small_data.null.context.expand_as(context)
             assert torch.equal(answer, small_teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([context, null])))
@@ -133,12 +133,12 @@ RANGE = replace(RECIPE, guidance_min=1.0)
 
 
 def test_each_example_has_a_scale_of_its_own(small_data):
-    drawings = [recipe.drawing for recipe in (RECIPE, RANGE)]
-    fixed, ranged = (draw(small_data, 3, scaled_linear(), drawing) for drawing in drawings)
+    batchings = [recipe.batching for recipe in (RECIPE, RANGE)]
+    fixed, ranged = (draw(small_data, 3, scaled_linear(), batching) for batching in batchings)
     assert fixed.scale is None and all(torch.equal(a, b) for a, b in zip(fixed[:5], ranged[:5], strict=True))
-    assert torch.equal(ranged.scale, draw(small_data, 3, scaled_linear(), drawings[1]).scale)
+    assert torch.equal(ranged.scale, draw(small_data, 3, scaled_linear(), batchings[1]).scale)
     assert torch.equal(ranged.part(slice(1, 3)).scale, ranged.scale[1:3])
-    many = torch.cat([draw(small_data, step, scaled_linear(), drawings[1]).scale for step in range(300)])
+    many = torch.cat([draw(small_data, step, scaled_linear(), batchings[1]).scale for step in range(300)])
     assert 1 <= many.min() < 1.05 and 2.95 < many.max() <= 3 and many.mean() == pytest.approx(2, abs=0.1)
 
 
@@ -161,7 +161,7 @@ def test_an_example_has_the_lora_at_its_strength(small_teacher, batch):
 def test_a_range_of_scales_is_learnt_at_the_strength_of_each(small_teacher, small_data, tmp_path):
     """At a strength of 0 the LoRA is not there, and nothing is to learn; the first step tells what is at each scale."""
     first = train(tmp_path / "run", copied(small_teacher), small_data, RANGE).metrics()[0]
-    batch = draw(small_data, 0, small_teacher.schedule, RANGE.drawing)
+    batch = draw(small_data, 0, small_teacher.schedule, RANGE.batching)
     with torch.no_grad():
         conditional = small_teacher(batch.x_t, batch.t, batch.context)
         unconditional = small_teacher(batch.x_t, batch.t, small_data.null.context.expand_as(batch.context))
@@ -184,7 +184,7 @@ def test_a_range_is_learnt_on_the_states_each_scale_leads_through(small_teacher,
     """The target, the strength of the LoRA and the state have one scale."""
     data = with_states(small_data, SPREAD)
     first = train(tmp_path / "run", copied(small_teacher), data, RANGE).metrics()[0]
-    batch = draw(data, 0, small_teacher.schedule, RANGE.drawing)
+    batch = draw(data, 0, small_teacher.schedule, RANGE.batching)
     (bucket,) = data.buckets
     for x0, scale in zip(batch.x0, batch.scale, strict=True):
         (number,) = (bucket.latents == x0).all((1, 2, 3)).nonzero()[0].tolist()
@@ -241,7 +241,7 @@ def test_what_is_given_out_is_judged_at_full_strength(small_teacher, small_data,
 
     recipe = replace(RANGE, sample_every_steps=RANGE.total_steps)
     run = Run(tmp_path / "run", recipe)
-    batch = draw(small_data, 0, base.schedule, RANGE.drawing)
+    batch = draw(small_data, 0, base.schedule, RANGE.batching)
     asked = batch.x_t[:3], batch.t[:3], batch.context[:3]
     distill(run, student=base, teacher=WithoutLora(base), plan=None, dataset=small_data, previews=Previews())
     loaded = copied(small_teacher)

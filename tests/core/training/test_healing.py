@@ -235,7 +235,7 @@ def test_hidden_states_are_compared_after_every_block_that_stays(tmp_path):
             )
     run = heal(small_flux(), tmp_path / "run", objective="blocks", total_steps=1, caption_dropout=0.0, accumulation_steps=1)
     (row,) = run.metrics()
-    batch = draw(pictures(), 0, base.schedule, run.settings.drawing)
+    batch = draw(pictures(), 0, base.schedule, run.settings.batching)
     with torch.no_grad():
         answers = [denoiser(batch.x_t, batch.t, batch.context, batch.label) for denoiser in (base, alone)]
     expected = {}
@@ -254,7 +254,7 @@ def test_the_forecast_counts_weights_exactly_and_says_what_saves_memory():
     base = small_flux()
     mapping, held = cut(base).mapping, sum(weight.nbytes for weight in base.network.parameters())
 
-    def unfilled():
+    def empty():
         empty = small_flux()
         for module in empty.network.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
@@ -264,7 +264,7 @@ def test_the_forecast_counts_weights_exactly_and_says_what_saves_memory():
     def total(**settings):
         how = dict(objective="output", batch_size=64, lora_rank=4, lora_targets=("*",)) | settings
         asked = MemorySettings(training=TrainingSettings(**how), shares_base=True, device="cpu")
-        return Base(unfilled, mapping, held, (3, 8), 8).forecast(asked, (4, 16, 16))
+        return Base(empty, mapping, held, (3, 8), 8).forecast(asked, (4, 16, 16))
 
     plain = total()
     linears = (

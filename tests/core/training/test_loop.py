@@ -91,7 +91,7 @@ def test_what_a_setting_keeps_from_step_to_step_outlasts_a_stop(change, tmp_path
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_refit_sees_the_first_examples_of_the_run_and_comes_before_the_first_step(parts, tmp_path, small_teacher, data):
     recipe, student = replace(RECIPE, refit_examples=6, accumulation_steps=parts), student_of(small_teacher, PLAN)
-    batches = [draw(data, number, student.schedule, recipe.drawing) for number in range(2)]
+    batches = [draw(data, number, student.schedule, recipe.batching) for number in range(2)]
     expected = student_of(small_teacher, PLAN)
     examples = [
         lambda batch=batch: (batch.x_t, batch.t, batch.context, batch.label) for batch in (batches[0], batches[1].part(slice(2)))

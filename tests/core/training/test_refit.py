@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from distill_core.data.dataset import Drawing, draw
+from distill_core.data.dataset import Batching, draw
 from distill_core.demo.teacher import load_dataset, load_denoiser, teacher_file
 from distill_core.evaluation.metrics import output_error
 from distill_core.networks.name_map import NameMap
@@ -24,7 +24,7 @@ def asked(teacher, data, batch_size=3, count=3):
     """Examples, as `refit` takes them."""
 
     def part(number):
-        batch = draw(data, number, teacher.schedule, Drawing(batch_size, seed=5))
+        batch = draw(data, number, teacher.schedule, Batching(batch_size, seed=5))
         return batch.x_t, batch.t, batch.context, batch.label
 
     return [partial(part, number) for number in range(count)]
