@@ -1,5 +1,6 @@
 """Nodes that train and load experts: one student for each range of timesteps."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 
@@ -19,8 +20,8 @@ from ..distill_core.training.run import Inputs
 from ..distill_core.training.settings import REFIT_EXAMPLES, TrainingSettings
 from . import bridge
 from .inputs import data_inputs, learning_inputs, refit_input, setting_input
-from .train import Watch, log, refit_progress, tell_needs
 
+log = logging.getLogger("distill")
 _default = ExpertsSettings()
 
 
@@ -130,7 +131,7 @@ class TrainTimestepExperts(io.ComfyNode):
             if not training.complete:
                 whole = replace(recipe, lora_rank=0) if training.step < of_experts["joint_steps"] else recipe
                 forecast = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
-                needs = tell_needs(forecast, bridge.free_bytes(student), node_id, disk_bytes(shapes, stages))
+                needs = bridge.tell_needs(forecast, bridge.free_bytes(student), node_id, disk_bytes(shapes, stages))
                 _train(training, run_name[0], steps_per_queue[0], node_id, needs)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
@@ -145,14 +146,14 @@ class TrainTimestepExperts(io.ComfyNode):
 
 def _train(training: OneToMany, run_name: str, num_steps: int, node_id: str, needs: str) -> None:
     last = min(training.total_steps, training.step + num_steps)
-    watch = Watch(run_name, training.step, last, node_id)
+    watch = bridge.Watch(run_name, training.step, last, node_id)
 
     def on_stage(stage: str) -> None:
         bridge.release_memory()  # of the previous stage
         watch.stage = _words(training, stage)
 
     try:
-        training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage, on_refit=refit_progress(node_id, needs))
+        training.train(num_steps=num_steps, on_step=watch, on_stage=on_stage, on_refit=bridge.refit_progress(node_id, needs))
     finally:
         watch.end()
         bridge.release_memory()

@@ -28,7 +28,6 @@ from .inputs import (
     size_inputs,
     vae_input,
 )
-from .train import sampled, show_run, train_on_base
 
 OBJECTIVES = ("guidance", "consistency", "dmd")
 CONSISTENCY_STEPS = 500
@@ -152,7 +151,7 @@ class SharedBaseLoRA(io.ComfyNode):
         model, teacher, node_id = bridge.Model(model[0]), teacher[0] and bridge.Model(teacher[0]), cls.hidden.unique_id
         settings = {name: values[0] for name, values in settings.items()}
         of_data = {name: settings.pop(name) for name in DATA_SETTINGS}
-        recipe = recipe[0] or sampled(settings["total_steps"], vae[0], null_caption)
+        recipe = recipe[0] or bridge.sampled(settings["total_steps"], vae[0], null_caption)
         recipe = TrainingSettings(**recipe | _of_lora(settings))
         check_own_weights(recipe)
         if teacher is None and recipe.objective == "guidance" and recipe.guidance == 1:
@@ -185,9 +184,9 @@ class SharedBaseLoRA(io.ComfyNode):
                 null = fingerprint({"context": data.null.context})
                 run = Run(folder, recipe, replace(inputs, data=data.fingerprint, null_caption=null))
                 if not run.complete:
-                    train_on_base(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
+                    bridge.train_on_base(run, model, teacher, data, vae[0], steps_per_queue[0], node_id)
         lora = {name: tensor.read() for name, tensor in read_header(run.result_file).tensors.items()}
-        shown = show_run(run, node_id)
+        shown = bridge.show_run(run, node_id)
         with_lora, _ = bridge.with_lora(model.patcher, None, lora, 1.0, 0.0)
         return io.NodeOutput(lora, with_lora, *shown, run.step, run_name[0], ui=ui.PreviewImage(shown[1], cls=cls))
 
