@@ -154,7 +154,7 @@ def train(arguments: argparse.Namespace) -> None:
                 bars[what] = stack.enter_context(tqdm(total=total, desc=what, file=sys.stderr, disable=quiet, leave=False))
             bars[what].update(done - bars[what].n)
 
-        prepared = prepare(recipe, processes, on_item)
+        prepared = prepare(recipe, processes, on_item, only=arguments.range)
     run = prepared.run
     if processes.main and not arguments.json:
         print(prepared.describe())
@@ -167,7 +167,7 @@ def train(arguments: argparse.Namespace) -> None:
             bar.update(progress.step - bar.n)
 
         if not run.complete:
-            prepared.train(on_step, arguments.range, bar.set_description)
+            prepared.train(on_step, bar.set_description)
     if not processes.main:
         return
     facts = {"run": str(run.folder), "step": run.step, **run.facts}

@@ -161,6 +161,7 @@ class SharedBaseLoRA(io.ComfyNode):
             )
         folder = bridge.run_folder(run_name[0])
         check_run(folder, recipe, {})
+        bridge.check_samples(recipe, vae[0], null_caption)
         with torch.inference_mode(False), torch.enable_grad():
             if teacher is not None:
                 check_lesson(recipe, None, None, same=bridge.predict_alike([model, teacher]))
@@ -173,13 +174,14 @@ class SharedBaseLoRA(io.ComfyNode):
             )
             if latents is None:
                 own = _OwnImages.of(teacher or model, captions, null_caption, recipe, of_data)
+                own.check(recipe)
                 known = replace(inputs, data=own.fingerprint, null_caption=started(folder).inputs.null_caption)
                 run = Run(folder, recipe, known)
                 data = None if run.complete else own.draw(folder, recipe, node_id)
             else:
                 data = bridge.dataset(latents, captions, null_caption, model)
+                check_trajectories(recipe, (teacher or model).schedule, data.timesteps, data.scales)
             if data is not None:
-                check_trajectories(recipe, data, (teacher or model).schedule)
                 assert data.null is not None  # null_caption is given
                 null = fingerprint({"context": data.null.context})
                 run = Run(folder, recipe, replace(inputs, data=data.fingerprint, null_caption=null))
@@ -237,6 +239,11 @@ class _OwnImages(NamedTuple):
     def fingerprint(self) -> str:
         """Known before they are drawn, so that a complete run draws none."""
         return bridge.drawn_fingerprint(*self)
+
+    def check(self, recipe: TrainingSettings) -> None:
+        """``ValueError`` if a run could not learn from them, before they are drawn."""
+        schedule = self.model.schedule
+        check_trajectories(recipe, schedule, self.generation.kept(schedule), self.generation.scales)
 
     def draw(self, folder: Path, recipe: TrainingSettings, node_id: str) -> Dataset:
         progress = bridge.Progress(node_id, "images", each=self.generation.num_steps)

@@ -98,10 +98,11 @@ class DistillTrainStep(io.ComfyNode):
         lesson = bridge.lesson_of(teachers, student, settings, rank)
         folder, node_id = bridge.run_folder(run_name), cls.hidden.unique_id
         lesson.check(folder)
+        bridge.check_samples(lesson.settings, vae[0], null_caption)
         with torch.inference_mode(False), torch.enable_grad():
             lesson.check_something_to_learn()
             data = bridge.dataset(latents, captions, null_caption, teachers[0])
-            check_trajectories(lesson.settings, data, teachers[0].schedule)
+            check_trajectories(lesson.settings, teachers[0].schedule, data.timesteps, data.scales)
             run = Run(folder, lesson.settings, lesson.inputs(data))
             if not run.complete:
                 lesson.train(run, data, vae[0], steps_per_queue, node_id)

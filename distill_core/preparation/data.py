@@ -15,10 +15,12 @@ from ..data.teacher_data import GenerationSettings, caption_dataset, make_datase
 from ..demo.encoders import ScenesEncoders
 from ..diffusion.denoiser import Denoiser
 from ..recipe import DEMO, Recipe
+from ..training.lesson import check_trajectories
 from ..training.previews import Previews
 from .models import Models
 
 OnItem = Callable[[str, int, int], None]
+OF_SAMPLES = "[samples]: all sample images have one size"
 
 
 class Data:
@@ -100,9 +102,10 @@ class Data:
         each = self.models.pixels_per_latent
         return self.models.latent_channels, size[0] // each, size[1] // each
 
-    def _made(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
+    @property
+    def _generation(self) -> GenerationSettings:
         data = self.recipe.data
-        generation = GenerationSettings(
+        return GenerationSettings(
             size=self._size,
             guidance=data.guidance,
             guidance_min=self.recipe.training.guidance_min if data.trajectory_states else None,
@@ -112,6 +115,18 @@ class Data:
             seed=self.recipe.training.seed,
         )
 
+    def check(self) -> None:
+        """``ValueError`` if the recipe's data and sample images cannot be used, before they are made."""
+        data, training, samples = self.recipe.data, self.recipe.training, self.recipe.samples
+        if data.prompts is not None and training.uses_images:
+            generation, schedule = self._generation, self.models.schedule
+            check_trajectories(training, schedule, generation.kept(schedule), generation.scales)
+        if training.sample_every_steps:
+            if not samples.prompts:
+                raise ValueError("[samples]: prompts is missing; give prompts, or set sample_every_steps to 0")
+            _one_size(samples.resolution, OF_SAMPLES)
+
+    def _made(self, prompts: Sequence[str], cache: Path, on_item: OnItem) -> Dataset:
         def load() -> Denoiser:
             self.close_texts()
             return self.models.teacher()
@@ -121,26 +136,24 @@ class Data:
             self.models.fingerprints[0],
             self.encoders,
             prompts,
-            generation,
+            self._generation,
             cache,
             schedule=self.models.schedule,
-            batch_size=data.encode_batch_size,
+            batch_size=self.recipe.data.encode_batch_size,
             on_item=partial(on_item, "drawing"),
         )
 
     def previews(self) -> Previews | None:
-        """Sample images, if the recipe asks for them."""
+        """Sample images, if the recipe asks for them; see `check`."""
         samples = self.recipe.samples
         if not self.recipe.training.sample_every_steps:
             return None
-        if not samples.prompts:
-            raise ValueError("[samples]: prompts is missing; give prompts, or set sample_every_steps to 0")
         warn_of_cut(samples.prompts, self.encoders)
         *captions, null = self.encoders.captions([*samples.prompts, ""])
         return Previews(
             captions=captions,
             null=null,
-            latent_shape=self._latent_shape(_one_size(samples.resolution, "[samples]: all sample images have one size")),
+            latent_shape=self._latent_shape(_one_size(samples.resolution, OF_SAMPLES)),
             decode=self.encoders.decode,
             guidance=samples.guidance,
             num_steps=samples.steps,

@@ -29,6 +29,8 @@ class Prepared:
     data: Data
     dataset: Dataset
     run: Run | OneToMany
+    only: int | None = None
+    """The only expert to train, as in `OneToMany.train`."""
 
     def describe(self) -> str:
         """What will be trained, one line per topic."""
@@ -62,18 +64,11 @@ class Prepared:
         """Forecast of the memory a step needs on the device."""
         return self.models.forecast(self.dataset, self.run.heaviest_settings)
 
-    def train(
-        self,
-        on_step: Callable[[Progress], None],
-        only: int | None = None,
-        on_stage: Callable[[str], None] = lambda stage: None,
-    ) -> None:
-        """Train to the end. only: for several experts, as in `OneToMany.train`. on_stage: called with what begins."""
+    def train(self, on_step: Callable[[Progress], None], on_stage: Callable[[str], None] = lambda stage: None) -> None:
+        """Train to the end. on_stage: called with what begins."""
         if isinstance(self.run, OneToMany):
-            self.run.train(only, on_step=on_step, on_stage=on_stage)
+            self.run.train(self.only, on_step=on_step, on_stage=on_stage)
             return
-        if only is not None:
-            raise ValueError("this recipe trains a single student; add [experts] to train one for a range")
         previews = self.data.previews()
         self.data.close_texts()
         student = self.models.student()
@@ -90,33 +85,43 @@ class Prepared:
         )
 
 
-def prepare(recipe: Recipe, processes: Processes = ALONE, on_item: OnItem = lambda what, done, total: None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    processes: Processes = ALONE,
+    on_item: OnItem = lambda what, done, total: None,
+    *,
+    only: int | None = None,
+) -> Prepared:
     """Open the models of a recipe, encode or draw its data, which may take hours, and open its run.
 
     What can be checked without data is checked first. on_item: called with (task, done, total) while data are encoded or drawn.
-    ``ValueError`` for a recipe that cannot be trained.
+    only: of several experts the only one to train. ``ValueError`` for a recipe that cannot be trained.
     """
     processes.check(recipe.training)
     recipe.check_paths()
     models = open_models(recipe, processes)
     recipe = models.recipe
-    _check_run(models)
+    _check_run(models, only)
     data = Data(recipe, models)
+    data.check()
     with processes.main_first():
         dataset = data.dataset(on_item)
     with processes.main_first():
         run: Run | OneToMany
         run = _one_to_many(models, dataset) if recipe.experts and isinstance(models, UNetModels) else _run(models, dataset)
-    return Prepared(recipe=recipe, models=models, data=data, dataset=dataset, run=run)
+    return Prepared(recipe=recipe, models=models, data=data, dataset=dataset, run=run, only=only)
 
 
-def _check_run(models: Models) -> None:
+def _check_run(models: Models, only: int | None) -> None:
     """Raise errors that can be found before data are read."""
     training, experts, shapes = models.recipe.training, models.recipe.experts, models.architecture.shapes
     models.check_lesson()
     if experts is None or not isinstance(models, UNetModels):
+        if only is not None:
+            raise ValueError("this recipe trains a single student; add [experts] to train one for a range")
         check_run(models.run_folder, training, shapes)
     else:
+        experts.check_number(only, models.schedule)
         num_plans = len({repr(plan) for plan in models.plans}) or 1
         check_experts_run(models.run_folder, training, shapes, experts.stages(training, models.schedule, num_plans))
 

@@ -93,11 +93,34 @@ class ExpertsSettings:
         """Steps of a joint stage. count: number of experts."""
         return count * training.total_steps if self.joint_steps is None else self.joint_steps
 
+    def check_number(self, number: int | None, schedule: NoiseSchedule) -> None:
+        """``ValueError`` unless there is an expert of a number; None stands for all."""
+        count = self.num_experts(schedule)
+        if number is not None and not 0 <= number < count:
+            raise ValueError(f"there is no expert {number}; choose one of 0 to {count - 1}")
+
     def stages(self, training: TrainingSettings, schedule: NoiseSchedule, num_plans: int = 1) -> list[TrainingSettings]:
-        """Settings of every stage: of a joint student for each plan, then of each expert. training: of an expert in its range."""
+        """Settings of every stage: of a joint student for each plan, then of each expert. training: of an expert in its range.
+
+        ``ValueError`` for settings that cannot be combined.
+        """
+        self._check(training, num_plans)
         count = self.num_experts(schedule)
         steps = self.steps_together(training, count)
         return (num_plans * [joint_settings(training, steps)] if steps else []) + [training] * count
+
+    def _check(self, training: TrainingSettings, num_plans: int) -> None:
+        if training.timestep_range:
+            raise ValueError("timestep_range cannot be set for several experts, as each has its own; remove it")
+        if training.weighted_objective.dmd:
+            raise ValueError(
+                "experts cannot learn by the objective dmd, which needs whole samplings; choose the objective consistency"
+            )
+        if training.sample_every_steps:
+            raise ValueError("sample_every_steps needs a student for all timesteps; set it to 0 for several experts")
+        if num_plans > 1 and (training.lora_rank or self.measured):
+            what = "the LoRAs share one base" if training.lora_rank else "the boundaries are measured on one student"
+            raise ValueError(f"{what}, so all experts need one plan, got {num_plans}")
 
     def ranges(self, schedule: NoiseSchedule) -> TimestepRanges:
         """The ranges, if no measurement is needed."""
@@ -159,30 +182,15 @@ class OneToMany:
         self.processes = processes
         self.starts = list(starts) if len(starts) == count else list(starts) * count
         self.plans = list(dict.fromkeys(_spelt(start.plan) for start in self.starts))
-        self._check_settings()
+        settings.stages(training, schedule, len(self.plans))  # raises errors of settings
+        if teachers is None and not (training.lora_rank and self.joint_steps == 0):
+            raise ValueError(
+                "experts that learn from their own base must be LoRAs on it; set lora_rank above 0 and joint_steps to 0"
+            )
         self._check_folder()
         for stage in self.stages:
             if checkpoints_in(self.folder / stage) and (stage.startswith("joint") or self.ranges):
                 self._check(stage)
-
-    def _check_settings(self) -> None:
-        """Raise ``ValueError`` for settings that cannot be combined."""
-        training = self.training
-        if self.teachers is None and not (training.lora_rank and self.joint_steps == 0):
-            raise ValueError(
-                "experts that learn from their own base must be LoRAs on it; set lora_rank above 0 and joint_steps to 0"
-            )
-        if training.timestep_range:
-            raise ValueError("timestep_range cannot be set for several experts, as each has its own; remove it")
-        if training.weighted_objective.dmd:
-            raise ValueError(
-                "experts cannot learn by the objective dmd, which needs whole samplings; choose the objective consistency"
-            )
-        if training.sample_every_steps:
-            raise ValueError("sample_every_steps needs a student for all timesteps; set it to 0 for several experts")
-        if len(self.plans) > 1 and (training.lora_rank or self.settings.measured):
-            what = "the LoRAs share one base" if training.lora_rank else "the boundaries are measured on one student"
-            raise ValueError(f"{what}, so all experts need one plan, got {len(self.plans)}")
 
     def _check_folder(self) -> None:
         """Raise ``ValueError`` if the folder holds something else, or a joint student that was trained for longer."""
@@ -305,8 +313,7 @@ class OneToMany:
         each stage before it trains, ``on_step`` with the progress over all stages, ``on_refit`` with that of refitting a student; any
         exception they raise ends the training, as in `loop.distill`.
         """
-        if only is not None and not 0 <= only < len(self):
-            raise ValueError(f"there is no expert {only}; choose one of 0 to {len(self) - 1}")
+        self.settings.check_number(only, self.schedule)
         with locked(self.folder) if self.processes.main else contextlib.nullcontext():
             self._train_stages(range(len(self)) if only is None else [only], num_steps, on_step, on_stage, on_refit)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import replace
 
+from torch import Tensor
+
 from ..base.storage import fingerprint
-from ..data.dataset import Dataset
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.sampling import timesteps
 from ..diffusion.schedule import NoiseSchedule
@@ -80,18 +81,21 @@ def predict_the_same(teacher: Denoiser, student: Denoiser) -> bool:
     return teacher.network is student.network or (theirs.keys() == ours.keys() and fingerprint(theirs) == fingerprint(ours))
 
 
-def check_trajectories(settings: TrainingSettings, dataset: Dataset, schedule: NoiseSchedule) -> None:
-    """Raise ``ValueError`` if a run cannot learn from the stored trajectories.
+def check_trajectories(
+    settings: TrainingSettings, schedule: NoiseSchedule, stored: Tensor | None, drawn: tuple[float, float] | None
+) -> None:
+    """Raise ``ValueError`` if a run cannot learn from trajectories, stored ones or those yet to be sampled.
 
     They may have been sampled with another guidance, or lack the noise levels at which a student of few steps is sampled.
+    stored: timesteps of their states, (K,); None without trajectories. drawn: lowest and highest guidance scale, if known.
     """
-    if dataset.timesteps is None or not settings.uses_images:
+    if stored is None or not settings.uses_images:
         return
     if settings.few_steps and any(objective.consistency for objective in settings.objectives):
-        _check_starts(settings.few_steps, {*dataset.timesteps.tolist()}, schedule)
+        _check_starts(settings.few_steps, {*stored.tolist()}, schedule)
     if settings.guidance == 1:
         return
-    drawn, wanted = dataset.scales, settings.scales
+    wanted = settings.scales
     if settings.guidance_min is None and drawn is None:  # older data do not store it
         return
     if drawn is None or (drawn[0] < drawn[1]) != (wanted[0] < wanted[1]) or drawn[0] < wanted[0] or drawn[1] > wanted[1]:

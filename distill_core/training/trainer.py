@@ -74,7 +74,7 @@ class Trainer:
             check_trainable(student.architecture, student.sampling)
         if settings.guidance != 1 and dataset.null is None:
             raise ValueError("guidance needs the empty caption, which this dataset lacks; connect null_caption")
-        check_trajectories(settings, dataset, student.schedule)
+        check_trajectories(settings, student.schedule, dataset.timesteps, dataset.scales)
         self.in_fp16 = settings.precision == "fp16" or student.computes_in_fp16
         compute = settings.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)

@@ -4,7 +4,7 @@ from .asking import examples_of
 from .bench import run_bench
 from .build import demo_teacher, load_student, make_student, precision_note, prune_model, save_model
 from .compare import SampleSettings, compare_models, image_features, text_features
-from .data import blank_latents, calibration, dataset, encoded_captions, make_data, num_captions, previews
+from .data import blank_latents, calibration, check_samples, dataset, encoded_captions, make_data, num_captions, previews
 from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
 from .folders import data_folder, experts_folder, experts_folders, file_in, output_path, run_folder
@@ -31,6 +31,7 @@ __all__ = [
     "blank_latents",
     "boundary_sigmas",
     "calibration",
+    "check_samples",
     "check_trainable",
     "compare_models",
     "data_folder",

@@ -21,6 +21,7 @@ from ...distill_core.data.teacher_data import GenerationSettings, make_dataset
 from ...distill_core.diffusion.conditioning import Caption, Label, tile
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
+from ...distill_core.training.settings import TrainingSettings
 from .asking import EMPTY_LATENTS, check_one_each
 from .images import pixels_of
 from .model import Model
@@ -97,16 +98,21 @@ def calibration(
     return bucket.read(torch.randperm(len(bucket.latents), generator=generator)[:num_examples])[:3]
 
 
-def previews(data: Dataset, vae: comfy.sd.VAE | None, model: Model, *, stays: bool = False) -> Previews:
-    """Sample images of a few captions while a run trains; ``ValueError`` without a VAE or the empty caption.
-
-    stays: whether all that is loaded must stay so, since it is being trained.
-    """
-    if vae is None or data.null is None:
+def check_samples(settings: TrainingSettings, vae: comfy.sd.VAE | None, null_caption: list | None) -> None:
+    """``ValueError`` if a run makes sample images and lacks what they need."""
+    if settings.sample_every_steps and (vae is None or not null_caption):
         what = "a VAE" if vae is None else "null_caption (the empty prompt, encoded)"
         raise ValueError(
             f"sample_every_steps asks for sample images, which need {what}; connect it, or set sample_every_steps to 0"
         )
+
+
+def previews(data: Dataset, vae: comfy.sd.VAE, model: Model, *, stays: bool = False) -> Previews:
+    """Sample images of a few captions while a run trains; see `check_samples`.
+
+    stays: whether all that is loaded must stay so, since it is being trained.
+    """
+    assert data.null is not None  # checked
     examples = data.read(0, torch.arange(NUM_PREVIEWS) * data.bucket_sizes[0] // NUM_PREVIEWS)
     _, channels, height, width = examples.latents.shape
     pooled = [None] * len(examples.contexts) if examples.label is None else examples.label.pooled

@@ -136,6 +136,8 @@ def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
     ([("batch_size = 4", "batch_size = 4\naccumulation_steps = 3")], "3 equal parts"),
     ([('preset = "bk-sdm-base"', 'preset = "ssd-1b"')], "plan for SDXL"),
     ([("learning_rate = 1e-3", "learning_rate = 1e-3\nsample_every_steps = 1")], r"\[samples\]: prompts is missing"),
+    ([("sampler_steps = 4", "sampler_steps = 25\ntrajectory_states = 8"), ("[training]", '[training]\nobjective = "consistency"\nphases = 4')],
+     "no states at timesteps 749, 499, 249, .* such as 24"),
     ([("[student]", "student = 3\n[x]")], "there is no setting 'x'|student must be a section"),
     ([("images_per_prompt = 2", f"images_per_prompt = {10**9}")], "images_per_prompt must be between 1 and 10,000,000"),
     ([('preset = "bk-sdm-base"', "")], "student and teacher are the same model"),
@@ -143,9 +145,10 @@ def test_a_run_that_has_begun_goes_on_only_when_asked(folder, capsys):
     ([("sampler_steps = 4", "sampler_steps = 4\ntrajectory_states = 2"), ("[training]", '[training]\nobjective = "guidance"\nguidance = 3.0')],
      r"\[training\] learns guidance 3, but \[data\] samples trajectories with 2; set both"),
 ])  # fmt: skip
-def test_bad_jobs_end_in_one_sentence(changes, message, folder, capsys):
+def test_bad_jobs_end_in_one_sentence_before_data_are_made(changes, message, folder, capsys, monkeypatch):
     import re
 
+    monkeypatch.setattr(Data, "dataset", None)
     assert main(["train", str(write(folder, *changes))]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
@@ -591,11 +594,14 @@ def test_killed_while_students_train_and_resumed_it_is_as_if_nothing_had_happene
     ([("count = 2", 'plans = ["none"]'), ('preset = "bk-sdm-base"', "")], [], "none does not exist"),
     ([], ["--range", "2"], "there is no expert 2; choose one of 0 to 1"),
     ([], ["--range", "-1"], "must be at least 0"),
+    ([("learning_rate = 1e-3", "learning_rate = 1e-3\nsample_every_steps = 1\n")], [], "needs a student for all timesteps"),
+    ([("learning_rate = 1e-3", "learning_rate = 1e-3\ntimestep_range = [0, 500]")], [], "each has its own; remove it"),
     ([("[experts]\ncount = 2\njoint_steps = 2", "")], ["--range", "0"], "this recipe trains a single student"),
 ])  # fmt: skip
-def test_students_that_cannot_be_end_in_one_sentence(changes, arguments, message, folder, capsys):
+def test_experts_that_cannot_be_end_in_one_sentence_before_data_are_made(changes, arguments, message, folder, capsys, monkeypatch):
     import re
 
+    monkeypatch.setattr(Data, "dataset", None)
     try:
         assert main(["train", str(write(folder, *STUDENTS, *changes)), *arguments]) == 2
     except SystemExit as error:  # by argparse

@@ -263,12 +263,12 @@ def test_stored_states_must_lie_where_the_student_is_sampled(num_steps, phases, 
     data = LatentDataset([replace(bucket, states=states)], small_data.null, timesteps(SCHEDULE, num_steps))
     recipe = replace(RECIPE, guidance=1.0, phases=phases)
     if fits:
-        check_trajectories(recipe, data, SCHEDULE)
+        check_trajectories(recipe, SCHEDULE, data.timesteps, data.scales)
         return
     with pytest.raises(
         ValueError, match="no states at timesteps 749, 499, 249, where a student of 4 steps is sampled; set phases to 5, 25, or"
     ):
-        check_trajectories(recipe, data, SCHEDULE)
+        check_trajectories(recipe, SCHEDULE, data.timesteps, data.scales)
 
 
 @pytest.mark.parametrize(
