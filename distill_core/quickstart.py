@@ -20,7 +20,7 @@ from .diffusion.denoiser import Denoiser
 from .diffusion.macs import count_macs
 from .evaluation import plots, report
 from .evaluation.measuring import in_rounds, seconds_of
-from .networks.files import UNetFile, save_unet
+from .networks.files import UNetFile, open_unet, save_unet
 from .pruning.plan import preset
 from .pruning.prune import is_pruned_from, pruned_file
 from .training.loop import distill
@@ -115,6 +115,7 @@ def quickstart(out: Path, settings: Settings, progress) -> list[Row]:
                 dataset=dataset,
                 on_step=lambda _: progress.update(_train_cost(settings)),
             )
+            student.load_state_dict(open_unet(run.result_file).state_dict)  # a complete run is not trained again
         progress.set_description(f"sampling: {name}")
         row, found[name] = judge(name, denoiser, settings, on_step=lambda n: progress.update(n))
         rows.append(row)

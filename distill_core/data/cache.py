@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from math import lcm
@@ -392,13 +393,15 @@ class CacheWriter:
         It replaces the existing index; to add to that, include its examples, which are `CachedDataset.entries`.
         """
         self.flush()
+        entries = list(entries)
         timesteps = None if timesteps is None else [int(t) for t in timesteps]
+        num_of = Counter(entry.source for entry in entries)
         index: dict[str, Any] = {
             "format": _FORMAT,
             "null": null,
             "timesteps": timesteps,
             "scales": scales,
-            "examples": [entry if entry.source else entry[:3] for entry in entries],
+            "examples": [entry if entry.source and num_of[entry.source] > 1 else entry[:3] for entry in entries],
         }
         if self._padded:
             index["padded"] = True
@@ -512,7 +515,7 @@ def _encode(
             name = latent_key(content, encoders.fingerprint, writer.dtype, size, mirrored)
             if not writer.has(name):
                 queues[size].add(name, (image, mirrored))
-            source = latent_key(content, encoders.fingerprint, writer.dtype, size) if flip else None
+            source = latent_key(content, encoders.fingerprint, writer.dtype, size)
             entries.append(Entry(name, named(image.caption), crop(original, size).sizes, source))
         on_item(number, len(images))
     for queue in (texts, *queues.values()):

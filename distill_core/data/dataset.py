@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import torch
@@ -294,13 +295,16 @@ def draw(dataset: Dataset, step: int, schedule: NoiseSchedule, batching: Batchin
 
 
 def held_out_batches(dataset: Dataset, schedule: NoiseSchedule, batching: Batching, limit: int) -> list[Batch]:
-    """At most ``limit`` batches of held-out examples, with noise and timesteps that are always the same."""
-    batches, plain = [], batching._replace(caption_dropout=0.0, noise_offset=0.0, input_perturbation=0.0)
-    for bucket in range(len(dataset.bucket_sizes)):
-        _, held_out = _split(dataset, bucket, batching)
-        batches += [dataset.read(bucket, picked) for picked in held_out.split(batching.batch_size) if len(picked)]
+    """At most ``limit`` batches of held-out examples, of every bucket in turn, with noise and timesteps that are always the same."""
+    plain = batching._replace(caption_dropout=0.0, noise_offset=0.0, input_perturbation=0.0)
+    of_buckets = [
+        [(bucket, picked) for picked in _split(dataset, bucket, batching)[1].split(batching.batch_size) if len(picked)]
+        for bucket in range(len(dataset.bucket_sizes))
+    ]
+    chosen = [part for turn in zip_longest(*of_buckets) for part in turn if part is not None][:limit]
     noised = []
-    for number, examples in enumerate(batches[:limit]):
+    for number, (bucket, picked) in enumerate(chosen):
+        examples = dataset.read(bucket, picked)
         batch = _noised(dataset, examples, schedule, plain, generator(batching.seed, number, "validation"))
         noised.append(_scaled(batch, examples, batching, number, "validation scales"))
     return noised

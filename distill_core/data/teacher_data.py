@@ -275,7 +275,7 @@ class _Job(NamedTuple):
     """Its key."""
 
     def entry(self, generation: GenerationSettings, null: Caption) -> Entry:
-        return Entry(self.name, self.text, _sizes(null, generation.size), self.text if generation.num_per_prompt > 1 else None)
+        return Entry(self.name, self.text, _sizes(null, generation.size), self.text)
 
 
 def _jobs(

@@ -121,6 +121,8 @@ class Data:
         if data.prompts is not None and training.uses_images:
             generation, schedule = self._generation, self.models.schedule
             check_trajectories(training, schedule, generation.kept(schedule), generation.scales)
+            if self.recipe.experts:
+                self.recipe.experts.check_stored(generation.kept(schedule), schedule)
         if training.sample_every_steps:
             if not samples.prompts:
                 raise ValueError("[samples]: prompts is missing; give prompts, or set sample_every_steps to 0")

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..base.documents import numbers, read_json
 from ..base.locks import locked
 from ..base.settings import OR_NONE, check_settings, setting
@@ -122,9 +124,33 @@ class ExpertsSettings:
             what = "the LoRAs share one base" if training.lora_rank else "the boundaries are measured on one student"
             raise ValueError(f"{what}, so all experts need one plan, got {num_plans}")
 
+    def check_stored(self, stored: Tensor | None, schedule: NoiseSchedule) -> None:
+        """``ValueError`` if a range holds none of the timesteps at which a dataset has states, (K,); None for a dataset without states."""
+        if stored is None:
+            return
+        if self.measured:
+            empty = num_error_bins(stored, schedule) < self.count
+        else:
+            ranges = self.ranges(schedule)
+            within = [ranges.timesteps(number, self.overlap) for number in range(len(ranges))]
+            empty = not all(any(t in timesteps for t in stored.tolist()) for timesteps in within)
+        if empty:
+            raise ValueError(
+                "the stored trajectories have no state in the range of some expert; store more states, or set trajectory_states to 0"
+            )
+
     def ranges(self, schedule: NoiseSchedule) -> TimestepRanges:
         """The ranges, if no measurement is needed."""
         return read_ranges(self.boundaries, schedule) if self.boundaries else SPLITS[self.split](schedule, self.count)
+
+
+def num_error_bins(stored: Tensor | None, schedule: NoiseSchedule) -> int:
+    """Bins of equal width in which an error is measured: as many as hold stored states each, (K,); None for any timesteps."""
+    most, count = min(NUM_ERROR_BINS, schedule.num_timesteps), schedule.num_timesteps
+    if stored is None:
+        return most
+    held = stored.tolist()  # timestep t is in bin ((t + 1) * bins - 1) // count
+    return next(bins for bins in range(most, 0, -1) if len({((t + 1) * bins - 1) // count for t in held}) == bins)
 
 
 def joint_settings(training: TrainingSettings, steps: int) -> TrainingSettings:
@@ -183,6 +209,7 @@ class OneToMany:
         self.starts = list(starts) if len(starts) == count else list(starts) * count
         self.plans = list(dict.fromkeys(_spelt(start.plan) for start in self.starts))
         settings.stages(training, schedule, len(self.plans))  # raises errors of settings
+        settings.check_stored(dataset.timesteps, schedule)
         if teachers is None and not (training.lora_rank and self.joint_steps == 0):
             raise ValueError(
                 "experts that learn from their own base must be LoRAs on it; set lora_rank above 0 and joint_steps to 0"
@@ -340,7 +367,7 @@ class OneToMany:
                 return
             if self.settings.measured and stage.startswith("joint"):
                 self._measure()
-        if self.step == self.total_steps and not self.complete:
+        if self.step == self.total_steps:
             self._assemble()
 
     def _tell(self, on_step: Callable[[Progress], None], before: int, progress: Progress) -> None:
@@ -422,7 +449,7 @@ class OneToMany:
                 student,
                 teacher,
                 self.dataset,
-                num_bins=min(NUM_ERROR_BINS, self.schedule.num_timesteps),
+                num_bins=num_error_bins(self.dataset.timesteps, self.schedule),
                 num_batches=math.ceil(NUM_ERROR_EXAMPLES / size),
                 batch_size=size,
                 seed=self.training.seed,
@@ -432,8 +459,8 @@ class OneToMany:
             write_text(path, json.dumps({"joint": joint, "boundaries": ranges.boundaries, "errors": errors}, indent=2) + "\n")
 
     def _assemble(self) -> None:
-        """Write the folder of experts."""
-        if self.processes.main:
+        """Write the folder of experts, unless it is there."""
+        if self.processes.main and not self.complete:
             steps = [self.training.total_steps] * len(self)
             base = self._base() if self.training.lora_rank else None
             files = [sound(self.result_of(f"range_{number}")) for number in range(len(self))]

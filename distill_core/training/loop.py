@@ -56,7 +56,7 @@ def distill(
 ) -> None:
     """Train the student for ``num_steps`` more steps, or until the run is complete.
 
-    Trains the student's network in place; teachers are only read. ``plan`` is the plan that pruned the teacher to the
+    Trains the student's network in place, and leaves it alone if the run is complete; teachers are only read. ``plan`` is the plan that pruned the teacher to the
     student, None if both have the same shape. ``on_step`` is called after each step; any exception it raises (such as a
     cancel) ends the training, and the run keeps every completed step. ``on_refit(done, total)`` is called before each part of
     refitting a student, and after the last; an exception it raises ends the training before its first step. Raises `OutOfMemory`,
@@ -108,9 +108,7 @@ def _train(trainer: Trainer, num_steps: int | None, previews: Previews | None, o
                 ):
                     trainer.save()
                 if previews and _is_sampled(run.settings, done) and trainer.keeps:
-                    with trainer.exported():
-                        folder, taught_by = run.folder / "samples", trainer.teachers.at(step)
-                        previews.draw(folder, done, trainer.student, taught_by, run.settings, write=processes.main)
+                    trainer.draw(previews, step)
                 on_step(Progress(done, run.settings.total_steps, row, (time.monotonic() - started) / (done - first)))
         finally:
             # A cancel or an error loses only the current step; a second Ctrl+C waits until the checkpoint is saved.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -75,7 +75,13 @@ def _drops(settings: TrainingSettings) -> bool:
 
 
 def _num_written(settings: TrainingSettings) -> int:
-    return ceil(settings.total_steps / settings.save_every_steps)
+    """Checkpoints that a run writes: regularly, at every validation if the best are kept, and at the end."""
+    intervals = {settings.save_every_steps}
+    if settings.keep_best:
+        intervals.add(settings.validate_every_steps)
+    total, both = settings.total_steps, lcm(*intervals)
+    regularly = sum(total // each for each in intervals) - (total // both if len(intervals) > 1 else 0)
+    return regularly + all(total % each for each in intervals)
 
 
 def checkpoint_bytes(shapes: Mapping[str, tuple[int, ...]], settings: TrainingSettings) -> int:

@@ -35,7 +35,7 @@ class Previews:
     seed: int = setting(0, within=SEEDS)
     latest: Path | None = None
     """Path of the newest sample image."""
-    _by_teacher: Tensor | None = field(default=None, repr=False)
+    _by_teacher: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         check_settings(self)
@@ -48,19 +48,21 @@ class Previews:
         teacher: Denoiser,
         training: TrainingSettings,
         *,
+        of_teacher: str = "teacher",
         write: bool = True,
     ) -> None:
         """Write ``folder/00000500.png``: the teacher's images above, the student's below.
 
         training: what the student learns; if it learns guidance, the teacher samples with that and the student without, and if it learns
-        to sample in a few steps, it samples in as many. write: False for a process that only takes part because the student is sharded.
+        to sample in a few steps, it samples in as many. of_teacher: the teacher's name; its images are drawn once. write: False for a process that only takes part because the student is sharded.
         """
         learnt = training.guidance != 1
-        if self._by_teacher is None:
-            self._by_teacher = self._images(teacher, training, training.guidance if learnt else self.guidance, self.num_steps)
+        if of_teacher not in self._by_teacher:
+            its_guidance = training.guidance if learnt else self.guidance
+            self._by_teacher[of_teacher] = self._images(teacher, training, its_guidance, self.num_steps)
         path, few = folder / f"{step:08d}.png", training.few_steps
         rows = {
-            f"teacher, {self.num_steps} steps" if few else "teacher": self._by_teacher,
+            of_teacher + f", {self.num_steps} steps" * bool(few): self._by_teacher[of_teacher],
             f"student, step {step}" + (f", {few} steps" if few else ""): self._images(
                 student,
                 training,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
     from .settings import TrainingSettings
+
+
+LONGEST_WAIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,12 @@ class Processes:
 
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return ALONE
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        return cls(Accelerator(), os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"))
+        # The recipe sets the precision. Processes wait for the main one while it encodes or draws the data.
+        patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+        alike = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=[patient])
+        return cls(alike, os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"))
 
     def check(self, settings: TrainingSettings) -> None:
         """Raise ``ValueError`` for settings that these processes cannot share."""

@@ -16,7 +16,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,21 +62,21 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     check_regular(folder / METRICS)
     with open(folder / METRICS, newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    names, *written = lines(text[: text.rfind("\n") + 1])[:-1] or [""]  # skips a row that is still being written
-    rows = [_row(names, line) for line in written]
+    header, *written = lines(text[: text.rfind("\n") + 1])[:-1] or [""]  # skips a row that is still being written
+    names = header.split(",")
+    rows = [_row(names, line.split(",")) for line in written]
     if unreadable := rows.count(None):
         log.warning("%d of %d rows of %s cannot be read and are skipped", unreadable, len(rows), folder / METRICS)
     return [row for row in rows if row is not None]
 
 
-def _row(names: str, line: str) -> dict[str, float] | None:
+def _row(names: Sequence[str], values: Sequence[str]) -> dict[str, float] | None:
     """A row of metrics; None if it is damaged."""
     try:
-        (row,) = csv.DictReader(io.StringIO(f"{names}\n{line}\n"))
-        measured = {name: float(value) for name, value in row.items() if value}
-    except (ValueError, TypeError, csv.Error):
+        measured = {name: float(value) for name, value in zip(names, values, strict=False) if value}
+    except ValueError:
         return None
-    return measured if math.isfinite(measured.get("step", math.nan)) and None not in row else None
+    return measured if math.isfinite(measured.get("step", math.nan)) and len(values) <= len(names) else None
 
 
 @dataclass(frozen=True, kw_only=True)

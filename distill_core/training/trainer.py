@@ -48,6 +48,7 @@ from .weighting import example_weights
 
 if TYPE_CHECKING:
     from ..lora.layers import Lora
+    from .previews import Previews
 
 NUM_TIMESTEP_BINS = 10
 MAX_VALIDATION_BATCHES = 8
@@ -75,14 +76,13 @@ class Trainer:
         if settings.guidance != 1 and dataset.null is None:
             raise ValueError("guidance needs the empty caption, which this dataset lacks; connect null_caption")
         check_trajectories(settings, student.schedule, dataset.timesteps, dataset.scales)
-        self.in_fp16 = settings.precision == "fp16" or student.computes_in_fp16
         compute = settings.compute_dtype
         self.autocast = torch.autocast(student.device.type, DTYPES[compute], enabled=compute != "fp32", cache_enabled=True)
-        self.done, self.sound = 0, True  # sound: no update was interrupted, all weights are finite
+        self.done, self.saved, self.sound = 0, 0, True  # sound: no update was interrupted, all weights are finite
         self.measured: Mapping[str, float] = {}  # metrics of the newest step that is done
         self._theirs: dict[int, dict[str, Tensor]] = {}
         self._next: tuple[int, Future[Batch]] | None = None
-        self._held_out: list[Batch] | None = None
+        self._held_out = self._validation_parts() if settings.validate_every_steps else []
 
     # --- opening and closing
 
@@ -90,8 +90,11 @@ class Trainer:
     def open(self) -> Iterator[None]:
         """Prepare the networks for training at the run's current step; set them back to inference afterwards."""
         network, settings = self.student.network, self.settings
-        if settings.weight_dtype == "bf16":
-            nn.Module.to(network, torch.bfloat16)  # diffusers' own `to` warns about modules to keep in fp32; there are none
+        in_half = next(network.parameters()).dtype.itemsize == 2
+        if settings.weight_dtype == "bf16" or (in_half and not settings.lora_rank):
+            # diffusers' own `to` warns about modules to keep in fp32; there are none
+            nn.Module.to(network, DTYPES[settings.weight_dtype])
+        self.in_fp16 = settings.precision == "fp16" or self.student.computes_in_fp16
         if self.settings.uses_teacher:
             # Load it first: if it shares the student's network, loading freezes the weights that are trained.
             teacher = self.teachers.at(self.run.step)
@@ -354,7 +357,7 @@ class Trainer:
         self._put_on(None if batch.scale is None else (batch.scale - 1) / (self.settings.guidance - 1))
         inputs, terms = (x_t, t, context, batch.label), dict[str, Tensor]()
         if objective.local:
-            terms = local_terms(student, self.teachers.at(step), inputs, objective.feature_loss, self.autocast)
+            terms = local_terms(student, self._teacher(step), inputs, objective.feature_loss, self.autocast)
         if objective.compares:
             from_teacher = self._teach(step, inputs, scale) if objective.uses_teacher else None
             aimed = self._aim(from_teacher, inputs, batch.t) if objective.consistency else None
@@ -371,15 +374,19 @@ class Trainer:
                 terms["consistency"] = pseudo_huber_loss(jump(student, outputs.prediction, x_t, way), aim)
         return terms
 
+    def _teacher(self, step: int) -> Denoiser:
+        """The teacher of a step; of a sequence, the one before it is let go first."""
+        if self.settings.teacher_mode == "sequence" and self.teachers.number_at(step) not in self._theirs:
+            self._theirs.clear()
+            self._taps.close()
+        return self.teachers.at(step)
+
     def _teach(self, step: int, inputs: StepInputs, scale: float | Tensor) -> Outputs:
         """The outputs of the teacher of a step."""
-        teacher, number = self.teachers.at(step), self.teachers.number_at(step)
+        teacher, number = self._teacher(step), self.teachers.number_at(step)
         if number not in self._theirs:
-            if self._theirs and self._feature_layers(teacher) != self.layers:
+            if self._feature_layers(teacher) != self.layers:
                 raise ValueError("the teachers have different shapes; all teachers of a run must have one architecture")
-            if self.settings.teacher_mode == "sequence":
-                self._theirs.clear()
-                self._taps.close()
             self._theirs[number] = self._taps.enter_context(tap(teacher, self.layers))
         features = self._theirs[number]
         return teacher_outputs(teacher, features, inputs, self.layers, self.student, null=self.dataset.null, scale=scale)
@@ -433,16 +440,34 @@ class Trainer:
         if self.learner.overflowed(values["norm"]):
             raise FloatingPointError(_not_finite("the gradient is not finite", step))
 
+    def _validation_parts(self) -> list[Batch]:
+        """What validation computes one after another, no more at once than is trained on."""
+        size = self.processes.part_size(self.settings.batch_size, self.settings.accumulation_steps)
+        batches = held_out_batches(self.dataset, self.student.schedule, self.settings.batching, MAX_VALIDATION_BATCHES)
+        if not batches:
+            raise ValueError("validation_share holds out no example of this small dataset; raise it, or turn validation off")
+        return [batch.part(slice(start, start + size)) for batch in batches for start in range(0, len(batch.t), size)]
+
     @torch.no_grad()
     def validate(self, step: int) -> float:
         """Mean loss of the exported weights over held-out examples."""
-        if self._held_out is None:
-            self._held_out = held_out_batches(self.dataset, self.student.schedule, self.settings.batching, MAX_VALIDATION_BATCHES)
-        if not self._held_out:
-            raise ValueError("validation_share holds out no example of this small dataset; raise it, or turn validation off")
         with self.exported():
-            totals = [self.losses(batch, step, self.objective)[1] for batch in self._held_out]
+            totals = [self.losses(part, step, self.objective)[1] for part in self._held_out]
         return torch.cat(totals).mean().item()
+
+    def draw(self, previews: Previews, step: int) -> None:
+        """Draw sample images by the teacher of a step and by the exported student."""
+        number = f" {self.teachers.number_at(step) + 1}" if len(self.teachers) > 1 else ""
+        with self.exported():
+            previews.draw(
+                self.run.folder / "samples",
+                self.done,
+                self.student,
+                self.teachers.at(step),
+                self.settings,
+                of_teacher=f"teacher{number}",
+                write=self.processes.main,
+            )
 
     # --- exports and checkpoints
 
@@ -483,7 +508,7 @@ class Trainer:
             tensors = with_prefix("optimizer", tensors)
             if self.average or self.learner.optimizer.averages:
                 tensors |= {f"weights/{name}": whole(weight.detach()).cpu().clone() for name, weight in self.parameters.items()}
-            if self.target and self.settings.jumps_from(self.done):
+            if self.target:  # also at the end, as the run may be given more steps
                 tensors |= with_prefix("target", self.target.weights)
             if self.fake:
                 of_fake, rest["fake"] = self.fake.state()
@@ -495,11 +520,12 @@ class Trainer:
                 state = State(self.done, weights, tensors, rest)
                 if self.processes.main:
                     self.run.save(state, self.trained)
+        self.saved = self.done
         self.processes.wait()
 
     def save_if_sound(self) -> None:
         """Write a checkpoint if there are new steps and the weights are sound."""
-        if self.sound and self.done > self.run.step:
+        if self.sound and self.done > self.saved:  # not as on the disk, where another process may have just written it
             self.save()
 
     def _restore(self) -> None:
@@ -526,7 +552,7 @@ class Trainer:
         if self.fake:
             self.fake.load(without_prefix("fake", state.tensors), state.rest["fake"])
         self.learner.load(without_prefix("optimizer", state.tensors), state.rest)
-        self.done = state.step
+        self.done = self.saved = state.step
 
 
 def _not_finite(what: str, step: int, where: str = "", keeps: str = "every step before it") -> str:

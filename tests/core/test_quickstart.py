@@ -1,7 +1,9 @@
 import json
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from distill_core.demo.score import every_prompt
 from distill_core.networks.files import open_unet
@@ -63,11 +65,20 @@ def _measured(row):
 SAMPLED = len(every_prompt(TINY.num_prompts, TINY.seed)) * TINY.sample_steps * 2
 
 
-@pytest.mark.parametrize("cancel_at", [1, 2 * SAMPLED + 4 * TINY.batch_size * 2], ids=["at once", "while it trains"])
+TRAINED = 4 * TINY.batch_size * TINY.train_steps
+
+
+@pytest.mark.parametrize(
+    "cancel_at",
+    [1, 2 * SAMPLED + 4 * TINY.batch_size * 2, 2 * SAMPLED + TRAINED + 1],
+    ids=["at once", "while it trains", "when it is trained"],
+)
 def test_an_interrupted_one_ends_as_the_uninterrupted(cancel_at, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quickstart(tmp_path / "out", TINY, Bar(cancel_at=cancel_at))
     bar = Bar()
     rows = quickstart(tmp_path / "out", TINY, bar)
+    theirs, ours = (load_file(out / "student.safetensors") for out in (finished[0], tmp_path / "out"))
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
     assert [_measured(row) for row in rows] == [_measured(row) for row in finished[1]]
     assert bar.count == work(TINY)

@@ -222,6 +222,15 @@ def test_mirrored_images_are_mirrored(pictures, tmp_path):
     assert encoded(pictures, Plain(), tmp_path / "other").sources(0) is None
 
 
+def test_the_same_image_twice_is_of_one_source(pictures, tmp_path):
+    (pictures / "twin.png").write_bytes((pictures / "0.png").read_bytes())
+    (pictures / "twin.txt").write_text("other words")
+    dataset = encoded(pictures, Plain(), tmp_path / "cache")
+    sources = [dataset.sources(bucket) for bucket in range(3)]
+    (sizes,) = ([int(each.unique().numel()), len(each)] for each in sources if each is not None)
+    assert sizes == [3, 4]
+
+
 def test_names_and_order_of_files_do_not_matter(pictures, tmp_path):
     dataset = encoded(pictures, Plain(), tmp_path / "cache")
     for i in range(9):

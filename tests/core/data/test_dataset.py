@@ -199,6 +199,20 @@ def test_held_out_examples_are_never_trained_on(share):
     assert len(held_out_batches(data, SCHEDULE, batching, 1)) == 1
 
 
+def test_held_out_batches_are_of_every_size_and_no_more_is_read():
+    read = []
+
+    class Counting(LatentDataset):
+        def read(self, bucket, picked):
+            read.append(len(picked))
+            return super().read(bucket, picked)
+
+    shapes = [(8, 8), (8, 12), (16, 8)]
+    data = Counting([Bucket(latents=torch.randn(40, 4, *shape), contexts=torch.randn(1, 3, 5)) for shape in shapes])
+    batches = held_out_batches(data, SCHEDULE, Batching(batch_size=4, seed=3, held_out=0.2), 4)
+    assert [tuple(batch.x0.shape[2:]) for batch in batches] == [*shapes, shapes[0]] and read == [4] * 4
+
+
 class Mirrored(LatentDataset):
     """Every two examples that follow one another are of one image."""
 

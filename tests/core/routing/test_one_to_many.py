@@ -1,6 +1,7 @@
 """Experts of ranges: each sees timesteps of its own alone, and a training left at any step goes on as if it had not been."""
 
 import copy
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from distill_core.networks.files import open_unet
 from distill_core.pruning.plan import plan_in, preset
 from distill_core.routing import one_to_many
 from distill_core.routing.experts import Experts
-from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
+from distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start, num_error_bins
 from distill_core.routing.router import ExpertDenoiser
 from distill_core.training.live import history
 from distill_core.training.run import Inputs, Run
@@ -386,6 +387,33 @@ def test_measured_boundaries_even_out_the_error_of_the_joint_student(training, t
     measured.train()
     again = training(tmp_path / "x", choice, recipe)
     assert again.complete and again.experts.ranges == measured.ranges and len(again.experts.ranges) == 3
+
+
+def of_states(data, *timesteps):
+    (bucket,) = data.buckets
+    states = bucket.latents[:, None].expand(-1, len(timesteps), -1, -1, -1)
+    return LatentDataset([replace(bucket, states=states)], data.null, torch.tensor(timesteps))
+
+
+def test_errors_are_measured_in_bins_that_hold_stored_states():
+    assert num_error_bins(None, scaled_linear()) == 50 and num_error_bins(torch.arange(1000), scaled_linear()) == 50
+    for stored in (torch.tensor([999, 879, 759, 639, 519, 399, 279, 159]), torch.arange(999, -1, -40), torch.tensor([3])):
+        bins = num_error_bins(stored, scaled_linear())
+        edges = [1000 * i // bins for i in range(bins + 1)]
+        assert all(((stored >= start) & (stored < end)).any() for start, end in itertools.pairwise(edges))
+    assert num_error_bins(torch.arange(39, 1000, 40), scaled_linear()) == 25
+
+
+@pytest.mark.parametrize(("settings", "timesteps", "fits"), [
+    (TWO, (999, 700, 100), True), (TWO, (999, 700, 600), False), (replace(TWO, overlap=120), (999, 700, 600), True),
+    (replace(TWO, split="error"), (999, 700, 100), True), (replace(TWO, split="error"), (999, 700, 600), False),
+])  # fmt: skip
+def test_each_expert_needs_stored_states(settings, timesteps, fits, training, data, tmp_path):
+    if fits:
+        training(tmp_path / "x", settings, dataset=of_states(data, *timesteps)).train()
+        return
+    with pytest.raises(ValueError, match="no state in the range of some expert"):
+        training(tmp_path / "x", settings, dataset=of_states(data, *timesteps))
 
 
 # --- refused

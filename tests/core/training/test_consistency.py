@@ -248,7 +248,18 @@ def test_validation_asks_after_the_last_step_too(small_teacher, small_data, tmp_
     base = copied(small_teacher)
     distill(run := Run(tmp_path / "run", recipe), student=base, teacher=WithoutLora(base), plan=None, dataset=small_data)
     assert run.complete and all(row["validation"] > 0 for row in run.metrics())
-    assert not any(name.startswith("target/") for name in read_header(run.checkpoints[-1] / TRAINING).tensors)
+
+
+def test_a_complete_run_is_given_more_steps(small_teacher, small_data, tmp_path):
+    runs = []
+    for name, parts in (("parts", (2, 4)), ("whole", (4,))):
+        base = copied(small_teacher)
+        for total in parts:
+            run = Run(tmp_path / name, replace(RECIPE, total_steps=total, lr_schedule="constant"))
+            distill(run, student=base, teacher=WithoutLora(base), plan=None, dataset=small_data)
+            base = copied(small_teacher)
+        runs.append(read_header(run.result_file).tensors)
+    assert all(torch.equal(runs[0][name].read(), weight.read()) for name, weight in runs[1].items())
 
 
 # --- what cannot be

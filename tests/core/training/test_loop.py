@@ -42,6 +42,11 @@ def plain(tmp_path_factory, small_teacher, small_data):
     return {n: weights(train(folder / str(n), small_teacher, small_data, num_steps=n)[0]) for n in counts}
 
 
+def sample_images(data):
+    captions = [Caption(context) for context in data.read(0, torch.arange(2)).contexts]
+    return Previews(captions=captions, null=data.null, latent_shape=(4, 8, 8), num_steps=2, decode=lambda latents: latents[:, :3])
+
+
 def in_float64(denoiser):
     """So narrow a network normalises over two or three numbers: in float32 its gradients hang on the last digit."""
     denoiser.network.double()
@@ -287,6 +292,8 @@ def test_of_teachers_in_sequence_only_one_is_in_memory(tmp_path, small_teacher, 
     recipe, there, most = replace(RECIPE, total_steps=3), [], []
 
     def load(seed):
+        gc.collect()
+        assert not any(network() is not None for network in there)
         there.append(weakref.ref((teacher := teacher_like(small_teacher, seed)).network))
         return teacher
 
@@ -297,6 +304,16 @@ def test_of_teachers_in_sequence_only_one_is_in_memory(tmp_path, small_teacher, 
     train(tmp_path / "run", None, data, recipe, student=student_of(small_teacher, PLAN), on_step=count,
           teachers=Teachers([lambda n=n: load(n) for n in range(3)], recipe))  # fmt: skip
     assert len(there) == 3 and most == [1, 1, 1]
+
+
+def test_sample_images_are_beside_those_of_the_teacher_who_taught(tmp_path, small_teacher, data):
+    recipe = replace(RECIPE, total_steps=4, sample_every_steps=1)
+    pair = [small_teacher, teacher_like(small_teacher, 1)]
+    previews = sample_images(data)
+    train(tmp_path / "run", None, data, recipe, student=student_of(small_teacher, PLAN), previews=previews,
+          teachers=Teachers([lambda t=t: t for t in pair], recipe))  # fmt: skip
+    first, second = (previews._by_teacher[name] for name in ("teacher 1", "teacher 2"))
+    assert len(previews._by_teacher) == 2 and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("mode", ["sequence", "mixture"])
@@ -444,17 +461,35 @@ def test_interrupted_while_it_gives_out_weights_a_run_keeps_its_own(change, tmp_
     assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.metrics()[1]["total"] == whole.metrics()[1]["total"]
 
 
-def test_validation_without_examples_is_refused(tmp_path, small_teacher, data):
+def test_validation_without_examples_is_refused_before_the_first_step(tmp_path, small_teacher, data):
+    recipe = replace(RECIPE, validation_share=0.01, validate_every_steps=1)
     with pytest.raises(ValueError, match="holds out no example"):
-        train(tmp_path / "run", small_teacher, data, replace(RECIPE, validation_share=0.01, validate_every_steps=1))
+        train(tmp_path / "run", small_teacher, data, recipe, on_step=pytest.fail)
+
+
+def test_validation_computes_no_more_at_once_than_training(tmp_path, small_teacher, data):
+    recipe = replace(RECIPE, batch_size=4, accumulation_steps=4, validation_share=0.25, validate_every_steps=1, total_steps=1)
+    student, sizes = student_of(small_teacher, PLAN), []
+    student.network.register_forward_pre_hook(lambda module, inputs: sizes.append((module.training, len(inputs[0]))))
+    parts, _ = train(tmp_path / "parts", small_teacher, data, recipe, student=student)
+    assert {*sizes} == {(True, 1), (False, 1)}
+    whole, _ = train(tmp_path / "whole", small_teacher, data, replace(recipe, accumulation_steps=1))
+    assert parts.metrics()[0]["validation"] == pytest.approx(whole.metrics()[0]["validation"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_student_of_16_bits_is_trained_in_the_precision_of_the_setting(dtype, tmp_path, small_teacher, data):
+    student = student_of(small_teacher, PLAN)
+    student.network.to(dtype)
+    run, _ = train(tmp_path / "run", small_teacher, data, replace(RECIPE, total_steps=1), student=student)
+    assert {weight.dtype for weight in weights(run).values()} == {torch.float32}
+    assert "scale" not in run.metrics()[0]
 
 
 def test_previews_are_drawn_beside_the_teachers_every_so_often(tmp_path, small_teacher, data):
     from PIL import Image
 
-    examples = data.read(0, torch.arange(2))
-    previews = Previews(captions=[Caption(c) for c in examples.contexts], null=data.null, latent_shape=(4, 8, 8), num_steps=2,
-                        decode=lambda latents: latents[:, :3])  # fmt: skip
+    previews = sample_images(data)
     run, _ = train(tmp_path / "run", small_teacher, data, replace(RECIPE, sample_every_steps=2, total_steps=4), previews=previews)
     files = sorted((run.folder / "samples").iterdir())
     assert [file.name for file in files] == ["00000002.png", "00000004.png"] and previews.latest == files[1]

@@ -121,7 +121,16 @@ def test_what_runs_take_one_after_another_is_what_each_keeps_and_one_more(tmp_pa
     whole, lora = ExpertsSettings(count=3, joint_steps=1), replace(RECIPE, lora_rank=4)
     assert disk_bytes(SHAPES, [RECIPE]) == 3 * each and disk_bytes(SHAPES, [short]) == each
     assert disk_bytes(SHAPES, whole.stages(RECIPE, scaled_linear())) == (1 + 3 * 2 + 1) * each
-    assert disk_bytes(SHAPES, whole.stages(lora, scaled_linear(), num_plans=2)) == 2 * each
+    assert disk_bytes(SHAPES, whole.stages(RECIPE, scaled_linear(), num_plans=2)) == (2 + 3 * 2 + 1) * each
+    assert disk_bytes(SHAPES, whole.stages(lora, scaled_linear())) == each
+
+
+@pytest.mark.parametrize(("every", "total", "num"), [(1, 6, 6), (4, 6, 2), (6, 6, 1), (4, 12, 4), (4, 13, 5)])
+def test_checkpoints_at_validations_count_if_the_best_are_kept(every, total, num):
+    """Every sixth step, at each validation, and at the end."""
+    recipe = replace(RECIPE, save_every_steps=6, total_steps=total, validation_share=0.25, validate_every_steps=every)
+    assert preflight._num_written(replace(recipe, keep_best=1)) == num
+    assert preflight._num_written(recipe) == -(-total // 6)
 
 
 def test_room_is_that_of_the_place_where_the_folder_will_be(monkeypatch, tmp_path):
