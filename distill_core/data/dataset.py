@@ -211,6 +211,13 @@ class Batching(NamedTuple):
     scales: tuple[float, float] | None = None
     """Lowest and highest guidance scale; each example gets one between them. None for no scales."""
 
+    def timesteps_of(self, schedule: NoiseSchedule) -> tuple[int, int]:
+        """The range [start, end) of timesteps to draw; ``ValueError`` if the schedule has fewer."""
+        first, end = self.within or (0, schedule.num_timesteps)
+        if end > schedule.num_timesteps:
+            raise ValueError(f"timestep_range ends at {end}, but the schedule has {schedule.num_timesteps} timesteps")
+        return first, end
+
 
 TIMESTEPS = {
     "uniform": lambda size, count, random: torch.randint(count, (size,), generator=random),
@@ -328,9 +335,7 @@ def _scaled(batch: Batch, examples: Examples, batching: Batching, number: int, p
 def _noised(dataset: Dataset, examples: Examples, schedule: NoiseSchedule, batching: Batching, random: torch.Generator) -> Batch:
     x0, context, label = examples.latents.float(), examples.contexts.float(), examples.label
     eps = torch.randn(x0.shape, generator=random)
-    first, end = batching.within or (0, schedule.num_timesteps)
-    if end > schedule.num_timesteps:
-        raise ValueError(f"timestep_range ends at {end}, but the schedule has {schedule.num_timesteps} timesteps")
+    first, end = batching.timesteps_of(schedule)
     t = first + TIMESTEPS[batching.timesteps](len(x0), end - first, random)
     dropped = torch.rand(len(x0), generator=random) < batching.caption_dropout
     if dataset.null is not None:

@@ -14,6 +14,7 @@ from ..training.memory import Forecast
 from ..training.preflight import check_experts_run, check_run
 from ..training.processes import ALONE, Processes
 from ..training.run import Run
+from ..training.teachers import shares_of
 from .data import Data, OnItem
 from .models import Models
 from .opening import open_models
@@ -116,6 +117,9 @@ def _check_run(models: Models, only: int | None) -> None:
     """Raise errors that can be found before data are read."""
     training, experts, shapes = models.recipe.training, models.recipe.experts, models.architecture.shapes
     models.check_lesson()
+    training.batching.timesteps_of(models.schedule)
+    if training.uses_teacher:
+        shares_of(training, len(models.recipe.teachers))
     if experts is None or not isinstance(models, UNetModels):
         if only is not None:
             raise ValueError("this recipe trains a single student; add [experts] to train one for a range")

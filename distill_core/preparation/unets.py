@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
+import torch
+
 from ..base.precision import DTYPES
 from ..base.storage import fingerprint
 from ..data.dataset import Dataset, largest_example
 from ..demo.teacher import teacher_file
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, Load, check_trainable
 from ..diffusion.schedule import NoiseSchedule, of_sampling
-from ..lora.layers import without_lora
+from ..lora.layers import trained_shapes, without_lora
 from ..networks.architecture import Architecture
-from ..networks.build import load_unet
+from ..networks.build import build_unet, load_unet
 from ..networks.files import UNetFile, open_unet
 from ..networks.quantised import QUANTISED, computes, hold, kept_bytes
 from ..pruning.plan import PruningPlan, name_map, plan_between, plan_in, pruned
@@ -107,7 +109,17 @@ class UNetModels(Models):
         theirs = {(weights, file.sampling) for weights, file in zip(self.fingerprints, self.teacher_files, strict=True)}
         ours = self.student_file and (self.student_fingerprint, self.student_file.sampling)
         same = not self.recipe.experts and theirs == {ours}
-        check_lesson(self.recipe.training, self.teacher_files[0].architecture, self.architecture, same)
+        training = self.recipe.training
+        check_lesson(training, self.teacher_files[0].architecture, self.architecture, same)
+        if training.lora_rank:
+            self._check_lora(training)
+
+    def _check_lora(self, training: TrainingSettings) -> None:
+        """``ValueError`` for a LoRA that the student cannot have."""
+        with torch.device("meta"):
+            network = build_unet(self.architecture)
+        student = DiffusersDenoiser(network=network, architecture=self.architecture)
+        trained_shapes(student, training.lora_rank, training.lora_targets, training.lora_dora)
 
     def inputs(self, data: Dataset) -> Inputs:
         return Inputs(teachers=tuple(self.fingerprints), student=self.student_fingerprint, data=data.fingerprint)

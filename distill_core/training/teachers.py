@@ -12,6 +12,14 @@ from ..diffusion.denoiser import Denoiser, Load
 from .settings import TrainingSettings
 
 
+def shares_of(settings: TrainingSettings, count: int) -> tuple[float, ...]:
+    """The share of each of several teachers in a run; ``ValueError`` if their number differs."""
+    shares = settings.teacher_shares or (1.0,) * count
+    if len(shares) != count or not count:
+        raise ValueError(f"teacher_shares has {len(shares)} entries, but there are {count} teachers; give one for each")
+    return shares
+
+
 class Teachers:
     """Selects the teacher of each step, as a pure function of the step; each teacher is loaded when first needed.
 
@@ -20,9 +28,7 @@ class Teachers:
     """
 
     def __init__(self, load: Sequence[Load], settings: TrainingSettings):
-        shares = settings.teacher_shares or (1.0,) * len(load)
-        if len(shares) != len(load) or not load:
-            raise ValueError(f"teacher_shares has {len(shares)} entries, but there are {len(load)} teachers; give one for each")
+        shares = shares_of(settings, len(load))
         self._load, self._settings = load, settings
         self._loaded: dict[int, Denoiser] = {}
         total = sum(shares)
