@@ -76,7 +76,8 @@ def _row(names: Sequence[str], values: Sequence[str]) -> dict[str, float] | None
         measured = {name: float(value) for name, value in zip(names, values, strict=False) if value}
     except ValueError:
         return None
-    return measured if math.isfinite(measured.get("step", math.nan)) and len(values) <= len(names) else None
+    sound = math.isfinite(measured.get("step", math.nan)) and not any(map(math.isinf, measured.values()))
+    return measured if sound and len(values) <= len(names) else None
 
 
 @dataclass(frozen=True, kw_only=True)
