@@ -598,7 +598,9 @@ def test_killed_while_students_train_and_resumed_it_is_as_if_nothing_had_happene
     ([("learning_rate = 1e-3", "learning_rate = 1e-3\ntimestep_range = [0, 500]")], [], "each has its own; remove it"),
     ([("[experts]\ncount = 2\njoint_steps = 2", "")], ["--range", "0"], "this recipe trains a single student"),
 ])  # fmt: skip
-def test_experts_that_cannot_be_end_in_one_sentence_before_data_are_made(changes, arguments, message, folder, capsys, monkeypatch):
+def test_experts_that_cannot_be_end_in_one_sentence_before_data_are_made(
+    changes, arguments, message, folder, capsys, monkeypatch
+):
     import re
 
     monkeypatch.setattr(Data, "dataset", None)

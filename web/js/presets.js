@@ -5,7 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { after, inputInPlaceOf, outside } from "./graph.js";
+import { after, inputInPlaceOf, isLeftBehind, outside } from "./graph.js";
 
 const PRUNES = ["DistillPruneUNetBlocks", "DistillPruneTransformerBlocks"];
 const MEASURES = "DistillBenchmarkPresets";
@@ -93,9 +93,7 @@ async function refresh(node) {
 
 /** All lists anew; those of nodes that are in no graph any more are forgotten. */
 function refreshAll() {
-  const root = app.rootGraph ?? app.graph;
-  const graphs = new Set([root, ...(root?.subgraphs?.values() ?? [])]);
-  for (const node of lists.keys()) if (node.graph && !graphs.has(node.graph)) lists.delete(node);
+  for (const node of lists.keys()) if (isLeftBehind(node)) lists.delete(node);
   return Promise.all([...lists.keys()].map(refresh));
 }
 
