@@ -11,7 +11,7 @@ from ..distill_core.base.settings import limits_of
 from ..distill_core.diffusion.ranges import read_boundaries
 from ..distill_core.evaluation import plots
 from ..distill_core.networks.files import open_unet
-from ..distill_core.routing.experts import MANIFEST, Experts
+from ..distill_core.routing.experts import Experts
 from ..distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from ..distill_core.training.lesson import check_lesson
 from ..distill_core.training.live import metrics_of
@@ -226,7 +226,7 @@ class LoadTimestepExperts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str):
-        return (bridge.experts_folder(name) / MANIFEST).stat().st_mtime_ns
+        return bridge.fingerprint_of(bridge.experts_written, name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
