@@ -223,6 +223,10 @@ def test_loras_on_one_base(server):
     assert not torch.equal(by_hand, drawn_by(server, nodes, ["range 1", 0], "one lora"))
 
 
+def test_a_network_loaded_for_one_base_is_handed_back(found):
+    assert found("sharing.handed_back") == [[1, 0, True], [2, 0, True]]
+
+
 def test_boundaries_and_overlap_reach_the_students(server):
     """And a recipe that asks for sample pictures, which none of them could draw, is no obstacle."""
     nodes = {"recipe": recipe(sample_every_steps=1)}
