@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -85,6 +86,8 @@ def prune(arguments: argparse.Namespace) -> None:
             f"{arguments.out} will be a folder with --layout diffusers; leave out .safetensors, or choose another layout"
         )
     teacher = open_network(arguments.teacher)
+    weights = {tensor.path for tensor in teacher.tensors.values()}
+    _check_keeps_inputs(arguments.out, *weights, arguments.lora, arguments.plan)
     plan = _plan(arguments, teacher.architecture)
     change = {"change": partial(merged, teacher=teacher.architecture, lora=arguments.lora)} if arguments.lora else {}
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
@@ -180,6 +183,7 @@ def remap_lora(arguments: argparse.Namespace) -> None:
     from .pruning.plan import name_map
 
     _check_suffix(arguments.out)
+    _check_keeps_inputs(arguments.out, arguments.lora, arguments.teacher, arguments.plan)
     teacher = open_network(arguments.teacher).architecture
     mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
@@ -197,6 +201,7 @@ def convert_lora(arguments: argparse.Namespace) -> None:
     from .networks.files import open_unet
 
     _check_suffix(arguments.out)
+    _check_keeps_inputs(arguments.out, arguments.lora, arguments.model)
     model = open_unet(arguments.model).architecture
     num_layers = convert_lora_file(arguments.lora, arguments.out, model, overwrite=arguments.overwrite)
     if arguments.json:
@@ -289,6 +294,13 @@ def _check_image(arguments: argparse.Namespace) -> None:
 def _check_suffix(out: Path) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, the format of the file; choose such a name")
+
+
+def _check_keeps_inputs(out: Path, *inputs: Path | str | None) -> None:
+    """Raise ``ValueError`` if what is written would replace what it is made from, or a folder that holds that."""
+    for path in [path for path in inputs if path and os.path.exists(path)]:
+        if out.exists() and any(out.samefile(place) for place in (path, *Path(path).resolve().parents)):
+            raise ValueError(f"{out} would replace {path}, which it is made from; choose another name")
 
 
 def _distinct_names(files: Sequence[Path]) -> list[str]:

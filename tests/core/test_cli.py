@@ -59,8 +59,28 @@ def test_inspect_reads_the_demo(capsys):
             "nowhere.safetensors does not exist",
         ),
         (
-            ["prune", "{teacher}", "{teacher}", "--preset", "bk-sdm-base"],
+            ["prune", "{teacher}", "{tmp}/there.safetensors", "--preset", "bk-sdm-base"],
             "exists already; choose another name, or add --overwrite",
+        ),
+        (
+            ["prune", "{teacher}", "{tmp}/../{tmp.name}/teacher.safetensors", "--preset", "bk-sdm-base", "--overwrite"],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["prune", "{teacher}", "{tmp}", "--preset", "bk-sdm-base", "--layout", "diffusers", "--overwrite"],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["prune", "{teacher}", "{tmp}/there.safetensors", "--preset", "bk-sdm-base", "--lora", "{tmp}/there.safetensors"],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["remap-lora", "{tmp}/there.safetensors", "{teacher}", "--teacher", "{teacher}", "--preset", "bk-sdm-base"],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["convert-lora", "{tmp}/there.safetensors", "{tmp}/there.safetensors", "--model", "{teacher}", "--overwrite"],
+            "which it is made from; choose another name",
         ),
         (["prune", "{teacher}", "{tmp}/o.safetensors", "--plan", "nowhere.json"], "nowhere.json does not exist"),
         (["prune", "{teacher}", "{tmp}/o.ckpt", "--preset", "bk-sdm-base"], "o.ckpt must end in .safetensors"),
@@ -83,6 +103,7 @@ def test_inspect_reads_the_demo(capsys):
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_2(arguments, message, teacher, tmp_path, capsys):
+    (tmp_path / "there.safetensors").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     assert main([a.format(teacher=teacher, tmp=tmp_path) for a in arguments]) == 2
     error = capsys.readouterr().err
