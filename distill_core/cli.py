@@ -609,7 +609,10 @@ def _ended_in_order() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for invalid input, 130 if interrupted, 143 if terminated."""
+    """Run a command; returns the exit status: 0, 2 for invalid input, 130 if interrupted, 143 if terminated.
+
+    141 if what reads its output has ended, as head does: nobody is left to tell, and nothing went wrong.
+    """
     from .base.storage import ExistsError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -617,6 +620,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         with _ended_in_order():
             arguments.function(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 141
     except ExistsError as error:
         print(f"distill: {error.path} exists already; choose another name, or add --overwrite", file=sys.stderr)
         return 2

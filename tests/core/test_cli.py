@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -117,6 +118,16 @@ def test_bad_options_exit_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no error of its own for it")
+def test_it_ends_quietly_when_nobody_reads_its_output_any_more():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "distill_core", "recipes", "four-experts"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
