@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .networks.network import Network
+    from .networks.network import Network, NetworkFile
     from .pruning.plan import PruningPlan
 
 
@@ -86,8 +86,7 @@ def prune(arguments: argparse.Namespace) -> None:
             f"{arguments.out} will be a folder with --layout diffusers; leave out .safetensors, or choose another layout"
         )
     teacher = open_network(arguments.teacher)
-    weights = {tensor.path for tensor in teacher.tensors.values()}
-    _check_keeps_inputs(arguments.out, *weights, arguments.lora, arguments.plan)
+    _check_keeps_inputs(arguments.out, teacher, arguments.lora, arguments.plan)
     plan = _plan(arguments, teacher.architecture)
     change = {"change": partial(merged, teacher=teacher.architecture, lora=arguments.lora)} if arguments.lora else {}
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
@@ -183,8 +182,9 @@ def remap_lora(arguments: argparse.Namespace) -> None:
     from .pruning.plan import name_map
 
     _check_suffix(arguments.out)
-    _check_keeps_inputs(arguments.out, arguments.lora, arguments.teacher, arguments.plan)
-    teacher = open_network(arguments.teacher).architecture
+    file = open_network(arguments.teacher)
+    _check_keeps_inputs(arguments.out, file, arguments.lora, arguments.plan)
+    teacher = file.architecture
     mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
         arguments.lora, arguments.out, teacher, mapping, layout=arguments.layout, overwrite=arguments.overwrite
@@ -201,9 +201,9 @@ def convert_lora(arguments: argparse.Namespace) -> None:
     from .networks.files import open_unet
 
     _check_suffix(arguments.out)
-    _check_keeps_inputs(arguments.out, arguments.lora, arguments.model)
-    model = open_unet(arguments.model).architecture
-    num_layers = convert_lora_file(arguments.lora, arguments.out, model, overwrite=arguments.overwrite)
+    model = open_unet(arguments.model)
+    _check_keeps_inputs(arguments.out, model, arguments.lora)
+    num_layers = convert_lora_file(arguments.lora, arguments.out, model.architecture, overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps({"file": str(arguments.out), "num_layers": num_layers}, indent=2))
     else:
@@ -296,9 +296,10 @@ def _check_suffix(out: Path) -> None:
         raise ValueError(f"{out} must end in .safetensors, the format of the file; choose such a name")
 
 
-def _check_keeps_inputs(out: Path, *inputs: Path | str | None) -> None:
+def _check_keeps_inputs(out: Path, network: NetworkFile, *others: Path | str | None) -> None:
     """Raise ``ValueError`` if what is written would replace what it is made from, or a folder that holds that."""
-    for path in [path for path in inputs if path and os.path.exists(path)]:
+    weights = {tensor.path for tensor in network.tensors.values()}
+    for path in [path for path in (*weights, *others) if path and os.path.exists(path)]:
         if out.exists() and any(out.samefile(place) for place in (path, *Path(path).resolve().parents)):
             raise ValueError(f"{out} would replace {path}, which it is made from; choose another name")
 

@@ -76,7 +76,15 @@ def test_inspect_reads_the_demo(capsys):
             "which it is made from; choose another name",
         ),
         (
-            ["remap-lora", "{tmp}/there.safetensors", "{teacher}", "--teacher", "{teacher}", "--preset", "bk-sdm-base"],
+            [
+                "remap-lora",
+                "l",
+                "{folder}/diffusion_pytorch_model.safetensors",
+                "--teacher",
+                "{folder}",
+                "--preset",
+                "bk-sdm-base",
+            ],
             "which it is made from; choose another name",
         ),
         (
@@ -105,8 +113,10 @@ def test_inspect_reads_the_demo(capsys):
 )
 def test_bad_input_ends_in_one_sentence_and_2(arguments, message, teacher, tmp_path, capsys):
     (tmp_path / "there.safetensors").write_bytes(b"")
+    file, folder = open_unet(teacher), tmp_path / "folder"
+    save_unet(folder, file.state_dict, file.architecture, layout="diffusers")
     before = sorted(tmp_path.rglob("*"))
-    assert main([a.format(teacher=teacher, tmp=tmp_path) for a in arguments]) == 2
+    assert main([a.format(teacher=teacher, tmp=tmp_path, folder=folder) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("distill: ") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
