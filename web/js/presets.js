@@ -110,9 +110,12 @@ app.registerExtension({
     const all = [...options.values];
     options.values = [...all];
     options.getOptionLabel = getOptionLabel;
-    lists.set(node, { all, offered: options.values });
+    const offered = options.values;
+    after(node, "onAdded", () => {
+      lists.set(node, { all, offered });
+      refresh(node);
+    });
     after(node, "onRemoved", () => lists.delete(node));
-    refresh(node);
   },
 
   afterConfigureGraph: refreshAll,
