@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .networks.network import Network
+    from .networks.network import Network, NetworkFile
     from .pruning.plan import PruningPlan
 
 
@@ -85,6 +86,7 @@ def prune(arguments: argparse.Namespace) -> None:
             f"{arguments.out} will be a folder with --layout diffusers; leave out .safetensors, or choose another layout"
         )
     teacher = open_network(arguments.teacher)
+    _check_keeps_inputs(arguments.out, teacher, arguments.lora, arguments.plan)
     plan = _plan(arguments, teacher.architecture)
     change = {"change": partial(merged, teacher=teacher.architecture, lora=arguments.lora)} if arguments.lora else {}
     with tqdm(unit="B", unit_scale=True, desc="pruning", file=sys.stderr, delay=1, leave=False) as progress:
@@ -180,7 +182,9 @@ def remap_lora(arguments: argparse.Namespace) -> None:
     from .pruning.plan import name_map
 
     _check_suffix(arguments.out)
-    teacher = open_network(arguments.teacher).architecture
+    file = open_network(arguments.teacher)
+    _check_keeps_inputs(arguments.out, file, arguments.lora, arguments.plan)
+    teacher = file.architecture
     mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
         arguments.lora, arguments.out, teacher, mapping, layout=arguments.layout, overwrite=arguments.overwrite
@@ -197,8 +201,9 @@ def convert_lora(arguments: argparse.Namespace) -> None:
     from .networks.files import open_unet
 
     _check_suffix(arguments.out)
-    model = open_unet(arguments.model).architecture
-    num_layers = convert_lora_file(arguments.lora, arguments.out, model, overwrite=arguments.overwrite)
+    model = open_unet(arguments.model)
+    _check_keeps_inputs(arguments.out, model, arguments.lora)
+    num_layers = convert_lora_file(arguments.lora, arguments.out, model.architecture, overwrite=arguments.overwrite)
     if arguments.json:
         print(json.dumps({"file": str(arguments.out), "num_layers": num_layers}, indent=2))
     else:
@@ -289,6 +294,14 @@ def _check_image(arguments: argparse.Namespace) -> None:
 def _check_suffix(out: Path) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, the format of the file; choose such a name")
+
+
+def _check_keeps_inputs(out: Path, network: NetworkFile, *others: Path | str | None) -> None:
+    """Raise ``ValueError`` if what is written would replace what it is made from, or a folder that holds that."""
+    weights = {tensor.path for tensor in network.tensors.values()}
+    for path in [path for path in (*weights, *others) if path and os.path.exists(path)]:
+        if out.exists() and any(out.samefile(place) for place in (path, *Path(path).resolve().parents)):
+            raise ValueError(f"{out} would replace {path}, which it is made from; choose another name")
 
 
 def _distinct_names(files: Sequence[Path]) -> list[str]:
@@ -597,7 +610,10 @@ def _ended_in_order() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for invalid input, 130 if interrupted, 143 if terminated."""
+    """Run a command; returns the exit status: 0, 2 for invalid input, 130 if interrupted, 143 if terminated.
+
+    141 if what reads its output has ended, as head does: nobody is left to tell, and nothing went wrong.
+    """
     from .base.storage import ExistsError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -605,6 +621,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         with _ended_in_order():
             arguments.function(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 141
     except ExistsError as error:
         print(f"distill: {error.path} exists already; choose another name, or add --overwrite", file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ count = 4
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -211,7 +212,8 @@ class Recipe:
         return recipe
 
     def path(self, name: str) -> Path:
-        return self.folder / name
+        """A path of the recipe, which begins in its folder, at the root, or with ``~`` at home."""
+        return self.folder / os.path.expanduser(name)
 
     def check_paths(self) -> None:
         """``ValueError`` naming a setting whose file or folder does not exist."""

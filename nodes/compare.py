@@ -157,7 +157,7 @@ class DistillationReport(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, run_name: str = "", **_):
         """When the run wrote its losses."""
-        return bridge.losses_written(run_name) if run_name else None
+        return bridge.fingerprint_of(bridge.losses_written, run_name)
 
     @classmethod
     def execute(

@@ -1,5 +1,6 @@
 """Nodes that train and load experts: one student for each range of timesteps."""
 
+import contextlib
 import logging
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from ..distill_core.base.settings import limits_of
 from ..distill_core.diffusion.ranges import read_boundaries
 from ..distill_core.evaluation import plots
 from ..distill_core.networks.files import open_unet
-from ..distill_core.routing.experts import MANIFEST, Experts
+from ..distill_core.routing.experts import Experts
 from ..distill_core.routing.one_to_many import ExpertsSettings, OneToMany, Start
 from ..distill_core.training.lesson import check_lesson
 from ..distill_core.training.live import metrics_of
@@ -132,7 +133,8 @@ class TrainTimestepExperts(io.ComfyNode):
                 whole = replace(recipe, lora_rank=0) if training.step < of_experts["joint_steps"] else recipe
                 forecast = bridge.forecast_memory([teacher], student, plan, data, whole, shares_base=shares_base)
                 needs = bridge.tell_needs(forecast, bridge.free_bytes(student), node_id, disk_bytes(shapes, stages))
-                _train(training, run_name[0], steps_per_queue[0], node_id, needs)
+                with bridge.opened_base(student) if shares_base else contextlib.nullcontext():  # handed back after all stages
+                    _train(training, run_name[0], steps_per_queue[0], node_id, needs)
         ranges = training.ranges.describe(training.schedule) if training.ranges else "measured after joint_steps"
         curve = bridge.to_image(plots.loss_curve(metrics_of(training.folder), run_name[0]))
         bridge.SEEN_RUNS.look(run_name[0])
@@ -226,7 +228,7 @@ class LoadTimestepExperts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str):
-        return (bridge.experts_folder(name) / MANIFEST).stat().st_mtime_ns
+        return bridge.fingerprint_of(bridge.experts_written, name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

@@ -67,7 +67,7 @@ class RemapLoRAToStudent(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_):
-        return bridge.file_in("loras", lora_name).stat().st_mtime_ns
+        return bridge.fingerprint_of(bridge.file_written, "loras", lora_name)
 
     @classmethod
     def execute(

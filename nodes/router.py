@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..distill_core.diffusion.ranges import Boundary, read_boundaries
 from ..distill_core.evaluation import plots
-from ..distill_core.routing.experts import MANIFEST, Experts
+from ..distill_core.routing.experts import Experts
 from . import bridge
 from .inputs import sampler_inputs
 
@@ -165,8 +165,7 @@ class TimestepRouterSampler(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, split: dict, **_):
         """When an experts folder was last written."""
-        folder = bridge.experts_folders().get(split.get("experts", ""))
-        return folder and (folder / MANIFEST).stat().st_mtime_ns
+        return bridge.fingerprint_of(bridge.experts_written, split.get("experts", ""))
 
     @classmethod
     def execute(cls, split: dict, latent_image, models: dict | None = None, **settings) -> io.NodeOutput:

@@ -111,7 +111,7 @@ class LoadDistilledModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str):
-        return bridge.file_in(STUDENT_FOLDER, name).stat().st_mtime_ns
+        return bridge.fingerprint_of(bridge.file_written, STUDENT_FOLDER, name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

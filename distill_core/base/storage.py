@@ -253,7 +253,7 @@ class ExistsError(ValueError):
     """A file or folder is there already and may not be replaced."""
 
     def __init__(self, path: Path):
-        super().__init__(f"{path} exists already; choose another name or allow overwriting")
+        super().__init__(f"{path} exists already; choose another name, or set overwrite")
         self.path = path
 
 

@@ -7,6 +7,7 @@ from .compare import SampleSettings, compare_models, image_features, text_featur
 from .data import blank_latents, calibration, check_samples, dataset, encoded_captions, make_data, num_captions, previews
 from .demo import DemoVAE, demo_clip, demo_data, demo_transformer
 from .experts import load_experts, route_experts, with_lora_file
+from .fingerprints import experts_written, file_written, fingerprint_of
 from .folders import data_folder, experts_folder, experts_folders, file_in, output_path, run_folder
 from .images import pixels_of, thumbnail, to_image
 from .interface import about_graph, show_text
@@ -48,7 +49,10 @@ __all__ = [
     "examples_of",
     "experts_folder",
     "experts_folders",
+    "experts_written",
     "file_in",
+    "file_written",
+    "fingerprint_of",
     "forecast_memory",
     "free_bytes",
     "image_features",

@@ -43,9 +43,22 @@ def is_plain(name: str) -> bool:
 
 
 def experts_folders() -> dict[str, Path]:
-    """Folders of experts by their name in the list: the run's name, or the path under models/diffusion_models."""
+    """Folders of experts by their name in the list: the run's name, or the path under models/diffusion_models.
+
+    If a run has the name of such a path, the path begins with diffusion_models/ in the list.
+    """
     runs = Path(folder_paths.get_output_directory()) / RUNS
     found = {path.parents[1].name: path.parent for path in sorted(runs.glob(f"*/experts/{MANIFEST}"))}
+    for name, folder in _experts_among_models().items():
+        while name in found:
+            name = f"diffusion_models/{name}"
+        found[name] = folder
+    return found
+
+
+def _experts_among_models() -> dict[str, Path]:
+    """Folders of experts by their path under models/diffusion_models."""
+    found: dict[str, Path] = {}
     for file in folder_paths.get_filename_list("diffusion_models"):
         name = Path(file).parent.as_posix()
         if name == "." or name in found or (path := folder_paths.get_full_path("diffusion_models", file)) is None:

@@ -12,6 +12,7 @@ import folder_paths
 from ...distill_core.training import live
 from ...distill_core.training.run import METRICS
 from ...distill_core.training.run_folders import delete_run, runs_in, stages_in, steps_kept
+from .fingerprints import fingerprint_of
 from .folders import RUNS, is_plain, run_folder
 from .images import image_view
 
@@ -31,16 +32,11 @@ class SeenRuns:
         self._look(run_folder(run_name))
 
     def fingerprint(self, run_name: str | None, total_steps: int | None, steps_per_queue: int | None) -> str | float:
-        """The step an execution ends at: an unfinished run is executed again, a complete one is not, unless it was deleted.
+        """The step an execution ends at: an unfinished run is executed again, a complete one is not, unless it was deleted."""
+        return fingerprint_of(self._end, run_name, total_steps, steps_per_queue)
 
-        NaN, which never equals the last value, if one of the inputs is None, as linked ones are: its value is not known yet.
-        """
-        if run_name is None or total_steps is None or steps_per_queue is None:
-            return float("nan")  # a new object each time: ComfyUI takes the same object for the same value
-        try:
-            folder = run_folder(run_name)
-        except ValueError as error:  # execute raises it again
-            return str(error)
+    def _end(self, run_name: str, total_steps: int, steps_per_queue: int) -> str:
+        folder = run_folder(run_name)
         end = min(total_steps, self._look(folder) + steps_per_queue)
         return f"{end}, lost {self._times_lost.get(folder, 0)}"
 
@@ -65,12 +61,8 @@ def losses_of(run_name: str) -> dict[str, list[dict[str, float]]]:
 
 
 def losses_written(run_name: str) -> list[int]:
-    """When a run wrote its losses; empty for a run without losses, or an invalid name."""
-    try:
-        folder = run_folder(run_name)
-    except ValueError:  # execute raises the error about the name
-        return []
-    return [file.stat().st_mtime_ns for stage in stages_in(folder) if (file := stage / METRICS).is_file()]
+    """When a run wrote its losses; empty for a run without losses."""
+    return [file.stat().st_mtime_ns for stage in stages_in(run_folder(run_name)) if (file := stage / METRICS).is_file()]
 
 
 def tell_chart(message: dict[str, Any], sample: Path | None, node_id: str) -> None:

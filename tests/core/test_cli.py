@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -59,8 +60,36 @@ def test_inspect_reads_the_demo(capsys):
             "nowhere.safetensors does not exist",
         ),
         (
-            ["prune", "{teacher}", "{teacher}", "--preset", "bk-sdm-base"],
+            ["prune", "{teacher}", "{tmp}/there.safetensors", "--preset", "bk-sdm-base"],
             "exists already; choose another name, or add --overwrite",
+        ),
+        (
+            ["prune", "{teacher}", "{tmp}/../{tmp.name}/teacher.safetensors", "--preset", "bk-sdm-base", "--overwrite"],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["prune", "{teacher}", "{tmp}", "--preset", "bk-sdm-base", "--layout", "diffusers", "--overwrite"],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["prune", "{teacher}", "{tmp}/there.safetensors", "--preset", "bk-sdm-base", "--lora", "{tmp}/there.safetensors"],
+            "which it is made from; choose another name",
+        ),
+        (
+            [
+                "remap-lora",
+                "l",
+                "{folder}/diffusion_pytorch_model.safetensors",
+                "--teacher",
+                "{folder}",
+                "--preset",
+                "bk-sdm-base",
+            ],
+            "which it is made from; choose another name",
+        ),
+        (
+            ["convert-lora", "{tmp}/there.safetensors", "{tmp}/there.safetensors", "--model", "{teacher}", "--overwrite"],
+            "which it is made from; choose another name",
         ),
         (["prune", "{teacher}", "{tmp}/o.safetensors", "--plan", "nowhere.json"], "nowhere.json does not exist"),
         (["prune", "{teacher}", "{tmp}/o.ckpt", "--preset", "bk-sdm-base"], "o.ckpt must end in .safetensors"),
@@ -83,8 +112,11 @@ def test_inspect_reads_the_demo(capsys):
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_2(arguments, message, teacher, tmp_path, capsys):
+    (tmp_path / "there.safetensors").write_bytes(b"")
+    file, folder = open_unet(teacher), tmp_path / "folder"
+    save_unet(folder, file.state_dict, file.architecture, layout="diffusers")
     before = sorted(tmp_path.rglob("*"))
-    assert main([a.format(teacher=teacher, tmp=tmp_path) for a in arguments]) == 2
+    assert main([a.format(teacher=teacher, tmp=tmp_path, folder=folder) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("distill: ") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -96,6 +128,16 @@ def test_bad_options_exit_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no error of its own for it")
+def test_it_ends_quietly_when_nobody_reads_its_output_any_more():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "distill_core", "recipes", "four-experts"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -195,6 +195,15 @@ def test_a_lora_on_its_own_teacher_shares_the_weights(folder):
         assert prepare(Recipe.read(several)).models.shares_base == shares
 
 
+def test_paths_begin_in_the_folder_of_the_recipe_or_at_home(tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    (tmp_path / "job.toml").write_text(JOB)
+    recipe = Recipe.read(tmp_path / "job.toml")
+    told = {"runs/x": tmp_path / "runs" / "x", "~/x": tmp_path / "home" / "x", str(tmp_path / "x"): tmp_path / "x"}
+    assert {name: recipe.path(name) for name in told} == told
+
+
 @pytest.mark.parametrize("dtype,stored", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.float8_e4m3fn)])
 def test_a_teacher_is_kept_in_its_precision(dtype, stored, folder, made):
     prepared = prepare(Recipe.read(write(folder)))

@@ -226,6 +226,24 @@ def progress(out):
     Path(out).write_text(json.dumps([shown, bars, cancelled]))
 
 
+def fingerprints(out):
+    """What nodes whose files change are known by, asked twice for each name: of a linked input, which is None, and of none there is.
+
+    Writes ``{node: [whether the linked one differs from itself, whether the other does]}``.
+    """
+    pack()
+    from pack.nodes import compare, experts, lora, router, save
+
+    asks = {
+        "DistillReport": lambda name: compare.DistillationReport.fingerprint_inputs(run_name=name),
+        "DistillLoadExperts": lambda name: experts.LoadTimestepExperts.fingerprint_inputs(name=name),
+        "DistillTimestepRouterSampler": lambda name: router.TimestepRouterSampler.fingerprint_inputs(split={"experts": name}),
+        "DistillLoadDistilledModel": lambda name: save.LoadDistilledModel.fingerprint_inputs(name=name),
+        "DistillRemapLoRAToStudent": lambda name: lora.RemapLoRAToStudent.fingerprint_inputs(lora_name=name),
+    }
+    Path(out).write_text(json.dumps({node: [ask(name) != ask(name) for name in (None, "none")] for node, ask in asks.items()}))
+
+
 def call(function, arguments):
     module, _, name = function.rpartition(".")
     found = importlib.import_module(module) if module else sys.modules[__name__]

@@ -27,6 +27,54 @@ def small(out):
     Path(out).write_text(json.dumps({"families": found}))
 
 
+def handed_back(out):
+    """Whether a network that is loaded only to train experts on it is released afterwards, each time.
+
+    ComfyUI loads a MODEL's weights layer by layer where it has DynamicVRAM, and another network of it for training.
+    """
+    from types import SimpleNamespace
+    from unittest.mock import MagicMock
+
+    import folder_paths
+    from in_comfyui import pack
+    from server import PromptServer
+
+    bridge, PromptServer.instance = pack(), MagicMock()
+    folder_paths.set_output_directory(str(Path(out).parent))
+    from pack.nodes.experts import TrainTimestepExperts
+
+    teacher, loaded_whole = bridge.demo_teacher(), bridge.demo_teacher()
+    teacher.non_dynamic_delegate_model, held = None, set()
+
+    def delegate():
+        patcher = loaded_whole.clone()
+        teacher.non_dynamic_delegate_model = patcher.model
+        held.add(patcher.model)
+        patcher.detach = lambda unpatch_all=True: held.discard(patcher.model)
+        return patcher
+
+    teacher.is_dynamic, teacher.get_non_dynamic_delegate = (lambda: True), delegate
+    latents, captions = bridge.demo_data()
+    TrainTimestepExperts.hidden = SimpleNamespace(unique_id="1", prompt=None, extra_pnginfo=None)
+    settings = {
+        "count": 2,
+        "split": "timesteps",
+        "boundaries": "",
+        "overlap": 0,
+        "joint_steps": 0,
+        "lora_rank": 2,
+        "total_steps": 1,
+    }
+    steps = []
+    for _ in range(2):
+        told = TrainTimestepExperts.execute(
+            [teacher], [teacher], latents, captions, ["handed back"], [1],
+            null_caption=captions[:1], **{name: [value] for name, value in settings.items()}
+        )  # fmt: skip
+        steps.append([told.result[4], len(held), teacher.non_dynamic_delegate_model is None])
+    Path(out).write_text(json.dumps(steps))
+
+
 def of_file(file, width, pooled_width, out):
     """The same of a file, opened with ComfyUI's own loader; activations, and weights that were widened, are not kept for the gradient."""
     import comfy.sd

@@ -125,6 +125,12 @@ def test_the_report_shows_the_losses_of_a_run_and_sees_when_it_goes_on(server):
     metrics = server.output / "distill_runs" / "reported" / "metrics.csv"
     metrics.touch()
     assert server.run(prompt).succeeded and len(written(server)) == len(before) + 2
+    assert server.run(prompt).succeeded and len(written(server)) == len(before) + 2  # from the cache
+    # Of a name that another node gives, it is not known beforehand whether its run has gone on.
+    prompt["name"] = {"class_type": "PrimitiveString", "inputs": {"value": "reported"}}
+    prompt["report"]["inputs"]["run_name"] = ["name", 0]
+    for more in (3, 4):
+        assert server.run(prompt).succeeded and len(written(server)) == len(before) + more
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,14 @@ def test_with_keep_best_the_model_is_of_the_best_steps_as_the_folder_is(server):
     assert torch.equal(drawn_by(server, nodes, ["load", 0], "the best loaded"), drawn(server, "the best experts"))
 
 
-def test_a_folder_that_was_moved_among_the_models_is_loaded(in_one, server):
-    shutil.copytree(in_one[0] / "experts", server.base / "models" / "diffusion_models" / "demo" / "three")
-    nodes = {"load": {"class_type": "DistillLoadExperts", "inputs": {"name": "demo/three"}}}
-    assert torch.equal(drawn_by(server, nodes, ["load", 0], "moved"), drawn(server, "experts in one"))
+@pytest.mark.parametrize("run_exists,name", [(False, "demo/three"), (True, "diffusion_models/experts in one")])
+def test_a_folder_that_was_moved_among_the_models_is_loaded(run_exists, name, in_one, server):
+    """Also one that has the name of a run, which is another's."""
+    place = server.base / "models" / "diffusion_models" / ("experts in one" if run_exists else "demo/three")
+    shutil.copytree(in_one[0] / "experts", place)
+    nodes = {"load": {"class_type": "DistillLoadExperts", "inputs": {"name": name}}}
+    prefix = f"moved to {place.name}"
+    assert torch.equal(drawn_by(server, nodes, ["load", 0], prefix), drawn(server, "experts in one"))
 
 
 def test_queued_in_parts_it_comes_to_the_same(in_one, server):
@@ -221,6 +225,10 @@ def test_loras_on_one_base(server):
     by_hand = drawn_by(server, nodes, ["route", 0], "shared by hand")
     assert torch.equal(drawn(server, "experts shared"), by_hand)
     assert not torch.equal(by_hand, drawn_by(server, nodes, ["range 1", 0], "one lora"))
+
+
+def test_a_network_loaded_for_one_base_is_handed_back(found):
+    assert found("sharing.handed_back") == [[1, 0, True], [2, 0, True]]
 
 
 def test_boundaries_and_overlap_reach_the_students(server):

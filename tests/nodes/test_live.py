@@ -376,6 +376,35 @@ def test_a_chart_that_another_node_names_shows_what_this_page_runs(page, drawn):
     page.locator(CHART).wait_for(timeout=30_000)
 
 
+WRAP = """() => {
+    const node = app.graph.nodes.find((node) => node.type === "DistillTrainStep");
+    app.graph.convertToSubgraph(new Set([node]));
+}"""
+
+
+def test_charts_in_subgraphs_of_graphs_that_were_left_ask_nothing(page, drawn):
+    load(page, workflow(run_name="live view"))
+    page.evaluate(WRAP)
+    graph = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize()))")
+    told = {"run": "live view", "total_steps": 7, "after": None, "step": 5, "node": "1", "prompt": "ours"}
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/distill/runs/live%20view") else None)
+
+    def requests():
+        """Of a step of the run."""
+        page.wait_for_timeout(500)  # of what loading asks
+        asked.clear()
+        page.evaluate(SAY, ["distill.progress", told | {"points": {"step": [], "mean": {}, "min": {}, "max": {}}}])
+        page.wait_for_timeout(500)
+        return len(asked)
+
+    for _ in range(3):
+        load(page, graph)
+        assert requests() == 1
+    load(page, {"nodes": [], "links": [], "version": 0.4})
+    assert requests() == 0
+
+
 def run_name(page):
     return page.evaluate("app.graph.nodes.find((node) => node.type === 'DistillTrainStep').widgets[0].value")
 

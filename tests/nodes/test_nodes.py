@@ -271,6 +271,11 @@ def test_the_name_of_a_run_may_be_linked(server):
     assert "TypeError" not in server.log.read_text() and "unsupported operand" not in server.log.read_text()
 
 
+def test_a_node_of_a_linked_name_is_executed_each_time(found):
+    told = found("fingerprints")
+    assert told == dict.fromkeys(told, [True, False])
+
+
 def test_an_output_folder_that_cannot_be_written_is_named(server):
     (server.output / "blocked").write_text("a file where a folder should be")
     result = server.run({**PROMPT, "save": save(["prune", 0], "blocked/student")})

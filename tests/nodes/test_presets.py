@@ -127,6 +127,13 @@ def test_without_a_preset_that_fits_all_are_offered(page, files):
     offers(page, prune, OF_SD1)
     change(page, demo, network="transformer")
     offers(page, prune, ALL)
+    # Taken out of the graph and put back, it still follows.
+    prune = page.evaluate(
+        "id => { const node = app.graph.getNodeById(id); app.graph.remove(node); app.graph.add(node); return node.id }", prune
+    )
+    link(page, demo, prune)
+    change(page, demo, network="unet")
+    offers(page, prune, OF_SD1)
 
 
 def test_a_loader_that_another_node_sets_is_not_known(page, files):

@@ -47,20 +47,30 @@ def test_a_note_has_the_same_parts_and_names_nodes_as_the_screen_does(language):
 def test_the_front_end_shows_it_and_leaves_what_people_wrote(page, server):
     graph = WORKFLOWS["quickstart_scenes"]
     texts, (note,) = translated("zh"), notes_of(graph)
+    named = json.loads(json.dumps(graph))
+    named["groups"][0]["title"] = "constructor"  # which every object of JavaScript has
     server.post("settings/Comfy.Locale", "zh")
     try:
+        page.route("**/workflows.zh.json", lambda route: route.abort())
         opened(page, server)
         shown = "() => window.app.graph.nodes.filter((node) => node.type === 'MarkdownNote').map((node) => node.widgets[0].value)"
         titles = "() => [...window.app.graph.nodes, ...window.app.graph.groups].map(({ title }) => title)"
         load(page, graph)
+        page.wait_for_timeout(500)
+        assert page.evaluate(shown) == [note]
+        page.unroute("**/workflows.zh.json")  # the server is back
+        load(page, named)
         page.wait_for_function(f"text => ({shown})()[0] === text", arg=texts["notes"][note])
-        assert {texts["titles"][group["title"]] for group in graph["groups"]} <= set(page.evaluate(titles))
+        assert {texts["titles"].get(group["title"], "constructor") for group in named["groups"]} <= set(page.evaluate(titles))
 
         own = json.loads(json.dumps(graph).replace("Nothing to download", "My own words"))
-        load(page, own)
-        page.wait_for_timeout(1000)
-        assert page.evaluate(shown) == notes_of(own)
-        assert {group["title"] for group in graph["groups"]} <= set(page.evaluate(titles))
+        for words in (notes_of(own), ["constructor"]):
+            (kept,) = (node for node in own["nodes"] if node["type"].endswith("Note"))
+            kept["widgets_values"] = words
+            load(page, own)
+            page.wait_for_timeout(1000)
+            assert page.evaluate(shown) == words
+            assert {group["title"] for group in graph["groups"]} <= set(page.evaluate(titles))
     finally:
         server.post("settings/Comfy.Locale", "en")
 

@@ -5,7 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { after, executionIds, inputInPlaceOf, outside } from "./graph.js";
+import { after, executionIds, inputInPlaceOf, isLeftBehind, outside } from "./graph.js";
 import { bars, element, lines, short } from "./plot.js";
 import { RunList } from "./runs.js";
 import { button, html, say, toggle } from "./words.js";
@@ -505,6 +505,11 @@ for (const end of ["execution_success", "execution_error", "execution_interrupte
   api.addEventListener(end, () => charts.forEach((chart) => chart.stop()));
 }
 
+function closeLeftBehind() {
+  for (const chart of charts) if (isLeftBehind(chart.node)) chart.close();
+}
+api.addEventListener("graphChanged", closeLeftBehind);
+
 app.registerExtension({
   name: "distill.chart",
 
@@ -526,4 +531,6 @@ app.registerExtension({
     after(node, "onConfigure", () => chart.loadSoon());
     after(chart._runWidget, "callback", () => chart.loadSoon());
   },
+
+  afterConfigureGraph: closeLeftBehind,
 });

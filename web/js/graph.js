@@ -1,5 +1,7 @@
 // Of the nodes of a graph: what follows a method of theirs, and where values come from, also through the borders of subgraphs.
 
+import { app } from "../../../scripts/app.js";
+
 const SUBGRAPH_INPUTS = -10; // the id of what stands for a subgraph's inputs in it
 
 /** The input that takes the place of a widget; undefined if the widget itself has the value. */
@@ -28,6 +30,12 @@ function hostsOf(graph) {
 export function executionIds({ id, graph }) {
   if (!graph?.rootGraph || graph === graph.rootGraph) return [String(id)];
   return hostsOf(graph).flatMap(executionIds).map((host) => `${host}:${id}`);
+}
+
+/** Whether a node is in a graph that is not open any more. Of a graph that closes, nodes in subgraphs are not told by onRemoved. */
+export function isLeftBehind({ graph }) {
+  const root = app.rootGraph ?? app.graph;
+  return Boolean(graph) && ![root, ...(root?.subgraphs?.values() ?? [])].includes(graph);
 }
 
 /** Call `then` after a method of an object, if it has one. */

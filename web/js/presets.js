@@ -5,7 +5,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { after, inputInPlaceOf, outside } from "./graph.js";
+import { after, inputInPlaceOf, isLeftBehind, outside } from "./graph.js";
 
 const PRUNES = ["DistillPruneUNetBlocks", "DistillPruneTransformerBlocks"];
 const MEASURES = "DistillBenchmarkPresets";
@@ -93,9 +93,7 @@ async function refresh(node) {
 
 /** All lists anew; those of nodes that are in no graph any more are forgotten. */
 function refreshAll() {
-  const root = app.rootGraph ?? app.graph;
-  const graphs = new Set([root, ...(root?.subgraphs?.values() ?? [])]);
-  for (const node of lists.keys()) if (node.graph && !graphs.has(node.graph)) lists.delete(node);
+  for (const node of lists.keys()) if (isLeftBehind(node)) lists.delete(node);
   return Promise.all([...lists.keys()].map(refresh));
 }
 
@@ -112,9 +110,12 @@ app.registerExtension({
     const all = [...options.values];
     options.values = [...all];
     options.getOptionLabel = getOptionLabel;
-    lists.set(node, { all, offered: options.values });
+    const offered = options.values;
+    after(node, "onAdded", () => {
+      lists.set(node, { all, offered });
+      refresh(node);
+    });
     after(node, "onRemoved", () => lists.delete(node));
-    refresh(node);
   },
 
   afterConfigureGraph: refreshAll,

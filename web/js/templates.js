@@ -4,12 +4,15 @@ import { app } from "../../../scripts/app.js";
 import { language } from "./words.js";
 
 const TRANSLATED = ["zh"];
+const NONE = { titles: {}, notes: {} };
 const read = new Map(); // language -> its texts, on their way
 
 function texts(language) {
   if (!read.has(language)) {
     const file = new URL(`../workflows.${language}.json`, import.meta.url);
-    read.set(language, fetch(file).then((answer) => (answer.ok ? answer.json() : { titles: {}, notes: {} })));
+    const answer = fetch(file).then((answer) => (answer.ok ? answer.json() : NONE));
+    read.set(language, answer.catch(() => NONE));
+    answer.catch(() => read.delete(language)); // a server that was away may come back
   }
   return read.get(language);
 }
@@ -18,10 +21,12 @@ function texts(language) {
 async function translate(graph) {
   const { titles, notes } = await texts(language());
   const written = graph.nodes.flatMap((node) => (node.type.endsWith("Note") ? node.widgets?.slice(0, 1) : null) ?? []);
-  const ours = written.filter(({ value }) => value in notes);
+  const ours = written.filter(({ value }) => Object.hasOwn(notes, value));
   if (!ours.length) return;
   for (const note of ours) note.value = notes[note.value];
-  for (const titled of [...graph.nodes, ...graph.groups]) titled.title = titles[titled.title] ?? titled.title;
+  for (const titled of [...graph.nodes, ...graph.groups]) {
+    if (Object.hasOwn(titles, titled.title)) titled.title = titles[titled.title];
+  }
   graph.setDirtyCanvas(true, true);
 }
 
