@@ -20,6 +20,7 @@ from .diffusers_config import diffusers_config
 from .folders import WEIGHTS, check_place, folder_of, read_folder
 from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
+from .packed import packed_weight
 from .residuals import Rename
 from .transformers.architecture import Transformer
 
@@ -243,6 +244,8 @@ def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         if name not in plain or not plain[name].code.startswith("F8") or scale.shape not in ((), (1,)):
             raise ValueError(f"{name} {_QUANTISED}")
         plain[name] = StoredTensor(**{**vars(plain[name]), "scale": scale})
+    if weight := packed_weight(plain):
+        raise ValueError(f"{weight} {_QUANTISED}")
     return plain
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,13 +14,15 @@ from ...base.modelspec import OF_ONE_FILE, modelspec
 from ...base.settings import check_choice
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from ..folders import CONFIG, WEIGHTS, check_place, folder_of, read_folder
+from ..packed import QUANTISATION, packed_weight
 from ..residuals import Rename
 from .architecture import FAMILIES, Transformer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CONFIG, _QUANTISATION = "config", "_quantization_metadata"
+_CONFIG = "config"
+_WHERE = f"its metadata {QUANTISATION!r}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TransformerFile:
             student,
             prefix=self.prefix if whole else "",
             others=self.others if whole else None,
-            metadata={**rewritten(self.metadata, student, rename), **metadata},
+            metadata={**rewritten(self.metadata, self.architecture, student, rename, self.prefix, whole=whole), **metadata},
             **writing,
         )
 
@@ -168,7 +170,8 @@ def _find_folder(path: Path) -> TransformerFolder | None:
         raise ValueError(f"{folder}: it is {family.title}, which cannot be cut: {family.refusal}")
     weights, header = read_folder(folder)
     try:
-        architecture = Transformer(family.in_diffusers, {name: tensor.shape for name, tensor in header.tensors.items()})
+        shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        architecture = Transformer(family.in_diffusers, shapes, packed_weight(header.tensors) is not None)
         _check_whole(architecture)
         return TransformerFolder(
             weights,
@@ -202,8 +205,10 @@ def _find(path: Path, header: Header) -> TransformerFile | None:
     if found is None:
         return None
     architecture, prefix = found
-    _check_whole(architecture)
     tensors = {name: header.tensors[prefix + name] for name in architecture.shapes}
+    is_listed = any(architecture.holds(layer.removeprefix(prefix)) for layer in _quantised_layers(header.metadata))
+    architecture = replace(architecture, packed=is_listed or packed_weight(tensors) is not None)
+    _check_whole(architecture)
     return TransformerFile(
         path,
         prefix,
@@ -282,11 +287,19 @@ def stated(config: Mapping[str, Any]) -> dict[str, str]:
     return {_CONFIG: json.dumps({"transformer": plain})}
 
 
-def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename) -> dict[str, str]:
+def rewritten(
+    metadata: Mapping[str, str],
+    teacher: Transformer,
+    student: Transformer,
+    rename: Rename,
+    prefix: str = "",
+    *,
+    whole: bool = False,
+) -> dict[str, str]:
     """A teacher's metadata made true of its student: lengths of lists, and the layers that are named in it; not what is its alone.
 
-    ComfyUI believes both before it looks at the tensors. rename: teacher's name -> student's, None for what is removed.
-    ``ValueError`` if it cannot be read.
+    ComfyUI believes both before it looks at the tensors. rename: teacher's name -> student's, None for what is removed. prefix: of the
+    teacher's layers. whole: the student keeps it, and the models beside it. ``ValueError`` if the metadata cannot be read.
     """
     changed = {key: text for key, text in metadata.items() if key not in OF_ONE_FILE}
     if _CONFIG in changed:
@@ -295,19 +308,22 @@ def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename)
             lengths = {blocks.depth_key: student.depths[blocks.word] for blocks in student.of.lists}
             config["transformer"] = of_network | {key: length for key, length in lengths.items() if key in of_network}
             changed[_CONFIG] = json.dumps(config)
-    if _QUANTISATION in changed:
-        table = parse_json(changed[_QUANTISATION], f"its metadata {_QUANTISATION!r}")
-        if isinstance(layers := table.get("layers"), dict):
-            renamed = ((_renamed(layer, rename), how) for layer, how in layers.items())
-            table["layers"] = {layer: how for layer, how in renamed if layer is not None}
-            changed[_QUANTISATION] = json.dumps(table)
+
+    def renamed(layer: str) -> str | None:
+        bare = layer.removeprefix(prefix)
+        if not teacher.holds(bare):
+            return layer if whole else None
+        new = rename(bare)
+        return new and (prefix if whole else "") + new
+
+    if layers := _quantised_layers(metadata):
+        table = parse_json(metadata[QUANTISATION], _WHERE)
+        table["layers"] = {new: how for layer, how in layers.items() if (new := renamed(layer)) is not None}
+        changed[QUANTISATION] = json.dumps(table)
     return changed
 
 
-def _renamed(layer: str, rename: Rename) -> str | None:
-    """A layer's new name, whatever prefix it has."""
-    for prefix in ("model.diffusion_model.", "diffusion_model.", "model.", ""):
-        if layer.startswith(prefix):
-            new = rename(layer.removeprefix(prefix))
-            return None if new is None else prefix + new
-    return layer
+def _quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The layers that a file's metadata list as quantised, and how; ``ValueError`` if they cannot be read."""
+    layers = parse_json(metadata.get(QUANTISATION, "{}"), _WHERE).get("layers")
+    return layers if isinstance(layers, dict) else {}
