@@ -154,7 +154,7 @@ def precision_note(teacher: Model, student: Model) -> str:
 def _origin(teacher: Model, pruning: Pruning, weights: Mapping[str, Tensor]) -> Origin:
     """Where a student comes from, its teacher's own origin included."""
     network, before = teacher.network, teacher.origin
-    metadata: dict[str, str] = pruning_metadata(pruning, weights, network, before and before.kept)
+    metadata: dict[str, str] = pruning_metadata(pruning, weights, network, before.kept if before else None)
     return Origin(pruning.plan, read_kept(metadata[KEY]), metadata)
 
 

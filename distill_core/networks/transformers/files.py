@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...base.documents import one_line, parse_json, read_json
+from ...base.documents import expect, numbers, one_line, parse_json, read_json
 from ...base.modelspec import OF_ONE_FILE, modelspec
 from ...base.settings import check_choice
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
@@ -131,11 +131,14 @@ class TransformerFolder(TransformerFile):
         for blocks in student.of.lists:
             if blocks.depth_key in config or self.architecture.depths[blocks.word]:
                 config[blocks.depth_key] = student.depths[blocks.word]
-            if numbers := config.get(blocks.numbered_in):
-                renamed = (rename(f"{blocks.path}.{number}") for number in numbers)
+            if numbered := config.get(blocks.numbered_in):
+                there = numbers(numbered, f"{blocks.numbered_in} in {self.path.parent / CONFIG}", (int,))
+                renamed = (rename(f"{blocks.path}.{number}") for number in there)
                 config[blocks.numbered_in] = [int(name.rpartition(".")[2]) for name in renamed if name is not None]
         if entries := config.get(student.of.entries_in):
-            blocks_in_order = self.architecture.in_order
+            where, blocks_in_order = f"{student.of.entries_in} in {self.path.parent / CONFIG}", self.architecture.in_order
+            if len(expect(entries, list, where)) != len(blocks_in_order):
+                raise ValueError(f"{where} must have an entry for each of the {len(blocks_in_order)} blocks; download it again")
             config[student.of.entries_in] = [
                 entry for entry, block in zip(entries, blocks_in_order, strict=True) if rename(block) is not None
             ]

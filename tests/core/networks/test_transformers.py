@@ -324,17 +324,17 @@ def test_a_plan_for_one_depth_is_not_taken_for_another():
         name_map(teacher, preset("wan-30-small"))
 
 
-@given(st.integers(6, 60), st.integers(0, 40), st.integers(0, 3))
-def test_folded_runs_do_not_touch_the_ends_or_each_other(depth, gone, head):
+@given(st.integers(6, 60), st.integers(0, 40), st.integers(0, 3), st.integers(1, 99))
+def test_folded_runs_do_not_touch_the_ends_or_each_other(depth, gone, head, tail):
     try:
-        found = runs(range(depth), gone, head=head)
+        found = runs(range(depth), gone, head=head, tail=tail)
     except ValueError as error:
-        assert gone > (depth - head - 1) // 3, error
+        assert gone > max(0, depth - head - tail) // 3, error
         return
     blocks = [number for run in found for number in run]
     assert blocks == sorted({*blocks}) and {len(run) for run in found} <= {2, 3}
     assert all(run == [*range(run[0], run[-1] + 1)] and middle(run) in run[:2] for run in found)
-    assert not {*blocks} & {*range(head), depth - 1} and sum(len(run) - 1 for run in found) == gone
+    assert not {*blocks} & {*range(head), *range(depth - tail, depth)} and sum(len(run) - 1 for run in found) == gone
 
 
 # --- files
@@ -492,6 +492,16 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path):
         ValueError, match=r"incomplete or damaged: single_blocks.3.linear1.weight is missing .* download it again"
     ):
         open_network(tmp_path / "x.safetensors")
+
+
+def test_kept_blocks_of_other_lists_are_refused(tmp_path):
+    for number, skips in enumerate(
+        ('{"lists": {"foo": {"teacher": 4, "kept": [0]}}}', '{"teacher": 4, "kept": [0], "mid": true}')
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(weights_of(shapes_of("flux1", SMALL)), path, metadata={"distill.skips": skips})
+        with pytest.raises(ValueError, match="metadata on kept residuals is damaged"):
+            prune_file(open_transformer(path), tmp_path / "out.safetensors", PruningPlan(name="p", keep={"double": (1,)}))
 
 
 # --- commands
