@@ -180,12 +180,17 @@ def remap_lora(arguments: argparse.Namespace) -> None:
     from .lora.remap import remap_lora_file
     from .networks.network import open_network
     from .pruning.plan import name_map
+    from .pruning.prune import mapping_between
 
     _check_suffix(arguments.out)
     file = open_network(arguments.teacher)
-    _check_keeps_inputs(arguments.out, file, arguments.lora, arguments.plan)
+    student = open_network(arguments.student) if arguments.student else None
+    _check_keeps_inputs(arguments.out, file, arguments.student, arguments.lora, arguments.plan)
     teacher = file.architecture
-    mapping = name_map(teacher, _plan(arguments, teacher))
+    if student is not None:
+        mapping = mapping_between(teacher, student.architecture, student.metadata)
+    else:
+        mapping = name_map(teacher, _plan(arguments, teacher))
     remapped = remap_lora_file(
         arguments.lora, arguments.out, teacher, mapping, layout=arguments.layout, overwrite=arguments.overwrite
     )
@@ -328,7 +333,7 @@ def _plan(arguments: argparse.Namespace, teacher: Network) -> PruningPlan:
     return find_plan(arguments.plan, teacher)
 
 
-def _add_plan(command: argparse.ArgumentParser) -> None:
+def _add_plan(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     from .pruning.plan import all_preset_names
     from .pruning.plan_text import EXAMPLE
 
@@ -342,6 +347,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         metavar="ATTENTIONS=BLOCKS",
         help="transformer blocks to keep, in place of those of the preset, such as 'down.2.attn.*=0,3,6,9'; may be repeated",
     )
+    return which
 
 
 def _kept_blocks(text: str) -> tuple[str, tuple[int, ...]]:
@@ -490,7 +496,9 @@ def _add_remap_lora(commands: argparse._SubParsersAction) -> None:
     command.add_argument("lora", type=Path, help="LoRA for the teacher, of any kind, with kohya's, diffusers' or ComfyUI's names")
     command.add_argument("out", type=Path, help="file to write")
     command.add_argument("--teacher", type=Path, required=True, help=".safetensors file or diffusers folder of the full model")
-    _add_plan(command)
+    _add_plan(command).add_argument(
+        "--student", type=Path, help="the student's file, which says how it was pruned; needed if that was with --pad"
+    )
     command.add_argument(
         "--layout", choices=LAYOUTS, help="names to write (default: as in the input, if ComfyUI reads them correctly)"
     )

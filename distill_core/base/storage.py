@@ -7,6 +7,7 @@ pruning a file of any size needs the memory of one tensor. Nothing here imports 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -80,7 +81,7 @@ class StoredTensor:
     offset: int
     """First byte in the file."""
     scale: StoredTensor | None = None
-    """For scaled fp8: one number that multiplies all values when they are read, as float16."""
+    """For scaled fp8: one number that multiplies all values when they are read."""
 
     @property
     def num_bytes(self) -> int:
@@ -92,12 +93,17 @@ class StoredTensor:
         return self.scale is None
 
     def read(self) -> Tensor:
-        """The values, independent of the file."""
+        """The values, independent of the file; of scaled fp8 in float16."""
+        return self.exact() if self.scale is None else self.exact().half()
+
+    def exact(self) -> Tensor:
+        """The values, not rounded yet: of scaled fp8 in float32, to be written or computed with in any precision."""
         return self._from_file([0], prod(self.shape)).reshape(self.shape)
 
     def values(self, starts: Sequence[int], count: int) -> Tensor:
-        """``count`` values of the flattened tensor from each start on, (len(starts) * count,)."""
-        return self._from_file(starts, count)
+        """``count`` values of the flattened tensor from each start on, (len(starts) * count,), as `read` rounds them."""
+        found = self._from_file(starts, count)
+        return found if self.scale is None else found.half()
 
     def _from_file(self, starts: Sequence[int], count: int) -> Tensor:
         import torch
@@ -110,7 +116,7 @@ class StoredTensor:
                 _fill(file, memoryview(data)[i * count * size : (i + 1) * count * size])
         dtype = _dtype(self.code)
         values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return values if self.scale is None else (values.float() * self.scale.read().float()).half()
+        return values if self.scale is None else values.float() * self.scale.read().float()
 
 
 def _dtype(code: str) -> torch.dtype:
@@ -153,6 +159,10 @@ def read_header(path: Path | str) -> Header:
     try:
         entries, metadata = _entries(text, num_bytes)
     except ValueError as error:
+        if start[:4] == b"GGUF":
+            raise ValueError(
+                f"{path} is in the GGUF format, which is not supported; download the .safetensors version of the model"
+            ) from error
         if start[:2] in (b"PK", b"\x80\x02"):
             raise ValueError(f"{path} is a pickle checkpoint despite its name; convert it to .safetensors first") from error
         raise ValueError(f"{path} is not a valid safetensors file ({one_line(error)}); download it again") from error
@@ -245,7 +255,10 @@ class WriteError(OSError):
 
     def __init__(self, path: Path, reason: str, kept: str = ""):
         """kept: what was saved nevertheless."""
-        super().__init__(f"cannot write {path}: {reason}; free some space or choose another folder{kept and f' ({kept})'}")
+        remedy = (
+            "choose a shorter name" if reason == os.strerror(errno.ENAMETOOLONG) else "free some space or choose another folder"
+        )
+        super().__init__(f"cannot write {path}: {reason}; {remedy}{kept and f' ({kept})'}")
         self.path, self.reason = path, reason
 
 
@@ -441,7 +454,7 @@ def _write(file, tensor: Tensor | StoredTensor, code: str) -> None:
         return
     import torch
 
-    values = tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach()
+    values = tensor.exact() if isinstance(tensor, StoredTensor) else tensor.detach()
     values = values.to("cpu", _dtype(code)).contiguous()
     file.write(values.reshape(-1).view(torch.uint8).numpy())
 

@@ -17,7 +17,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from ..base.locks import locked
 from ..base.precision import DTYPES
 from ..base.settings import check_choice
 from ..base.storage import StoredTensor, ignore, read_header, write_tensors, write_text
-from ..diffusion.conditioning import Caption, Label, pad, tile
+from ..diffusion.conditioning import Caption, Label, pad, tile, tiled_length
 from .dataset import Examples
 from .encoders import Encoders, pads, warn_of_cut
 from .images import ImageFile, Size, best_size, crop, fit
@@ -39,8 +38,6 @@ log = logging.getLogger("distill")
 
 STORED = ("fp16", "fp32")
 """Precisions to store."""
-MAX_TOKENS = 60 * 77
-"""Longest embedding that captions of different lengths may be tiled to: enough for lengths of 1 to 6 times 77."""
 SHARD_ENTRIES, SHARD_BYTES = 256, 64 << 20  # of a full shard, whichever comes first
 OPEN_SHARDS = 256  # memory maps, not files: an open shard holds no file descriptor
 _WAIT_S = 30
@@ -211,7 +208,7 @@ class CachedDataset:
             buckets.setdefault(stored[entry.latent].shape, []).append(entry)
         self._buckets = [buckets[shape] for shape in sorted(buckets)]
         lengths = {stored[text].shape[0] for text in texts}
-        self._padded, self._num_tokens = index.padded, max(lengths) if index.padded else _tiled_length(lengths)
+        self._padded, self._num_tokens = index.padded, max(lengths) if index.padded else tiled_length(lengths)
         self._for_sdxl = f"{self.entries[0].text}.pooled" in stored
         self.bucket_sizes = [len(bucket) for bucket in self._buckets]
         self._sources = [_numbered([entry.source for entry in bucket]) for bucket in self._buckets]
@@ -291,16 +288,6 @@ def _check(
             raise ValueError(f"the examples of {folder} differ in their {what}; create them again in another folder")
     if f"{entries[0].text}.pooled" in stored and any(entry.sizes is None for entry in entries):
         raise ValueError(f"the examples of {folder} are for SDXL and need sizes; create them again in another folder")
-
-
-def _tiled_length(lengths: set[int]) -> int:
-    """Number of tokens to which embeddings of some lengths are tiled."""
-    if (length := lcm(*lengths)) > MAX_TOKENS:
-        raise ValueError(
-            f"captions of {sorted(lengths)} tokens need a common length of {length:,} tokens, more than {MAX_TOKENS:,}; shorten "
-            "the longest captions"
-        )
-    return length
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

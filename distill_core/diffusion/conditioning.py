@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import lcm
 from typing import NamedTuple
 
@@ -58,6 +58,20 @@ def tile(context: Tensor, length: int) -> Tensor:
     return context.repeat(length // len(context), 1)
 
 
+MAX_TOKENS = 60 * 77
+"""Longest embedding that captions of different lengths may be tiled to: enough for lengths of 1 to 6 times 77."""
+
+
+def tiled_length(lengths: Collection[int]) -> int:
+    """Number of tokens to which embeddings of some lengths are tiled; ``ValueError`` if it is too large."""
+    if (length := lcm(*{*lengths})) > MAX_TOKENS:
+        raise ValueError(
+            f"captions of {sorted({*lengths})} tokens need a common length of {length:,} tokens, more than {MAX_TOKENS:,}; shorten "
+            "the longest captions"
+        )
+    return length
+
+
 def pad(context: Tensor, length: int) -> Tensor:
     """A text embedding (L, D) with rows of zeros after it, (length, D). `num_tokens` counts what is before them."""
     return torch.cat([context, context.new_zeros(length - len(context), context.shape[1])])
@@ -77,7 +91,7 @@ def conditions(captions: Sequence[Caption], null: Caption, size_px: tuple[int, i
     Contexts of different lengths, including that of ``null``, are padded or tiled to one length.
     """
     lengths = [len(caption.context) for caption in [*captions, null]]
-    length, stretch = (max(lengths), pad) if null.padded else (lcm(*lengths), tile)
+    length, stretch = (max(lengths), pad) if null.padded else (tiled_length(lengths), tile)
     contexts = torch.stack([stretch(caption.context, length) for caption in captions])
     label = None
     if null.pooled is not None:

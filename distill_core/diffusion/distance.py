@@ -20,6 +20,13 @@ class _MeanSquare(torch.autograd.Function):
         return a * (2 * gradient / a.shape[1])[:, None]
 
 
+def finite(prediction: Tensor) -> Tensor:
+    """A network's prediction; ``ValueError`` if it holds NaN or Inf, which no distance can be told from."""
+    if not prediction.isfinite().all():
+        raise ValueError("the model predicts NaN or Inf in the precision it is loaded in; load it in bf16 or fp32")
+    return prediction
+
+
 def mean_square(a: Tensor) -> Tensor:
     """Mean square of each sample, in float32: (B, ...) -> (B,)."""
     return _MeanSquare.apply(a.float().flatten(1))

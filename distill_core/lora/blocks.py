@@ -17,9 +17,9 @@ from ..base.modelspec import OF_ONE_FILE
 from ..networks.name_map import NameMap
 from ..networks.transformers.architecture import FAMILIES, Transformer
 from ..networks.transformers.family import Family
-from .metadata import KEY, PeftConfig, read_configs
+from .metadata import KEY, PeftConfig, alpha_of, read_configs
 from .remapped import UNET_BLOCKS, Remapped, layer_of
-from .tensors import check_adapter, check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
+from .tensors import check_adapter, check_finite, check_fit, check_products, check_tensor, in_memory, role, widened
 
 if TYPE_CHECKING:
     from .remapped import Weight
@@ -127,8 +127,8 @@ def remap_on_blocks(
 ) -> Remapped:
     """A transformer's LoRA with blocks renumbered as the student's, without those of removed blocks.
 
-    Layers outside the blocks stay. A strength in peft's configuration, which ComfyUI does not read, is multiplied into the
-    matrices. Raises ``ValueError`` if the LoRA was not made for the teacher, is damaged, or if nothing of it is left.
+    Layers outside the blocks stay. A strength in peft's configuration, which ComfyUI does not read, is multiplied into the matrices
+    of a plain LoRA, and written as an alpha for other kinds. Raises ``ValueError`` if the LoRA was not made for the teacher, is damaged, or if nothing of it is left.
     """
     reader, configs = _Reader(teacher), read_configs(metadata or {})
     places = {key: reader.place(key) for key in tensors}
@@ -144,9 +144,12 @@ def remap_on_blocks(
     kept: dict[str, Weight] = {}
     for name in [name for name in layers if name not in goes]:
         _check(name, layers[name], tensors, reader)
-        scale = _scale(name, layers[name], tensors, configs)
+        alpha = _alpha(name, layers[name], tensors, configs)
+        renamed = {key: _renamed(places[key], mapping) for key in layers[name].values()}
         for role_of, key in layers[name].items():
-            kept[_renamed(places[key], mapping)] = _changed(tensors[key], role_of, scale, places[key].is_swapped)
+            kept[renamed[key]] = _changed(tensors[key], role_of, alpha, places[key].is_swapped)
+        if alpha is not None and "lora_up" not in layers[name]:
+            kept |= _alpha_tensor(layer_of(next(iter(renamed.values()))), alpha)
     if not (num_kept := len(layers.keys() - goes - of_text)):
         raise ValueError(
             f"nothing is left of this LoRA: all {len(goes)} layers it changes belong to blocks the student does not have; "
@@ -185,10 +188,10 @@ def _renamed(place: _Place, mapping: NameMap) -> str:
     return place.key if block is None else place.head + block.rpartition(".")[2] + place.rest
 
 
-def _changed(tensor: Weight, role_of: str, scale: float, is_swapped: bool) -> Weight:
+def _changed(tensor: Weight, role_of: str, alpha: float | None, is_swapped: bool) -> Weight:
     """A tensor with the layer's strength multiplied into its output side, and its halves swapped."""
-    if role_of == "lora_up" and scale != 1:
-        tensor = (in_memory(tensor).float() * scale).to(in_memory(tensor))
+    if role_of == "lora_up" and alpha is not None and alpha != tensor.shape[1]:
+        tensor = (in_memory(tensor).float() * (alpha / tensor.shape[1])).to(in_memory(tensor))
     if role_of in _OUTPUTS and is_swapped:
         tensor = in_memory(tensor).roll(len(in_memory(tensor)) // 2, 0)
     return tensor
@@ -204,15 +207,20 @@ def _check(name: str, keys: Mapping[str, str], tensors: Mapping[str, Weight], re
     if weight is None:
         check_products(keys, shapes)
     else:
-        check_fit(keys, shapes, weight, reader.teacher.shapes.get(f"{layer}.bias"))
+        check_fit(keys, shapes, widened(weight, keys, tensors), reader.teacher.shapes.get(f"{layer}.bias"))
     for key in keys.values():
         check_finite(key, tensors[key])
 
 
-def _scale(name: str, keys: Mapping[str, str], tensors: Mapping[str, Weight], configs: Mapping[str, PeftConfig]) -> float:
-    """Factor on the product of a layer's matrices by peft's configuration; 1 without one, or if an alpha says it."""
+def _alpha(name: str, keys: Mapping[str, str], tensors: Mapping[str, Weight], configs: Mapping[str, PeftConfig]) -> float | None:
+    """The alpha of a layer by peft's configuration; None without one, or if a tensor says it."""
     network, _, path = name.partition(".")
-    config = configs.get(network) or configs.get("")
-    if config is None or "alpha" in keys or "lora_up" not in keys:
-        return 1.0
-    return config.scale(path, rank({role_of: tuple(tensors[key].shape) for role_of, key in keys.items()}))
+    if network not in configs:
+        network, path = "", name
+    return alpha_of(configs.get(network), path, keys, {role_of: tuple(tensors[key].shape) for role_of, key in keys.items()})
+
+
+def _alpha_tensor(layer: str, alpha: float) -> dict[str, Weight]:
+    import torch
+
+    return {f"{layer}.alpha": torch.tensor(alpha)}

@@ -15,6 +15,8 @@ from functools import lru_cache
 from math import isfinite, sqrt
 from typing import Any
 
+from .tensors import Shape, rank
+
 KEY = "lora_adapter_metadata"
 """Key of the metadata."""
 _DEFAULT = 8
@@ -143,6 +145,23 @@ def read_configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
         network, _, field = name.rpartition(".")
         networks.setdefault(network, {})[field] = value
     return {network: PeftConfig(fields) for network, fields in networks.items()}
+
+
+def alpha_of(config: PeftConfig | None, path: str, keys: Mapping[str, str], shapes: Mapping[str, Shape]) -> float | None:
+    """The alpha of a layer that peft's configuration alone gives; None if a tensor gives it, or nothing has one.
+
+    path: peft's. keys, shapes: of the layer's tensors, by role. ``ValueError`` for a strength that no alpha can say.
+    """
+    if config is None or "alpha" in keys or not keys.keys() & {"lora_up", "hada_w1_a", "lokr_w1", "lokr_w1_a"}:
+        return None
+    inner = rank(shapes)
+    scale = config.scale(path, inner)
+    if inner is None and scale != 1:
+        raise ValueError(
+            f"{keys['lokr_w1']} is part of a full LoKr with scale {scale:g}, which ComfyUI does not read; use this LoRA in "
+            "diffusers, in the diffusers layout"
+        )
+    return None if inner is None else scale * inner
 
 
 def written(configs: Mapping[str, PeftConfig]) -> str:

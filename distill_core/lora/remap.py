@@ -27,9 +27,9 @@ from ..networks.name_map import NameMap
 from ..networks.network import Network
 from ..pruning.plan import pruned
 from .blocks import remap_on_blocks
-from .metadata import KEY, PeftConfig, read_configs, written
+from .metadata import KEY, PeftConfig, alpha_of, read_configs, written
 from .remapped import UNET_BLOCKS, Remapped, by_layer
-from .tensors import check_adapter, check_finite, check_fit, check_products, check_tensor, in_memory, rank, role
+from .tensors import WIDENS, check_adapter, check_finite, check_fit, check_products, check_tensor, in_memory, rank, role, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,10 +139,11 @@ def _check_widths(tensors: Mapping[str, Weight], places: Mapping[str, _Place], t
     """``ValueError`` for a layer of the LoRA with another width than the teacher's: SD1.x and SD2 share all their names."""
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for key, place in places.items():
-        if len(tensors[key].shape) > 1:
+        if len(tensors[key].shape) > 1 or role(place.rest) == WIDENS:
             groups[place[:3]].append(key)
     for (_, layer, _), keys in groups.items():
         weight = teacher.shapes.get(f"{layer}.weight", ())
+        weight = widened(weight, {role(places[key].rest): key for key in keys}, tensors)
         if len(weight) > 1:
             inputs = [tensors[key].shape[1] for key in keys if _INPUT_SIDE.search(places[key].rest)]
             outputs = [tensors[key].shape[0] for key in keys if _OUTPUT_SIDE.search(places[key].rest)]
@@ -197,7 +198,8 @@ class _Lora(NamedTuple):
         for layer, keys in self.layers.items():
             self._check_each(keys)
             if (weight := teacher.shapes.get(f"{layer}.weight")) is not None:
-                check_fit(keys, self.shapes(keys), weight, teacher.shapes.get(f"{layer}.bias"))
+                fitting = widened(weight, keys, self.tensors)
+                check_fit(keys, self.shapes(keys), fitting, teacher.shapes.get(f"{layer}.bias"))
         for keys in self.outside.values():
             if keys.keys() - {"lora_down"}:  # alone it has no effect in any loader
                 self._check_each(keys)
@@ -221,7 +223,7 @@ def remap_lora(
     metadata: Mapping[str, str] | None = None,
     layout: str | None = None,
 ) -> Remapped:
-    """A teacher's LoRA with layers renamed to the student's, without those of removed blocks.
+    """A teacher's LoRA with layers renamed to the student's, without those of removed blocks and of identity blocks.
 
     metadata: of the file; it may hold peft's configuration. layout: layout to name the layers of the UNet in, a key of
     `layouts.LAYOUTS`; None keeps the given format, unless ComfyUI would misread it for this student. Layers that change
@@ -234,7 +236,8 @@ def remap_lora(
     if not isinstance(teacher, Architecture):
         return remap_on_blocks(tensors, teacher, mapping, metadata=metadata)
     lora, student = _Lora.of(tensors, teacher, metadata), pruned(teacher, mapping)
-    kept = {layer: name for layer in lora.layers if (name := mapping.rename(layer)) is not None}
+    stays = (layer for layer in lora.layers if not mapping.is_identity(layer))
+    kept = {layer: name for layer in stays if (name := mapping.rename(layer)) is not None}
     if not kept:
         raise ValueError(
             f"nothing is left of this LoRA: all {len(lora.layers)} layers it changes belong to blocks the student does not have; "
@@ -331,16 +334,8 @@ def _alpha(lora: _Lora, keys: Mapping[str, str], name: str, config: PeftConfig |
     """The alpha of one layer; empty if it has one already or none is given. name: start of its keys. path: peft's."""
     import torch
 
-    if config is None or "alpha" in keys or not keys.keys() & {"lora_up", "hada_w1_a", "lokr_w1", "lokr_w1_a"}:
-        return {}
-    inner = rank(lora.shapes(keys))
-    scale = config.scale(path, inner)
-    if inner is None and scale != 1:
-        raise ValueError(
-            f"{keys['lokr_w1']} is part of a full LoKr with scale {scale:g}, which ComfyUI does not read; use this LoRA in "
-            "diffusers, in the diffusers layout"
-        )
-    return {} if inner is None else {f"{name}.alpha": torch.tensor(scale * inner)}
+    alpha = alpha_of(config, path, keys, lora.shapes(keys))
+    return {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
 
 
 def remap_lora_file(

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     Weight = Tensor | StoredTensor
 
-_PLACE_OF_ADAPTER = re.compile(r"[._](?:lora|hada|lokr|oft|boft|dora|alpha|diff|w_norm|b_norm|set_weight)(?:[._]|$)")
+_PLACE_OF_ADAPTER = re.compile(
+    r"[._](?:lora|hada|lokr|oft|boft|dora|alpha|diff|w_norm|b_norm|set_weight|reshape_weight)(?:[._]|$)"
+)
 """Where the layer ends in a key."""
 UNET_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks")
 """How the names of a UNet's blocks begin, in either layout."""

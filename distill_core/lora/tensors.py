@@ -33,7 +33,9 @@ _PRODUCTS = (
 """Matrices that are multiplied, and the Tucker core between them if there is one."""
 _TOGETHER = ({"hada_w1_b", "hada_w2_b"}, {"hada_t1", "hada_t2"}, {"a1", "a2", "b1", "b2"})
 """Tensors that loaders use only together (LoHa, its cores, GLoRA)."""
-_INTEGERS = ("alpha", "reshape_weight")
+WIDENS = "reshape_weight"
+"""Tensor that says which shape a loader brings the weight to, before it adds the change; what is new is zero."""
+_INTEGERS = ("alpha", WIDENS)
 """Tensors that may be stored as integers."""
 
 
@@ -128,6 +130,19 @@ def _product(left: str, right: str, core: str, keys: Mapping[str, str], shapes: 
             "their ranks differ; download the LoRA again"
         )
     return (rows, columns, *kernel)
+
+
+def widened(weight: Shape, keys: Mapping[str, str], tensors: Mapping[str, Tensor | StoredTensor]) -> Shape:
+    """The shape of a weight as a layer's tensors change it: larger for those that widen it, such as control LoRAs of Flux.
+
+    keys: by role. ``ValueError`` if it would shrink.
+    """
+    if WIDENS not in keys:
+        return weight
+    sizes = in_memory(tensors[keys[WIDENS]]).flatten().tolist()
+    if len(sizes) != len(weight) or any(new < old for new, old in zip(sizes, weight, strict=True)):
+        raise ValueError(_misfit(keys[WIDENS], tuple(sizes[: len(weight) + 1]), weight))
+    return tuple(map(int, sizes))
 
 
 def check_fit(keys: Mapping[str, str], shapes: Mapping[str, Shape], weight: Shape, bias: Shape | None) -> None:

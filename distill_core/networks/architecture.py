@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .layouts import find_unet, kind, layout_named, split
 from .residuals import KeptSkips, Rename
@@ -62,11 +62,11 @@ class Architecture:
 
     @classmethod
     def from_state_dict(
-        cls, tensors: Mapping[str, Tensor | StoredTensor | Shape], head_channels: int | None = None
+        cls, tensors: Mapping[str, Tensor | StoredTensor | Shape], head_channels: int | Literal["unknown"] | None = "unknown"
     ) -> Architecture:
         """Architecture of a state dict, or of its shapes, in either layout, with or without a prefix.
 
-        ``head_channels`` is guessed if it is not given: 64 if the attentions project with linear layers (SD2, SDXL),
+        ``head_channels`` is guessed if it is unknown: 64 if the attentions project with linear layers (SD2, SDXL),
         eight heads otherwise (SD1.x).
         """
         layout, prefix = find_unet(tensors)
@@ -74,8 +74,9 @@ class Architecture:
         canonical = layout_named(layout).to_canonical(names)
         found = ((canonical[name], tensors[prefix + name]) for name in names)
         shapes = {name: tuple(of if isinstance(of, Sequence) else of.shape) for name, of in found}
-        architecture = cls(shapes, head_channels)
-        return cls(shapes, 64) if head_channels is None and architecture.linear_projection else architecture
+        if head_channels == "unknown":
+            head_channels = 64 if cls(shapes).linear_projection else None
+        return cls(shapes, head_channels)
 
     @cached_property
     def modules(self) -> frozenset[str]:

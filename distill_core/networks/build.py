@@ -61,5 +61,5 @@ def load_unet(file: UNetFile, dtype: torch.dtype = torch.float32) -> UNet2DCondi
     with torch.device("meta"):
         network = build_unet(file.architecture)
     names = to_diffusers(file.architecture.shapes)
-    network.load_state_dict({names[name]: weight.read().to(dtype) for name, weight in file.tensors.items()}, assign=True)
+    network.load_state_dict({names[name]: weight.exact().to(dtype) for name, weight in file.tensors.items()}, assign=True)
     return network.eval()

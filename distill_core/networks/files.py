@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..base.documents import one_line, read_json
 from ..base.modelspec import modelspec
@@ -20,6 +20,7 @@ from .diffusers_config import diffusers_config
 from .folders import WEIGHTS, check_place, folder_of, read_folder
 from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
+from .packed import packed_weight
 from .residuals import Rename
 from .transformers.architecture import Transformer
 
@@ -36,9 +37,12 @@ ORIGIN = ("distill.plan", "distill.teacher", "distill.skips", "distill.padding")
 """Metadata that says what a student was pruned from; files made from the student carry it too."""
 _FULL_PREFIX = "model.diffusion_model."
 _QUANTISED = "is quantised in a way that is not supported; use the fp16 or fp8 version of the model"
+_EIGHT_HEADS = "eight heads"
 _CARRIED = ("author", "license", "resolution", "tags", "trigger_phrase", "usage_hint")
 """ModelSpec fields of a teacher that also hold for its student."""
 _MODELSPEC_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+_UNCLIP_WIDTHS = (1536, 2048)
+"""Widths of the image vectors that unCLIP models take where SDXL takes its label; diffusers names that part otherwise."""
 _BESIDE = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
 """Other parts of a full checkpoint -> prefixes of their tensors."""
 
@@ -197,6 +201,8 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
     canonical = layout_named(layout).to_canonical(found)
     tensors = {canonical[name]: tensor for name, tensor in found.items()}
     architecture = Architecture.from_state_dict(found, _head_channels(header.metadata, config))
+    if layout == "ldm" and architecture.label_width in _UNCLIP_WIDTHS:
+        raise ValueError("it is an SD2 unCLIP, which reads images; only UNets of SD1.x, SD2 and SDXL are supported")
     _check_whole(architecture, layout)
     sign = None
     if architecture.family == "sd2" and architecture.channels("conv_in")[0] == 4:  # SD2 for inpainting predicts noise
@@ -243,6 +249,8 @@ def _unscaled(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         if name not in plain or not plain[name].code.startswith("F8") or scale.shape not in ((), (1,)):
             raise ValueError(f"{name} {_QUANTISED}")
         plain[name] = StoredTensor(**{**vars(plain[name]), "scale": scale})
+    if weight := packed_weight(plain):
+        raise ValueError(f"{weight} {_QUANTISED}")
     return plain
 
 
@@ -257,18 +265,20 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
-    """Channels of a head, from our own metadata or a diffusers config; None if neither gives them or all have eight heads.
+def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | Literal["unknown"] | None:
+    """Channels of a head, from our own metadata or a diffusers config; None if all attentions have eight heads of any width.
 
     diffusers' ``attention_head_dim`` is, despite its name, the number of heads of each stage.
     """
     if "distill.head_channels" in metadata:
+        if metadata["distill.head_channels"] == _EIGHT_HEADS:
+            return None
         if not re.fullmatch("[1-9][0-9]{0,5}", text := metadata["distill.head_channels"]):
             raise ValueError(f"its metadata gives an invalid head size {one_line(text)!r}; prune the teacher again")
         return int(text)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
     if heads is None:
-        return None
+        return "unknown"
     widths = config["block_out_channels"]
     heads = heads if isinstance(heads, list) else [heads] * len(widths)
     if set(heads) == {8}:
@@ -277,6 +287,13 @@ def _head_channels(metadata: Mapping[str, str], config: Mapping) -> int | None:
     if len(head_channels) > 1:
         raise ValueError(f"its attentions have {heads} heads, neither eight each nor heads of one width")
     return head_channels.pop()
+
+
+def _told_heads(architecture: Architecture) -> dict[str, str]:
+    """Metadata on the attention heads, for networks whose shapes would be taken for others."""
+    if architecture.head_channels is None and not architecture.linear_projection:
+        return {}
+    return {"distill.head_channels": str(architecture.head_channels or _EIGHT_HEADS)}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -316,7 +333,7 @@ def save_unet(
         **modelspec(path, _MODELSPEC_ARCHITECTURES.get(architecture.family, "unet")),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         **sampling.metadata(),
-        **({"distill.head_channels": str(architecture.head_channels)} if architecture.head_channels else {}),
+        **_told_heads(architecture),
         **(metadata or {}),
     }
     if layout != "diffusers":

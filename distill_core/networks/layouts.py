@@ -10,6 +10,7 @@ contains; the diffusers layout only replaces words.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -126,12 +127,15 @@ def _ldm_modules(modules: Iterable[str]) -> dict[str, str]:
     stages = {side: sorted({int(m.split(".")[1]) for m in present if m.startswith(f"{side}.")}) for side in ("down", "up")}
     table = {module: path for module, path in _LDM_ENDS.items() if module in present}
 
-    def resnets(stage: str) -> list[int]:
-        return sorted(int(m.rsplit(".", 1)[1]) for m in present if m.startswith(f"{stage}.resnet."))
+    resnets: dict[str, list[int]] = defaultdict(list)
+    for module in present:
+        stage, is_one, number = module.partition(".resnet.")
+        if is_one:
+            resnets[stage].append(int(number))
 
     index = 0
     for n in stages["down"]:
-        for j in resnets(stage := f"down.{n}"):
+        for j in sorted(resnets[stage := f"down.{n}"]):
             index += 1
             table[f"{stage}.resnet.{j}"] = f"input_blocks.{index}.0"
             if f"{stage}.attn.{j}" in present:
@@ -143,7 +147,7 @@ def _ldm_modules(modules: Iterable[str]) -> dict[str, str]:
     table |= {module: f"middle_block.{i}" for i, module in enumerate(middle)}
     index = -1
     for n in stages["up"]:
-        for j in resnets(stage := f"up.{n}"):
+        for j in sorted(resnets[stage := f"up.{n}"]):
             index += 1
             table[f"{stage}.resnet.{j}"] = f"output_blocks.{index}.0"
             if has_attention := f"{stage}.attn.{j}" in present:

@@ -21,6 +21,8 @@ class NameMap:
     """Teacher blocks that are removed, including resampling layers that the new shape no longer needs."""
     folded: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Teacher block that stays for a whole run of blocks -> the first and the last of the run."""
+    padded: frozenset[str] = frozenset()
+    """Teacher blocks that stay in name alone: the student's output their input."""
 
     @classmethod
     def identity(cls, architecture: Network) -> NameMap:
@@ -35,6 +37,10 @@ class NameMap:
             if head in self.table:
                 return self.table[head] + name[len(head) :]
         return None
+
+    def is_identity(self, name: str) -> bool:
+        """Whether a teacher's parameter or block belongs to what stays in name alone, so that a change of it is left out."""
+        return not self.padded.isdisjoint(heads(name))
 
     def apply(self, by_name: Mapping[str, Value]) -> dict[str, Value]:
         """Keep and rename the entries of a mapping keyed by teacher's names: shapes, weights, anything."""

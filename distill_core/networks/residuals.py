@@ -94,6 +94,22 @@ class KeptBlocks:
 KeptResiduals = KeptSkips | KeptBlocks
 
 
+def after(before: KeptResiduals | None, further: KeptResiduals) -> KeptResiduals:
+    """What is left of the first teacher's when a student is pruned again, or of a teacher's own when it was not pruned before.
+
+    before: as the student's file says; ``ValueError`` if that cannot be said of this student.
+    """
+    if before is None:
+        return further
+    if isinstance(before, KeptSkips) and isinstance(further, KeptSkips) and len(before.kept) == further.num_teacher:
+        return before.after(further)
+    if isinstance(before, KeptBlocks) and isinstance(further, KeptBlocks):
+        counts = {key: kept.num_teacher for key, kept in further.lists.items()}
+        if {key: len(kept.kept) for key, kept in before.lists.items()} == counts:
+            return before.after(further)
+    raise ValueError("the metadata on kept residuals is damaged (it is of another network); prune the teacher again")
+
+
 def kept_in(metadata: Mapping[str, str]) -> KeptResiduals | None:
     """What a student's file says of itself; None if it was not pruned here."""
     return read_kept(metadata[KEY]) if KEY in metadata else None

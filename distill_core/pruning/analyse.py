@@ -24,7 +24,7 @@ from torch import Tensor
 from ..base.settings import SEEDS, check_choice, check_settings, setting
 from ..diffusion.conditioning import Label
 from ..diffusion.denoiser import Denoiser, DiffusersDenoiser, tap
-from ..diffusion.distance import squared_error
+from ..diffusion.distance import finite, squared_error
 from ..diffusion.macs import macs_by_module
 from ..networks.architecture import Architecture
 from ..networks.build import build_unet
@@ -209,8 +209,8 @@ def examples(
         t = torch.full((len(latents),), step)
         noise = torch.randn(latents.shape, generator=generator)
         x_t = schedule.add_noise(latents.float().cpu(), noise, t)
-        placed = label and Label(*(part.to(device, dtype) for part in label))
-        batches.append(Example(x_t.to(device, dtype), t.to(device), context.to(device, dtype), placed))
+        placed = context.to(device, dtype)
+        batches.append(Example(x_t.to(device, dtype), t.to(device), placed, label and label.to(placed)))
     return batches
 
 
@@ -290,7 +290,7 @@ def score(
     ends = {end for unit in units for span in unit.spans for end in span}
     with tap(denoiser, ends) as outputs, tap(denoiser, ends, of_input=True) as inputs:
         for batch in batches:
-            own = denoiser(*batch)
+            own = finite(denoiser(*batch))
             for unit in units:
                 changed = [_change(inputs[first], outputs[last]) for first, last in unit.spans]
                 changes[unit] += sum(changed) / len(changed) / len(batches)
@@ -314,7 +314,7 @@ class Reference(NamedTuple):
 
 def _reference(denoiser: Denoiser, batch: Example, own: Tensor) -> Reference:
     """Captions that are all the same have no effect to see: nothing, and not what two passes differ by in rounding."""
-    return Reference(own, torch.zeros_like(own) if batch.all_alike else own - denoiser(*batch.of_others))
+    return Reference(own, torch.zeros_like(own) if batch.all_alike else own - finite(denoiser(*batch.of_others)))
 
 
 def _groups(units: list[Unit], teacher: Architecture) -> Iterator[list[Unit]]:
@@ -340,7 +340,7 @@ def _errors(
 ) -> Errors:
     mapping, recovered, of_others = unit_map(unit, denoiser.architecture), [], []
     with skipping(denoiser, mapping):
-        plain = [denoiser(*batch) for batch in batches]
+        plain = [finite(denoiser(*batch)) for batch in batches]
     number = 0
     for batch in batches:
         # Each half of the examples goes through the map that was fitted to the other half.
@@ -350,7 +350,10 @@ def _errors(
             stand_ins = {span[1]: maps[span][half] for span in unit.spans if span in maps}
             if len(picked):
                 with skipping(denoiser, mapping, stand_ins):
-                    own[picked], other[picked] = denoiser(*batch.part(picked)), denoiser(*batch.of_others.part(picked))
+                    own[picked], other[picked] = (
+                        finite(denoiser(*batch.part(picked))),
+                        finite(denoiser(*batch.of_others.part(picked))),
+                    )
         recovered.append(own)
         of_others.append(own - other)
         number += len(own)
@@ -360,7 +363,7 @@ def _errors(
 
 @torch.no_grad()
 def references_of(denoiser: Denoiser, batches: list[Example]) -> list[Reference]:
-    return [_reference(denoiser, batch, denoiser(*batch)) for batch in batches]
+    return [_reference(denoiser, batch, finite(denoiser(*batch))) for batch in batches]
 
 
 @torch.no_grad()
@@ -559,6 +562,8 @@ class Planner:
     def _is_last_of_encoder(self, attention: str) -> bool:
         """Whether it is the attention of the down stages that must stay, because ComfyUI identifies the model by it."""
         encoder = [s for s in self.scores if re.fullmatch(r"down\.\d+\.attn\.\d+", s.unit.name)]
+        if not encoder:
+            return False
         first_layers = [s for s in encoder if s.unit.name.endswith(".0")] or encoder
         return attention == max(first_layers, key=lambda s: s.by(self.criterion)).unit.name
 

@@ -13,13 +13,18 @@ HEAD, TAIL = 3, 1
 """Blocks at the ends of a list that stay."""
 
 
+def between(numbers: Sequence[int], head: int, tail: int) -> Sequence[int]:
+    """The numbers without so many at each end; none if the ends meet."""
+    return numbers[head : max(0, len(numbers) - tail)]
+
+
 def runs(numbers: Sequence[int], num_removed: int, *, head: int = HEAD, tail: int = TAIL) -> list[list[int]]:
     """Runs of two or three blocks that each become one, so that so many blocks go.
 
     numbers: of a list's blocks. head, tail: how many at its ends stay. Runs of three lie in the middle third, those of two
     around them. ``ValueError`` if so many cannot go.
     """
-    free = numbers[head : len(numbers) - tail]
+    free = between(numbers, head, tail)
     third = len(free) // 3
     num_long = min(third // 3, num_removed // 2)
     num_short = num_removed - 2 * num_long

@@ -19,6 +19,7 @@ single 5-7``. A list that is not named stays whole.
 
 from __future__ import annotations
 
+import os
 import re
 from functools import singledispatch
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_plan(text: str, teacher: Network) -> PruningPlan:
 def find_plan(given: str, teacher: Network, folder: Path = Path()) -> PruningPlan:
     """A plan from the name of a preset, from its text, or from a file with it. folder: where relative paths begin."""
     is_text = given in all_preset_names() or given.lstrip().startswith(("keep ", "fold ", "{"))
-    is_text = is_text or (" " in given.strip() and not Path(given).suffix and not (folder / given).exists())
+    is_text = is_text or (" " in given.strip() and not Path(given).suffix and not os.path.exists(folder / given))
     return read_plan(given if is_text else read_text(folder / given), teacher)
 
 

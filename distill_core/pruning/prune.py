@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -14,16 +14,18 @@ from ..networks.layouts import ADDED_BY, kind
 from ..networks.name_map import NameMap
 from ..networks.network import Network, NetworkFile, Same
 from ..networks.residuals import KEY as KEPT
-from ..networks.residuals import kept_in
+from ..networks.residuals import KeptResiduals, after, kept_in
 from ..networks.stock import SDXL_DEPTHS, encoder_depths, opens_in_comfyui
 from ..networks.transformers.precision import allows_fp16, note_on_fp16
-from .plan import PruningPlan, name_map, plan_in, pruned
+from .plan import PruningPlan, name_map, plan_between, plan_in, pruned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..base.storage import StoredTensor
 
+PADDING = "distill.padding"
+"""Key of a file's metadata on the blocks that were put back as identity blocks."""
 Weight = TypeVar("Weight", bound="Tensor | StoredTensor")
 Weights = Mapping[str, "Tensor | StoredTensor"]
 
@@ -67,9 +69,19 @@ def prune(teacher: Same, plan: PruningPlan, *, pad: bool = False, for_comfyui: b
     if padding == mapping.removed:
         raise ValueError(f"{plan.name}: identity blocks would put back all that it removes; change the plan")
     padded = PruningPlan.removing(mapping.removed - padding, teacher, f"{plan.name}, padded", plan.teacher)
-    mapping = name_map(teacher, padded)
+    mapping = replace(name_map(teacher, padded), padded=padding)
     zero = mapping.apply({name: block for block in padding for name in teacher.shapes if _is_output(name, block)})
     return Pruning(padded, mapping, pruned(teacher, mapping), frozenset(zero), tuple(sorted(padding)))
+
+
+def mapping_between(teacher: Network, student: Network, metadata: Mapping[str, str]) -> NameMap:
+    """The map from a teacher to a student, by what the student's file says of its plan and its identity blocks.
+
+    The one that changes nothing if both have one shape; ``ValueError`` if they do not belong together.
+    """
+    plan = plan_between(teacher, student, plan_in(metadata))
+    mapping = NameMap.identity(teacher) if plan is None else name_map(teacher, plan)
+    return replace(mapping, padded=frozenset(metadata.get(PADDING, "").split()))
 
 
 def _is_output(name: str, block: str) -> bool:
@@ -151,15 +163,15 @@ def describe(file: NetworkFile) -> dict[str, Any]:
 
 
 def pruning_metadata(
-    pruning: Pruning, teacher: Mapping[str, Weight], architecture: Network, before: Any = None
+    pruning: Pruning, teacher: Mapping[str, Weight], architecture: Network, before: KeptResiduals | None = None
 ) -> dict[str, str]:
     """Metadata of a student's file that says where it comes from. before: the teacher's own kept residuals, if it was pruned."""
-    kept: Any = architecture.kept_residuals(pruning.mapping.rename)
+    kept = architecture.kept_residuals(pruning.mapping.rename)
     return {
         **pruning.plan.metadata,
         "distill.teacher": fingerprint(teacher),
-        KEPT: (kept if before is None else before.after(kept)).to_text(),
-        **({"distill.padding": " ".join(pruning.padding)} if pruning.padding else {}),
+        KEPT: after(before, kept).to_text(),
+        **({PADDING: " ".join(pruning.padding)} if pruning.padding else {}),
     }
 
 

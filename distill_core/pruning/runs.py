@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.settings import SEEDS, check_settings, setting
-from ..diffusion.distance import mean_square, squared_error
+from ..diffusion.distance import finite, mean_square, squared_error
 from ..diffusion.transformers import skipping_blocks
 from ..networks.transformers.architecture import Transformer, ranges
-from .folding import HEAD, TAIL, middle
+from .folding import HEAD, TAIL, between, middle
 from .folding import runs as runs_by_place
 from .plan import PruningPlan, name_map, pruned
 from .plan_text import write_plan
@@ -85,8 +85,7 @@ def candidates(teacher: Transformer, settings: Settings) -> list[Run]:
     found = []
     for path in teacher.lists:
         numbers = teacher.numbers(path)
-        head, tail = _ends_of(path, teacher, settings)
-        free = numbers[head : len(numbers) - tail]
+        free = between(numbers, *_ends_of(path, teacher, settings))
         for length in range(2, settings.longest_run + 1):
             found += [Run(path, tuple(free[start : start + length])) for start in range(len(free) - length + 1)]
     if not found:
@@ -184,7 +183,7 @@ def analyse(
     def measure(predict: Predict) -> None:
         nonlocal done
         with rows.watching(network):
-            answer = predict()
+            answer = finite(predict())
         on_part(done := done + 1, total)
         for place, run in enumerate(found if of_run else ()):
             errors[place] += _error(network, teacher, predict, answer, run.lost) / examples.count
@@ -202,7 +201,7 @@ def analyse(
 
 def _error(network: nn.Module, teacher: Transformer, predict: Predict, answer: Tensor, removed: Iterable[str]) -> float:
     with skipping_blocks(network, teacher, removed):
-        other = predict()
+        other = finite(predict())
     return (squared_error(other, answer).mean() / mean_square(answer).mean()).item()
 
 
@@ -415,7 +414,7 @@ def decide(
 
     def measure(predict: Predict) -> None:
         nonlocal done
-        answer = predict()
+        answer = finite(predict())
         for name, removed in gone.items():
             sums[name] += _error(network, teacher, predict, answer, removed)
         on_part(done := done + 1, total)

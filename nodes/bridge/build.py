@@ -132,7 +132,9 @@ def prune_model(teacher: Model, plan: PruningPlan, pad: bool = False) -> ModelPa
     origin, kept = _origin(teacher, cut, weights), cut.weights(weights)
     config = teacher.patcher.model.model_config.unet_config
     if network.of.believes_config:
-        origin = replace(origin, metadata={**origin.metadata, **rewritten(stated(config), cut.student, cut.mapping.rename)})
+        origin = replace(
+            origin, metadata={**origin.metadata, **rewritten(stated(config), network, cut.student, cut.mapping.rename)}
+        )
     if network.of.marker:
         key, value, name = network.of.marker
         kept |= {name: torch.zeros(1)} if config.get(key) == value else {}
@@ -152,7 +154,7 @@ def precision_note(teacher: Model, student: Model) -> str:
 def _origin(teacher: Model, pruning: Pruning, weights: Mapping[str, Tensor]) -> Origin:
     """Where a student comes from, its teacher's own origin included."""
     network, before = teacher.network, teacher.origin
-    metadata: dict[str, str] = pruning_metadata(pruning, weights, network, before and before.kept)
+    metadata: dict[str, str] = pruning_metadata(pruning, weights, network, before.kept if before else None)
     return Origin(pruning.plan, read_kept(metadata[KEY]), metadata)
 
 
@@ -218,7 +220,7 @@ def _of_unet_file(file: UNetFile) -> Callable[[bool], ModelPatcher]:
 
 def _of_transformer_file(file: TransformerFile) -> Callable[[bool], ModelPatcher]:
     contiguous = file.architecture.contiguous
-    metadata = rewritten(file.metadata, file.architecture, contiguous)
+    metadata = rewritten(file.metadata, file.architecture, file.architecture, contiguous, file.prefix)
 
     def build(disable_dynamic: bool) -> ModelPatcher:
         stored = comfy.utils.load_torch_file(str(file.path))  # mapped, not read

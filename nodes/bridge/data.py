@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...distill_core.base.storage import fingerprint
 from ...distill_core.data.cache import CachedDataset, text_key
 from ...distill_core.data.dataset import Bucket, Dataset, LatentDataset
 from ...distill_core.data.teacher_data import GenerationSettings, make_dataset
-from ...distill_core.diffusion.conditioning import Caption, Label, tile
+from ...distill_core.diffusion.conditioning import Caption, Label, tile, tiled_length
 from ...distill_core.diffusion.denoiser import Denoiser
 from ...distill_core.training.previews import Previews
 from ...distill_core.training.settings import TrainingSettings
@@ -193,7 +192,7 @@ def _captions(conditioning: list, model: Model) -> list[_Encoded]:
     encoded = _encoded(conditioning, reads)
     if reads.context_width is None:
         return encoded
-    length = math.lcm(*{len(caption.context) for caption in encoded})
+    length = tiled_length([len(caption.context) for caption in encoded])
     return [caption._replace(context=tile(caption.context, length)) for caption in encoded]
 
 

@@ -22,7 +22,8 @@ from ...distill_core.networks.name_map import NameMap
 from ...distill_core.networks.network import Network, NetworkFile
 from ...distill_core.networks.residuals import KeptResiduals, kept_in
 from ...distill_core.networks.transformers.architecture import Transformer
-from ...distill_core.pruning.plan import PruningPlan, name_map, plan_between, plan_in
+from ...distill_core.pruning.plan import PruningPlan, plan_between, plan_in
+from ...distill_core.pruning.prune import mapping_between
 from .demo import DemoModelConfig
 from .router import ROUTE
 from .sampling import sampling_identity, sampling_of, schedule_of
@@ -49,7 +50,7 @@ class Model:
         try:
             if found := Transformer.find(stored_shapes(network)):
                 return found[0]
-            return Architecture.from_state_dict(weights_of(network), head_channels if head_channels > 0 else None)
+            return Architecture.from_state_dict(weights_of(network), head_channels if head_channels > 0 else "unknown")
         except ValueError as error:
             raise ValueError(f"this MODEL ({self.kind}) cannot be pruned or distilled here: {error}") from error
 
@@ -200,8 +201,7 @@ class Model:
 
     def mapping_from(self, teacher: Model) -> NameMap:
         """Name map from a teacher to it; ``ValueError`` if they do not belong together."""
-        plan = self.plan_from(teacher)
-        return NameMap.identity(teacher.network) if plan is None else name_map(teacher.network, plan)
+        return mapping_between(teacher.network, self.network, self.origin.metadata if self.origin else {})
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,11 @@ def test_remap_lora_tells_what_fits(as_json, teacher, tmp_path, capsys):
         assert "1 of 2 layers kept; 1 dropped" in told
     written = load_file(tmp_path / "out.safetensors")
     assert written.keys() == {f"lora_unet_up_blocks_1_attentions_1_proj_in.{name}" for name in matrices}
+    student = tmp_path / "student.safetensors"
+    assert main(["prune", str(teacher), str(student), "--preset", "bk-sdm-small"]) == 0
+    assert main([*arguments, "--student", str(student), "--overwrite"]) == 0
+    by_student = load_file(tmp_path / "out.safetensors")
+    assert by_student.keys() == written.keys() and all(torch.equal(by_student[name], written[name]) for name in written)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
+from ..packed import weight_beside
 from ..residuals import Kept, KeptBlocks, Rename
 from . import cosmos, flux, hidream, hunyuan, ltxv, lumina, others, qwen_image, sd3, wan
 from .family import BlockList, Family, Shape
@@ -31,6 +32,8 @@ class Transformer:
 
     of: Family
     shapes: Mapping[str, Shape]
+    packed: bool = False
+    """Whether its file stores weights in whole numbers, or lists quantised layers in its metadata."""
 
     @classmethod
     def find(cls, shapes: Mapping[str, Shape]) -> tuple[Transformer, str] | None:
@@ -48,6 +51,10 @@ class Transformer:
                 raise ValueError(f"it is {family.title}, which cannot be cut: {family.refusal}")
             return cls(family, bare), prefix
         return None
+
+    def holds(self, name: str) -> bool:
+        """Whether a layer or a parameter is in one of its blocks."""
+        return self._block(name) in self.blocks
 
     def contiguous(self, name: str) -> str:
         """A parameter's name when blocks are numbered from 0 without gaps, as ComfyUI counts them."""
@@ -79,13 +86,16 @@ class Transformer:
 
     @cached_property
     def num_parameters(self) -> int:
-        weights = (name for name in self.shapes if name not in self.of.tables and not _QUANTISING.search(name))
+        weights = (name for name in self.shapes if name not in self.of.tables and not self._is_about_storage(name))
         return sum(prod(self.shapes[name]) for name in weights)
 
     @cached_property
     def quantised(self) -> bool:
-        """Whether some weights are stored with scales of their own."""
-        return any(_QUANTISING.search(name) and not name.startswith("__") for name in self.shapes)
+        """Whether some weights stand for other numbers than those that are stored."""
+        return self.packed or any(self._is_about_storage(name) and not name.startswith("__") for name in self.shapes)
+
+    def _is_about_storage(self, name: str) -> bool:
+        return bool(_QUANTISING.search(name) or weight_beside(name, self.shapes))
 
     def numbers(self, path: str) -> list[int]:
         """Numbers of the blocks in a list."""
@@ -106,7 +116,7 @@ class Transformer:
             held: dict[int, dict[str, Shape]] = {number: {} for number in numbers}
             for name, shape in self.shapes.items():
                 first, _, rest = name.partition(".")
-                if first == path and not _QUANTISING.search(name):
+                if first == path and not self._is_about_storage(name):
                     number_text, _, inner = rest.partition(".")
                     held[int(number_text)][inner] = () if self.quantised else shape
             for number in numbers[1:] if blocks.alike else ():

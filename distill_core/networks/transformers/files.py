@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...base.documents import one_line, parse_json, read_json
+from ...base.documents import expect, numbers, one_line, parse_json, read_json
 from ...base.modelspec import OF_ONE_FILE, modelspec
 from ...base.settings import check_choice
 from ...base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from ..folders import CONFIG, WEIGHTS, check_place, folder_of, read_folder
+from ..packed import QUANTISATION, packed_weight
 from ..residuals import Rename
 from .architecture import FAMILIES, Transformer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CONFIG, _QUANTISATION = "config", "_quantization_metadata"
+_CONFIG = "config"
+_WHERE = f"its metadata {QUANTISATION!r}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TransformerFile:
             student,
             prefix=self.prefix if whole else "",
             others=self.others if whole else None,
-            metadata={**rewritten(self.metadata, student, rename), **metadata},
+            metadata={**rewritten(self.metadata, self.architecture, student, rename, self.prefix, whole=whole), **metadata},
             **writing,
         )
 
@@ -129,11 +131,14 @@ class TransformerFolder(TransformerFile):
         for blocks in student.of.lists:
             if blocks.depth_key in config or self.architecture.depths[blocks.word]:
                 config[blocks.depth_key] = student.depths[blocks.word]
-            if numbers := config.get(blocks.numbered_in):
-                renamed = (rename(f"{blocks.path}.{number}") for number in numbers)
+            if numbered := config.get(blocks.numbered_in):
+                there = numbers(numbered, f"{blocks.numbered_in} in {self.path.parent / CONFIG}", (int,))
+                renamed = (rename(f"{blocks.path}.{number}") for number in there)
                 config[blocks.numbered_in] = [int(name.rpartition(".")[2]) for name in renamed if name is not None]
         if entries := config.get(student.of.entries_in):
-            blocks_in_order = self.architecture.in_order
+            where, blocks_in_order = f"{student.of.entries_in} in {self.path.parent / CONFIG}", self.architecture.in_order
+            if len(expect(entries, list, where)) != len(blocks_in_order):
+                raise ValueError(f"{where} must have an entry for each of the {len(blocks_in_order)} blocks; download it again")
             config[student.of.entries_in] = [
                 entry for entry, block in zip(entries, blocks_in_order, strict=True) if rename(block) is not None
             ]
@@ -168,7 +173,8 @@ def _find_folder(path: Path) -> TransformerFolder | None:
         raise ValueError(f"{folder}: it is {family.title}, which cannot be cut: {family.refusal}")
     weights, header = read_folder(folder)
     try:
-        architecture = Transformer(family.in_diffusers, {name: tensor.shape for name, tensor in header.tensors.items()})
+        shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        architecture = Transformer(family.in_diffusers, shapes, packed_weight(header.tensors) is not None)
         _check_whole(architecture)
         return TransformerFolder(
             weights,
@@ -202,8 +208,10 @@ def _find(path: Path, header: Header) -> TransformerFile | None:
     if found is None:
         return None
     architecture, prefix = found
-    _check_whole(architecture)
     tensors = {name: header.tensors[prefix + name] for name in architecture.shapes}
+    is_listed = any(architecture.holds(layer.removeprefix(prefix)) for layer in _quantised_layers(header.metadata))
+    architecture = replace(architecture, packed=is_listed or packed_weight(tensors) is not None)
+    _check_whole(architecture)
     return TransformerFile(
         path,
         prefix,
@@ -282,11 +290,19 @@ def stated(config: Mapping[str, Any]) -> dict[str, str]:
     return {_CONFIG: json.dumps({"transformer": plain})}
 
 
-def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename) -> dict[str, str]:
+def rewritten(
+    metadata: Mapping[str, str],
+    teacher: Transformer,
+    student: Transformer,
+    rename: Rename,
+    prefix: str = "",
+    *,
+    whole: bool = False,
+) -> dict[str, str]:
     """A teacher's metadata made true of its student: lengths of lists, and the layers that are named in it; not what is its alone.
 
-    ComfyUI believes both before it looks at the tensors. rename: teacher's name -> student's, None for what is removed.
-    ``ValueError`` if it cannot be read.
+    ComfyUI believes both before it looks at the tensors. rename: teacher's name -> student's, None for what is removed. prefix: of the
+    teacher's layers. whole: the student keeps it, and the models beside it. ``ValueError`` if the metadata cannot be read.
     """
     changed = {key: text for key, text in metadata.items() if key not in OF_ONE_FILE}
     if _CONFIG in changed:
@@ -295,19 +311,22 @@ def rewritten(metadata: Mapping[str, str], student: Transformer, rename: Rename)
             lengths = {blocks.depth_key: student.depths[blocks.word] for blocks in student.of.lists}
             config["transformer"] = of_network | {key: length for key, length in lengths.items() if key in of_network}
             changed[_CONFIG] = json.dumps(config)
-    if _QUANTISATION in changed:
-        table = parse_json(changed[_QUANTISATION], f"its metadata {_QUANTISATION!r}")
-        if isinstance(layers := table.get("layers"), dict):
-            renamed = ((_renamed(layer, rename), how) for layer, how in layers.items())
-            table["layers"] = {layer: how for layer, how in renamed if layer is not None}
-            changed[_QUANTISATION] = json.dumps(table)
+
+    def renamed(layer: str) -> str | None:
+        bare = layer.removeprefix(prefix)
+        if not teacher.holds(bare):
+            return layer if whole else None
+        new = rename(bare)
+        return new and (prefix if whole else "") + new
+
+    if layers := _quantised_layers(metadata):
+        table = parse_json(metadata[QUANTISATION], _WHERE)
+        table["layers"] = {new: how for layer, how in layers.items() if (new := renamed(layer)) is not None}
+        changed[QUANTISATION] = json.dumps(table)
     return changed
 
 
-def _renamed(layer: str, rename: Rename) -> str | None:
-    """A layer's new name, whatever prefix it has."""
-    for prefix in ("model.diffusion_model.", "diffusion_model.", "model.", ""):
-        if layer.startswith(prefix):
-            new = rename(layer.removeprefix(prefix))
-            return None if new is None else prefix + new
-    return layer
+def _quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The layers that a file's metadata list as quantised, and how; ``ValueError`` if they cannot be read."""
+    layers = parse_json(metadata.get(QUANTISATION, "{}"), _WHERE).get("layers")
+    return layers if isinstance(layers, dict) else {}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from distill_core.base.storage import _host, atomic, fingerprint, read_header, write_tensors
+from distill_core.base.storage import StoredTensor, _host, atomic, fingerprint, read_header, write_tensors
 from distill_core.networks.files import open_unet, save_unet
 from distill_core.networks.model_sampling import ModelSampling
 from distill_core.pruning.plan import preset
@@ -426,6 +426,44 @@ def test_scaled_fp8_is_read_with_its_scale(words, teacher, tmp_path):
     found = open_unet(tmp_path / "s.safetensors").state_dict["down.0.attn.0.block.0.attn1.to_q.weight"]
     assert torch.equal(found, (expected.float() * scale).half())
     assert not [name for name in load_file(tmp_path / "s.safetensors") if "scale" in name]
+
+
+def test_scaled_fp8_is_rounded_once_to_what_is_written(tmp_path):
+    """448 * 200 is more than float16 holds."""
+    write_tensors(
+        tmp_path / "t",
+        {"w": torch.tensor([448.0, 1.0]).to(torch.float8_e4m3fn), "big": torch.tensor(200.0), "small": torch.tensor(0.00123456)},
+    )
+    stored = read_header(tmp_path / "t").tensors
+    for scale, code, expected in (
+        ("big", "BF16", torch.tensor([89600.0, 200.0]).bfloat16()),
+        ("small", "F32", torch.tensor([448.0, 1.0]) * torch.tensor(0.00123456)),
+        ("small", "F16", (torch.tensor([448.0, 1.0]) * torch.tensor(0.00123456)).half()),
+    ):
+        weight = StoredTensor(**{**vars(stored["w"]), "scale": stored[scale]})
+        write_tensors(tmp_path / "s", {"w": weight}, codes={"w": code}, overwrite=True)
+        found = read_header(tmp_path / "s").tensors["w"]
+        assert found.code == code and torch.equal(found.read(), expected)
+    assert torch.equal(weight.read(), expected) and torch.equal(weight.values([1], 1), expected[1:])
+
+
+@pytest.mark.parametrize("storage", ["whole numbers", "absmax"])
+def test_weights_that_are_quantised_in_an_unknown_way_are_named(storage, teacher, tmp_path):
+    _, weights = teacher
+    layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    tensors = _ldm(weights, "")
+    if storage == "absmax":
+        tensors[f"{layer}.weight.absmax"] = torch.ones(4)
+    else:
+        tensors[f"{layer}.weight"] = torch.ones(8, 1, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match=f"{layer}.weight is quantised in a way that is not supported"):
+        open_unet(tmp_path / "t.safetensors")
+
+
+def test_a_name_that_is_too_long_is_told_so(tmp_path):
+    with pytest.raises(OSError, match="; choose a shorter name$"):
+        write_tensors(tmp_path / ("a" * 250), {"x": torch.zeros(1)})
 
 
 def test_other_quantisation_is_refused(teacher, tmp_path):

@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from distill_core.data.encoders import DiffusersEncoders
-from distill_core.diffusion.conditioning import Label, conditions, num_tokens, pad
+from distill_core.diffusion.conditioning import Caption, Label, conditions, num_tokens, pad
 from distill_core.diffusion.denoiser import checkpointing
 from distill_core.diffusion.pipelines import denoiser_of, flow_of
 from distill_core.diffusion.sampling import sample
@@ -147,6 +147,12 @@ def test_gradients_are_those_of_finite_differences(pipeline, checkpointed):
             below = loss()
             weight += step
         assert ((above - below) / 2).item() == pytest.approx((weight.grad * step).sum().item(), rel=2e-3)
+
+
+def test_captions_of_lengths_with_no_common_one_are_refused():
+    captions = [Caption(torch.zeros(length, 1)) for length in (71, 77)]
+    with pytest.raises(ValueError, match=r"captions of \[71, 77\] tokens need a common length of 5,467"):
+        conditions(captions, captions[0], (64, 64))
 
 
 def test_rows_of_zeros_are_no_tokens():

@@ -108,6 +108,38 @@ def test_a_strength_that_comfyui_does_not_read_is_multiplied_in():
     assert of == {"0": [3.0], "1": [4.0]} and remapped.metadata == {"ss_x": "y"}
 
 
+def test_a_strength_in_a_file_without_prefixes_is_that_of_its_path():
+    """The path of the layer is the whole name: no network stands before it."""
+    layer = "transformer_blocks.0.attn.to_q"
+    metadata = {KEY: json.dumps({"r": 2, "lora_alpha": 2, "alpha_pattern": {r"^transformer_blocks\.0\.attn\.to_q": 1}})}
+    remapped = remap_lora(pair(layer, "lora_A", "lora_B"), TEACHER, MAPPING, metadata=metadata)
+    assert remapped.tensors[f"{layer}.lora_B.weight"].unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("kind", ["hada_w1_{0} hada_w2_{0}", "lokr_w1_{0} lokr_w2_{0}"])
+def test_a_strength_of_what_is_no_plain_lora_becomes_an_alpha(kind):
+    before, after = (f"transformer.transformer_blocks.{number}.attn.to_q" for number in (2, 1))
+    tensors = {
+        f"{before}.{name}": torch.ones(4, 2) if side == "a" else torch.ones(2, 4)
+        for side in "ab"
+        for name in kind.format(side).split()
+    }
+    metadata = {KEY: json.dumps({"transformer.r": 2, "transformer.alpha": 3})}
+    remapped = remap_lora(tensors, TEACHER, MAPPING, metadata=metadata).tensors
+    assert remapped.pop(f"{after}.alpha").item() == 3
+    assert remapped.keys() == {key.replace(before, after) for key in tensors}
+
+
+def test_a_lora_that_widens_a_layer_fits_the_wider_one():
+    """As ComfyUI saves Flux's control LoRAs: img_in takes twice the channels."""
+    wide = pair("diffusion_model.img_in", outputs=WIDTH, inputs=8) | pair(FIRST)
+    marked = wide | {"diffusion_model.img_in.reshape_weight": torch.tensor([WIDTH, 8])}
+    assert names(marked) == marked.keys()
+    for sizes in ([WIDTH, 6], [WIDTH, 2], [WIDTH]):
+        with pytest.raises(ValueError, match="the model's layer has"):
+            names(wide | {"diffusion_model.img_in.reshape_weight": torch.tensor(sizes)})
+
+
 @pytest.mark.parametrize(
     "tensors,message",
     [

@@ -97,6 +97,33 @@ def test_the_number_of_heads_survives_both_layouts(head_channels, small_teacher,
     assert open_unet(tmp_path / "diffusers").architecture.head_channels == head_channels
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_heads_of_linear_projections_stay_eight(layout, tmp_path):
+    """Without a config such attentions would be taken for those of SD2 and SDXL, with heads of 64 channels."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(**SMALL | dict(attention_head_dim=8, use_linear_projection=True)).eval()
+    network.save_pretrained(tmp_path / "of_others")
+    first = open_unet(tmp_path / "of_others")
+    save_unet(tmp_path / layout, first.tensors, first.architecture, layout=layout)
+    file = open_unet(tmp_path / layout)
+    assert file.architecture.head_channels is None
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 5, SMALL["cross_attention_dim"])
+    with torch.no_grad():
+        torch.testing.assert_close(load_unet(file)(x, 10, context).sample, network(x, 10, context).sample)
+
+
+@pytest.mark.parametrize("width", [1536, 2048])
+def test_an_unclip_in_ldm_names_is_refused(width, small_xl_teacher, tmp_path):
+    weights = {name: weight for name, weight in small_xl_teacher.named_parameters().items()}
+    weights["label_embed.0.weight"] = torch.zeros(len(weights["label_embed.0.weight"]), width)
+    architecture = replace(small_xl_teacher.architecture, shapes={name: tuple(w.shape) for name, w in weights.items()})
+    save_unet(tmp_path / "x.safetensors", weights, architecture)
+    with pytest.raises(ValueError, match="SD2 unCLIP, which reads images"):
+        open_unet(tmp_path / "x.safetensors")
+
+
 def test_pruned_file_names_teacher_and_plan(teacher_path, tmp_path):
     prune_file(open_unet(teacher_path), tmp_path / "s.safetensors", preset("bk-sdm-tiny"))
     metadata = open_unet(tmp_path / "s.safetensors").metadata
@@ -122,6 +149,7 @@ def damaged(path, content):
         (lambda d, t: damaged(d / "header.safetensors", t.read_bytes()[:100]), "not a valid safetensors file"),
         (lambda d, t: damaged(d / "model.ckpt", b"\x80\x02}q."), "pickle checkpoint"),
         (lambda d, t: damaged(d / "renamed.safetensors", b"PK\x03\x04" + bytes(100)), "pickle checkpoint despite its name"),
+        (lambda d, t: damaged(d / "model.gguf", b"GGUF" + bytes(100)), "GGUF format, which is not supported; download the .safetensors"),
         (lambda d, t: d, "holds no diffusion_pytorch_model.safetensors"),
     ],
 )  # fmt: skip

@@ -164,6 +164,17 @@ def test_a_student_computes_as_its_teacher_without_the_blocks(written, tmp_path)
         assert again.config["dual_attention_layers"] == [0]  # of 0, 1, 3 those that stay, counted anew
 
 
+@pytest.mark.parametrize("listed,message", [(5, "must be a list"), (["0"], "must be numbers"), ([0.5], "must be numbers")])
+def test_a_config_with_an_odd_list_of_blocks_is_refused(listed, message, tmp_path):
+    diffusers.SD3Transformer2DModel(**SMALL["SD3Transformer2DModel"][0]).save_pretrained(tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "config.json").read_text())
+    (tmp_path / "t" / "config.json").write_text(json.dumps(config | {"dual_attention_layers": listed}))
+    file = open_network(tmp_path / "t")
+    plan = read_plan(f"keep joint 1-{len(file.architecture.in_order) - 1}", file.architecture)
+    with pytest.raises(ValueError, match=f"dual_attention_layers in .*config.json {message}"):
+        prune_file(file, tmp_path / "out", plan, layout="diffusers")
+
+
 @pytest.fixture
 def flux(tmp_path):
     folder = tmp_path / "flux"

@@ -1,7 +1,7 @@
 import pytest
 
 from distill_core.networks.architecture import Architecture
-from distill_core.networks.layouts import LAYOUTS, UnknownParameter, find_unet
+from distill_core.networks.layouts import LAYOUTS, UnknownParameter, _ldm_modules, find_unet
 from distill_core.pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
 
 
@@ -15,6 +15,25 @@ def test_names_survive_a_round_trip(layout, name, published):
     back = LAYOUTS[layout].to_canonical(table.values())
     assert {back[theirs] for theirs in table.values()} == set(shapes)
     assert all(back[table[canonical]] == canonical for canonical in shapes)
+
+
+def test_ldm_names_of_many_stages_take_no_longer_for_each():
+    """A damaged header may declare thousands; each stage must not look through all modules again."""
+    calls = []
+
+    class Counted(str):
+        def startswith(self, *args):
+            calls.append(self)
+            return super().startswith(*args)
+
+        def partition(self, *args):
+            calls.append(self)
+            return super().partition(*args)
+
+    for count in (100, 400):
+        calls.clear()
+        table = _ldm_modules([Counted(f"down.{n}.resnet.0") for n in range(count)])
+        assert table[f"down.{count - 1}.resnet.0"] == f"input_blocks.{count}.0" and len(calls) <= 4 * count
 
 
 def test_ldm_names_of_sd15_are_those_of_the_published_checkpoint(sd15):

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from distill_core.lora.remap import remap_lora
 from distill_core.networks.build import build_unet
 from distill_core.networks.stock import encoder_depths, opens_in_comfyui
 from distill_core.pruning.plan import preset, preset_names
 from distill_core.pruning.plan_text import read_plan
-from distill_core.pruning.prune import prune
+from distill_core.pruning.prune import mapping_between, prune
 
 REFUSED = {
     "sd1, no attention in the encoder": ("sd1", "keep down 2:0", "leaves no attention in the down stages"),
@@ -41,6 +42,27 @@ def test_padding_makes_it_open(case, published):
     pruning = prune(teacher, read_plan(text, teacher), pad=True)
     assert pruning.padding and opens_in_comfyui(pruning.student)
     assert pruning.plan.name.endswith(", padded")
+
+
+def test_a_lora_of_a_padded_students_teacher_changes_no_identity_block(published):
+    """It goes to the blocks that do something, numbered as in the student's file."""
+    teacher = published["sdxl"]
+    pruning = prune(teacher, read_plan("keep down 2,2,2:[7,8,9]", teacher), pad=True)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in teacher.shapes.items()}
+    told = pruning.plan.metadata | {"distill.padding": " ".join(pruning.padding)}
+    mapping = mapping_between(teacher, pruning.student, told)
+    assert (
+        "down.2.attn.0.block.0" in pruning.padding
+        and mapping == pruning.mapping
+        and mapping.apply(weights).keys() == pruning.student.shapes.keys()
+    )
+    layer = "unet.down_blocks.2.attentions.0.transformer_blocks.{}.attn1.to_out.0.lora_{}.weight"
+    lora = {
+        layer.format(block, way): torch.ones(1, 1280) if way == "A" else torch.ones(1280, 1) for block in (0, 7) for way in "AB"
+    }
+    remapped = remap_lora(lora, teacher, mapping, layout="diffusers")
+    number = mapping.rename("down.2.attn.0.block.7").rpartition(".")[2]
+    assert remapped.tensors.keys() == {layer.format(number, way) for way in "AB"} and remapped.num_dropped == 1
 
 
 @pytest.mark.parametrize(

@@ -324,17 +324,17 @@ def test_a_plan_for_one_depth_is_not_taken_for_another():
         name_map(teacher, preset("wan-30-small"))
 
 
-@given(st.integers(6, 60), st.integers(0, 40), st.integers(0, 3))
-def test_folded_runs_do_not_touch_the_ends_or_each_other(depth, gone, head):
+@given(st.integers(6, 60), st.integers(0, 40), st.integers(0, 3), st.integers(1, 99))
+def test_folded_runs_do_not_touch_the_ends_or_each_other(depth, gone, head, tail):
     try:
-        found = runs(range(depth), gone, head=head)
+        found = runs(range(depth), gone, head=head, tail=tail)
     except ValueError as error:
-        assert gone > (depth - head - 1) // 3, error
+        assert gone > max(0, depth - head - tail) // 3, error
         return
     blocks = [number for run in found for number in run]
     assert blocks == sorted({*blocks}) and {len(run) for run in found} <= {2, 3}
     assert all(run == [*range(run[0], run[-1] + 1)] and middle(run) in run[:2] for run in found)
-    assert not {*blocks} & {*range(head), depth - 1} and sum(len(run) - 1 for run in found) == gone
+    assert not {*blocks} & {*range(head), *range(depth - tail, depth)} and sum(len(run) - 1 for run in found) == gone
 
 
 # --- files
@@ -416,19 +416,72 @@ def test_scales_go_with_their_block_and_metadata_name_the_new_numbers(tmp_path):
         prune_file(teacher, tmp_path / "no.safetensors", PruningPlan(name="p", keep={"double": (1,)}), dtype="bf16")
 
 
+@pytest.mark.parametrize(
+    "layout,named",
+    [
+        ("ldm", "double_blocks.0.img_attn.qkv"),
+        ("checkpoint", "model.diffusion_model.double_blocks.0.img_attn.qkv text_encoders.t5.q"),
+    ],
+)
+def test_quantised_layers_are_listed_by_the_names_that_the_student_has(layout, named, tmp_path):
+    """ComfyUI takes each name of the list for that of a tensor's layer."""
+    prefix, layer, beside = "model.diffusion_model.", "double_blocks.{}.img_attn.qkv", "text_encoders.t5.q"
+    weights = {prefix + name: weight for name, weight in weights_of(shapes_of("flux1", SMALL)).items()}
+    layers = [*(prefix + layer.format(n) for n in (1, 2)), beside]
+    weights |= {f"{name}.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn) for name in layers}
+    table = json.dumps({"layers": {name: {"format": "float8_e4m3fn"} for name in layers}})
+    save_file(weights, tmp_path / "whole.safetensors", metadata={"_quantization_metadata": table})
+    teacher, out = open_transformer(tmp_path / "whole.safetensors"), tmp_path / "out.safetensors"
+    prune_file(teacher, out, read_plan("keep double 2,3", teacher.architecture), layout=layout)
+    with safe_open(out, "pt") as opened:
+        listed = json.loads(opened.metadata()["_quantization_metadata"])["layers"]
+        assert [*listed] == named.split() and all(f"{name}.weight" in opened.keys() for name in listed)
+    with pytest.raises(ValueError, match="can only be copied"):
+        prune_file(teacher, tmp_path / "no", PruningPlan(name="p", keep={"double": (1,)}), dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    "code,beside", [("uint8", "absmax"), ("uint8", "s_rel"), ("int8", ""), ("float16", "quant_state.bitsandbytes__nf4")]
+)
+def test_what_is_quantised_is_told_by_its_storage(code, beside, tmp_path):
+    """bitsandbytes' ``weight.absmax``, and scales of kinds that are not known here: such numbers are copied, never rounded."""
+    weights = weights_of(shapes_of("flux1", SMALL))
+    name = "double_blocks.{}.img_attn.qkv.weight"
+    weights |= {name.format(n): torch.ones(4, 4, dtype=getattr(torch, code)) for n in range(4)}
+    weights |= {f"{name.format(n)}{'_' if beside == 's_rel' else '.'}{beside}": torch.ones(4) for n in range(4) if beside}
+    save_file(weights, tmp_path / "t.safetensors")
+    teacher, plan, out = (
+        open_transformer(tmp_path / "t.safetensors"),
+        PruningPlan(name="p", keep={"double": (3,)}),
+        tmp_path / "out",
+    )
+    assert teacher.architecture.quantised and teacher.architecture.num_parameters == network("flux1", SMALL).num_parameters
+    with pytest.raises(ValueError, match="can only be copied"):
+        prune_file(teacher, out, plan, dtype="fp16")
+    prune_file(teacher, out, plan)
+    assert torch.equal(load_file(out)[name.format(0)], weights[name.format(3)])
+
+
 def test_a_depth_in_the_metadata_is_the_students():
     teacher = network("ltxv", SMALL)
     mapping = name_map(teacher, PruningPlan(name="p", keep={"block": (0, 1)}))
     student = pruned(teacher, mapping)
     config = {"transformer": {"num_layers": 5, "attention_head_dim": 64}, "vae": {"num_layers": 7}}
-    told = json.loads(rewritten({"config": json.dumps(config), "other": "x"}, student, mapping.rename)["config"])
+    told = json.loads(rewritten({"config": json.dumps(config), "other": "x"}, teacher, student, mapping.rename)["config"])
     assert told == {"transformer": {"num_layers": 2, "attention_head_dim": 64}, "vae": {"num_layers": 7}}
     assert (
         "num_layers"
-        not in json.loads(rewritten({"config": '{"transformer": {}}'}, student, mapping.rename)["config"])["transformer"]
+        not in json.loads(rewritten({"config": '{"transformer": {}}'}, teacher, student, mapping.rename)["config"])["transformer"]
     )
     with pytest.raises(ValueError, match="its metadata 'config'"):
-        rewritten({"config": "{"}, student, mapping.rename)
+        rewritten({"config": "{"}, teacher, student, mapping.rename)
+
+
+def test_layers_that_no_block_has_are_not_told_to_comfyui():
+    teacher = network("flux1", SMALL)
+    layers = json.dumps({"layers": {"net.double_blocks.1.x": {}, "double_blocks.9.x": {}, "vae.x": {}}})
+    told = rewritten({"_quantization_metadata": layers}, teacher, teacher, teacher.contiguous, "net.")
+    assert json.loads(told["_quantization_metadata"]) == {"layers": {"double_blocks.1.x": {}}}
 
 
 def test_an_incomplete_file_says_what_is_missing(tmp_path):
@@ -439,6 +492,16 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path):
         ValueError, match=r"incomplete or damaged: single_blocks.3.linear1.weight is missing .* download it again"
     ):
         open_network(tmp_path / "x.safetensors")
+
+
+def test_kept_blocks_of_other_lists_are_refused(tmp_path):
+    for number, skips in enumerate(
+        ('{"lists": {"foo": {"teacher": 4, "kept": [0]}}}', '{"teacher": 4, "kept": [0], "mid": true}')
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(weights_of(shapes_of("flux1", SMALL)), path, metadata={"distill.skips": skips})
+        with pytest.raises(ValueError, match="metadata on kept residuals is damaged"):
+            prune_file(open_transformer(path), tmp_path / "out.safetensors", PruningPlan(name="p", keep={"double": (1,)}))
 
 
 # --- commands

@@ -1,4 +1,6 @@
+from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +160,25 @@ def test_the_report_and_chart_tell_all_criteria(small_teacher, batches, analysis
     )
     assert write_plan(plan, analysis.teacher) in text and "all are skipped at once" in text
     assert plots.score_chart(analysis, plan, "output error").width > 800
+
+
+def test_the_sizes_of_sdxl_are_exact_in_any_precision(small_xl_teacher):
+    label = Label(torch.zeros(1, 8), torch.tensor([[1023.0, 767, 0, 517, 1023, 767]]))
+    lower = SimpleNamespace(schedule=small_xl_teacher.schedule, device=torch.device("cpu"), dtype=torch.bfloat16)
+    (batch,) = examples(
+        lower, torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 8), label=label, num_timesteps=1, generator=torch.Generator()
+    )
+    assert torch.equal(batch.label.sizes, label.sizes) and batch.label.pooled.dtype == torch.bfloat16
+
+
+def test_an_encoder_without_attention_has_none_that_must_stay(analysis):
+    mid_and_up = tuple(score for score in analysis.scores if not score.unit.name.startswith("down"))
+    assert not Planner(replace(analysis, scores=mid_and_up))._is_last_of_encoder("up.0.attn.0")
+
+
+def test_predictions_that_are_not_finite_are_refused(small_teacher, batches):
+    with pytest.raises(ValueError, match="NaN or Inf in the precision it is loaded in; load it in bf16 or fp32"):
+        score(small_teacher, [batches[0]._replace(x_t=batches[0].x_t * float("inf"))])
 
 
 def test_every_timestep_counts_the_same():

@@ -11,7 +11,7 @@ from distill_core.evaluation.catalog import measure_presets
 from distill_core.networks.architecture import Architecture
 from distill_core.networks.layouts import LAYOUTS
 from distill_core.networks.name_map import NameMap
-from distill_core.networks.residuals import KeptSkips, read_kept
+from distill_core.networks.residuals import KeptSkips, after, read_kept
 from distill_core.pruning.plan import PruningPlan, name_map, preset, preset_names, pruned
 
 from ...students import PUBLISHED, student_of
@@ -268,3 +268,17 @@ def test_skip_connections_are_kept_through_two_prunings(sd15):
     assert skips.select("abcdefghijkl") == ["a", "b", "d", "e", "g", "h"]
     with pytest.raises(ValueError, match="12 residuals"):
         skips.select("abc")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"lists": {"input": {"teacher": 3, "kept": [0]}}}',
+        '{"teacher": 12, "kept": [0], "mid": true}',
+    ],
+)
+def test_a_note_of_skip_connections_of_another_network_is_refused(text, sd15):
+    own = sd15.kept_residuals(name_map(sd15, preset("bk-sdm-base")).rename)
+    with pytest.raises(ValueError, match="metadata on kept residuals is damaged"):
+        after(read_kept(text), own)
+    assert after(None, own) == own

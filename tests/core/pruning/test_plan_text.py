@@ -4,7 +4,7 @@ import time
 import pytest
 
 from distill_core.pruning.plan import name_map, preset, preset_names, pruned
-from distill_core.pruning.plan_text import EXAMPLE, read_plan, write_plan
+from distill_core.pruning.plan_text import EXAMPLE, find_plan, read_plan, write_plan
 
 PRESETS_AS_TEXT = {
     "bk-sdm-base": "keep down 1,1,1,1 mid full up 2,2,2,2",
@@ -34,6 +34,11 @@ def test_short_forms(text, sd15):
             read_plan(text, sd15)
     else:
         assert name_map(sd15, read_plan(text, sd15)) == name_map(sd15, preset("bk-sdm-small"))
+
+
+def test_a_text_longer_than_any_name_of_a_file_is_a_plan(sd15):
+    text = "mid none down 1,1,1,1" + " " * 300 + "up 2,2,2,2"
+    assert find_plan(text, sd15) == read_plan(text, sd15)
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -93,6 +93,16 @@ def test_runs_leave_the_ends_alone(teacher):
         ValueError, match=r"this Z-Image \(layer 0-7\) has no two blocks in a row that may be folded; let fewer stay"
     ):
         candidates(teacher, Settings(first_stay=6))
+    for last_stay in (6, 9, 14):
+        with pytest.raises(ValueError, match="let fewer stay"):
+            candidates(teacher, Settings(first_stay=2, last_stay=last_stay, longest_run=2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_are_refused(value, teacher, network):
+    broken = Examples(1, 1, lambda visit: visit(lambda: torch.full((1, 4), value)))
+    with pytest.raises(ValueError, match="NaN or Inf in the precision it is loaded in; load it in bf16 or fp32"):
+        analyse(network, teacher, broken, SMALL)
 
 
 def test_the_last_block_of_another_shape_never_goes():
