@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .architecture import Architecture
+
+LARGEST_SIDE = 4096  # of latents
 
 
 def diffusers_config(architecture: Architecture) -> dict[str, Any]:
@@ -12,6 +15,13 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
     if reason := beyond_diffusers(architecture):
         raise ValueError(f"{reason}, which the diffusers layout cannot express; write the ldm layout")
     return config_of(architecture, {stage: _depths(architecture, stage) for stage in _stages(architecture)})
+
+
+def kept_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher's config says that no shape tells: the side of its latents, and attention in float32."""
+    upcast, side = config.get("upcast_attention"), config.get("sample_size")
+    kept: dict[str, Any] = {"upcast_attention": upcast} if type(upcast) is bool else {}
+    return kept | ({"sample_size": side} if type(side) is int and 0 < side <= LARGEST_SIDE else {})
 
 
 def _stages(architecture: Architecture) -> list[str]:

@@ -16,7 +16,7 @@ from ..base.modelspec import modelspec
 from ..base.settings import check_choice
 from ..base.storage import CODES, Header, OnBytes, StoredTensor, atomic, ignore, read_header, write_tensors, write_text
 from .architecture import Architecture
-from .diffusers_config import diffusers_config
+from .diffusers_config import diffusers_config, kept_settings
 from .folders import WEIGHTS, check_place, folder_of, read_folder
 from .layouts import find_unet, layout_named, what_else
 from .model_sampling import SD2_V_SIGN, SD2_V_SIGN_LDM, STABLE_DIFFUSION, ModelSampling, is_marker, read_sampling
@@ -72,6 +72,8 @@ class UNetFile:
     others: Mapping[str, StoredTensor] = field(default_factory=dict)
     """VAE and text encoders of a full checkpoint, by their names in the file."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of its diffusers config, those that hold for a student too; see `diffusers_config.kept_settings`."""
 
     @property
     def prediction(self) -> str:
@@ -116,6 +118,7 @@ class UNetFile:
             sampling=self.sampling,
             others=self.others,
             metadata={**carried, **metadata},
+            settings=self.settings,
             **writing,
         )
 
@@ -219,6 +222,7 @@ def _find(path: Path, header: Header, config: Mapping, scheduler: Mapping) -> UN
         sampling=read_sampling(markers, scheduler, header.metadata, sign),
         others={name: header.tensors[name] for name in sorted(header.tensors) if name.startswith(beside)} if beside else {},
         metadata=header.metadata,
+        settings=kept_settings(config),
     )
 
 
@@ -309,6 +313,7 @@ def save_unet(
     sampling: ModelSampling = STABLE_DIFFUSION,
     others: Mapping[str, Tensor | StoredTensor] | None = None,
     metadata: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     on_bytes: OnBytes = ignore,
 ) -> None:
@@ -316,7 +321,7 @@ def save_unet(
 
     state_dict: weights by canonical name. layout: a key of `FILE_LAYOUTS`. dtype: ``fp16``, ``bf16``, ``fp32``, or None to keep what
     is there. sampling: how the network is sampled, by default as Stable Diffusion. others: VAE and text encoders under their
-    LDM names, for a full checkpoint. metadata: more entries for the header, such as ``modelspec.title``. Raises
+    LDM names, for a full checkpoint. metadata: more entries for the header, such as ``modelspec.title``. settings: of a diffusers config, in place of the usual. Raises
     ``ValueError`` if the architecture, its sampling, or the path does not allow the layout.
     """
     sampling.check_writable(layout)
@@ -349,7 +354,7 @@ def save_unet(
         )
         return
     check_place(Path(path))
-    config = json.dumps(diffusers_config(architecture), indent=2)
+    config = json.dumps({**diffusers_config(architecture), **(settings or {})}, indent=2)
     with atomic(path, overwrite=overwrite) as folder:
         folder.mkdir()
         write_tensors(folder / WEIGHTS, tensors, header, codes=codes, on_bytes=on_bytes)

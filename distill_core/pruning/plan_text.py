@@ -59,7 +59,7 @@ def find_plan(given: str, teacher: Network, folder: Path = Path()) -> PruningPla
     """A plan from the name of a preset, from its text, or from a file with it. folder: where relative paths begin."""
     is_text = given in all_preset_names() or given.lstrip().startswith(("keep ", "fold ", "{"))
     is_text = is_text or (" " in given.strip() and not Path(given).suffix and not os.path.exists(folder / given))
-    return read_plan(given if is_text else read_text(folder / given), teacher)
+    return read_plan(given if is_text else read_text(folder / os.path.expanduser(given)), teacher)
 
 
 def write_plan(plan: PruningPlan, teacher: Network) -> str:

@@ -51,6 +51,19 @@ def test_kept_weights_are_bit_equal_and_both_layouts_agree(name, layout, teacher
         torch.testing.assert_close(load_unet(student)(x, t, context).sample, theirs(x, t, context).sample, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [({"sample_size": 96, "upcast_attention": True}, True), ({"sample_size": "96", "upcast_attention": 1}, False)],
+)
+def test_a_student_in_diffusers_has_what_only_the_teachers_config_says(said, kept, small_teacher, tmp_path):
+    save_unet(tmp_path / "teacher", small_teacher.named_parameters(), small_teacher.architecture, layout="diffusers")
+    usual = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(usual | said))
+    prune_file(open_unet(tmp_path / "teacher"), tmp_path / "student", preset("bk-sdm-base"), layout="diffusers")
+    written = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert {name: written.get(name) for name in said} == (said if kept else {name: usual.get(name) for name in said})
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_a_checkpoint_reads_the_same(prefix, layout, small_teacher, tmp_path):
