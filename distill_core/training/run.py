@@ -39,6 +39,10 @@ OWN = {"checkpoints", "samples", "tensorboard", "wandb", METRICS, RECIPE}
 """What a run writes into its folder."""
 
 
+LONGEST_NUMBER = 32
+"""Characters of a metric: more than any number takes."""
+
+
 class State(NamedTuple):
     """The state of a run in a checkpoint."""
 
@@ -76,8 +80,8 @@ def _row(names: Sequence[str], values: Sequence[str]) -> dict[str, float] | None
         measured = {name: float(value) for name, value in zip(names, values, strict=False) if value}
     except ValueError:
         return None
-    sound = math.isfinite(measured.get("step", math.nan)) and not any(map(math.isinf, measured.values()))
-    return measured if sound and len(values) <= len(names) else None
+    is_one = len(values) <= len(names) and max(map(len, values)) <= LONGEST_NUMBER
+    return measured if is_one and math.isfinite(measured.get("step", math.nan)) else None
 
 
 @dataclass(frozen=True, kw_only=True)
