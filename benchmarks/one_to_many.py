@@ -30,6 +30,7 @@ from distill_core.training.run import Inputs
 from distill_core.training.settings import TrainingSettings
 
 NUM_BINS, NUM_STEPS = 10, 200
+SAVE_EVERY = 250  # steps; of those that an interrupted benchmark has to repeat
 
 
 class Row(NamedTuple):
@@ -140,7 +141,7 @@ class Students:
         return OneToMany(
             self.folder / f"{name.replace(' ', '_')}_{seed}",
             ExpertsSettings(count=row.count, split=row.split, joint_steps=joint),
-            TrainingSettings(**demo.settings_of(max(1, each), seed), **row.lora),
+            TrainingSettings(**demo.settings_of(max(1, each), seed) | {"save_every_steps": SAVE_EVERY}, **row.lora),
             starts=[Start(self.plan, partial(demo.pruned_student, self.teacher, self.plan))],
             teachers=[lambda: self.teacher],
             inputs=Inputs(teachers=("scenes",)),
