@@ -1,7 +1,10 @@
 """What installers read must agree with itself."""
 
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +36,22 @@ def test_version_is_told_once():
 
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def _files(*options):
+    try:
+        found = subprocess.run(["git", "ls-files", *options], cwd=ROOT, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is not a git checkout")
+    return {*found.stdout.splitlines()}
+
+
+def test_what_the_packed_pages_link_to_is_packed():
+    packed = _files() - _files("-i", "-c", "--exclude-from=.comfyignore")
+    assert {"__init__.py", "README.md", "distill_core/__init__.py", "nodes/__init__.py"} <= packed
+    assert not any(file.startswith(("tests/", ".")) for file in packed)
+    folders = {str(folder) for file in packed for folder in Path(file).parents}
+    for page in ("README.md", *(file for file in packed if re.fullmatch(r"docs/\w+\.md", file))):
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
+            target = ((ROOT / page).parent / link).resolve().relative_to(ROOT.resolve()).as_posix()
+            assert target in packed | folders, f"{page} links to {link}"
