@@ -200,7 +200,7 @@ def test_the_whole_network_learns_guidance_and_few_steps(made, tmp_path, objecti
 ])  # fmt: skip
 def test_what_only_unets_can_is_refused_before_images_are_drawn(made, tmp_path, changes, message, capsys):
     if "file" in changes[0][1]:
-        changes = [("[student]\nplan", '[student]\nfile = "x"\n# plan')]
+        changes = [("[student]\nplan", '[student]\nfile = "pipeline"\n# plan')]
     changes = [*changes, ('cache = "images"', 'cache = "own"')]
     assert main(["train", str(job(made, tmp_path, *changes))]) == 2
     error = capsys.readouterr().err
