@@ -124,7 +124,8 @@ class UNetFile:
 
     def loading_note(self, student: Architecture, layout: str) -> str:
         """What a person must know to open a student in ComfyUI; empty if its own loaders open it as it is."""
-        return "" if layout == "diffusers" else self.sampling.loading_note(student.family)
+        in_channels, _ = student.channels("conv_in")
+        return "" if layout == "diffusers" else self.sampling.loading_note(student.family, in_channels)
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:

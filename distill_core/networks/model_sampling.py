@@ -100,10 +100,13 @@ class ModelSampling:
                 "LCM), or write the diffusers layout and use the teacher's scheduler"
             )
 
-    def loading_note(self, family: str) -> str:
-        """What a person must do so that stock ComfyUI samples a file of a UNet family correctly; empty if nothing."""
+    def loading_note(self, family: str, in_channels: int = 4) -> str:
+        """What a person must do so that stock ComfyUI samples a file of a UNet family correctly; empty if nothing.
+
+        in_channels: of the UNet; ComfyUI takes an SD2 with more, such as one for inpainting, for one that predicts noise.
+        """
         known = self == ModelSampling() or (family == "sdxl" and self.prediction in ("v", "edm"))
-        if known or (family == "sd2" and self == ModelSampling(prediction="v")):
+        if known or (family == "sd2" and in_channels == 4 and self == ModelSampling(prediction="v")):
             return ""
         return (
             f"ComfyUI's own loaders sample this file as eps; it needs {self.describe()}. Open it with Load Distilled Model, or "

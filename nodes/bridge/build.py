@@ -187,7 +187,7 @@ def save_model(
             others=others,
             metadata=metadata,
         )
-        return "" if layout == "diffusers" else model.sampling.loading_note(network.family)
+        return "" if layout == "diffusers" else model.sampling.loading_note(network.family, network.channels("conv_in")[0])
     if layout != "ldm":
         raise ValueError("a transformer is saved alone, for Load Diffusion Model; choose the ldm layout")
     save_transformer(path, model.state_dict(), network, dtype=dtype, metadata=metadata)

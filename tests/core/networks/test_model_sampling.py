@@ -167,6 +167,7 @@ def test_what_no_file_can_tell_is_not_written(sdxl, tmp_path):
 def test_a_person_is_told_where_stock_loaders_would_sample_the_file_otherwise():
     assert "Load Distilled Model" in V.loading_note("sd1") and "Load Distilled Model" in ZTSNR.loading_note("sd2")
     assert not EPS.loading_note("sd1") and not V.loading_note("sd2")
+    assert "Load Distilled Model" in V.loading_note("sd2", in_channels=9) and not EPS.loading_note("sd2", in_channels=9)
 
 
 # --- training
