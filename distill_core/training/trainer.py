@@ -94,7 +94,6 @@ class Trainer:
         if settings.weight_dtype == "bf16" or (in_half and not settings.lora_rank):
             # diffusers' own `to` warns about modules to keep in fp32; there are none
             nn.Module.to(network, DTYPES[settings.weight_dtype])
-        self.in_fp16 = settings.precision == "fp16" or self.student.computes_in_fp16
         if self.settings.uses_teacher:
             # Load it first: if it shares the student's network, loading freezes the weights that are trained.
             teacher = self.teachers.at(self.run.step)
@@ -183,6 +182,11 @@ class Trainer:
         extra = ["teacher"] * (len(self.teachers) > 1) + ["scale"] * self.learner.scaler.is_enabled()
         validation = ["validation"] * bool(self.settings.validate_every_steps)
         return ["step", "lr", "total", *losses, "norm", *extra, *validation, *layers, *self._bins]
+
+    @property
+    def in_fp16(self) -> bool:
+        """Whether gradients pass through float16, so that they need a loss scale."""
+        return self.settings.precision == "fp16" or self.student.computes_in_fp16
 
     @property
     def _bins(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Diffusers folders of transformers, cut."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +101,9 @@ def opened_by_from_config(kind, family):
     network, teacher = of_shape(kind, family)
     teacher.check_whole()
     config = json.loads(network.to_json_string())
-    folder = TransformerFolder("x", "", {}, teacher, "bf16", config=config | {"_use_default_values": ["num_layers", "n_layers"]})
+    folder = TransformerFolder(
+        Path("x"), "", {}, teacher, "bf16", config=config | {"_use_default_values": ["num_layers", "n_layers"]}
+    )
     found = [text for text in texts(teacher, plans) if text.startswith(("keep ", "fold "))]
     students = {}
     for text in found:
