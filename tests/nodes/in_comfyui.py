@@ -179,19 +179,19 @@ def tell_memory(out):
     bridge = pack()
     from pack.distill_core.pruning.plan import preset
     from pack.distill_core.training.settings import TrainingSettings
-    from pack.nodes import train
+    from pack.nodes.bridge import watch
 
     teacher, plan = bridge.demo_teacher(), preset("bk-sdm-base")
     read = bridge.Model(teacher)
     student, data = bridge.Model(bridge.prune_model(read, plan)), bridge.dataset(*bridge.demo_data(), None, read)
     found, shown, logged = [], [], []
-    bridge.show_text = lambda text, node_id: shown.append(text)
-    train.log.setLevel(logging.INFO)
-    train.log.addHandler(handler := logging.Handler())
+    watch.show_text = lambda text, node_id: shown.append(text)
+    watch.log.setLevel(logging.INFO)
+    watch.log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: logged.append(record.getMessage())
     for free in (bridge.free_bytes(student), 30 << 20):
         told = bridge.forecast_memory([read], student, plan, data, TrainingSettings(batch_size=4))
-        train.tell_needs(told, free, "1")
+        watch.tell_needs(told, free, "1")
         found.append([free, shown.pop(), "\n".join(logged)])
     Path(out).write_text(json.dumps(found))
 
