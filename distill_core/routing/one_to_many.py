@@ -106,12 +106,13 @@ class ExpertsSettings:
 
         ``ValueError`` for settings that cannot be combined.
         """
-        self._check(training, num_plans)
+        self.check(training, num_plans)
         count = self.num_experts(schedule)
         steps = self.steps_together(training, count)
         return (num_plans * [joint_settings(training, steps)] if steps else []) + [training] * count
 
-    def _check(self, training: TrainingSettings, num_plans: int) -> None:
+    def check(self, training: TrainingSettings, num_plans: int) -> None:
+        """``ValueError`` for settings that cannot be combined. training: of an expert. num_plans: different ones."""
         if training.timestep_range:
             raise ValueError("timestep_range cannot be set for several experts, as each has its own; remove it")
         if training.weighted_objective.dmd:
@@ -208,7 +209,7 @@ class OneToMany:
         self.processes = processes
         self.starts = list(starts) if len(starts) == count else list(starts) * count
         self.plans = list(dict.fromkeys(_spelt(start.plan) for start in self.starts))
-        settings.stages(training, schedule, len(self.plans))  # raises errors of settings
+        settings.check(training, len(self.plans))
         settings.check_stored(dataset.timesteps, schedule)
         if teachers is None and not (training.lora_rank and self.joint_steps == 0):
             raise ValueError(
